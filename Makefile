@@ -1,0 +1,42 @@
+# Talipot: every entrance for people and CI. `make run` and `make test` each work as the first
+# command on a machine with Python 3.11, gcc and make.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= build
+
+.PHONY: run test check bench clean help
+
+help:            ## Show the targets.
+	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+run: $(VENV)/.installed   ## Install into .venv and run the quickstart.
+	@$(BIN)/talipot quickstart
+
+test: check   ## Install, check, and run all tests with coverage.
+	@rm -f .coverage .coverage.*
+	@COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml $(BIN)/python -m pytest --cov --cov-report=term
+
+check: $(VENV)/.tested   ## Lint, format and type checks.
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(VENV)/.tested   ## Run the benchmarks; figures go to OUT=build.
+	@$(BIN)/python -m tests.benchmarks.run $(OUT)
+
+clean:   ## Remove everything that the other targets made.
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
+
+# torch goes first: with it in place no other package pulls a CUDA build on a CPU machine.
+$(VENV)/.installed: pyproject.toml requirements.lock
+	@echo "Installing into $(VENV) (once; a few minutes) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+$(VENV)/.tested: $(VENV)/.installed requirements-test.lock
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.lock
+	@touch $@

@@ -1,0 +1,112 @@
+"""The stream of rollout requests: seeded, resumable by one integer, the same on any cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from common.data import Prompt, ShuffledIndex
+from common.errors import DataError
+from common.tokenizer import Tokenizer
+from common.trajectory import RolloutRequest, derive_seed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedPrompt:
+    """A prompt with its tokens."""
+
+    uid: str
+    text: str
+    ids: list[int]
+
+
+def encode_prompts(
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int,
+    too_long: Literal["error", "skip", "truncate"],
+) -> tuple[list[EncodedPrompt], int]:
+    """Tokenise prompts and apply the policy for those over `max_tokens`.
+
+    Truncation keeps the end, which stands next to the response. Returns the prompts and how many
+    were skipped.
+
+    Raises:
+        DataError: a prompt is too long and the policy is "error", or none are left.
+    """
+    kept, skipped = [], 0
+    encoded = tokenizer.encode_batch([prompt.prompt for prompt in prompts])
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if len(ids) > max_tokens:
+            if too_long == "error":
+                raise DataError(
+                    f"prompt {prompt.uid}: {len(ids)} tokens, room for {max_tokens}; raise "
+                    "model.context or set data.too_long to skip or truncate"
+                )
+            if too_long == "skip":
+                skipped += 1
+                continue
+            ids = ids[-max_tokens:]
+        kept.append(EncodedPrompt(uid=prompt.uid, text=prompt.prompt, ids=ids))
+    if not kept:
+        raise DataError(f"no prompt of {len(prompts)} is left to train on")
+    return kept, skipped
+
+
+class PromptStream:
+    """Endless requests, epoch by epoch in seeded order. Consumed by the controller."""
+
+    def __init__(
+        self, prompts: Sequence[EncodedPrompt], *, seed: int, position: int = 0
+    ) -> None:
+        self._prompts = prompts
+        self._seed = seed
+        self._order = ShuffledIndex(
+            len(prompts), derive_seed(seed, "prompts") >> 1, position
+        )
+
+    @property
+    def position(self) -> int:
+        """Prompts handed out so far; the whole state of the stream."""
+        return self._order.position
+
+    def requests(
+        self, iteration: int, prompts: int, samples: int
+    ) -> list[RolloutRequest]:
+        """The requests of one iteration, samples of one prompt side by side."""
+        made = []
+        for group, index in enumerate(self._order.next_batch(prompts)):
+            prompt = self._prompts[index]
+            for sample in range(samples):
+                rollout_id = f"{iteration:06d}-{group * samples + sample:06d}"
+                made.append(
+                    RolloutRequest(
+                        rollout_id=rollout_id,
+                        group=group,
+                        prompt_uid=prompt.uid,
+                        prompt_text=prompt.text,
+                        prompt_ids=prompt.ids,
+                        seed=derive_seed(self._seed, rollout_id),
+                    )
+                )
+        return made
+
+
+def evaluation_requests(
+    prompts: Sequence[EncodedPrompt], *, seed: int, label: str, samples: int = 1
+) -> list[RolloutRequest]:
+    """One pass over prompts in their order, for evaluation and for sampling comparisons."""
+    return [
+        RolloutRequest(
+            rollout_id=f"{label}-{group * samples + sample:06d}",
+            group=group,
+            prompt_uid=prompt.uid,
+            prompt_text=prompt.text,
+            prompt_ids=prompt.ids,
+            seed=derive_seed(seed, label, prompt.uid, sample),
+        )
+        for group, prompt in enumerate(prompts)
+        for sample in range(samples)
+    ]

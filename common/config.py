@@ -1,0 +1,576 @@
+"""Typed, frozen, validated configuration. Imports neither torch nor ray.
+
+A recipe is a YAML file with one section per component; the command line overrides single fields
+by their dotted names (``learner.zero_stage=2``). Unknown keys are refused with the nearest valid
+name, and the resolved configuration is saved with every run.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from common.errors import ConfigError
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings that knows all its fields."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True
+    )
+
+
+class ModelConfig(Section):
+    """Shape of the PaLM decoder (Chowdhery 2022, section 2 and table 1)."""
+
+    vocab_size: NonNegativeInt = 0
+    """Number of token embeddings; 0 takes the tokenizer's."""
+    dim: PositiveInt = 192
+    """Width d of the residual stream."""
+    layers: PositiveInt = 4
+    """Number of parallel blocks L."""
+    heads: PositiveInt = 4
+    """Query heads h; there is one key and one value head."""
+    head_dim: PositiveInt = 48
+    """Width of a head; 256 in the paper."""
+    ff_mult: PositiveInt = 4
+    """Width of the SwiGLU layer in multiples of d."""
+    context: PositiveInt = 128
+    """Longest prompt + response, in tokens."""
+    xpos: bool = False
+    """Length-extrapolating decay on the rotary embedding."""
+    scale_logits: bool = True
+    """Multiply logits by 1/sqrt(d): tied embeddings have unit variance (PaLM, section 5)."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, one third more time."""
+
+    @model_validator(mode="after")
+    def _even_head(self) -> ModelConfig:
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim must be even for rotary embeddings, not {self.head_dim}"
+            )
+        return self
+
+
+PRESETS: Mapping[str, ModelConfig] = {
+    "tiny": ModelConfig(dim=64, layers=2, heads=2, head_dim=32),
+    "small": ModelConfig(),
+    "palm-8b": ModelConfig(
+        vocab_size=256_000, dim=4096, layers=32, heads=16, head_dim=256, context=2048
+    ),
+    "palm-62b": ModelConfig(
+        vocab_size=256_000, dim=8192, layers=64, heads=32, head_dim=256, context=2048
+    ),
+    "palm-540b": ModelConfig(
+        vocab_size=256_000, dim=18432, layers=118, heads=48, head_dim=256, context=2048
+    ),
+}
+
+
+class DataConfig(Section):
+    """Where the data lies: JSONL or Parquet, local paths or URIs."""
+
+    demonstrations: tuple[str, ...] = ()
+    """Files of (prompt, response) for the supervised stage."""
+    comparisons: tuple[str, ...] = ()
+    """Files of (prompt, chosen, rejected, labeler, confidence) for the reward model."""
+    prompts: tuple[str, ...] = ()
+    """Files of prompts that the policy is trained on."""
+    evaluation: tuple[str, ...] = ()
+    """Files of held-out (prompt, response) for evaluation; the response is the human's."""
+    too_long: Literal["error", "skip", "truncate"] = "error"
+    """What to do with a prompt that leaves no room for a response (skips are counted)."""
+
+
+class TokenizerConfig(Section):
+    """Byte-level BPE."""
+
+    path: str | None = None
+    """An existing tokenizer.json; without one a tokenizer is trained on the demonstrations."""
+    vocab_size: PositiveInt = 2048
+    """Size to train to, special tokens included."""
+
+
+class LearnerConfig(Section):
+    """The gang of DeepSpeed ranks."""
+
+    ranks: PositiveInt = 2
+    """Number of learner processes W."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage: 1 shards optimizer states, 2 also gradients, 3 also parameters."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Policy-training precision; bf16 keeps fp32 master weights in DeepSpeed."""
+    micro_batch_tokens: PositiveInt = 4096
+    """Padded tokens that one forward pass of one rank may hold."""
+    cpus_per_rank: PositiveFloat = 1.0
+    """Cores each rank asks Ray for; its threads follow."""
+    gpus_per_rank: NonNegativeFloat = 0.0
+    """GPUs each rank asks Ray for."""
+    deadline_s: PositiveFloat = 600.0
+    """Longest wait for one call to the gang; then the run stops and names the rank."""
+
+
+class SftConfig(Section):
+    """The supervised stage (Stiennon 2020, appendix B)."""
+
+    epochs: PositiveFloat = 1.0
+    """Passes over the demonstrations."""
+    batch_tokens: PositiveInt = 8192
+    """Tokens per optimizer step over all ranks, packing included."""
+    lr: PositiveFloat = 2e-3
+    """Peak learning rate (relative step size for Adafactor)."""
+    warmup: Fraction = 0.05
+    """Share of the steps that warm up linearly; the rest is a cosine to a tenth."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """adafactor is PaLM's: no factoring, parameter scaling, beta2 = 1 - k^-0.8."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay (AdamW); Adafactor decays by lr squared."""
+    z_loss: NonNegativeFloat = 1e-4
+    """Coefficient of log^2 Z (PaLM, section 5)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 keeps fp32 master weights in DeepSpeed."""
+    clip: PositiveFloat = 1.0
+    """Largest global gradient norm."""
+
+
+class RewardModelConfig(Section):
+    """The reward model (Stiennon 2020, section 3.4)."""
+
+    epochs: PositiveFloat = 1.0
+    """Passes over the comparisons."""
+    batch_size: PositiveInt = 64
+    """Comparisons per optimizer step."""
+    lr: PositiveFloat = 5e-4
+    """Peak learning rate, cosine to a tenth."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay."""
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the comparisons that accuracy is measured on, never trained on."""
+    seeds: PositiveInt = 1
+    """Models trained from different heads and orders; the most accurate is kept."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 keeps fp32 master weights in DeepSpeed."""
+    clip: PositiveFloat = 1.0
+    """Largest global gradient norm."""
+
+
+class RolloutConfig(Section):
+    """Rollout actors and sampling."""
+
+    actors: PositiveInt = 2
+    """Rollout actors to start with."""
+    cpus_per_actor: PositiveFloat = 1.0
+    """Cores each actor asks Ray for; its threads follow."""
+    gpus_per_actor: NonNegativeFloat = 0.0
+    """GPUs each actor asks Ray for."""
+    lease_size: PositiveInt = 64
+    """Rollouts in one lease: the unit of work, of reissue and of batching."""
+    lease_deadline_s: PositiveFloat = 300.0
+    """A worker silent for longer is taken for hung, killed and replaced."""
+    max_response_tokens: PositiveInt = 32
+    """Longest response."""
+    temperature: NonNegativeFloat = 1.0
+    """Sampling temperature; 0 is greedy (evaluation only)."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus: the smallest set of tokens with at least this probability."""
+    top_k: NonNegativeInt = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+
+
+class RewardComponent(Section):
+    """One named term of the score."""
+
+    weight: float = 1.0
+    """Factor of this component in the score."""
+    kind: Literal["model", "function", "http"] = "model"
+    """The trained reward model, a Python function, or a remote endpoint."""
+    target: str = ""
+    """``package.module:function`` or the endpoint's URL."""
+    token_env: str = ""
+    """Name of the environment variable that holds the endpoint's bearer token."""
+    timeout_s: PositiveFloat = 10.0
+    """Longest wait for one HTTP request."""
+    max_concurrency: PositiveInt = 8
+    """HTTP requests under way at once."""
+    batch_size: PositiveInt = 32
+    """Responses in one HTTP request."""
+
+    @model_validator(mode="after")
+    def _target(self) -> RewardComponent:
+        if self.kind != "model" and not self.target:
+            raise ValueError(f"a {self.kind} component needs a target")
+        return self
+
+
+class RewardServiceConfig(Section):
+    """The reward service."""
+
+    replicas: PositiveInt = 1
+    """Reward workers."""
+    cpus_per_replica: PositiveFloat = 1.0
+    """Cores each worker asks Ray for."""
+    gpus_per_replica: NonNegativeFloat = 0.0
+    """GPUs each worker asks Ray for."""
+    micro_batch_tokens: PositiveInt = 8192
+    """Padded tokens of one frozen forward pass."""
+    components: Mapping[str, RewardComponent] = Field(
+        default_factory=lambda: {"reward_model": RewardComponent()}
+    )
+    """The score is the weighted sum of these."""
+
+    @model_validator(mode="after")
+    def _some(self) -> RewardServiceConfig:
+        if not self.components:
+            raise ValueError("at least one component is needed")
+        return self
+
+
+class PpgConfig(Section):
+    """Phasic Policy Gradient (Cobbe 2020, algorithm 1)."""
+
+    n_pi: PositiveInt = 8
+    """Iterations in a phase."""
+    e_aux: PositiveInt = 2
+    """Epochs of the auxiliary phase."""
+    beta_clone: NonNegativeFloat = 1.0
+    """Weight of KL(pi_old || pi) in the joint loss."""
+    minibatches: PositiveInt = 4
+    """Minibatches per auxiliary epoch and iteration in memory."""
+    lr: PositiveFloat = 1e-4
+    """Learning rate of the auxiliary phase."""
+
+
+class TrainConfig(Section):
+    """The policy phase (Schulman 2017, Stiennon 2020) and its auxiliary phase."""
+
+    algorithm: Literal["ppo", "rloo", "grpo", "reinforce_pp"] = "ppo"
+    """Advantage function; all but ppo need no value network."""
+    iterations: PositiveInt = 20
+    """Policy phases to run."""
+    prompts_per_iteration: PositiveInt = 256
+    """Prompts of one iteration."""
+    samples_per_prompt: PositiveInt = 1
+    """Responses per prompt; rloo and grpo need at least 2."""
+    e_pi: PositiveInt = 1
+    """Policy epochs per iteration."""
+    e_v: PositiveInt = 1
+    """Value epochs per iteration."""
+    minibatches: PositiveInt = 4
+    """Optimizer steps per epoch."""
+    lr: PositiveFloat = 3e-4
+    """Policy learning rate, annealed linearly to 0 over the run."""
+    value_lr: PositiveFloat = 5e-4
+    """Value learning rate, annealed likewise."""
+    clip_range: PositiveFloat = 0.2
+    """epsilon of the clipped objective."""
+    value_clip_range: PositiveFloat | None = 0.2
+    """Clip of the value update around the old values; null switches it off."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus."""
+    gamma: Fraction = 1.0
+    """Discount."""
+    gae_lambda: Fraction = 0.95
+    """lambda of GAE."""
+    kl_coef: NonNegativeFloat = 0.05
+    """Weight (first weight, when adaptive) of the per-token KL to the reference policy."""
+    kl_target: PositiveFloat | None = None
+    """Target of the adaptive controller in nats per response; null keeps kl_coef fixed."""
+    kl_horizon: PositiveInt = 10_000
+    """Horizon of the adaptive controller, in rollouts."""
+    missing_eos_penalty: float | None = -1.0
+    """Score of a response that never ended (the EOS trick); null keeps the scorer's."""
+    stop_kl: PositiveFloat | None = 0.1
+    """Leave an update's epochs once the mean KL to the proximal policy passes this."""
+    value_network: Literal["separate", "shared"] = "separate"
+    """Separate beats shared (Stiennon 2020, appendix G.1)."""
+    max_staleness: NonNegativeInt = 0
+    """0 is synchronous and deterministic; k lets rollouts be k versions old."""
+    behavior_cap: PositiveFloat = 2.0
+    """Truncation of proximal/behaviour importance weights (asynchronous mode)."""
+    ppg: PpgConfig | None = PpgConfig()
+    """The auxiliary phase; null is plain PPO by the same code."""
+    clip: PositiveFloat = 1.0
+    """Largest global gradient norm."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    checkpoint_every: NonNegativeInt = 0
+    """Iterations between checkpoints; 0 writes one at the end only."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints to keep."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> TrainConfig:
+        if self.algorithm in ("rloo", "grpo") and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"{self.algorithm} compares responses of one prompt: "
+                "set samples_per_prompt to 2 or more"
+            )
+        if self.algorithm != "ppo" and self.ppg is not None:
+            raise ValueError(
+                f"{self.algorithm} has no value function for an auxiliary phase: set ppg to null"
+            )
+        if self.batch_size % self.minibatches:
+            raise ValueError(
+                f"batch of {self.batch_size} rollouts is not divisible by "
+                f"minibatches={self.minibatches}"
+            )
+        return self
+
+    @property
+    def batch_size(self) -> int:
+        """Rollouts of one iteration."""
+        return self.prompts_per_iteration * self.samples_per_prompt
+
+
+class EvaluateConfig(Section):
+    """Comparison of two policies on held-out prompts."""
+
+    prompts: PositiveInt = 512
+    """Held-out prompts."""
+    judge: str = ""
+    """``package.module:function`` that scores (prompts, responses) for the win rate; empty takes
+    the run's own reward, which the policy was trained on."""
+    best_of: NonNegativeInt = 0
+    """Samples per prompt of the best-of-N line; 0 leaves it out."""
+
+
+class QuickstartConfig(Section):
+    """Data of the quickstart, harvested from the user's own Python environment."""
+
+    demonstrations: PositiveInt = 20_000
+    """Harvested pairs for the supervised stage and the prompts."""
+    held_out: PositiveInt = 1_000
+    """Harvested pairs that only the judges see."""
+    comparisons: PositiveInt = 4_000
+    """Comparisons that the labeler labels."""
+    label_noise: Annotated[float, Field(ge=0, lt=0.5)] = 0.05
+    """Share of labels flipped at random."""
+    human_share: Fraction = 0.5
+    """Share of comparisons that pit a human line against a sample of the supervised policy."""
+
+
+class ClusterConfig(Section):
+    """The Ray cluster."""
+
+    address: str | None = None
+    """Address of a running cluster; null starts one on this machine (or takes RAY_ADDRESS)."""
+    dashboard: bool = True
+    """Start Ray's dashboard (on 127.0.0.1) with a local cluster."""
+    start_timeout_s: PositiveFloat = 120.0
+    """Longest wait for workers to start."""
+    max_restarts: NonNegativeInt = 10
+    """Restarts of elastic workers before the run gives up."""
+
+
+class RunConfig(Section):
+    """A complete recipe."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its folder."""
+    output: str = "runs"
+    """Folder that holds the runs."""
+    seed: NonNegativeInt = 0
+    """Every random number of the run derives from it."""
+    preset: str | None = None
+    """A named model shape (tiny, small, palm-8b, palm-62b, palm-540b) in place of `model`."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    learner: LearnerConfig = LearnerConfig()
+    sft: SftConfig = SftConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward_service: RewardServiceConfig = RewardServiceConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    quickstart: QuickstartConfig = QuickstartConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        name = values.get("preset") if isinstance(values, dict) else None
+        if name is None:
+            return values
+        if name not in PRESETS:
+            raise ValueError(
+                f"preset '{name}' is unknown; there are {', '.join(PRESETS)}"
+            )
+        model = PRESETS[name].model_dump() | dict(values.get("model") or {})
+        return {**values, "model": model, "preset": None}
+
+    @model_validator(mode="after")
+    def _possible(self) -> RunConfig:
+        if self.rollout.max_response_tokens >= self.model.context:
+            raise ValueError(
+                f"rollout.max_response_tokens={self.rollout.max_response_tokens} leaves no room "
+                f"for a prompt in model.context={self.model.context}"
+            )
+        if self.train.batch_size % self.rollout.lease_size:
+            raise ValueError(
+                f"train: batch of {self.train.batch_size} rollouts is not divisible by "
+                f"rollout.lease_size={self.rollout.lease_size}"
+            )
+        if self.train.minibatches * self.learner.ranks > self.train.batch_size:
+            raise ValueError(
+                f"learner.ranks={self.learner.ranks} x train.minibatches="
+                f"{self.train.minibatches} exceeds the batch of {self.train.batch_size} rollouts"
+            )
+        if self.rollout.lease_size % self.train.samples_per_prompt:
+            raise ValueError(
+                f"rollout.lease_size={self.rollout.lease_size} is not divisible by "
+                f"train.samples_per_prompt={self.train.samples_per_prompt}"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """``output/name``."""
+        return Path(self.output) / self.name
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens of the context that are left for a prompt."""
+        return self.model.context - self.rollout.max_response_tokens
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe, apply dotted ``key=value`` overrides, validate.
+
+    Raises:
+        ConfigError: naming the file, the dotted field and the mend.
+    """
+    values: dict[str, Any] = {}
+    where = "override"
+    if path is not None:
+        where = str(path)
+        values = _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(values, override)
+    return _validate(values, where)
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration as YAML that `load_config` reads back equal."""
+    path.write_text(dump_config(config), encoding="utf8")
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def fields(
+    section: type[Section] = RunConfig, prefix: str = ""
+) -> Iterator[tuple[str, Any, str]]:
+    """Every dotted field as (name, default, description), depth first; for the reference page."""
+    for name, info in section.model_fields.items():
+        inner = _section_of(info.annotation)
+        if inner is None:
+            yield (
+                prefix + name,
+                info.get_default(call_default_factory=True),
+                info.description or "",
+            )
+        else:
+            yield from fields(inner, f"{prefix}{name}.")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such recipe; give --config an existing file"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not valid YAML"
+        raise ConfigError(f"{path}{line}: {problem}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path}:1: a recipe is a mapping of sections, not {type(values).__name__}"
+        )
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override '{override}': write it as section.field=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(
+            f"override '{override}': '{text}' is not a YAML value"
+        ) from None
+    node = values
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        child = node.get(parent)
+        node[parent] = dict(child) if isinstance(child, Mapping) else {}
+        node = node[parent]
+    node[leaf] = value
+
+
+def _validate(values: Mapping[str, Any], where: str) -> RunConfig:
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(error)}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """All problems on one line: dotted field, what is wrong, and the nearest valid name."""
+    problems = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            *parents, name = [str(part) for part in item["loc"]]
+            known = [
+                full.removeprefix(".".join([*parents, ""])) for full, _, _ in fields()
+            ]
+            known = sorted({name.split(".")[0] for name in known})
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            hint = f"; did you mean '{'.'.join([*parents, near[0]])}'?" if near else ""
+            problems.append(f"unknown key '{path}'{hint}")
+            continue
+        message = (
+            item["msg"].removeprefix("Value error, ").replace("Input should", "should")
+        )
+        given = item.get("input")
+        shown = "" if isinstance(given, dict | Section) else f", not {given!r}"
+        problems.append(f"{path}: {message}{shown}" if path else message)
+    return "; ".join(problems)
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            # A mapping of sections is one field: its keys are the user's own names.
+            return (
+                None
+                if getattr(annotation, "__origin__", None) is not None
+                and len(get_args(annotation)) == 2
+                and get_args(annotation)[0] is str
+                else candidate
+            )
+    return None

@@ -1,0 +1,273 @@
+"""Readers, validation and order of what users bring: prompts, demonstrations, comparisons.
+
+    file (.jsonl | .parquet, local or URI) -> rows (mapping, place) -> `_build` -> record
+
+Every row passes through `_build`, whether streamed or read by index, so both see the same rules
+and raise the same line: `file:line: field 'x': what; mend` (`file:row N` for Parquet).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from difflib import get_close_matches
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Any, Final, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import DataError
+from common.files import write_atomic
+from common.rows import Row, sources, type_name
+
+
+def content_uid(kind: str, *contents: str) -> str:
+    """32 hex digits of blake2b over length-prefixed `contents`; the same on every machine."""
+    digest = blake2b(kind.encode(), digest_size=16)
+    for text in contents:
+        raw = text.encode()
+        digest.update(len(raw).to_bytes(8, "little"))
+        digest.update(raw)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A text to respond to. Example: `Prompt(prompt="def area(radius):")`."""
+
+    uid: str = ""
+    """`content_uid` of the other fields when left blank. Equal contents have equal uids."""
+    prompt: str
+
+    def __post_init__(self) -> None:
+        if not self.uid:
+            object.__setattr__(self, "uid", content_uid("prompt", self.prompt))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demonstration:
+    """A prompt with a response to imitate (supervised fine-tuning)."""
+
+    uid: str = ""
+    """`content_uid` of the other fields when left blank."""
+    prompt: str
+    response: str
+
+    def __post_init__(self) -> None:
+        if not self.uid:
+            uid = content_uid("demonstration", self.prompt, self.response)
+            object.__setattr__(self, "uid", uid)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Two responses to one prompt, one preferred (reward-model training)."""
+
+    uid: str = ""
+    """`content_uid` of the other fields when left blank (labeler and confidence included)."""
+    prompt: str
+    chosen: str
+    rejected: str
+    labeler: str = "unknown"
+    """Who judged: a person's or a program's name."""
+    confidence: float = 1.0
+    """Probability, in the labeler's eyes, that `chosen` is the better: 0.5 ... 1."""
+
+    def __post_init__(self) -> None:
+        if not self.uid:
+            contents = (self.prompt, self.chosen, self.rejected, self.labeler)
+            uid = content_uid("comparison", *contents, repr(float(self.confidence)))
+            object.__setattr__(self, "uid", uid)
+
+
+Record = TypeVar("Record", Prompt, Demonstration, Comparison)
+
+
+def read_prompts(paths: Sequence[str]) -> Iterator[Prompt]:
+    """Stream the prompts of `paths` in order. Raises: DataError (see `_read`)."""
+    return _read(paths, Prompt)
+
+
+def read_demonstrations(paths: Sequence[str]) -> Iterator[Demonstration]:
+    """Stream the demonstrations of `paths` in order. Raises: DataError (see `_read`)."""
+    return _read(paths, Demonstration)
+
+
+def read_comparisons(paths: Sequence[str]) -> Iterator[Comparison]:
+    """Stream the comparisons of `paths` in order. Raises: DataError (see `_read`)."""
+    return _read(paths, Comparison)
+
+
+def write_jsonl(
+    path: str | os.PathLike[str], records: Iterable[Prompt | Demonstration | Comparison]
+) -> None:
+    """Write one JSON object a line, atomically. Raises: StorageError."""
+    write_atomic(
+        path,
+        (json.dumps(asdict(r), ensure_ascii=False).encode() + b"\n" for r in records),
+    )
+
+
+def _read(paths: Sequence[str], kind: type[Record]) -> Iterator[Record]:
+    """Check at the call that every file is there, then stream records one by one.
+
+    Raises:
+        DataError: at the call, a missing file or unknown extension; while streaming, the first
+            row that is not a `kind`, or a file without any.
+    """
+    checked = sources(paths)
+    return (_build(kind, row, place) for source in checked for row, place in source.rows())
+
+
+# --- one row ----------------------------------------------------------------------------------
+
+
+def _names(kind: type[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    own = [field for field in fields(kind) if field.name != "uid"]
+    required = tuple(field.name for field in own if field.default is MISSING)
+    return required, tuple(field.name for field in own if field.default is not MISSING)
+
+
+# the (required, optional) columns of each record
+_COLUMNS: Final[dict[type[Any], tuple[tuple[str, ...], tuple[str, ...]]]] = {
+    kind: _names(kind) for kind in (Prompt, Demonstration, Comparison)
+}
+
+
+@lru_cache(maxsize=64)  # the columns of a file rarely change from row to row
+def _column_fault(
+    required: tuple[str, ...], optional: tuple[str, ...], found: tuple[str, ...]
+) -> str | None:
+    """What is wrong with the names of the columns; other columns may ride along unread."""
+    strangers = [name for name in found if name not in (*required, *optional, "uid")]
+    for name in required:
+        if name not in found:
+            if near := get_close_matches(name, strangers, n=1, cutoff=0.6):
+                return f"field {name!r}: missing; rename {near[0]!r} to {name!r}"
+            listed = ", ".join(map(repr, found)) or "none"
+            return f"field {name!r}: missing; add it (columns found: {listed})"
+    for name in optional:
+        # A misspelt optional field would otherwise be dropped without a word.
+        if name not in found and (near := get_close_matches(name, strangers, 1, 0.8)):
+            return f"field {near[0]!r}: unknown; rename it to {name!r} or take it out"
+    return None
+
+
+def _build(kind: type[Record], row: Row, place: str) -> Record:
+    required: tuple[str, ...] = _COLUMNS[kind][0]
+    optional: tuple[str, ...] = _COLUMNS[kind][1]
+    if fault := _column_fault(required, optional, tuple(row)):
+        raise DataError(f"{place}: {fault}")
+    values: dict[str, Any] = {}
+    for name in (*required, *optional):
+        value = row.get(name)
+        if value is None and name in optional:
+            continue
+        field = f"{place}: field {name!r}"
+        values[name] = _confidence(value, field) if name == "confidence" else _text(value, field)
+    if kind is Comparison and values["chosen"] == values["rejected"]:
+        raise DataError(
+            f"{place}: field 'rejected': equal to 'chosen'; a comparison needs two different "
+            "responses, so take the line out"
+        )
+    # A uid in the file is not taken over: an edited line would keep the old one's name.
+    return kind(**values)
+
+
+def _text(value: object, field: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{field}: is {type_name(value)}; write a text")
+    if not value.strip():
+        raise DataError(f"{field}: is empty; fill it or take the line out")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{field}: holds half a surrogate pair at character {error.start}; "
+            "write the character itself"
+        ) from error
+    return value
+
+
+def _confidence(value: object, field: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DataError(f"{field}: is {type_name(value)}; write a number from 0.5 to 1")
+    if not 0.5 <= value <= 1:
+        raise DataError(
+            f"{field}: is {value:.6g}, outside 0.5 ... 1; below 0.5 swap chosen and rejected"
+        )
+    return float(value)
+
+
+# --- random access and order ------------------------------------------------------------------
+
+
+class IndexedDataset(Generic[Record]):
+    """Random access to the records of `paths` without loading them; rows are checked on access.
+
+    The constructor scans JSONL once for line offsets and reads Parquet footers. To have every
+    row checked beforehand, exhaust the matching reader (`read_prompts`, ...) first.
+
+    Raises:
+        DataError: as the readers do, naming file and line.
+    """
+
+    def __init__(self, paths: Sequence[str], kind: type[Record]) -> None:
+        self._kind: type[Record] = kind
+        self._sources = sources(paths)
+        self._starts = np.cumsum([0, *(s.index() for s in self._sources)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):  # IndexError also ends `for record in dataset`
+            raise IndexError(f"record {index} of {len(self)}")
+        source = int(np.searchsorted(self._starts, index, side="right")) - 1
+        row, place = self._sources[source].row(index - int(self._starts[source]))
+        record: Record = _build(self._kind, row, place)
+        return record
+
+
+def shuffled_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order of `n` items in `epoch`: a permutation, int64 `[n]`, a function of its arguments.
+
+    Sorts raw Philox words: NumPy promises raw streams to stay the same between versions, but not
+    the stream of `Generator.permutation`.
+    """
+    words = np.random.Philox(np.random.SeedSequence((seed, epoch))).random_raw(n)
+    return np.argsort(words, kind="stable").astype(np.int64, copy=False)
+
+
+class ShuffledIndex:
+    """An endless stream of indices below `n`, each once per epoch; one integer resumes it."""
+
+    def __init__(self, n: int, seed: int, position: int = 0) -> None:
+        if n < 1 or position < 0:
+            raise ValueError(f"need n >= 1 and position >= 0, got n={n}, position={position}")
+        self._n, self._seed, self._position = n, seed, position
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    @property
+    def position(self) -> int:
+        """Indices handed out since the start of epoch 0."""
+        return self._position
+
+    def next_batch(self, k: int) -> list[int]:
+        """The next `k` indices; a batch may cross into the next epoch."""
+        batch: list[int] = []
+        while len(batch) < k:
+            epoch, offset = divmod(self._position, self._n)
+            if epoch != self._epoch:
+                self._epoch, self._order = (
+                    epoch,
+                    shuffled_order(self._n, self._seed, epoch),
+                )
+            part = self._order[offset : offset + k - len(batch)].tolist()
+            batch += part
+            self._position += len(part)
+        return batch

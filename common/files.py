@@ -1,0 +1,90 @@
+"""Where bytes live: a local path or any URI that `pyarrow.fs` understands (s3://, gs://, ...)."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+from pyarrow import ArrowInvalid, fs
+
+from common.errors import DataError, StorageError
+
+
+def resolve(path: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
+    """Split `path` into a file system and the path inside it.
+
+    Only a text with "://" is a URI, so a relative path such as `data:v2/a.jsonl` stays local.
+
+    Raises:
+        DataError: the URI's scheme is unknown or its file system cannot be reached.
+    """
+    text = os.fspath(path)
+    if "://" not in text:
+        return fs.LocalFileSystem(), str(Path(text).absolute())
+    try:
+        filesystem, inner = fs.FileSystem.from_uri(text)
+    except (ArrowInvalid, OSError) as error:
+        raise DataError(
+            f"{text}: not a URI that can be read ({one_line(error)}); "
+            "use a local path, file://, s3:// or gs://"
+        ) from error
+    return filesystem, inner
+
+
+def one_line(error: BaseException) -> str:
+    """The text of `error` on one line, at most 160 characters: messages of ours stay one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def write_atomic(path: str | os.PathLike[str], chunks: Iterable[bytes]) -> None:
+    """Write `chunks` to `path` so that a reader sees the old file or the whole new one.
+
+    Local: temporary file beside it, fsync, rename, fsync of the folder. Elsewhere: temporary
+    object, then a move, because closing a half-written upload would publish it.
+
+    Raises:
+        StorageError: the target cannot be written.
+    """
+    filesystem, inner = resolve(path)
+    temporary = f"{inner}.tmp-{uuid.uuid4().hex[:8]}"
+    try:
+        if isinstance(filesystem, fs.LocalFileSystem):
+            _write_local(Path(inner), Path(temporary), chunks)
+            return
+        try:
+            with filesystem.open_output_stream(temporary) as stream:
+                for chunk in chunks:
+                    stream.write(chunk)
+            filesystem.move(temporary, inner)
+        except BaseException:
+            if filesystem.get_file_info(temporary).type == fs.FileType.File:
+                filesystem.delete_file(temporary)
+            raise
+    except OSError as error:
+        raise StorageError(
+            f"{os.fspath(path)}: cannot be written ({one_line(error)}); "
+            "check the folder, its rights and the free space"
+        ) from error
+
+
+def _write_local(target: Path, temporary: Path, chunks: Iterable[bytes]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with temporary.open("xb") as stream:
+            for chunk in chunks:
+                stream.write(chunk)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    # Without this the rename itself may be lost in a power cut, though the bytes are safe.
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,387 @@
+"""PaLM (Chowdhery 2022, arXiv 2204.02311, section 2): the decoder, its heads and its KV cache.
+
+One block is parallel, with one LayerNorm of scale only::
+
+    y = x + MLP(LN(x)) + Attention(LN(x))          MLP(x) = W_out (silu(x W_gate) * (x W_up))
+
+Attention is multi-query: h query heads share one key and one value head. Positions are rotary.
+Input and output embeddings are shared and logits scaled by 1/sqrt(d). No biases, no dropout.
+
+Sequences are left-aligned (padding on the right), so causality alone keeps padding out of every
+real position and no attention mask is needed, whatever the lengths in a batch.
+
+Shape suffixes: B sequences, T positions, D width, H query heads, K head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from common.config import ModelConfig
+
+_ROPE_BASE = 10_000.0
+_XPOS_BASE = 512.0
+
+
+def rotary(
+    positions: Tensor, head_dim: int, *, xpos: bool, centre: int
+) -> tuple[Tensor, ...]:
+    """Rotary tables (Su 2021) with xpos decay (Sun 2022), half-split layout.
+
+    Args:
+        positions: int64 ``[...]``.
+        centre: position of unit scale. It cancels between queries and keys, but both must use
+            the same one, so that cached keys stay valid.
+
+    Returns:
+        ``(cos_q, sin_q, cos_k, sin_k)``, fp32 ``[..., head_dim]``.
+    """
+    device = positions.device
+    pair = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+    angles = positions[..., None].float() * _ROPE_BASE ** (-pair / head_dim)
+    angles = torch.cat((angles, angles), dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    if not xpos:
+        return cos, sin, cos, sin
+    decay = (pair + 0.4 * head_dim) / (1.4 * head_dim)
+    scale = decay ** ((positions[..., None].float() - centre) / _XPOS_BASE)
+    scale = torch.cat((scale, scale), dim=-1)
+    return cos * scale, sin * scale, cos / scale, sin / scale
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + K/2) of the last axis."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat((-right, left), dim=-1) * sin.to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of all layers, preallocated; every row has a length of its own.
+
+    keys, values: ``[layers, B, T, K]``; lengths: int64 ``[B]``, positions already filled.
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch: int, positions: int, like: Tensor
+    ) -> None:
+        shape = (config.layers, batch, positions, config.head_dim)
+        self.keys = like.new_zeros(shape)
+        self.values = like.new_zeros(shape)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=like.device)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only these rows, in this order (int64 ``[B']``)."""
+        self.keys = self.keys[:, rows]
+        self.values = self.values[:, rows]
+        self.lengths = self.lengths[rows]
+
+
+class Block(nn.Module):
+    """One parallel block. The input projection is fused: rows q | k | v | up | gate."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        d, inner, ff = (
+            config.dim,
+            config.heads * config.head_dim,
+            config.ff_mult * config.dim,
+        )
+        self.splits = (inner, config.head_dim, config.head_dim, ff, ff)
+        self.norm = nn.LayerNorm(d, bias=False)
+        self.fused_in = nn.Linear(d, sum(self.splits), bias=False)
+        self.attn_out = nn.Linear(inner, d, bias=False)
+        self.ff_out = nn.Linear(ff, d, bias=False)
+
+    def project(self, x_BTD: Tensor, rope: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Rotated queries ``[B, H, T, K]`` and keys, values ``[B, T, K]``, and the MLP's output."""
+        cos_q, sin_q, cos_k, sin_k = rope
+        q, k, v, up, gate = self.fused_in(self.norm(x_BTD)).split(self.splits, dim=-1)
+        q = rearrange(q, "b t (h k) -> b h t k", h=self.config.heads)
+        q = rotate(q, cos_q.unsqueeze(-3), sin_q.unsqueeze(-3))
+        return q, rotate(k, cos_k, sin_k), v, self.ff_out(F.silu(gate) * up)
+
+    def forward(
+        self, x_BTD: Tensor, rope: tuple[Tensor, ...], mask: Tensor | None
+    ) -> Tensor:
+        """Full forward; mask is a boolean ``[B, 1, T, T]`` (True = may attend) or None (causal)."""
+        q, k, v, mlp = self.project(x_BTD, rope)
+        k, v = (t.unsqueeze(1).expand(-1, self.config.heads, -1, -1) for t in (k, v))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None
+        )
+        out_BTD: Tensor = (
+            x_BTD + mlp + self.attn_out(rearrange(out, "b h t k -> b t (h k)"))
+        )
+        return out_BTD
+
+    def step(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, ...],
+        keys: Tensor,
+        values: Tensor,
+        seen: Tensor,
+    ) -> Tensor:
+        """One decoded position per row (T = 1), written in place into this layer's cache.
+
+        keys, values: ``[B, T_max, K]``; seen: int64 ``[B]``, positions filled before this one.
+        """
+        q, k, v, mlp = self.project(x_BTD, rope)
+        rows = torch.arange(x_BTD.shape[0], device=x_BTD.device)
+        keys[rows, seen] = k[:, 0]
+        values[rows, seen] = v[:, 0]
+        longest = keys.shape[1]
+        # One K and V head: [B, H, K] x [B, K, T] in one batched product, nothing expanded.
+        scores = torch.bmm(
+            q[:, :, 0] * self.config.head_dim**-0.5, keys.transpose(1, 2)
+        )
+        hidden = torch.arange(longest, device=seen.device)[None, :] > seen[:, None]
+        scores = scores.float().masked_fill(hidden[:, None, :], float("-inf"))
+        out = torch.bmm(scores.softmax(dim=-1).to(values.dtype), values)
+        out_BTD: Tensor = (
+            x_BTD + mlp + self.attn_out(rearrange(out, "b h k -> b 1 (h k)"))
+        )
+        return out_BTD
+
+
+class TiedEmbedding(nn.Embedding):
+    """Input and output embedding in one.
+
+    Both directions go through `forward`, because ZeRO 3 gathers a parameter only for the duration
+    of its own module's forward.
+    """
+
+    def forward(self, x: Tensor, to_logits: bool = False) -> Tensor:
+        """Ids ``[...] -> [..., D]``, or states ``[..., D] -> [..., V]``."""
+        return F.linear(x, self.weight) if to_logits else super().forward(x)
+
+
+class PaLM(nn.Module):
+    """The decoder. Runs in the dtype and on the device of its parameters."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.vocab_size <= 0:
+            raise ValueError("vocab_size must be set before a model is built")
+        self.config = config
+        self.embedding = TiedEmbedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.dim, bias=False)
+
+    def initialise(self, seed: int) -> None:
+        """PaLM, section 5: kernels N(0, 1/sqrt(fan_in)), embeddings N(0, 1), norms 1."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                nn.init.ones_(parameter)
+                continue
+            std = 1.0 if name.startswith("embedding") else parameter.shape[1] ** -0.5
+            with torch.no_grad():
+                noise = torch.randn(parameter.shape, generator=generator) * std
+                parameter.copy_(noise)
+
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Final normalised states ``[B, T, D]``.
+
+        Args:
+            tokens_BT: int64; rows are left-aligned, padding on the right may hold any id.
+            positions_BT: int64; default 0, 1, 2, ... per row. Packed rows restart per segment.
+            segments_BT: int64; positions attend only inside their own segment (packing).
+        """
+        length = tokens_BT.shape[1]
+        mask = None
+        if segments_BT is not None:
+            same = segments_BT[:, :, None] == segments_BT[:, None, :]
+            mask = same.tril()[:, None]
+        if positions_BT is None:
+            positions_BT = torch.arange(length, device=tokens_BT.device)[None]
+        rope = self._rope(positions_BT)
+        x = self.embedding(tokens_BT)
+        for block in self.blocks:
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, mask, use_reentrant=False)
+            else:
+                x = block(x, rope, mask)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """fp32 logits ``[..., V]`` by the tied embedding."""
+        if self.config.scale_logits:
+            hidden = hidden * self.config.dim**-0.5
+        logits: Tensor = self.embedding(hidden, to_logits=True)
+        return logits.float()
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Logits ``[B, T, V]`` of the next token at every position."""
+        return self.logits(self.hidden(tokens_BT))
+
+    @torch.no_grad()
+    def prefill(self, tokens_BT: Tensor, lengths_B: Tensor, cache: KVCache) -> Tensor:
+        """Fill the cache with left-aligned prompts; fp32 logits ``[B, V]`` after each last token.
+
+        Raises ValueError for an empty prompt: there is nothing to condition the first token on.
+        """
+        if int(lengths_B.min()) < 1:
+            raise ValueError("a prompt must have at least one token")
+        batch, length = tokens_BT.shape
+        rope = self._rope(torch.arange(length, device=tokens_BT.device)[None])
+        x = self.embedding(tokens_BT)
+        for layer, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            q, k, v, mlp = block.project(x, rope)
+            cache.keys[layer, :, :length] = k
+            cache.values[layer, :, :length] = v
+            k, v = (
+                t.unsqueeze(1).expand(-1, self.config.heads, -1, -1) for t in (k, v)
+            )
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + mlp + block.attn_out(rearrange(out, "b h t k -> b t (h k)"))
+        cache.lengths = lengths_B.clone()
+        last = x[torch.arange(batch, device=x.device), lengths_B - 1]
+        return self.logits(self.norm(last))
+
+    @torch.no_grad()
+    def decode(self, tokens_B: Tensor, cache: KVCache) -> Tensor:
+        """Append one token per row to the cache; fp32 logits ``[B, V]`` after it."""
+        seen = cache.lengths
+        rope = self._rope(seen[:, None])
+        x = self.embedding(tokens_B)[:, None]
+        reach = int(seen.max()) + 1
+        for layer, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            keys, values = cache.keys[layer, :, :reach], cache.values[layer, :, :reach]
+            x = block.step(x, rope, keys, values, seen)
+        cache.lengths = seen + 1
+        return self.logits(self.norm(x[:, 0]))
+
+    def _rope(self, positions: Tensor) -> tuple[Tensor, ...]:
+        config = self.config
+        return rotary(
+            positions, config.head_dim, xpos=config.xpos, centre=config.context // 2
+        )
+
+
+class ScalarHead(nn.Linear):
+    """A linear read-out to one number per position, initialised N(0, 1/sqrt(d + 1)), bias 0.
+
+    (Stiennon 2020, appendix B.) `offset` shifts reward scores to mean 0 on reference responses.
+    """
+
+    offset: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, 1)
+        self.register_buffer("offset", torch.zeros(1))
+
+    def initialise(self, seed: int) -> None:
+        """Draw the weights from a seed."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            scale = (self.in_features + 1) ** -0.5
+            self.weight.copy_(
+                torch.randn(self.weight.shape, generator=generator) * scale
+            )
+            self.bias.zero_()
+            self.offset.zero_()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``[..., D] -> [...]``, fp32."""
+        return (super().forward(hidden).float() - self.offset.float()).squeeze(-1)
+
+
+class PolicyNetwork(nn.Module):
+    """Language model with an auxiliary value head on the same trunk (PPG, section 2)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.palm = PaLM(config)
+        self.value = ScalarHead(config.dim)
+
+    def initialise(self, seed: int) -> None:
+        """Draw all weights from a seed."""
+        self.palm.initialise(seed)
+        self.value.initialise(seed + 1)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+        predict_BR: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and auxiliary values at the positions asked for.
+
+        Args:
+            tokens_BT, positions_BT, segments_BT: as in `PaLM.hidden`.
+            predict_BR: int64 positions to read; default all. Logits of a vocabulary are large:
+                asking only for the positions that predict a response token saves the others.
+
+        Returns:
+            fp32 logits ``[B, R, V]`` and values ``[B, R]``.
+        """
+        hidden = self.palm.hidden(
+            tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT
+        )
+        if predict_BR is not None:
+            index = predict_BR[..., None].expand(-1, -1, hidden.shape[-1])
+            hidden = hidden.gather(1, index)
+        return self.palm.logits(hidden), self.value(hidden)
+
+
+class ScalarNetwork(nn.Module):
+    """A decoder that reads one number per position: the reward model and the value network.
+
+    One shape for both, because the value network starts as the reward model (Stiennon 2020).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.palm = PaLM(config)
+        self.head = ScalarHead(config.dim)
+
+    def initialise(self, seed: int) -> None:
+        """Draw all weights from a seed."""
+        self.palm.initialise(seed)
+        self.head.initialise(seed + 1)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """fp32 ``[B, T]``."""
+        values: Tensor = self.head(self.palm.hidden(tokens_BT))
+        return values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterCount:
+    """Parameters of a shape: `kernels` as PaLM's table 1 counts them, `total` with the norms."""
+
+    kernels: int
+    total: int
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Count on the meta device: nothing is allocated, whatever the size."""
+    with torch.device("meta"):
+        model = PaLM(config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
+    return ParameterCount(kernels=total - norms, total=total)
+
+
+def initial_loss(config: ModelConfig) -> float:
+    """Expected loss of a fresh model, ln V + 1/2: scaled logits are close to N(0, 1)."""
+    return math.log(config.vocab_size) + 0.5

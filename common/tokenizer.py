@@ -1,0 +1,159 @@
+"""Byte-level BPE: every text has tokens and comes back as it was.
+
+No normalizer and no unknown token: 256 byte symbols are always in the vocabulary. PAD and EOS are
+two tokens (a response that ends in PAD is not one that ended), and neither can be written by a
+user: the text "<|eos|>" is encoded as the seven characters that it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from typing import Final
+
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+
+from common.errors import ConfigError, DataError
+from common.files import one_line, resolve, write_atomic
+
+PAD: Final = "<|pad|>"
+EOS: Final = "<|eos|>"
+BOS: Final = "<|bos|>"
+SMALLEST_VOCABULARY: Final = 256 + 2
+
+# Every byte that UTF-8 uses, runs of spaces, and the special tokens as plain text.
+_PROBE: Final = (
+    "".join(map(chr, range(0x100))) + "  \n\t\u0800\uffff\U00010000\U0010ffff" + PAD + EOS + BOS
+)
+
+
+class Tokenizer:
+    """A trained vocabulary; build it by `train` or `load`."""
+
+    def __init__(self, rust: RustTokenizer) -> None:
+        """Take a tokenizer whose PAD and EOS are known to exist."""
+        # These are settings of the object; a tokenizer.json may carry the first two switched on.
+        rust.no_truncation()
+        rust.no_padding()
+        rust.encode_special_tokens = True
+        self._rust = rust
+        pad_id, eos_id = rust.token_to_id(PAD), rust.token_to_id(EOS)
+        assert pad_id is not None and eos_id is not None, "train and load see to both"
+        self._pad_id, self._eos_id = pad_id, eos_id
+
+    @classmethod
+    def train(cls, texts: Iterator[str], vocab_size: int) -> Tokenizer:
+        """Learn merges from `texts`; equal texts give an equal tokenizer.
+
+        The vocabulary is smaller than `vocab_size` when the texts have no more pairs to merge:
+        size the model from the property `vocab_size`.
+
+        Raises:
+            ConfigError: `vocab_size` has no room for the 256 bytes and two special tokens.
+        """
+        if vocab_size < SMALLEST_VOCABULARY:
+            raise ConfigError(
+                f"vocab_size: {vocab_size} is too small; 256 bytes, PAD and EOS need at least "
+                f"{SMALLEST_VOCABULARY}"
+            )
+        rust = RustTokenizer(BPE())
+        rust.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=True)
+        rust.decoder = ByteLevelDecoder()
+        trainer = BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            special_tokens=[PAD, EOS],
+            initial_alphabet=ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        rust.train_from_iterator(texts, trainer=trainer)
+        return cls(rust)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
+        """Read a `tokenizer.json` (local path or URI).
+
+        Raises:
+            DataError: missing, torn, without special PAD and EOS tokens, or lossy.
+        """
+        name = os.fspath(path)
+        filesystem, inner = resolve(path)
+        try:
+            with filesystem.open_input_stream(inner, compression=None) as stream:
+                raw: bytes = stream.read()
+        except OSError as error:
+            raise DataError(
+                f"{name}: cannot be read ({one_line(error)}); check the path"
+            ) from error
+        try:
+            rust = RustTokenizer.from_str(raw.decode())
+        except Exception as error:  # the library raises bare Exception for a file it cannot read
+            raise DataError(
+                f"{name}: torn or not a tokenizer.json ({one_line(error)}); train or copy it again"
+            ) from error
+        special = {t.content for t in rust.get_added_tokens_decoder().values() if t.special}
+        for token in (PAD, EOS):
+            if token not in special:
+                raise DataError(
+                    f"{name}: field 'added_tokens': no special token {token!r}; PAD and EOS must "
+                    "be two special tokens of these names, so train a tokenizer or add them"
+                )
+        tokenizer = cls(rust)
+        if tokenizer.decode(tokenizer.encode(_PROBE)) != _PROBE:
+            raise DataError(
+                f"{name}: text does not come back as it went in; use a byte-level tokenizer "
+                "without a normalizer"
+            )
+        return tokenizer
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a `tokenizer.json` atomically. Raises: StorageError."""
+        write_atomic(path, [self._rust.to_str(pretty=True).encode()])
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; nothing is added, no special id can come out."""
+        ids: list[int] = self._rust.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of every text, on all cores."""
+        encodings = self._rust.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids` without special tokens; a cut-off character becomes U+FFFD."""
+        text: str = self._rust.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    @property
+    def pad_id(self) -> int:
+        """Fills rows of a batch; never trained on."""
+        return self._pad_id
+
+    @property
+    def eos_id(self) -> int:
+        """Ends a response; trained on."""
+        return self._eos_id
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id of `<|bos|>` where a loaded tokenizer has one; ours have none."""
+        found: int | None = self._rust.token_to_id(BOS)
+        return found
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included: the rows of the embedding."""
+        size: int = self._rust.get_vocab_size(with_added_tokens=True)
+        return size
+
+    def fingerprint(self) -> str:
+        """32 hex digits of what the tokenizer does; equal after save and load."""
+        canonical = json.dumps(json.loads(self._rust.to_str()), sort_keys=True)
+        return blake2b(canonical.encode(), digest_size=16).hexdigest()

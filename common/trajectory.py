@@ -1,0 +1,176 @@
+"""The data contracts between workers. Arrow is the only wire and disk format.
+
+    RolloutRequest      controller     -> rollout actor
+    Rollout             rollout actor  -> reward service
+    ScoredTrajectory    reward service -> learner, Parquet log
+
+Records travel as tables (`to_table`, `from_table`), never pickled. Token lists are response
+coordinates: entry t belongs to the t-th response token.
+
+Worked example (one scored trajectory)::
+
+    rollout_id          "7-000012"        prompt 12 of iteration 7
+    prompt_ids          [512, 17, 301]    "def close(self):"
+    response_ids        [88, 1022, 13, 1] "Close the file." and EOS
+    behavior_logprobs   [-1.2, -0.4, -0.1, -0.02]
+    ref_logprobs        [-1.3, -0.4, -0.2, -0.02]
+    score               0.83              finish_reason "eos"
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutRequest:
+    """One response to be sampled. Made by the controller, consumed by a rollout actor."""
+
+    rollout_id: str
+    """Unique in the run and sortable: ``{iteration}-{index}``; the ledger's key."""
+    group: int
+    """Index of the prompt within its iteration; samples of one prompt share it."""
+    prompt_uid: str
+    """The data's own name for the prompt."""
+    prompt_text: str
+    """The prompt as the user wrote it."""
+    prompt_ids: list[int]
+    """The prompt's tokens, int32, at least one."""
+    seed: int
+    """uint64 derived from (run seed, rollout_id)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout(RolloutRequest):
+    """A sampled response. Made by a rollout actor, consumed by the reward service."""
+
+    response_ids: list[int]
+    """int32, EOS included when it was sampled; never empty."""
+    response_text: str
+    """The response decoded, without EOS."""
+    behavior_logprobs: list[float]
+    """float32, of the distribution really sampled from (`common.logprobs`)."""
+    finish_reason: str
+    """``eos`` or ``length``."""
+    policy_version: int
+    """The version that sampled every token; stamped by the engine."""
+    weights_fingerprint: str
+    """Content hash of the weights that sampled; verified by the controller."""
+    actor_id: str
+    """Who sampled."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredTrajectory(Rollout):
+    """A rollout with its score. Made by the reward service, consumed by the learner and the log."""
+
+    score: float
+    """float32, one number for the response: the weighted sum of the components."""
+    score_components: dict[str, float]
+    """Each component's own value, unweighted."""
+    ref_logprobs: list[float]
+    """float32, of the response tokens under the reference (SFT) policy."""
+    reward_version: int
+    """Which reward model scored."""
+
+
+_REQUEST: list[pa.Field] = [
+    pa.field("rollout_id", pa.string(), nullable=False),
+    pa.field("group", pa.int32(), nullable=False),
+    pa.field("prompt_uid", pa.string(), nullable=False),
+    pa.field("prompt_text", pa.string(), nullable=False),
+    pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),
+    pa.field("seed", pa.uint64(), nullable=False),
+]
+_ROLLOUT: list[pa.Field] = [
+    *_REQUEST,
+    pa.field("response_ids", pa.list_(pa.int32()), nullable=False),
+    pa.field("response_text", pa.string(), nullable=False),
+    pa.field("behavior_logprobs", pa.list_(pa.float32()), nullable=False),
+    pa.field("finish_reason", pa.string(), nullable=False),
+    pa.field("policy_version", pa.int64(), nullable=False),
+    pa.field("weights_fingerprint", pa.string(), nullable=False),
+    pa.field("actor_id", pa.string(), nullable=False),
+]
+_SCORED: list[pa.Field] = [
+    *_ROLLOUT,
+    pa.field("score", pa.float32(), nullable=False),
+    pa.field("score_components", pa.map_(pa.string(), pa.float32()), nullable=False),
+    pa.field("ref_logprobs", pa.list_(pa.float32()), nullable=False),
+    pa.field("reward_version", pa.int64(), nullable=False),
+]
+SCHEMAS: dict[type[RolloutRequest], pa.Schema] = {
+    RolloutRequest: pa.schema(_REQUEST),
+    Rollout: pa.schema(_ROLLOUT),
+    ScoredTrajectory: pa.schema(_SCORED),
+}
+
+Record = TypeVar("Record", bound=RolloutRequest)
+
+
+def to_table(records: Sequence[RolloutRequest], kind: type[RolloutRequest]) -> pa.Table:
+    """Lay records of one kind out as an Arrow table.
+
+    Raises ValueError when the lists of one record disagree in length.
+    """
+    for record in records:
+        _check(record)
+    columns: dict[str, list[Any]] = {
+        name: [getattr(record, name) for record in records]
+        for name in SCHEMAS[kind].names
+    }
+    if "score_components" in columns:
+        columns["score_components"] = [
+            list(c.items()) for c in columns["score_components"]
+        ]
+    return pa.table(columns, schema=SCHEMAS[kind])
+
+
+def from_table(table: pa.Table, kind: type[Record]) -> list[Record]:
+    """Read records back. Raises ValueError when the table is not of this kind."""
+    if not table.schema.equals(SCHEMAS[kind]):
+        raise ValueError(f"not a table of {kind.__name__}: {table.schema.names}")
+    rows = table.to_pylist()
+    if "score_components" in table.schema.names:
+        for row in rows:
+            row["score_components"] = dict(row["score_components"])
+    return [kind(**row) for row in rows]
+
+
+def extend(record: RolloutRequest, kind: type[Record], **more: Any) -> Record:
+    """A later-stage record with all fields of an earlier one."""
+    known = {field.name for field in fields(kind)}
+    return kind(**{k: v for k, v in asdict(record).items() if k in known}, **more)
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A uint64 that is a pure function of its parts."""
+    text = "\x1f".join(str(part) for part in parts).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def response_lengths(records: Iterable[Rollout]) -> list[int]:
+    """Response tokens per record, EOS included."""
+    return [len(record.response_ids) for record in records]
+
+
+def _check(record: RolloutRequest) -> None:
+    if not record.prompt_ids:
+        raise ValueError(f"rollout {record.rollout_id}: empty prompt")
+    if isinstance(record, Rollout):
+        length = len(record.response_ids)
+        if not length:
+            raise ValueError(f"rollout {record.rollout_id}: empty response")
+        if len(record.behavior_logprobs) != length:
+            raise ValueError(
+                f"rollout {record.rollout_id}: behavior_logprobs differ in length"
+            )
+        if isinstance(record, ScoredTrajectory) and len(record.ref_logprobs) != length:
+            raise ValueError(
+                f"rollout {record.rollout_id}: ref_logprobs differ in length"
+            )

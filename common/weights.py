@@ -1,0 +1,194 @@
+"""Weights on the wire: one flat buffer, cut into hashed slices, never a call per tensor.
+
+A publisher lays its share of the parameters in a flat buffer; a manifest lists the slices and
+their hashes; a receiver copies them into its own flat buffer, hashes what it then holds and
+compares (invariant I6). The hash is xxh3-128: a cryptographic one would cost more than the copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from common.errors import CheckpointError, TrainingError
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """A contiguous run of the flat buffer. Made by a learner rank, read by rollout actors."""
+
+    rank: int
+    """The rank that published it."""
+    offset: int
+    """First byte in the flat buffer."""
+    length: int
+    """Bytes."""
+    digest: str
+    """xxh3-128 of the bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """All slices of one policy version. Made by the controller, read by rollout actors."""
+
+    policy_version: int
+    total: int
+    """Bytes of the whole buffer."""
+    layout: str
+    """Hash of names, shapes and dtype: buffers of another architecture never fit."""
+    slices: tuple[Slice, ...]
+    """In order of offset, covering the buffer without a gap."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of layout and content; stamped on every rollout."""
+        digests = "|".join(f"{s.offset}:{s.length}:{s.digest}" for s in self.slices)
+        return _text_hash(f"{self.layout}|{self.total}|{digests}")
+
+
+class FlatBuffer:
+    """A module's parameters as views of one contiguous buffer, in order of their names."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+        named = sorted(module.named_parameters())
+        self.total = sum(p.numel() for _, p in named) * dtype.itemsize
+        self.layout = layout_hash({name: tuple(p.shape) for name, p in named}, dtype)
+        self._flat = torch.empty(self.total // dtype.itemsize, dtype=dtype)
+        offset = 0
+        for _, parameter in named:
+            view = self._flat[offset : offset + parameter.numel()].view(parameter.shape)
+            with torch.no_grad():
+                view.copy_(parameter)
+            parameter.data = view
+            offset += parameter.numel()
+
+    @property
+    def bytes(self) -> Bytes:
+        """The buffer itself as bytes; writing here writes the parameters."""
+        return self._flat.view(torch.uint8).numpy()
+
+    def load(self, manifest: Manifest, payloads: Sequence[Bytes]) -> str:
+        """Copy slices in, hash what is now held, and return its fingerprint.
+
+        Raises:
+            TrainingError: a slice is missing, of another layout, or arrived corrupted.
+        """
+        if manifest.layout != self.layout or manifest.total != self.total:
+            raise TrainingError(
+                f"weights version {manifest.policy_version} are of another architecture "
+                f"(layout {manifest.layout[:8]}, ours {self.layout[:8]})"
+            )
+        reached = 0
+        for piece, payload in zip(manifest.slices, payloads, strict=True):
+            if piece.offset != reached or payload.nbytes != piece.length:
+                raise TrainingError(
+                    f"weights version {manifest.policy_version}: slice of rank {piece.rank} "
+                    f"does not fit at byte {reached}"
+                )
+            reached += piece.length
+            self.bytes[piece.offset : reached] = payload
+            if digest(self.bytes[piece.offset : reached]) != piece.digest:
+                raise TrainingError(
+                    f"weights version {manifest.policy_version}: slice of rank {piece.rank} "
+                    "arrived corrupted"
+                )
+        if reached != self.total:
+            raise TrainingError(
+                f"weights version {manifest.policy_version} are incomplete"
+            )
+        return manifest.fingerprint
+
+
+def slice_bounds(total_elements: int, ranks: int, rank: int) -> tuple[int, int]:
+    """First and last + 1 element of a rank's share; shares differ by at most one element."""
+    share, rest = divmod(total_elements, ranks)
+    first = rank * share + min(rank, rest)
+    return first, first + share + (rank < rest)
+
+
+def digest(data: Bytes) -> str:
+    """xxh3-128 of contiguous bytes."""
+    return xxhash.xxh3_128_hexdigest(data.data)
+
+
+def layout_hash(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> str:
+    """Hash of names, shapes and dtype."""
+    text = ";".join(f"{name}{tuple(shapes[name])}" for name in sorted(shapes))
+    return _text_hash(f"{dtype}|{text}")
+
+
+def state_hash(state: Mapping[str, Tensor]) -> str:
+    """Content hash of a state dict, independent of how it was sharded."""
+    hasher = xxhash.xxh3_128()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        hasher.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
+
+
+def manifest_of(state: Mapping[str, Tensor], policy_version: int) -> tuple[Manifest, Bytes]:
+    """A manifest of one slice from a state dict of parameters, and its bytes (fp32)."""
+    named = sorted(state.items())
+    payload = torch.cat([t.detach().float().reshape(-1) for _, t in named])
+    data = payload.view(torch.uint8).numpy()
+    layout = layout_hash({name: tuple(t.shape) for name, t in named}, torch.float32)
+    piece = Slice(rank=0, offset=0, length=data.nbytes, digest=digest(data))
+    manifest = Manifest(
+        policy_version=policy_version, total=data.nbytes, layout=layout, slices=(piece,)
+    )
+    return manifest, data
+
+
+def save_weights(
+    state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
+) -> None:
+    """Write safetensors atomically. Metadata values are strings."""
+    temporary = path.with_suffix(".tmp")
+    save_file(
+        {k: v.detach().cpu().contiguous() for k, v in state.items()},
+        temporary,
+        metadata,
+    )
+    temporary.replace(path)
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load safetensors into a module, strictly.
+
+    Raises:
+        CheckpointError: missing, torn, or of another architecture (naming the first difference).
+    """
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}: no such weights; run the stage that writes them first"
+        )
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: torn or not safetensors: {error}") from None
+    ours: dict[str, Any] = dict(module.state_dict())
+    for name in sorted(ours.keys() | state.keys()):
+        expected = tuple(ours[name].shape) if name in ours else "absent"
+        found = tuple(state[name].shape) if name in state else "absent"
+        if expected != found:
+            raise CheckpointError(
+                f"{path}: of another architecture: '{name}' is {found}, this model needs {expected}"
+            )
+    module.load_state_dict(state)
+
+
+def _text_hash(text: str) -> str:
+    return xxhash.xxh3_128_hexdigest(text.encode())

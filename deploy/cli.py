@@ -1,0 +1,290 @@
+"""The command. One entrance for every stage; a user's mistake is one line and an exit code.
+
+Exit codes: 0 success; 1 a bug of ours (with a traceback); 2 to 9 as in `common.errors`; 130 Ctrl-C;
+143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from common.config import RunConfig, load_config
+from common.errors import ClusterError, ConfigError, StorageError, TalipotError
+
+app = typer.Typer(
+    name="talipot",
+    help="Train language models from human feedback on Ray and DeepSpeed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True, soft_wrap=True, highlight=False)
+
+ConfigOption = Annotated[
+    str | None, typer.Option("--config", "-c", help="Recipe: a YAML file, or a built-in's name.")
+]
+AddressOption = Annotated[str | None, typer.Option(help="Ray cluster to join.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value ...")]
+RunArgument = Annotated[Path, typer.Argument(help="A run's folder.")]
+
+
+@app.command()
+def quickstart(
+    overrides: Overrides = None, config: ConfigOption = "quickstart", address: AddressOption = None
+) -> None:
+    """Run the whole pipeline on data from this Python environment; takes some minutes."""
+    from deploy.quickstart.pipeline import run_quickstart
+    from deploy.session import open_session
+
+    resolved = _load(config, overrides, address)
+    with open_session(resolved, console) as session:
+        summary = run_quickstart(session)
+    _show_summary(resolved, summary)
+
+
+@app.command()
+def sft(
+    overrides: Overrides = None, config: ConfigOption = None, address: AddressOption = None
+) -> None:
+    """Train the supervised policy on demonstrations."""
+    _stage("sft", config, overrides, address)
+
+
+@app.command()
+def reward(
+    overrides: Overrides = None, config: ConfigOption = None, address: AddressOption = None
+) -> None:
+    """Train the reward model on comparisons; needs the run's supervised policy."""
+    _stage("reward", config, overrides, address)
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    config: ConfigOption = None,
+    address: AddressOption = None,
+    resume: Annotated[Path | None, typer.Option(help="Carry on with this run's folder.")] = None,
+    stop_after: Annotated[
+        int | None, typer.Option(help="Stop after this iteration, with a checkpoint.")
+    ] = None,
+) -> None:
+    """Train the policy from prompts and rewards; resumes where the run's checkpoint stands."""
+    if resume is not None:
+        from deploy.stages import folder_of
+
+        folder = folder_of(resume)
+        if overrides or config:
+            raise ConfigError("--resume takes its config from the run: leave --config and overrides out")
+        if (folder / "policy" / "policy.safetensors").exists():
+            console.print(f"{folder} is finished; nothing to train")
+            return
+        config = str(folder / "config.yaml")
+    _stage("train", config, overrides, address, stop_after)
+
+
+@app.command()
+def evaluate(
+    run: RunArgument, overrides: Overrides = None, address: AddressOption = None
+) -> None:
+    """Compare a run's trained policy with its supervised one on held-out prompts."""
+    from deploy.run_tools import evaluate_run
+
+    config = _of_run(run, overrides, address)
+    _print_numbers("evaluation", evaluate_run(config, console))
+
+
+@app.command()
+def sample(
+    run: RunArgument,
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="Prompt text; repeatable.")],
+    sft: Annotated[bool, typer.Option("--sft", help="Sample the supervised policy.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+) -> None:
+    """Sample a run's policy in this process; no cluster needed."""
+    from deploy.run_tools import sample_run
+
+    for text, answer in zip(
+        prompt, sample_run(_of_run(run, None, None), prompt, sft, seed), strict=True
+    ):
+        console.print(f"[dim]{text}[/]", highlight=False)
+        console.print(answer, markup=False, highlight=False)
+
+
+@app.command()
+def status(run: RunArgument, address: AddressOption = None) -> None:
+    """Show how far a run is: live when it is running, else from its log."""
+    from deploy.run_tools import status_of
+
+    _print_numbers(str(run), status_of(_of_run(run, None, address)))
+
+
+@app.command()
+def report(run: RunArgument) -> None:
+    """Write a run's report.html."""
+    from deploy.report import write_report
+    from deploy.stages import folder_of
+
+    console.print(f"report: {write_report(folder_of(run))}")
+
+
+@app.command()
+def preflight(
+    overrides: Overrides = None, config: ConfigOption = None, address: AddressOption = None
+) -> None:
+    """Explain what a recipe needs against what the cluster has."""
+    import ray
+
+    from deploy.placement import start_cluster
+    from deploy.preflight import explain
+
+    resolved = _load(config, overrides, address)
+    start_cluster(resolved)
+    try:
+        for line in explain(resolved, ray.cluster_resources()):
+            console.print(f"[green]✓[/] {line}", highlight=False)
+    finally:
+        ray.shutdown()
+
+
+@app.command("config")
+def show_config(overrides: Overrides = None, config: ConfigOption = None) -> None:
+    """Print a recipe with every default filled in."""
+    from common.config import dump_config
+
+    console.print(dump_config(_load(config, overrides, None)), markup=False, highlight=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Console entry point: run, and turn errors into one line and an exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+    except TalipotError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; carry on with `talipot train --resume RUN`", 130)
+    except typer.Exit as leave:
+        sys.exit(leave.exit_code)
+    except typer.Abort:
+        _fail("interrupted", 130)
+    except OSError as error:
+        # A full disk or a folder that may not be written, wherever it shows first.
+        _fail(f"{error.filename or 'file system'}: {error.strerror}", StorageError.exit_code)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")):
+            _fail(getattr(error, "format_message", lambda: str(error))(), ConfigError.exit_code)
+        raise
+    sys.exit(0)
+
+
+# -------------------------------------------------------------------------- helpers
+
+
+def _stage(
+    name: str,
+    config: str | None,
+    overrides: list[str] | None,
+    address: str | None,
+    stop_after: int | None = None,
+) -> None:
+    """One stage of a run, in a session of its own."""
+    from deploy import stages
+    from deploy.session import open_session
+
+    resolved = _load(config, overrides, address)
+    with open_session(resolved, console) as session:
+        with session.stage("tokenizer", "tokenizer"):
+            resolved = stages.prepare_tokenizer(session, resolved)
+        with session.stage(name, name):
+            found: dict[str, Any]
+            if name == "sft":
+                found = stages.run_sft(session, resolved)
+            elif name == "reward":
+                found = stages.run_reward(session, resolved)
+            else:
+                found = stages.run_train(session, resolved, stop_after=stop_after)
+    _print_numbers(f"{resolved.run_dir}: {name}", found)
+
+
+def _load(config: str | None, overrides: list[str] | None, address: str | None) -> RunConfig:
+    """The recipe (a path or a built-in's name) with overrides and the address applied."""
+    path: Path | None = None
+    if config is not None:
+        built_in = resources.files("deploy.recipes") / f"{config}.yaml"
+        path = Path(config)
+        if not path.exists() and built_in.is_file():
+            path = Path(str(built_in))
+    more = [f"cluster.address={address}"] if address else []
+    return load_config(path, [*(overrides or []), *more])
+
+
+def _of_run(run: Path, overrides: list[str] | None, address: str | None) -> RunConfig:
+    from deploy.stages import folder_of
+
+    folder = folder_of(run).absolute()
+    here = [f"output={folder.parent}", f"name={folder.name}"]
+    return _load(str(folder / "config.yaml"), [*(overrides or []), *here], address)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    line = " ".join(message.split())
+    errors.print(f"[bold red]error[/] {_escape(line)}")
+    sys.exit(code)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _print_numbers(title: str, numbers: Any) -> None:
+    values = numbers if isinstance(numbers, dict) else asdict(numbers)
+    table = Table(title=title, title_justify="left", box=None, show_header=False)
+    for key, value in values.items():
+        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+        table.add_row(key, f"[bold]{shown}[/]")
+    console.print(table)
+
+
+def _show_summary(config: RunConfig, summary: dict[str, Any]) -> None:
+    """What the quickstart achieved, before and after."""
+    table = Table(title="What the judges say of held-out signatures", title_justify="left", box=None)
+    for column in ("", "supervised", "policy"):
+        table.add_column(column, justify="left" if not column else "right")
+    for title, key, form in (
+        ("PEP 257 conformance (ruff)", "judge_conformance", "{:.1%}"),
+        ("ROUGE-L to the human line", "rouge_l", "{:.3f}"),
+        ("labeler's quality", "quality", "{:.3f}"),
+        ("distinct lines", "distinct", "{:.1%}"),
+        ("response length (tokens)", "response_length", "{:.1f}"),
+        ("nll under the supervised policy", "nll", "{:.2f}"),
+    ):
+        cells = [form.format(summary[f"{key}_{side}"]) for side in ("sft", "policy")]
+        table.add_row(title, cells[0], f"[bold]{cells[1]}[/]")
+    console.print(table)
+    console.print(
+        f"win rate [bold]{summary['win_rate']:.1%}[/] "
+        f"({summary['win_rate_low']:.1%} to {summary['win_rate_high']:.1%}, "
+        f"ties {summary['ties_share']:.1%} left out) · KL {summary['kl']:.1f} nats · "
+        f"{summary['rollouts_trained']} of {summary['rollouts_issued']} rollouts trained, "
+        f"{summary['rollouts_dropped']} dropped · {summary['seconds_pipeline']:.0f} s",
+        highlight=False,
+    )
+    console.print(f"report: [bold]{config.run_dir / 'report.html'}[/]")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,331 @@
+"""The controller: the only place that knows the whole loop.
+
+::
+
+    prompts -> ledger -> collector (rollout pool, reward pool) -> gang.policy_phase
+                  ^                                                      |
+                  '------------- weights (manifest) <--- gang.publish <--'
+
+Consumes: references to scored tables, metrics. Produces: leases, manifests, checkpoints, logs.
+Waits for: the collector (every rollout of an iteration accounted for) and the gang (a phase), each
+with a deadline. Unblocked by: finished calls. Moves references and facts, never tensors.
+
+Synchronous mode (`max_staleness = 0`): an iteration is issued once its weights are published, and
+ends in the same weights for any number of workers. Asynchronous mode issues `max_staleness`
+iterations ahead, and rollouts are sampled while the learner trains.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.prompts import EncodedPrompt, PromptStream
+from actors.rollout_actor import LeaseFacts
+from common.config import RunConfig
+from common.errors import RewardError, TrainingError
+from common.weights import Manifest
+from deploy import checkpoints
+from deploy.collector import Collector, Scored, Weights
+from deploy.gang import LearnerGang
+from deploy.ledger import Ledger
+from deploy.pool import Pool
+from deploy.run_log import RunLog
+
+
+@dataclass(slots=True, kw_only=True)
+class Status:
+    """How far a run is; what `talipot status` shows."""
+
+    iteration: int = 0
+    iterations: int = 0
+    policy_version: int = 0
+    metrics: dict[str, float]
+    issued: int = 0
+    trained: int = 0
+    dropped: int = 0
+    in_flight: int = 0
+    rollout_workers: int = 0
+    reward_workers: int = 0
+    worker_failures: int = 0
+
+
+class Controller:
+    """Runs policy training from first iteration (or a checkpoint) to the exported policy."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        prompts: Sequence[EncodedPrompt],
+        gang: LearnerGang,
+        rollout: Pool,
+        reward: Pool,
+        stop_after: int | None = None,
+    ) -> None:
+        """`stop_after` ends the run after that many iterations, with a checkpoint."""
+        self.config = config
+        self.run_dir = config.run_dir
+        self.gang = gang
+        self.ledger = Ledger()
+        self.stop_after = stop_after
+        self.collector = Collector(
+            self.ledger,
+            rollout,
+            reward,
+            deadline_s=config.rollout.lease_deadline_s,
+            merge=config.train.max_staleness > 0,
+            observe=self._observe,
+        )
+        self.prompts = PromptStream(prompts, seed=config.seed)
+        self._encoded = prompts
+        self.iteration = 0
+        """Next iteration to train."""
+        self._issued_until = 0
+        """Iterations below this have been issued."""
+        self._positions: dict[int, int] = {}
+        """Prompt cursor before each issued, untrained iteration."""
+        self.metrics: dict[str, float] = {}
+        self._tokens = 0
+        self._generate_s = 0.0
+        self._load_s = 0.0
+        self._stop = False
+
+    # ------------------------------------------------------------------ the loop
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end; returns the facts of the run.
+
+        Raises:
+            TalipotError: the run could not do its work; nothing committed is lost.
+        """
+        log = RunLog(self.run_dir)
+        try:
+            self._resume()
+            while self.iteration < self.config.train.iterations and not self._stop:
+                begin = time.perf_counter()
+                self._step()
+                self.metrics["seconds"] = time.perf_counter() - begin
+                log.write("train", self.iteration, self.metrics)
+                self._checkpoint_if_due()
+        finally:
+            log.close()
+        finished = self.iteration >= self.config.train.iterations
+        weights = (
+            self.gang.call("export_policy", str(self.run_dir / "policy"))
+            if finished
+            else ""
+        )
+        self.ledger.check()
+        return {
+            "finished": finished,
+            "weights_hash": weights,
+            "rollouts_issued": self.ledger.issued,
+            "rollouts_trained": self.ledger.trained,
+            "rollouts_dropped": sum(self.ledger.dropped.values()),
+            "rollouts_in_flight": self.ledger.in_flight,
+            "worker_failures": self.status().worker_failures,
+            "leases_reissued": self.ledger.reissued,
+            "train_kl": self.metrics.get("kl", 0.0),
+        }
+
+    def _step(self) -> None:
+        """One iteration: collect, policy phase, auxiliary phase when due, publish."""
+        iteration, train = self.iteration, self.config.train
+        due = train.ppg is not None and (iteration + 1) % train.ppg.n_pi == 0
+        ahead = train.max_staleness > 0
+        self._issue(iteration + train.max_staleness)
+        batch, waited = self._collect(iteration)
+        self.metrics = {"collect_seconds": waited} | self._statistics(batch)
+        begin = time.perf_counter()
+        self.metrics |= self._learn(
+            "policy_phase",
+            iteration,
+            str(self._log_path(iteration)),
+            *(s.table for s in batch),
+        )
+        self.metrics["learn_seconds"] = time.perf_counter() - begin
+        if (
+            ahead
+        ):  # Actors generate with the new weights while the auxiliary phase runs.
+            self._publish(iteration + 1)
+        if due:
+            begin = time.perf_counter()
+            self.metrics |= self._learn("auxiliary_phase", iteration)
+            self.metrics["auxiliary_seconds"] = time.perf_counter() - begin
+        if not ahead:
+            self._publish(iteration + 1)
+        self.ledger.train(i for s in batch for i in s.rollout_ids)
+        self.ledger.check()
+        self._positions.pop(iteration)
+        self.iteration += 1
+
+    def status(self) -> Status:
+        """Progress; safe to call from another thread."""
+        rollout, reward = self.collector.rollout, self.collector.reward
+        return Status(
+            iteration=self.iteration,
+            iterations=self.config.train.iterations,
+            policy_version=self.collector.weights.manifest.policy_version
+            if self.collector.weights
+            else -1,
+            metrics=dict(self.metrics),
+            issued=self.ledger.issued,
+            trained=self.ledger.trained,
+            dropped=sum(self.ledger.dropped.values()),
+            in_flight=self.ledger.in_flight,
+            rollout_workers=len(rollout.workers),
+            reward_workers=len(reward.workers) if reward else 0,
+            worker_failures=rollout.failures + (reward.failures if reward else 0),
+        )
+
+    def stop(self) -> None:
+        """End after the iteration in work."""
+        self._stop = True
+
+    def worker_pids(self) -> list[tuple[str, str]]:
+        """Names of the living elastic workers with their Ray actor ids (for operators)."""
+        pools = [self.collector.rollout, self.collector.reward]
+        return [
+            (w.name, w.handle._actor_id.hex())
+            for p in pools
+            if p
+            for w in p.workers.values()
+        ]
+
+    # ------------------------------------------------------------------ parts of a step
+
+    def _issue(self, until: int) -> None:
+        """Issue all iterations up to and including `until`."""
+        train = self.config.train
+        while self._issued_until <= min(until, train.iterations - 1):
+            iteration = self._issued_until
+            self._positions[iteration] = self.prompts.position
+            requests = self.prompts.requests(
+                iteration, train.prompts_per_iteration, train.samples_per_prompt
+            )
+            self.ledger.issue(iteration, requests, self.config.rollout.lease_size)
+            self._issued_until += 1
+
+    def _collect(self, iteration: int) -> tuple[list[Scored], float]:
+        """Every rollout of an iteration, in rollout_id order, and the seconds waited."""
+        begin = time.perf_counter()
+        wanted = self.config.train.batch_size
+        while True:
+            mine = [s for s in self.collector.scored if s.iteration == iteration]
+            dead = self.collector.dead_letters[iteration]
+            if sum(len(s.rollout_ids) for s in mine) + dead >= wanted:
+                break
+            self.collector.pump()
+        if not mine:
+            raise RewardError(
+                f"every rollout of iteration {iteration} was given up by the reward service; "
+                f"the last: {self.collector.last_dead_letter}"
+            )
+        self.collector.scored = [s for s in self.collector.scored if s not in mine]
+        mine.sort(key=lambda s: s.rollout_ids[0])
+        oldest = iteration - min(s.policy_version for s in mine)
+        if oldest > self.config.train.max_staleness:
+            raise TrainingError(
+                f"iteration {iteration}: a rollout is {oldest} versions old, allowed are "
+                f"{self.config.train.max_staleness}"
+            )
+        return mine, time.perf_counter() - begin
+
+    def _learn(self, method: str, *args: Any) -> dict[str, float]:
+        """Run a phase on the gang; in asynchronous mode rollouts keep moving meanwhile."""
+        refs = self.gang.submit(method, *args)
+        found: dict[str, float] = self.gang.finish(
+            refs, method, lambda: self.collector.pump(0.0)
+        )
+        return found
+
+    def _publish(self, version: int) -> None:
+        """Make a new version of the weights what actors must sample from."""
+        begin = time.perf_counter()
+        facts, payloads = self.gang.publish()
+        manifest = Manifest(
+            policy_version=version,
+            total=facts[0].total,
+            layout=facts[0].layout,
+            slices=tuple(f.piece for f in facts),
+        )
+        self.collector.weights = Weights(manifest=manifest, payloads=tuple(payloads))
+        self.metrics["publish_seconds"] = time.perf_counter() - begin
+        self.metrics["policy_version"] = version
+
+    def _statistics(self, batch: Sequence[Scored]) -> dict[str, float]:
+        """Rates and means of the rollouts that arrived since the last iteration."""
+        staleness = [self.iteration - s.policy_version for s in batch]
+        found = {
+            "tokens_per_second": self._tokens / max(self._generate_s, 1e-9),
+            "generate_seconds": self._generate_s,
+            "load_seconds": self._load_s,
+            "staleness": float(max(staleness)),
+        }
+        found |= {
+            f"component/{k}": v for k, v in self.collector.component_means.items()
+        }
+        self._tokens, self._generate_s, self._load_s = 0, 0.0, 0.0
+        return found
+
+    def _observe(self, facts: LeaseFacts) -> None:
+        self._tokens += facts.response_tokens
+        self._generate_s += facts.seconds
+        self._load_s += facts.load_seconds
+
+    def _log_path(self, iteration: int) -> Path:
+        return self.run_dir / "trajectories" / f"iteration-{iteration:06d}.parquet"
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _checkpoint_if_due(self) -> None:
+        every, last = self.config.train.checkpoint_every, self.config.train.iterations
+        if self.stop_after is not None and self.iteration >= self.stop_after:
+            self._stop = True
+        due = bool(every) and self.iteration % every == 0
+        if due or self._stop or self.iteration == last:
+            checkpoints.write(
+                self.run_dir,
+                self.iteration,
+                self._fill,
+                keep=self.config.train.keep_checkpoints,
+            )
+
+    def _fill(self, folder: Path) -> dict[str, Any]:
+        learner = self.gang.call("save", str(folder.absolute()))
+        return {
+            "iteration": self.iteration,
+            "prompt_position": self._positions.get(
+                self.iteration, self.prompts.position
+            ),
+            "ledger": self.ledger.state(),
+            "learner": learner,
+        }
+
+    def _resume(self) -> None:
+        """Carry on from the newest whole checkpoint, if there is one; publish what is held."""
+        found = checkpoints.newest(self.run_dir)
+        if found is not None:
+            folder, state = found
+            self.gang.call("load", str(folder.absolute()), state["learner"])
+            self.iteration = self._issued_until = state["iteration"]
+            self.prompts = PromptStream(
+                self._encoded, seed=self.config.seed, position=state["prompt_position"]
+            )
+            self.ledger = self.collector.ledger = Ledger.restore(state["ledger"])
+        self._publish(self.iteration)
+
+
+def start_controller(run: str, *args: Any) -> Any:
+    """The controller as a named Ray actor; `status` and `stop` answer while `run` works."""
+    options: dict[str, Any] = {
+        "name": f"{run}:controller",
+        "num_cpus": 0,
+        "max_concurrency": 4,
+    }
+    return ray.remote(Controller).options(**options).remote(*args)

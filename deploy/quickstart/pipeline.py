@@ -1,0 +1,157 @@
+"""The quickstart: from nothing to a policy that learned from preferences, in one command.
+
+harvest -> tokenizer -> sft -> comparisons -> reward model -> policy (PPO + PPG) -> judges -> report
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from actors.prompts import EncodedPrompt
+from common.config import RunConfig, save_config
+from common.data import Prompt, write_jsonl
+from deploy import stages
+from deploy.evaluate import Sampled, best_of, compare, policy_weights, sample, sample_scored
+from deploy.pool import Pool
+from deploy.placement import reward_pool, rollout_pool
+from deploy.quickstart import task as quickstart_task
+from deploy.quickstart.harvest import Pair, prompt_text
+from deploy.quickstart.task import Task, judge_lines
+from deploy.report import write_report
+from deploy.session import Session
+
+
+def run_quickstart(session: Session) -> dict[str, Any]:
+    """Run every stage; writes summary.json, samples.jsonl and report.html; returns the summary."""
+    begin = time.perf_counter()
+    config, console = session.config, session.console
+    folder = session.run_dir / "data"
+    with session.stage("harvest", "harvested signatures and docstrings of this environment"):
+        task, facts = quickstart_task.prepare(config.quickstart, config.seed, folder)
+    console.print(f"  {facts['pairs']} pairs, fingerprint {facts['fingerprint'][:12]}")
+    config = quickstart_task.with_data(config, folder)
+    with session.stage("tokenizer", "trained a byte-level BPE tokenizer"):
+        config = stages.prepare_tokenizer(session, config)
+        save_config(config, session.run_dir / "config.yaml")
+    with session.stage("sft", "trained the supervised policy"):
+        sft = stages.run_sft(session, config)
+    console.print(f"  held-out loss {sft['heldout_loss']:.3f} nats per token")
+    rollout = rollout_pool(config, config.name, session.tokenizer_path)
+    with session.stage("comparisons", "sampled and labelled comparisons"):
+        count, ties = _make_comparisons(session, config, task, rollout)
+    console.print(f"  {count} comparisons, {ties} ties left out")
+    with session.stage("reward", "trained the reward model"):
+        reward = stages.run_reward(session, config)
+    console.print(f"  held-out accuracy {reward['accuracy_heldout']:.1%}")
+    scoring = reward_pool(config, config.name, session.sft_weights, session.reward_weights)
+    with session.stage("train", "trained the policy"):
+        trained = stages.run_train(session, config, (rollout, scoring))
+    with session.stage("evaluate", "asked the judges"):
+        found = evaluate_run(session, config, task, (rollout, scoring))
+    summary: dict[str, Any] = {
+        "reward_model_accuracy": reward["accuracy_heldout"],
+        "sft_heldout_loss": sft["heldout_loss"],
+        "comparisons": count,
+        "comparison_ties": ties,
+        **trained,
+        **found,
+        **{f"seconds_{name}": seconds for name, seconds in session.seconds.items()},
+        "seconds_pipeline": time.perf_counter() - begin,
+    }
+    path = session.run_dir / "summary.json"
+    path.write_text(json.dumps(summary, indent=1), encoding="utf8")
+    write_report(session.run_dir)
+    return summary
+
+
+def evaluate_run(
+    session: Session, config: RunConfig, task: Task, pools: tuple[Pool, Pool]
+) -> dict[str, float]:
+    """SFT against policy on held-out signatures; writes samples.jsonl."""
+    pairs, prompts = _prompts(session, config, task.held_out[: config.evaluate.prompts])
+    sft = policy_weights(session.sft_weights, 1_000_000)
+    policy = policy_weights(session.policy_weights, 1_000_001)
+    before = sample_scored(config, sft, prompts, *pools, label="eval")
+    after = sample_scored(config, policy, prompts, *pools, label="eval")
+    found = compare(
+        [p.text for p in prompts],
+        before,
+        after,
+        lambda _, lines: task.qualities(pairs, _lines(lines)),
+    )
+    named = {"sft": _lines(before.responses), "policy": _lines(after.responses)}
+    if config.evaluate.best_of:
+        many = sample_scored(
+            config, sft, prompts, *pools, label="best", samples=config.evaluate.best_of
+        )
+        named["best_of_n"] = _lines(best_of(many, config.evaluate.best_of))
+    for name, lines in named.items():
+        verdict = judge_lines(pairs, lines, config.seed)
+        found |= {f"{key}_{name}": value for key, value in verdict.items()}
+        found[f"quality_{name}"] = sum(task.qualities(pairs, lines)) / len(lines)
+    found |= {f"{key}_human": value for key, value in
+              judge_lines(pairs, [p.docstring for p in pairs], config.seed).items()}
+    _write_samples(session, pairs, before, after)
+    return found
+
+
+def _make_comparisons(
+    session: Session, config: RunConfig, task: Task, rollout: Pool
+) -> tuple[int, int]:
+    """Two samples per signature, labelled; writes data/comparisons.jsonl."""
+    wanted = task.train[: config.quickstart.comparisons]
+    pairs, prompts = _prompts(session, config, wanted)
+    weights = policy_weights(session.sft_weights, 0)
+    rows = sample(config, weights, prompts, rollout, label="pairs", samples=2)
+    lines = _lines([row.response_text for row in rows])
+    samples = list(zip(lines[::2], lines[1::2], strict=True))
+    made, ties = quickstart_task.comparisons(
+        task, pairs, samples, config.quickstart, config.seed
+    )
+    write_jsonl(str(session.run_dir / "data" / "comparisons.jsonl"), made)
+    return len(made), ties
+
+
+def _prompts(
+    session: Session, config: RunConfig, pairs: Sequence[Pair]
+) -> tuple[list[Pair], list[EncodedPrompt]]:
+    """Pairs whose prompt fits the context, and their prompts in tokens."""
+    tokenizer = session.tokenizer()
+    kept: list[Pair] = []
+    prompts: list[EncodedPrompt] = []
+    for pair in pairs:
+        prompt = Prompt(uid="", prompt=prompt_text(pair))
+        ids = tokenizer.encode(prompt.prompt)
+        if len(ids) <= config.max_prompt_tokens:
+            kept.append(pair)
+            prompts.append(EncodedPrompt(uid=prompt.uid, text=prompt.prompt, ids=ids))
+    return kept, prompts
+
+
+def _lines(responses: Sequence[str]) -> list[str]:
+    return [response.strip() for response in responses]
+
+
+def _write_samples(
+    session: Session, pairs: Sequence[Pair], before: Sampled, after: Sampled
+) -> None:
+    old, new = _lines(before.responses), _lines(after.responses)
+    conforms = quickstart_task.judges.conformance(old + new, [*pairs, *pairs])
+    rows = [
+        {
+            "prompt": pair.signature,
+            "human": pair.docstring,
+            "before": old[i],
+            "after": new[i],
+            "score_before": before.scores[i],
+            "score_after": after.scores[i],
+            "conforms_before": conforms[i],
+            "conforms_after": conforms[len(pairs) + i],
+        }
+        for i, pair in enumerate(pairs)
+    ]
+    path = session.run_dir / "samples.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")

@@ -1,0 +1,104 @@
+"""The quickstart's task: its data files, its labels and its judges, from the user's environment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.config import DataConfig, QuickstartConfig, RunConfig
+from common.data import Comparison, Demonstration, Prompt, write_jsonl
+from common.trajectory import derive_seed
+from deploy.quickstart import judges
+from deploy.quickstart.harvest import Pair, fingerprint, harvest, prompt_text, split
+from deploy.quickstart.labeler import label, quality, verb_lexicon
+from deploy.statistics import bootstrap_mean
+
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Harvested pairs: `train` for the stages, `held_out` for the judges alone."""
+
+    train: list[Pair]
+    held_out: list[Pair]
+    verbs: frozenset[str]
+    """Opening verbs learned from the training lines; the labeler's lexicon."""
+
+    def qualities(self, pairs: Sequence[Pair], lines: Sequence[str]) -> list[float]:
+        """The labeler's noise-free opinion of each line."""
+        return [quality(s, p, self.verbs) for s, p in zip(lines, pairs, strict=True)]
+
+
+def prepare(settings: QuickstartConfig, seed: int, folder: Path) -> tuple[Task, dict[str, str]]:
+    """Harvest, split, and write the data files; returns the task and facts for the log."""
+    pairs = harvest()
+    train, held_out = split(pairs, settings.held_out, seed)
+    order = np.random.default_rng(derive_seed(seed, "harvest")).permutation(len(train))
+    train = [train[i] for i in order[: settings.demonstrations]]
+    task = Task(train, held_out, verb_lexicon([pair.docstring for pair in train]))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_jsonl(str(folder / "demonstrations.jsonl"), [_demonstration(p) for p in train])
+    write_jsonl(str(folder / "evaluation.jsonl"), [_demonstration(p) for p in held_out])
+    write_jsonl(
+        str(folder / "prompts.jsonl"), [Prompt(uid="", prompt=prompt_text(p)) for p in train]
+    )
+    facts = {"pairs": str(len(pairs)), "fingerprint": fingerprint(pairs)}
+    (folder / "harvest.json").write_text(json.dumps(facts, indent=1), encoding="utf8")
+    return task, facts
+
+
+def with_data(config: RunConfig, folder: Path) -> RunConfig:
+    """The config with its data section pointing at the prepared files."""
+    data = DataConfig(
+        demonstrations=(str(folder / "demonstrations.jsonl"),),
+        comparisons=(str(folder / "comparisons.jsonl"),),
+        prompts=(str(folder / "prompts.jsonl"),),
+        evaluation=(str(folder / "evaluation.jsonl"),),
+        too_long="skip",
+    )
+    return config.model_copy(update={"data": data})
+
+
+def comparisons(
+    task: Task,
+    pairs: Sequence[Pair],
+    samples: Sequence[tuple[str, str]],
+    settings: QuickstartConfig,
+    seed: int,
+) -> tuple[list[Comparison], int]:
+    """Label pairs of lines for one signature: human against sample, or sample against sample.
+
+    Returns the comparisons and the number of ties, which are left out.
+    """
+    rng = np.random.default_rng(derive_seed(seed, "labels"))
+    made, ties = [], 0
+    for pair, (first, second) in zip(pairs, samples, strict=True):
+        other = pair.docstring if rng.random() < settings.human_share else second
+        sides = (first, other) if rng.random() < 0.5 else (other, first)
+        if not first.strip() or not other.strip():
+            ties += 1  # Nothing was written: there is nothing to compare.
+            continue
+        found = label(pair, *sides, verbs=task.verbs, rng=rng, noise=settings.label_noise)
+        if found is None:
+            ties += 1
+        else:
+            made.append(found)
+    return made, ties
+
+
+def judge_lines(pairs: Sequence[Pair], lines: Sequence[str], seed: int) -> dict[str, float]:
+    """What the outside judges say: ruff's conformance and ROUGE-L to the human lines."""
+    conforming = [float(c) for c in judges.conformance(lines, pairs)]
+    overlap = judges.rouge_l(lines, [pair.docstring for pair in pairs])
+    found: dict[str, float] = {"distinct": judges.distinct_share(lines)}
+    for name, values in (("judge_conformance", conforming), ("rouge_l", overlap)):
+        found[name], found[f"{name}_low"], found[f"{name}_high"] = bootstrap_mean(values, seed)
+    return found
+
+
+def _demonstration(pair: Pair) -> Demonstration:
+    return Demonstration(uid="", prompt=prompt_text(pair), response=pair.docstring)

@@ -1,0 +1,124 @@
+"""What can be asked of a run that exists: evaluate, sample, status."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from rich.console import Console
+
+from actors.engine import Engine
+from actors.prompts import encode_prompts, evaluation_requests
+from common.config import RunConfig
+from common.data import Prompt, read_demonstrations
+from common.errors import ConfigError, DataError
+from common.palm import PolicyNetwork
+from common.tokenizer import Tokenizer
+from common.weights import load_weights
+from deploy.evaluate import Judge, compare, policy_weights, sample_scored
+from deploy.placement import NAMESPACE, sampling_of
+from deploy.session import open_session
+from deploy.stages import start_pools
+from reward_service.scorers import FunctionScorer, ScoreRequest
+
+
+def evaluate_run(config: RunConfig, console: Console) -> dict[str, float]:
+    """Supervised against trained policy on the evaluation prompts; writes evaluation.json."""
+    if not config.data.evaluation:
+        raise ConfigError("data.evaluation is empty; evaluate needs held-out prompts")
+    judge = _judge(config.evaluate.judge) if config.evaluate.judge else None
+    with open_session(config, console) as session:
+        records = list(read_demonstrations(config.data.evaluation))[: config.evaluate.prompts]
+        prompts, _ = encode_prompts(
+            [Prompt(uid="", prompt=record.prompt) for record in records],
+            session.tokenizer(),
+            max_tokens=config.max_prompt_tokens,
+            too_long=config.data.too_long,
+        )
+        pools = start_pools(session, config)
+        sides = [
+            sample_scored(config, policy_weights(path, version), prompts, *pools, label="eval")
+            for version, path in enumerate((session.sft_weights, session.policy_weights))
+        ]
+        found = compare([p.text for p in prompts], *sides, judge)
+    path = config.run_dir / "evaluation.json"
+    path.write_text(json.dumps(found, indent=1), encoding="utf8")
+    return found
+
+
+def sample_run(config: RunConfig, texts: Sequence[str], sft: bool, seed: int) -> list[str]:
+    """One response per prompt, in this process."""
+    tokenizer = Tokenizer.load(config.run_dir / "tokenizer.json")
+    network = PolicyNetwork(config.model)
+    folder = "sft" if sft else "policy"
+    load_weights(network, config.run_dir / folder / "policy.safetensors")
+    network.eval()
+    for index, text in enumerate(texts):
+        if not text:
+            raise DataError(f"prompt {index + 1} is empty; give it at least one character")
+    prompts, _ = encode_prompts(
+        [Prompt(uid=str(i), prompt=text) for i, text in enumerate(texts)],
+        tokenizer,
+        max_tokens=config.max_prompt_tokens,
+        too_long="error",
+    )
+    engine = Engine(
+        network.palm,
+        eos_id=tokenizer.eos_id,
+        sampling=sampling_of(config),
+        max_tokens=config.rollout.max_response_tokens,
+    )
+    requests = evaluation_requests(prompts, seed=seed, label="sample")
+    return [tokenizer.decode(made.response_ids).strip() for made in engine.generate(requests)]
+
+
+def status_of(config: RunConfig) -> dict[str, Any]:
+    """Live status from the run's controller, else the last lines of its log."""
+    try:
+        ray.init(
+            address=config.cluster.address or "auto",
+            namespace=NAMESPACE,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+        controller = ray.get_actor(f"{config.name}:controller")
+    except (ConnectionError, ValueError):
+        return {"running": False} | _logged(config.run_dir)
+    status = ray.get(controller.status.remote(), timeout=30)
+    return {"running": True, "iteration": f"{status.iteration}/{status.iterations}"} | {
+        "issued": status.issued,
+        "trained": status.trained,
+        "dropped": status.dropped,
+        "in_flight": status.in_flight,
+        "rollout_workers": status.rollout_workers,
+        "reward_workers": status.reward_workers,
+        "worker_failures": status.worker_failures,
+        **status.metrics,
+    }
+
+
+def _logged(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return {"logged": "nothing yet"}
+    last = json.loads(path.read_text(encoding="utf8").splitlines()[-1])
+    finished = (run_dir / "policy" / "policy.safetensors").exists()
+    return {
+        "finished": finished, "stage": last["stage"], "step": last["step"], **last["metrics"]
+    }
+
+
+def _judge(target: str) -> Judge:
+    scorer = FunctionScorer(target)
+
+    def judge(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        requests = [
+            ScoreRequest(rollout_id=str(i), prompt_text=p, response_text=r, finished=True)
+            for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
+        ]
+        return [float(result.score or 0.0) for result in scorer.score(requests)]
+
+    return judge

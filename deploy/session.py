@@ -1,0 +1,132 @@
+"""A run in progress as the driver holds it: folder, cluster, gang, logs and progress display."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ray
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from common.config import RunConfig, save_config
+from common.errors import StorageError
+from common.tokenizer import Tokenizer
+from deploy.gang import LearnerGang
+from deploy.placement import start_cluster
+from deploy.run_log import RunLog
+
+
+@dataclass(slots=True)
+class Session:
+    """Owns what stages share. Use `open_session`."""
+
+    config: RunConfig
+    console: Console
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time per stage."""
+    _gang: LearnerGang | None = None
+
+    @property
+    def run_dir(self) -> Path:
+        """``output/name``."""
+        return self.config.run_dir
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The run's tokenizer.json."""
+        return (self.run_dir / "tokenizer.json").absolute()
+
+    @property
+    def sft_weights(self) -> Path:
+        """Weights of the supervised policy."""
+        return (self.run_dir / "sft" / "policy.safetensors").absolute()
+
+    @property
+    def reward_weights(self) -> Path:
+        """Weights of the reward model."""
+        return (self.run_dir / "reward_model" / "reward.safetensors").absolute()
+
+    @property
+    def policy_weights(self) -> Path:
+        """Weights of the trained policy."""
+        return (self.run_dir / "policy" / "policy.safetensors").absolute()
+
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer."""
+        return Tokenizer.load(self.tokenizer_path)
+
+    def gang(self) -> LearnerGang:
+        """The learner gang, started at its first use."""
+        if self._gang is None:
+            self._gang = LearnerGang(self.config, self.config.name)
+        return self._gang
+
+    def log(self) -> RunLog:
+        """A writer of this run's logs; close it after use."""
+        return RunLog(self.run_dir)
+
+    @contextmanager
+    def stage(self, name: str, title: str) -> Iterator[None]:
+        """Time a stage and announce its end."""
+        begin = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+        self.console.print(f"[green]✓[/] {title} [dim]{self.seconds[name]:.0f} s[/]")
+
+    @contextmanager
+    def progress(self, title: str, total: int) -> Iterator[Bar]:
+        """A live progress bar that shows metrics beside it."""
+        with Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description:<22}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            transient=True,
+        ) as progress:
+            yield Bar(progress, progress.add_task(title, total=total, note=""))
+
+
+@dataclass(slots=True)
+class Bar:
+    """One line of progress."""
+
+    _progress: Progress
+    _task: TaskID
+
+    def update(self, done: int, note: str = "") -> None:
+        """Show steps done and a few metrics."""
+        self._progress.update(self._task, completed=done, note=note)
+
+
+@contextmanager
+def open_session(config: RunConfig, console: Console) -> Iterator[Session]:
+    """Create the run's folder, save the resolved config, join or start the cluster."""
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, config.run_dir / "config.yaml")
+    except OSError as error:
+        raise StorageError(f"{config.run_dir}: cannot be written: {error}") from None
+    url = start_cluster(config)
+    console.print(f"[dim]run {config.run_dir} · dashboard {url or 'off'}[/]")
+    session = Session(config, console)
+    try:
+        yield session
+    finally:
+        ray.shutdown()

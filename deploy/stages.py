@@ -1,0 +1,290 @@
+"""The stages of a run, each usable alone: tokenizer, sft, reward, train."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from actors.prompts import EncodedPrompt, encode_prompts
+from common.config import RunConfig
+from common.data import (
+    Comparison,
+    Demonstration,
+    Prompt,
+    read_comparisons,
+    read_demonstrations,
+    read_prompts,
+)
+from common.errors import ConfigError, DataError, WorkerError
+from common.tokenizer import Tokenizer
+from common.trajectory import derive_seed
+from deploy.controller import start_controller
+from deploy.gang import plain
+from deploy.placement import reward_pool, rollout_pool
+from deploy.pool import Pool
+from deploy.session import Session
+from learner.supervised import EncodedComparison, EncodedPair
+
+_POLL_S = 0.25
+
+
+# -------------------------------------------------------------------------- tokenizer and encoding
+
+
+def prepare_tokenizer(session: Session, config: RunConfig) -> RunConfig:
+    """Train or load the tokenizer; returns the config with the model's vocabulary filled in.
+
+    Raises:
+        ConfigError: model.vocab_size is set to something else than the tokenizer has.
+    """
+    path = session.tokenizer_path
+    if config.tokenizer.path is not None:
+        tokenizer = Tokenizer.load(config.tokenizer.path)
+    elif path.exists():
+        tokenizer = Tokenizer.load(path)
+    else:
+        demonstrations = read_demonstrations(config.data.demonstrations)
+        texts = (d.prompt + d.response for d in demonstrations)
+        tokenizer = Tokenizer.train(texts, config.tokenizer.vocab_size)
+    tokenizer.save(path)
+    size = config.model.vocab_size
+    if size not in (0, tokenizer.vocab_size):
+        raise ConfigError(
+            f"model.vocab_size={size}, but the tokenizer has {tokenizer.vocab_size} tokens; "
+            "set it to 0 to take the tokenizer's"
+        )
+    model = config.model.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    return config.model_copy(update={"model": model})
+
+
+def encode_pairs(
+    pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer, config: RunConfig
+) -> list[EncodedPair]:
+    """Tokens of (prompt, response), EOS appended; over-long ones by `data.too_long`.
+
+    Truncation keeps the prompt's end and the response's beginning.
+
+    Raises:
+        DataError: a pair is too long and the policy is "error".
+    """
+    prompts = tokenizer.encode_batch([p for p, _ in pairs])
+    responses = tokenizer.encode_batch([r for _, r in pairs])
+    out = []
+    room, reach = config.max_prompt_tokens, config.rollout.max_response_tokens
+    for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        ids = [*response, tokenizer.eos_id]
+        if len(prompt) > room or len(ids) > reach:
+            if config.data.too_long == "error":
+                raise DataError(
+                    f"record {index + 1}: prompt of {len(prompt)} and response of {len(ids)} "
+                    f"tokens, room for {room} and {reach}; raise model.context or set "
+                    "data.too_long to skip or truncate"
+                )
+            if config.data.too_long == "skip":
+                continue
+        out.append(EncodedPair(prompt=prompt[-room:], response=ids[:reach]))
+    return out
+
+
+def read_encoded_prompts(
+    paths: Sequence[str], tokenizer: Tokenizer, config: RunConfig
+) -> tuple[list[EncodedPrompt], int]:
+    """Prompts in tokens, and how many were skipped as too long."""
+    prompts: list[Prompt] = list(read_prompts(paths))
+    return encode_prompts(
+        prompts, tokenizer, max_tokens=config.max_prompt_tokens, too_long=config.data.too_long
+    )
+
+
+# -------------------------------------------------------------------------- supervised stages
+
+
+def run_sft(session: Session, config: RunConfig) -> dict[str, float]:
+    """Train the supervised policy; writes ``sft/policy.safetensors``."""
+    _require(config.data.demonstrations, "data.demonstrations", "sft")
+    tokenizer = session.tokenizer()
+    demonstrations = list(read_demonstrations(config.data.demonstrations))
+    pairs = encode_pairs([(d.prompt, d.response) for d in demonstrations], tokenizer, config)
+    train, held_out = _hold_out(pairs, 0.02, config.seed)
+    gang = session.gang()
+    total = gang.call("begin_sft", config, ray.put(train), ray.put(held_out))
+    metrics = _advance(session, "sft", "supervised policy", total)
+    metrics |= gang.call("evaluate")
+    gang.call("export_stage", str(session.sft_weights.parent))
+    with_log(session, "sft", total, metrics)
+    return metrics
+
+
+def run_reward(session: Session, config: RunConfig) -> dict[str, float]:
+    """Train reward models and keep the most accurate; writes ``reward_model/``."""
+    _require(config.data.comparisons, "data.comparisons", "reward")
+    tokenizer = session.tokenizer()
+    comparisons = _encode_comparisons(
+        list(read_comparisons(config.data.comparisons)), tokenizer, config
+    )
+    train, held_out = _hold_out(comparisons, config.reward_model.held_out, config.seed)
+    reference = ray.put(_reference_pairs(config, tokenizer))
+    data = ray.put(train), ray.put(held_out)
+    gang, best = session.gang(), -math.inf
+    metrics: dict[str, float] = {}
+    for seed in range(config.reward_model.seeds):
+        total = gang.call("begin_reward", config, *data, str(session.sft_weights), seed)
+        found = _advance(session, "reward", f"reward model {seed + 1}", total)
+        found |= gang.call("evaluate")
+        if found["accuracy_heldout"] > best:
+            best = found["accuracy_heldout"]
+            metrics = found | gang.call("shift", reference)
+            gang.call("export_stage", str(session.reward_weights.parent))
+    with_log(session, "reward", total, metrics)
+    return metrics
+
+
+def _advance(session: Session, stage: str, title: str, total: int) -> dict[str, float]:
+    """Run all steps of a supervised stage in about twenty logged portions."""
+    gang, portion = session.gang(), max(1, total // 20)
+    metrics: dict[str, float] = {}
+    log = session.log()
+    try:
+        with session.progress(title, total) as bar:
+            for done in range(0, total, portion):
+                begin = time.perf_counter()
+                metrics = gang.call("advance", portion)
+                seconds = time.perf_counter() - begin
+                if "tokens" in metrics:
+                    metrics["tokens_per_second"] = metrics.pop("tokens") / seconds
+                step = min(total, done + portion)
+                log.write(stage, step, metrics)
+                bar.update(step, f"loss {metrics['loss']:.3f}")
+    finally:
+        log.close()
+    return metrics
+
+
+# -------------------------------------------------------------------------- policy training
+
+
+def run_train(
+    session: Session,
+    config: RunConfig,
+    pools: tuple[Pool, Pool] | None = None,
+    stop_after: int | None = None,
+) -> dict[str, Any]:
+    """Train the policy under a controller; resumes from the run's newest checkpoint, if any.
+
+    Returns the controller's facts. Raises whatever stopped the run.
+    """
+    _require(config.data.prompts, "data.prompts", "train")
+    prompts, skipped = read_encoded_prompts(config.data.prompts, session.tokenizer(), config)
+    if skipped:
+        session.console.print(f"[yellow]{skipped} prompts skipped: too long for the context[/]")
+    reward = session.reward_weights if _needs_reward_model(config) else None
+    gang = session.gang()
+    gang.call("begin_train", config, str(session.sft_weights), str(reward) if reward else None)
+    rollout, scoring = pools or start_pools(session, config)
+    controller = start_controller(
+        config.name, config, prompts, gang, rollout, scoring, stop_after
+    )
+    run = controller.run.remote()
+    with session.progress("policy", config.train.iterations) as bar:
+        while not ray.wait([run], timeout=_POLL_S)[0]:
+            _show(bar.update, controller)
+    try:
+        facts: dict[str, Any] = ray.get(run)
+    except ray.exceptions.RayActorError as error:
+        raise WorkerError(
+            f"the controller died: {str(error).splitlines()[0]}; "
+            f"carry on with `talipot train --resume {config.run_dir}`"
+        ) from None
+    except ray.exceptions.RayTaskError as error:
+        raise plain(error) from None
+    ray.kill(controller)
+    return facts
+
+
+def start_pools(session: Session, config: RunConfig) -> tuple[Pool, Pool]:
+    """Rollout actors and reward workers."""
+    reward = session.reward_weights if _needs_reward_model(config) else None
+    return (
+        rollout_pool(config, config.name, session.tokenizer_path),
+        reward_pool(config, config.name, session.sft_weights, reward),
+    )
+
+
+def with_log(session: Session, stage: str, step: int, metrics: dict[str, float]) -> None:
+    """Append one line to the run's log."""
+    log = session.log()
+    log.write(stage, step, metrics)
+    log.close()
+
+
+def _show(update: Callable[[int, str], None], controller: Any) -> None:
+    try:
+        status = ray.get(controller.status.remote(), timeout=5)
+    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
+        return  # The run's own reference tells what happened.
+    metrics = status.metrics
+    note = "  ".join(
+        f"{name} {metrics[name]:.2f}" for name in ("score", "kl", "entropy") if name in metrics
+    )
+    update(status.iteration, note)
+
+
+def _needs_reward_model(config: RunConfig) -> bool:
+    return any(c.kind == "model" for c in config.reward_service.components.values())
+
+
+def _require(paths: Sequence[str], field: str, stage: str) -> None:
+    if not paths:
+        raise ConfigError(f"{field} is empty; {stage} needs at least one file")
+
+
+def _encode_comparisons(
+    comparisons: Sequence[Comparison], tokenizer: Tokenizer, config: RunConfig
+) -> list[EncodedComparison]:
+    out = []
+    for c in comparisons:
+        sides = [(c.prompt, c.chosen), (c.prompt, c.rejected)]
+        pairs = encode_pairs(sides, tokenizer, config)
+        if len(pairs) == 2:
+            out.append(
+                EncodedComparison(
+                    prompt=pairs[0].prompt,
+                    chosen=pairs[0].response,
+                    rejected=pairs[1].response,
+                    confidence=c.confidence,
+                )
+            )
+    return out
+
+
+def _reference_pairs(config: RunConfig, tokenizer: Tokenizer) -> list[EncodedPair]:
+    """Demonstrations whose mean score the reward model is shifted to 0 by."""
+    demonstrations: list[Demonstration] = list(
+        itertools.islice(read_demonstrations(config.data.demonstrations), 512)
+    )
+    pairs = [(d.prompt, d.response) for d in demonstrations]
+    return encode_pairs(pairs, tokenizer, config)
+
+
+def _hold_out(data: Sequence[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
+    """Split off at least one record, by seed."""
+    if len(data) < 2:
+        raise DataError(f"{len(data)} usable records; at least 2 are needed, 1 to hold out")
+    order = np.random.default_rng(derive_seed(seed, "hold out")).permutation(len(data))
+    count = max(1, round(share * len(data)))
+    return [data[i] for i in order[count:]], [data[i] for i in order[:count]]
+
+
+def folder_of(run: str | Path) -> Path:
+    """A run's folder from its path; raises DataError when it is none."""
+    folder = Path(run)
+    if not (folder / "config.yaml").exists():
+        raise DataError(f"{folder}: not a run (no config.yaml)")
+    return folder

@@ -1,0 +1,196 @@
+"""DeepSpeed's one home: a network, its optimizer and their ZeRO state behind six methods.
+
+Gradients are accumulated over any number of micro-batches and averaged by DeepSpeed over ranks;
+`backward` multiplies by the number of ranks, so that a loss normalised by the *global* token count
+gives the global gradient, however it was sharded (invariant I3).
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+# DeepSpeed reads this when it is imported: without it a machine with no GPU is probed for one.
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("DS_LOG_LEVEL", "error")
+
+import deepspeed
+import deepspeed.comm
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from common.metrics import require_finite
+from learner.adafactor import PalmAdafactor
+
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def connect(
+    *, rank: int, world: int, address: str, port: int, timeout_s: float
+) -> None:
+    """Join the gang's process group (gloo on CPU, nccl on CUDA)."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+    }
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(
+        backend,
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=timeout_s),
+    )
+    deepspeed.init_distributed(
+        dist_backend=backend, auto_mpi_discovery=False, verbose=False
+    )
+
+
+def world_size() -> int:
+    """Ranks in the gang."""
+    return dist.get_world_size()
+
+
+def rank() -> int:
+    """This process's rank."""
+    return dist.get_rank()
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """Sum over ranks, in place."""
+    dist.all_reduce(tensor)
+    return tensor
+
+
+class ZeroEngine:
+    """One network in training.
+
+    Args:
+        network: built and initialised the same on every rank.
+        precision: bf16 trains bf16 weights with fp32 masters in the optimizer.
+        clip: largest global gradient norm.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        zero_stage: int,
+        precision: Literal["fp32", "bf16"],
+        weight_decay: float,
+        clip: float,
+        optimizer: Literal["adamw", "adafactor"] = "adamw",
+    ) -> None:
+        self.zero_stage = zero_stage
+        trainable = [p for p in network.parameters() if p.requires_grad]
+        # Learning rates are set at every step; this one is never used.
+        made: torch.optim.Optimizer
+        if optimizer == "adafactor":
+            made = PalmAdafactor(trainable, sharded=zero_stage > 0)
+        else:
+            made = torch.optim.AdamW(
+                trainable,
+                lr=1e-3,
+                betas=(0.9, 0.95),
+                eps=1e-5,
+                weight_decay=weight_decay,
+            )
+        self._engine: Any = deepspeed.initialize(
+            model=network,
+            optimizer=made,
+            dist_init_required=False,
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": 1,
+                "gradient_clipping": clip,
+                "zero_optimization": {
+                    "stage": zero_stage,
+                    "overlap_comm": False,
+                    "contiguous_gradients": True,
+                    "reduce_bucket_size": 50_000_000,
+                    "allgather_bucket_size": 50_000_000,
+                    "stage3_param_persistence_threshold": 10_000,
+                },
+                "bf16": {"enabled": precision == "bf16"},
+                "zero_allow_untested_optimizer": True,
+                "steps_per_print": 1_000_000_000,
+                "wall_clock_breakdown": False,
+            },
+        )[0]
+
+    @property
+    def network(self) -> nn.Module:
+        """The module itself; call the engine, not this, to run it."""
+        module: nn.Module = self._engine.module
+        return module
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong."""
+        return torch.device(self._engine.device)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward pass."""
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate gradients; `last` marks the final micro-batch before a step."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * world_size())
+        if not last:
+            # DeepSpeed counts micro-steps in step(); off the boundary it does no more than that.
+            self._engine.step()
+
+    def step(self, lr: float, where: str) -> float:
+        """Clip, update, clear; returns the global gradient norm before clipping.
+
+        Raises:
+            TrainingError: the norm is not finite.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return require_finite("gradient norm", float(norm or 0.0), where)
+
+    @contextmanager
+    def gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        """Whole parameters inside the block, whatever the ZeRO stage (a collective)."""
+        if self.zero_stage < 3:
+            yield
+            return
+        with deepspeed.zero.GatheredParameters(parameters):
+            yield
+
+    def full_state(self) -> dict[str, Tensor]:
+        """A copy of all parameters and buffers in fp32, on every rank (a collective)."""
+        state = {k: v.detach().float().cpu() for k, v in self.network.named_buffers()}
+        for name, parameter in self.network.named_parameters():
+            with self.gathered([parameter]):
+                state[name] = parameter.detach().float().cpu().clone()
+        return state
+
+    def save(self, folder: Path) -> None:
+        """Write network, optimizer and ZeRO state (a collective)."""
+        self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+        dist.barrier()
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote (a collective)."""
+        self._engine.load_checkpoint(str(folder), tag="state")
+
+
+def disconnect() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

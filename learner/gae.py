@@ -1,0 +1,59 @@
+"""Generalised advantage estimation (Schulman 2015, arXiv 1506.02438) and whitening.
+
+``delta_t = r_t + gamma V_{t+1} - V_t``,  ``A_t = delta_t + gamma lambda A_{t+1}``
+
+Departures: the value after the last response token is 0 (a response is an episode that ends), and
+everything outside the mask is 0. Shape suffixes: B sequences, R response positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gae(
+    rewards_BR: Tensor, values_BR: Tensor, mask_BR: Tensor, *, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns (advantages + values), both ``[B, R]``, zero outside the mask.
+
+    Args:
+        mask_BR: bool, True = a real response token (a contiguous prefix of each row).
+    """
+    mask = mask_BR.to(rewards_BR.dtype)
+    rewards, values = rewards_BR * mask, values_BR * mask
+    advantages = torch.zeros_like(rewards)
+    following = torch.zeros_like(rewards[:, 0])
+    next_value = torch.zeros_like(following)
+    for t in range(rewards.shape[1] - 1, -1, -1):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        following = (delta + gamma * gae_lambda * following) * mask[:, t]
+        advantages[:, t] = following
+        next_value = values[:, t]
+    return advantages, advantages + values
+
+
+def masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, population variance and count of the masked entries, in float64."""
+    weights = mask.double()
+    count = weights.sum()
+    if not count:
+        raise ValueError("nothing to average: the mask is empty")
+    mean = (x.double() * weights).sum() / count
+    variance = ((x.double() - mean).square() * weights).sum() / count
+    return mean, variance, count
+
+
+def whiten(
+    x_BR: Tensor, mask_BR: Tensor, *, shift_mean: bool = True, eps: float = 1e-8
+) -> Tensor:
+    """``(x - mean) / sqrt(variance + eps)`` over the mask; zero outside it.
+
+    Moments are the population's (Stiennon 2020's code), not the sample's. With
+    `shift_mean=False` the mean is kept.
+    """
+    mean, variance, _ = masked_moments(x_BR, mask_BR)
+    whitened = (x_BR.double() - mean) * (variance + eps).rsqrt()
+    if not shift_mean:
+        whitened = whitened + mean
+    return (whitened * mask_BR).to(x_BR.dtype)

@@ -1,0 +1,79 @@
+"""The auxiliary memory of a phase (Cobbe 2020, algorithm 1: buffer B): states and value targets.
+
+Holds token ids and frozen targets, never logits: pi_old is recomputed (a 50k vocabulary would
+need tens of gigabytes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor
+
+_SCHEMA = pa.schema(
+    [
+        pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("response_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("value_targets", pa.list_(pa.float32()), nullable=False),
+        pa.field("policy_version", pa.int64(), nullable=False),
+    ]
+)
+
+
+@dataclass(slots=True)
+class AuxiliaryMemory:
+    """Rows of the current phase, oldest first."""
+
+    prompts: list[list[int]] = field(default_factory=list)
+    responses: list[list[int]] = field(default_factory=list)
+    value_targets: list[list[float]] = field(default_factory=list)
+    """V_targ of the policy phase per response token; frozen."""
+    versions: list[int] = field(default_factory=list)
+    iterations: int = 0
+    """Policy phases since the memory was emptied."""
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def add(
+        self,
+        prompts: Sequence[list[int]],
+        responses: Sequence[list[int]],
+        returns_NR: Tensor,
+        versions: Sequence[int],
+    ) -> None:
+        """Append one iteration."""
+        self.prompts += prompts
+        self.responses += responses
+        self.value_targets += [
+            returns_NR[row, : len(response)].tolist()
+            for row, response in enumerate(responses)
+        ]
+        self.versions += versions
+        self.iterations += 1
+
+    def save(self, path: Path) -> None:
+        """Write Parquet."""
+        table = pa.table(
+            [self.prompts, self.responses, self.value_targets, self.versions],
+            schema=_SCHEMA,
+        )
+        table = table.replace_schema_metadata({"iterations": str(self.iterations)})
+        pq.write_table(table, path)
+
+    @classmethod
+    def load(cls, path: Path) -> AuxiliaryMemory:
+        """Read what `save` wrote."""
+        table = pq.read_table(path)
+        columns = table.to_pydict()
+        return cls(
+            prompts=columns["prompt_ids"],
+            responses=columns["response_ids"],
+            value_targets=columns["value_targets"],
+            versions=columns["policy_version"],
+            iterations=int((table.schema.metadata or {})[b"iterations"]),
+        )

@@ -1,0 +1,111 @@
+"""Proximal policy optimisation (Schulman 2017, arXiv 1707.06347) and its decoupled form.
+
+``L = -min(rho A, clip(rho, 1 - eps, 1 + eps) A)`` with ``rho = pi / pi_prox``. For stale data each
+term carries the truncated weight ``min(pi_prox / pi_behav, cap)`` (decoupled PPO: Hilton 2022,
+arXiv 2110.00641).
+
+Losses are *sums over the mask divided by `normalizer`*, the token count of the whole minibatch over
+all ranks and micro-batches, so that adding up pieces gives the loss of the whole.
+Shape suffixes: B sequences, R response positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class PolicyLoss(NamedTuple):
+    """`loss` to differentiate; the rest are detached sums over the mask."""
+
+    loss: Tensor
+    clipped: Tensor
+    """Tokens whose gradient the clip removed."""
+    k1: Tensor
+    """Sum of logprob(proximal) - logprob(now)."""
+    k3: Tensor
+    """Sum of the non-negative KL estimator of KL(proximal || now)."""
+    ratio_deviation: Tensor
+    """max |rho - 1|."""
+
+
+class ValueLoss(NamedTuple):
+    """`loss` to differentiate, and the detached count of clipped tokens."""
+
+    loss: Tensor
+    clipped: Tensor
+
+
+def policy_loss(
+    logprobs: Tensor,
+    proximal_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_range: float,
+    normalizer: float,
+    importance_weights: Tensor | None = None,
+) -> PolicyLoss:
+    """Clipped objective; all tensors ``[B, R]``, mask bool (True = trained on)."""
+    # Padding may hold anything, so it is set to "no change" before exp can overflow.
+    delta = (logprobs - proximal_logprobs).masked_fill(~mask, 0.0)
+    ratio = delta.exp()
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range) * advantages
+    term = -torch.minimum(unclipped, clipped)
+    if importance_weights is not None:
+        term = term * importance_weights
+    loss = term.masked_fill(~mask, 0.0).sum() / normalizer
+    with torch.no_grad():
+        hit = ((clipped < unclipped) & mask).sum()
+        k3 = (kl_k3(-delta) * mask).sum()
+        deviation = (ratio - 1.0).abs().max()
+    return PolicyLoss(loss, hit, -delta.detach().sum(), k3, deviation)
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    value_clip_range: float | None,
+    normalizer: float,
+) -> ValueLoss:
+    """``0.5 max((V - R)^2, (clip(V, V_old +- c) - R)^2)`` over the mask, ``[B, R]`` tensors.
+
+    `value_clip_range=None` leaves the clip out.
+    """
+    error = (values - returns).square()
+    hit = torch.zeros((), dtype=torch.int64, device=values.device)
+    if value_clip_range is not None:
+        near = old_values + (values - old_values).clamp(-value_clip_range, value_clip_range)
+        near_error = (near - returns).square()
+        hit = ((near_error > error) & mask).sum()
+        error = torch.maximum(error, near_error)
+    return ValueLoss(0.5 * error.masked_fill(~mask, 0.0).sum() / normalizer, hit.detach())
+
+
+def entropy(logits_BRV: Tensor) -> Tensor:
+    """Entropy ``[B, R]`` of the full distribution, in nats."""
+    logprobs = logits_BRV.log_softmax(dim=-1)
+    return -(logprobs.exp() * logprobs).sum(dim=-1)
+
+
+def importance_weights(
+    proximal_logprobs: Tensor, behavior_logprobs: Tensor, *, cap: float
+) -> Tensor:
+    """Truncated ``min(pi_prox / pi_behav, cap)``, detached."""
+    return (proximal_logprobs - behavior_logprobs).detach().exp().clamp(max=cap)
+
+
+def kl_k1(log_ratio: Tensor) -> Tensor:
+    """k1 = log p - log q for samples of p: unbiased, of either sign (Schulman 2020)."""
+    return log_ratio
+
+
+def kl_k3(log_ratio: Tensor) -> Tensor:
+    """k3 = exp(-k1) - 1 + k1 with k1 = log p - log q for samples of p: never negative."""
+    return torch.expm1(-log_ratio) + log_ratio

@@ -1,0 +1,152 @@
+"""One member of the learner gang: a process group and whatever stage is in training.
+
+Plain class; `deploy.gang` wraps it as a Ray actor. All methods but `address` are collectives: the
+gang calls them on every rank together, and rank 0's answer counts.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from common.config import RunConfig
+from common.metrics import read
+from common.weights import Bytes, save_weights, state_hash
+from learner import engine
+from learner.learner import Learner
+from learner.publisher import Publication
+from learner.supervised import EncodedComparison, EncodedPair, RewardStage, SftStage
+
+
+class LearnerRank:
+    """Rank `rank` of `world`."""
+
+    def __init__(self, rank: int, world: int, threads: int) -> None:
+        torch.set_num_threads(threads)
+        torch.manual_seed(rank)
+        self.rank, self.world = rank, world
+        self._stage: SftStage | RewardStage | None = None
+        self._learner: Learner | None = None
+
+    def address(self) -> tuple[str, int]:
+        """Where rank 0 will listen for the others: an address and a free port."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port: int = probe.getsockname()[1]
+        return socket.gethostbyname(socket.gethostname()), port
+
+    def connect(self, address: str, port: int, timeout_s: float) -> None:
+        """Join the process group."""
+        engine.connect(
+            rank=self.rank,
+            world=self.world,
+            address=address,
+            port=port,
+            timeout_s=timeout_s,
+        )
+
+    # ---------------------------------------------------------------- supervised stages
+
+    def begin_sft(
+        self,
+        config: RunConfig,
+        train: Sequence[EncodedPair],
+        held_out: Sequence[EncodedPair],
+    ) -> int:
+        """Build the SFT stage; returns its number of steps."""
+        self._stage = SftStage(config, train, held_out)
+        return self._stage.total_steps
+
+    def begin_reward(
+        self,
+        config: RunConfig,
+        train: Sequence[EncodedComparison],
+        held_out: Sequence[EncodedComparison],
+        sft: str,
+        seed: int,
+    ) -> int:
+        """Build the reward stage; returns its number of steps."""
+        self._stage = RewardStage(config, train, held_out, Path(sft), seed)
+        return self._stage.total_steps
+
+    def advance(self, steps: int) -> dict[str, float]:
+        """Some optimizer steps of the current supervised stage."""
+        assert self._stage is not None
+        return read(self._stage.advance(steps))
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out metrics of the current supervised stage."""
+        assert self._stage is not None
+        return read(self._stage.evaluate())
+
+    def shift(self, reference: Sequence[EncodedPair]) -> dict[str, float]:
+        """Centre the reward model on reference responses."""
+        assert isinstance(self._stage, RewardStage)
+        return read(self._stage.shift(reference))
+
+    def export_stage(self, folder: str) -> None:
+        """Write the current supervised stage's weights."""
+        assert self._stage is not None
+        self._stage.export(Path(folder))
+
+    # ---------------------------------------------------------------- policy training
+
+    def begin_train(self, config: RunConfig, policy: str, reward: str | None) -> None:
+        """Build policy and value engines."""
+        self._stage = None
+        self._learner = Learner(config, Path(policy), Path(reward) if reward else None)
+
+    def policy_phase(self, iteration: int, log: str, *tables: pa.Table) -> dict[str, float]:
+        """One iteration; rank 0 writes its trajectories to the Parquet file `log`."""
+        if self.rank == 0:
+            partial = Path(log).with_suffix(".partial")
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.concat_tables(tables).sort_by("rollout_id"), partial)
+            partial.rename(log)
+        return read(self._train.policy_phase(tables, iteration))
+
+    def auxiliary_phase(self, iteration: int) -> dict[str, float]:
+        """One auxiliary phase."""
+        return read(self._train.auxiliary_phase(iteration))
+
+    def publish(self) -> tuple[Publication, Bytes]:
+        """This rank's slice of the policy: facts for the controller, bytes for the actors."""
+        return self._train.publish()
+
+    def save(self, folder: str) -> dict[str, Any]:
+        """Write a checkpoint's tensors; returns the state that belongs into its JSON."""
+        self._train.save(Path(folder))
+        return self._train.state()
+
+    def load(self, folder: str, state: dict[str, Any]) -> None:
+        """Read a checkpoint."""
+        self._train.load(Path(folder), state)
+
+    def export_policy(self, folder: str) -> str:
+        """Write ``policy.safetensors`` and ``model.json``; returns the weights' hash."""
+        state = self._train.policy.full_state()
+        if self.rank == 0:
+            target = Path(folder)
+            target.mkdir(parents=True, exist_ok=True)
+            config = self._train.config
+            save_weights(
+                state,
+                target / "policy.safetensors",
+                {"model": config.model.model_dump_json()},
+            )
+            (target / "model.json").write_text(
+                json.dumps(config.model.model_dump(), indent=1), encoding="utf8"
+            )
+        return state_hash(state)
+
+    @property
+    def _train(self) -> Learner:
+        assert self._learner is not None, "begin_train comes first"
+        return self._learner

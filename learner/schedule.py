@@ -1,0 +1,19 @@
+"""Learning-rate schedules: pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+
+
+def warmup_cosine(step: int, total: int, *, warmup: float, floor: float = 0.1) -> float:
+    """Factor of the peak rate: linear warm-up over a share of the steps, cosine to `floor`."""
+    ramp = max(1, math.ceil(warmup * total))
+    if step < ramp:
+        return (step + 1) / ramp
+    progress = (step - ramp) / max(1, total - ramp)
+    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+def linear_to_zero(step: int, total: int) -> float:
+    """Factor of the first rate: 1 at step 0, 0 at step `total`."""
+    return max(0.0, 1.0 - step / total)

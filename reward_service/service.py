@@ -1,0 +1,160 @@
+"""The reward service's worker: rollouts in, scored trajectories out.
+
+Consumes: tables of Rollout, several at once (the controller hands over whatever has been committed,
+whichever actors it came from, so that batches form across actors).
+Produces: one table of ScoredTrajectory and `ScoreFacts` for the controller.
+Waits for: its own frozen passes, functions and remote endpoints, each with a deadline.
+
+The score is the weighted sum of named components. A component that gives a response up (a remote
+endpoint that stays down) dead-letters that one response: it is named in the facts, dropped and
+counted, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+
+from common.config import ModelConfig, RewardComponent, RewardServiceConfig
+from common.logprobs import Sampling
+from common.trajectory import Rollout, ScoredTrajectory, extend, from_table, to_table
+from reward_service.http_scorer import HttpScorer, HttpScorerSettings
+from reward_service.models import ReferencePolicy, RewardModel, frozen_pass
+from reward_service.scorers import FunctionScorer, Scorer, ScoreRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreFacts:
+    """What the controller needs to know of a scored batch."""
+
+    rollout_ids: tuple[str, ...]
+    """Scored, in the order of the table."""
+    dead_letters: Mapping[str, str]
+    """Given up: rollout_id -> why."""
+    component_means: Mapping[str, float]
+    """Mean of each component, for metrics."""
+    seconds: float
+
+
+class RewardWorker:
+    """Reward model, reference policy and remote or local components of one worker."""
+
+    def __init__(
+        self,
+        settings: RewardServiceConfig,
+        model: ModelConfig,
+        reference: str,
+        reward_model: str | None,
+        sampling: Sampling,
+        threads: int,
+        *,
+        merge: bool,
+    ) -> None:
+        """`merge` runs frozen passes over all tables together (faster); without it each table is
+        a batch of its own, so that results do not depend on which leases arrived together."""
+        torch.set_num_threads(threads)
+        self.settings = settings
+        self.merge = merge
+        self.reference = ReferencePolicy(model, Path(reference), sampling)
+        self.scorers: dict[str, Scorer] = {}
+        self.reward_model: RewardModel | None = None
+        for name, component in settings.components.items():
+            if component.kind == "model":
+                if reward_model is None:
+                    raise ValueError(f"component '{name}' needs a trained reward model")
+                self.reward_model = RewardModel(model, Path(reward_model))
+            else:
+                self.scorers[name] = _scorer(component)
+
+    def ping(self) -> str:
+        """Answer once the worker has started."""
+        return f"reward-{os.getpid()}"
+
+    def score(self, *tables: pa.Table) -> tuple[ScoreFacts, pa.Table]:
+        """Score and add ref_logprobs to every rollout of the tables, in their order."""
+        begin = time.perf_counter()
+        batches = [from_table(table, Rollout) for table in tables]
+        rollouts = [rollout for batch in batches for rollout in batch]
+        model_scores: list[float] = []
+        ref_logprobs: list[list[float]] = []
+        for batch in [rollouts] if self.merge else batches:
+            scores, logprobs = frozen_pass(
+                batch, self.settings.micro_batch_tokens, self.reward_model, self.reference
+            )
+            model_scores += scores
+            ref_logprobs += logprobs
+        components, dead = self._components(rollouts, model_scores)
+        scored = [
+            extend(
+                rollout,
+                ScoredTrajectory,
+                score=sum(
+                    self.settings.components[name].weight * value
+                    for name, value in components[i].items()
+                ),
+                score_components=components[i],
+                ref_logprobs=ref_logprobs[i],
+                reward_version=0,
+            )
+            for i, rollout in enumerate(rollouts)
+            if rollout.rollout_id not in dead
+        ]
+        means = {
+            name: sum(t.score_components[name] for t in scored) / len(scored)
+            for name in self.settings.components
+            if scored
+        }
+        facts = ScoreFacts(
+            rollout_ids=tuple(t.rollout_id for t in scored),
+            dead_letters=dead,
+            component_means=means,
+            seconds=time.perf_counter() - begin,
+        )
+        return facts, to_table(scored, ScoredTrajectory)
+
+    def _components(
+        self, rollouts: Sequence[Rollout], model_scores: Sequence[float]
+    ) -> tuple[list[dict[str, float]], dict[str, str]]:
+        """Every component's own value per rollout, and the dead letters."""
+        values: list[dict[str, float]] = [{} for _ in rollouts]
+        dead: dict[str, str] = {}
+        requests = [
+            ScoreRequest(
+                rollout_id=r.rollout_id,
+                prompt_text=r.prompt_text,
+                response_text=r.response_text,
+                finished=r.finish_reason == "eos",
+            )
+            for r in rollouts
+        ]
+        for name, component in self.settings.components.items():
+            if component.kind == "model":
+                for index, score in enumerate(model_scores):
+                    values[index][name] = score
+                continue
+            for index, result in enumerate(self.scorers[name].score(requests)):
+                if result.score is None:
+                    dead[result.rollout_id] = f"{name}: {result.error}"
+                else:
+                    values[index][name] = result.score
+        return values, dead
+
+
+def _scorer(component: RewardComponent) -> Scorer:
+    if component.kind == "function":
+        return FunctionScorer(component.target)
+    return HttpScorer(
+        HttpScorerSettings(
+            url=component.target,
+            batch_size=component.batch_size,
+            max_concurrency=component.max_concurrency,
+            timeout_s=component.timeout_s,
+            token_env=component.token_env or None,
+        )
+    )
