@@ -38,9 +38,7 @@ class Generated:
 class Engine:
     """Samples from a frozen policy."""
 
-    def __init__(
-        self, palm: PaLM, *, eos_id: int, sampling: Sampling, max_tokens: int
-    ) -> None:
+    def __init__(self, palm: PaLM, *, eos_id: int, sampling: Sampling, max_tokens: int) -> None:
         self.palm = palm
         self.eos_id = eos_id
         self.sampling = sampling

@@ -58,23 +58,17 @@ def encode_prompts(
 class PromptStream:
     """Endless requests, epoch by epoch in seeded order. Consumed by the controller."""
 
-    def __init__(
-        self, prompts: Sequence[EncodedPrompt], *, seed: int, position: int = 0
-    ) -> None:
+    def __init__(self, prompts: Sequence[EncodedPrompt], *, seed: int, position: int = 0) -> None:
         self._prompts = prompts
         self._seed = seed
-        self._order = ShuffledIndex(
-            len(prompts), derive_seed(seed, "prompts") >> 1, position
-        )
+        self._order = ShuffledIndex(len(prompts), derive_seed(seed, "prompts") >> 1, position)
 
     @property
     def position(self) -> int:
         """Prompts handed out so far; the whole state of the stream."""
         return self._order.position
 
-    def requests(
-        self, iteration: int, prompts: int, samples: int
-    ) -> list[RolloutRequest]:
+    def requests(self, iteration: int, prompts: int, samples: int) -> list[RolloutRequest]:
         """The requests of one iteration, samples of one prompt side by side."""
         made = []
         for group, index in enumerate(self._order.next_batch(prompts)):

@@ -27,9 +27,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class Section(BaseModel):
     """A frozen group of settings that knows all its fields."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
@@ -59,9 +57,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _even_head(self) -> ModelConfig:
         if self.head_dim % 2:
-            raise ValueError(
-                f"head_dim must be even for rotary embeddings, not {self.head_dim}"
-            )
+            raise ValueError(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
         return self
 
 
@@ -406,9 +402,7 @@ class RunConfig(Section):
         if name is None:
             return values
         if name not in PRESETS:
-            raise ValueError(
-                f"preset '{name}' is unknown; there are {', '.join(PRESETS)}"
-            )
+            raise ValueError(f"preset '{name}' is unknown; there are {', '.join(PRESETS)}")
         model = PRESETS[name].model_dump() | dict(values.get("model") or {})
         return {**values, "model": model, "preset": None}
 
@@ -473,9 +467,7 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def fields(
-    section: type[Section] = RunConfig, prefix: str = ""
-) -> Iterator[tuple[str, Any, str]]:
+def fields(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
     """Every dotted field as (name, default, description), depth first; for the reference page."""
     for name, info in section.model_fields.items():
         inner = _section_of(info.annotation)
@@ -493,9 +485,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf8"))
     except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: no such recipe; give --config an existing file"
-        ) from None
+        raise ConfigError(f"{path}: no such recipe; give --config an existing file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -519,9 +509,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise ConfigError(
-            f"override '{override}': '{text}' is not a YAML value"
-        ) from None
+        raise ConfigError(f"override '{override}': '{text}' is not a YAML value") from None
     node = values
     *parents, leaf = key.split(".")
     for parent in parents:
@@ -545,17 +533,13 @@ def _explain(error: ValidationError) -> str:
         path = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             *parents, name = [str(part) for part in item["loc"]]
-            known = [
-                full.removeprefix(".".join([*parents, ""])) for full, _, _ in fields()
-            ]
+            known = [full.removeprefix(".".join([*parents, ""])) for full, _, _ in fields()]
             known = sorted({name.split(".")[0] for name in known})
             near = difflib.get_close_matches(name, known, 1, 0.5)
             hint = f"; did you mean '{'.'.join([*parents, near[0]])}'?" if near else ""
             problems.append(f"unknown key '{path}'{hint}")
             continue
-        message = (
-            item["msg"].removeprefix("Value error, ").replace("Input should", "should")
-        )
+        message = item["msg"].removeprefix("Value error, ").replace("Input should", "should")
         given = item.get("input")
         shown = "" if isinstance(given, dict | Section) else f", not {given!r}"
         problems.append(f"{path}: {message}{shown}" if path else message)

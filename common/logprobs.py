@@ -27,9 +27,7 @@ class Sampling:
     """Keep the k most probable tokens; 0 keeps all."""
 
 
-def sampling_logprobs(
-    logits: Tensor, sampling: Sampling, chosen: Tensor | None = None
-) -> Tensor:
+def sampling_logprobs(logits: Tensor, sampling: Sampling, chosen: Tensor | None = None) -> Tensor:
     """Log-probabilities ``[..., V]`` (fp32) of the distribution that tokens are drawn from.
 
     Tokens filtered out have -inf. `chosen` (int64 ``[...]``) names tokens that were drawn: they
@@ -60,11 +58,7 @@ def draw(logprobs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     cdf = logprobs_BV.exp().double().cumsum(dim=-1)
     # Scaling by the total keeps rounding from ever asking for more than the last token.
     target = uniforms_B[:, None].to(cdf.device) * cdf[:, -1:]
-    return (
-        torch.searchsorted(cdf, target, right=True)
-        .squeeze(-1)
-        .clamp(max=cdf.shape[-1] - 1)
-    )
+    return torch.searchsorted(cdf, target, right=True).squeeze(-1).clamp(max=cdf.shape[-1] - 1)
 
 
 def uniforms(seeds_B: np.ndarray, positions_B: np.ndarray) -> Tensor:

@@ -30,9 +30,7 @@ _ROPE_BASE = 10_000.0
 _XPOS_BASE = 512.0
 
 
-def rotary(
-    positions: Tensor, head_dim: int, *, xpos: bool, centre: int
-) -> tuple[Tensor, ...]:
+def rotary(positions: Tensor, head_dim: int, *, xpos: bool, centre: int) -> tuple[Tensor, ...]:
     """Rotary tables (Su 2021) with xpos decay (Sun 2022), half-split layout.
 
     Args:
@@ -68,9 +66,7 @@ class KVCache:
     keys, values: ``[layers, B, T, K]``; lengths: int64 ``[B]``, positions already filled.
     """
 
-    def __init__(
-        self, config: ModelConfig, batch: int, positions: int, like: Tensor
-    ) -> None:
+    def __init__(self, config: ModelConfig, batch: int, positions: int, like: Tensor) -> None:
         shape = (config.layers, batch, positions, config.head_dim)
         self.keys = like.new_zeros(shape)
         self.values = like.new_zeros(shape)
@@ -108,18 +104,12 @@ class Block(nn.Module):
         q = rotate(q, cos_q.unsqueeze(-3), sin_q.unsqueeze(-3))
         return q, rotate(k, cos_k, sin_k), v, self.ff_out(F.silu(gate) * up)
 
-    def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, ...], mask: Tensor | None
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
         """Full forward; mask is a boolean ``[B, 1, T, T]`` (True = may attend) or None (causal)."""
         q, k, v, mlp = self.project(x_BTD, rope)
         k, v = (t.unsqueeze(1).expand(-1, self.config.heads, -1, -1) for t in (k, v))
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None
-        )
-        out_BTD: Tensor = (
-            x_BTD + mlp + self.attn_out(rearrange(out, "b h t k -> b t (h k)"))
-        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        out_BTD: Tensor = x_BTD + mlp + self.attn_out(rearrange(out, "b h t k -> b t (h k)"))
         return out_BTD
 
     def step(
@@ -140,15 +130,11 @@ class Block(nn.Module):
         values[rows, seen] = v[:, 0]
         longest = keys.shape[1]
         # One K and V head: [B, H, K] x [B, K, T] in one batched product, nothing expanded.
-        scores = torch.bmm(
-            q[:, :, 0] * self.config.head_dim**-0.5, keys.transpose(1, 2)
-        )
+        scores = torch.bmm(q[:, :, 0] * self.config.head_dim**-0.5, keys.transpose(1, 2))
         hidden = torch.arange(longest, device=seen.device)[None, :] > seen[:, None]
         scores = scores.float().masked_fill(hidden[:, None, :], float("-inf"))
         out = torch.bmm(scores.softmax(dim=-1).to(values.dtype), values)
-        out_BTD: Tensor = (
-            x_BTD + mlp + self.attn_out(rearrange(out, "b h k -> b 1 (h k)"))
-        )
+        out_BTD: Tensor = x_BTD + mlp + self.attn_out(rearrange(out, "b h k -> b 1 (h k)"))
         return out_BTD
 
 
@@ -245,9 +231,7 @@ class PaLM(nn.Module):
             q, k, v, mlp = block.project(x, rope)
             cache.keys[layer, :, :length] = k
             cache.values[layer, :, :length] = v
-            k, v = (
-                t.unsqueeze(1).expand(-1, self.config.heads, -1, -1) for t in (k, v)
-            )
+            k, v = (t.unsqueeze(1).expand(-1, self.config.heads, -1, -1) for t in (k, v))
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + mlp + block.attn_out(rearrange(out, "b h t k -> b t (h k)"))
         cache.lengths = lengths_B.clone()
@@ -270,9 +254,7 @@ class PaLM(nn.Module):
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, ...]:
         config = self.config
-        return rotary(
-            positions, config.head_dim, xpos=config.xpos, centre=config.context // 2
-        )
+        return rotary(positions, config.head_dim, xpos=config.xpos, centre=config.context // 2)
 
 
 class ScalarHead(nn.Linear):
@@ -292,9 +274,7 @@ class ScalarHead(nn.Linear):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             scale = (self.in_features + 1) ** -0.5
-            self.weight.copy_(
-                torch.randn(self.weight.shape, generator=generator) * scale
-            )
+            self.weight.copy_(torch.randn(self.weight.shape, generator=generator) * scale)
             self.bias.zero_()
             self.offset.zero_()
 
@@ -334,9 +314,7 @@ class PolicyNetwork(nn.Module):
         Returns:
             fp32 logits ``[B, R, V]`` and values ``[B, R]``.
         """
-        hidden = self.palm.hidden(
-            tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT
-        )
+        hidden = self.palm.hidden(tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT)
         if predict_BR is not None:
             index = predict_BR[..., None].expand(-1, -1, hidden.shape[-1])
             hidden = hidden.gather(1, index)

@@ -121,13 +121,10 @@ def to_table(records: Sequence[RolloutRequest], kind: type[RolloutRequest]) -> p
     for record in records:
         _check(record)
     columns: dict[str, list[Any]] = {
-        name: [getattr(record, name) for record in records]
-        for name in SCHEMAS[kind].names
+        name: [getattr(record, name) for record in records] for name in SCHEMAS[kind].names
     }
     if "score_components" in columns:
-        columns["score_components"] = [
-            list(c.items()) for c in columns["score_components"]
-        ]
+        columns["score_components"] = [list(c.items()) for c in columns["score_components"]]
     return pa.table(columns, schema=SCHEMAS[kind])
 
 
@@ -167,10 +164,6 @@ def _check(record: RolloutRequest) -> None:
         if not length:
             raise ValueError(f"rollout {record.rollout_id}: empty response")
         if len(record.behavior_logprobs) != length:
-            raise ValueError(
-                f"rollout {record.rollout_id}: behavior_logprobs differ in length"
-            )
+            raise ValueError(f"rollout {record.rollout_id}: behavior_logprobs differ in length")
         if isinstance(record, ScoredTrajectory) and len(record.ref_logprobs) != length:
-            raise ValueError(
-                f"rollout {record.rollout_id}: ref_logprobs differ in length"
-            )
+            raise ValueError(f"rollout {record.rollout_id}: ref_logprobs differ in length")

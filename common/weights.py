@@ -105,9 +105,7 @@ class FlatBuffer:
                     "arrived corrupted"
                 )
         if reached != self.total:
-            raise TrainingError(
-                f"weights version {manifest.policy_version} are incomplete"
-            )
+            raise TrainingError(f"weights version {manifest.policy_version} are incomplete")
         return manifest.fingerprint
 
 
@@ -152,15 +150,13 @@ def manifest_of(state: Mapping[str, Tensor], policy_version: int) -> tuple[Manif
     return manifest, data
 
 
-def save_weights(
-    state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
-) -> None:
+def save_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Write safetensors atomically. Metadata values are strings."""
     temporary = path.with_suffix(".tmp")
     save_file(
         {k: v.detach().cpu().contiguous() for k, v in state.items()},
         temporary,
-        metadata,
+        dict(metadata),
     )
     temporary.replace(path)
 
@@ -172,9 +168,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
         CheckpointError: missing, torn, or of another architecture (naming the first difference).
     """
     if not path.exists():
-        raise CheckpointError(
-            f"{path}: no such weights; run the stage that writes them first"
-        )
+        raise CheckpointError(f"{path}: no such weights; run the stage that writes them first")
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:

@@ -20,9 +20,7 @@ from common.errors import CheckpointError, StorageError
 _SUMS = "checksums.json"
 
 
-def write(
-    run_dir: Path, step: int, fill: Callable[[Path], dict[str, Any]], *, keep: int
-) -> Path:
+def write(run_dir: Path, step: int, fill: Callable[[Path], dict[str, Any]], *, keep: int) -> Path:
     """Write a checkpoint; `fill` writes tensors into a folder and returns the JSON state.
 
     Raises:
@@ -34,17 +32,13 @@ def write(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         state = fill(partial)
-        (partial / "state.json").write_text(
-            json.dumps(state, indent=1), encoding="utf8"
-        )
+        (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf8")
         sums = {str(p.relative_to(partial)): _checksum(p) for p in _files(partial)}
         (partial / _SUMS).write_text(json.dumps(sums, indent=1), encoding="utf8")
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
     except OSError as error:
-        raise StorageError(
-            f"{final}: checkpoint could not be written: {error}"
-        ) from None
+        raise StorageError(f"{final}: checkpoint could not be written: {error}") from None
     for old in _finished(run_dir)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -59,14 +53,10 @@ def newest(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
     finished = _finished(run_dir)
     for folder in reversed(finished):
         if is_whole(folder):
-            state: dict[str, Any] = json.loads(
-                (folder / "state.json").read_text(encoding="utf8")
-            )
+            state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf8"))
             return folder, state
     if finished:
-        raise CheckpointError(
-            f"{finished[-1]}: every checkpoint of this run is damaged"
-        )
+        raise CheckpointError(f"{finished[-1]}: every checkpoint of this run is damaged")
     return None
 
 

@@ -6,7 +6,6 @@ Exit codes: 0 success; 1 a bug of ours (with a traceback); 2 to 9 as in `common.
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.config import RunConfig, load_config
-from common.errors import ClusterError, ConfigError, StorageError, TalipotError
+from common.errors import ConfigError, StorageError, TalipotError
 
 app = typer.Typer(
     name="talipot",
@@ -86,7 +85,9 @@ def train(
 
         folder = folder_of(resume)
         if overrides or config:
-            raise ConfigError("--resume takes its config from the run: leave --config and overrides out")
+            raise ConfigError(
+                "--resume takes its config from the run: leave --config and overrides out"
+            )
         if (folder / "policy" / "policy.safetensors").exists():
             console.print(f"{folder} is finished; nothing to train")
             return
@@ -95,9 +96,7 @@ def train(
 
 
 @app.command()
-def evaluate(
-    run: RunArgument, overrides: Overrides = None, address: AddressOption = None
-) -> None:
+def evaluate(run: RunArgument, overrides: Overrides = None, address: AddressOption = None) -> None:
     """Compare a run's trained policy with its supervised one on held-out prompts."""
     from deploy.run_tools import evaluate_run
 
@@ -152,7 +151,8 @@ def preflight(
     resolved = _load(config, overrides, address)
     start_cluster(resolved)
     try:
-        for line in explain(resolved, ray.cluster_resources()):
+        resources_now: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        for line in explain(resolved, resources_now):
             console.print(f"[green]✓[/] {line}", highlight=False)
     finally:
         ray.shutdown()
@@ -184,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(f"{error.filename or 'file system'}: {error.strerror}", StorageError.exit_code)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):
-            _fail(getattr(error, "format_message", lambda: str(error))(), ConfigError.exit_code)
+            message = error.format_message() if hasattr(error, "format_message") else str(error)
+            _fail(message, ConfigError.exit_code)
         raise
     sys.exit(0)
 
@@ -261,7 +262,9 @@ def _print_numbers(title: str, numbers: Any) -> None:
 
 def _show_summary(config: RunConfig, summary: dict[str, Any]) -> None:
     """What the quickstart achieved, before and after."""
-    table = Table(title="What the judges say of held-out signatures", title_justify="left", box=None)
+    table = Table(
+        title="What the judges say of held-out signatures", title_justify="left", box=None
+    )
     for column in ("", "supervised", "policy"):
         table.add_column(column, justify="left" if not column else "right")
     for title, key, form in (

@@ -41,14 +41,14 @@ class Weights:
     """What actors must sample from: the manifest and the references to its slices."""
 
     manifest: Manifest
-    payloads: tuple[ray.ObjectRef, ...]
+    payloads: tuple[ray.ObjectRef[Any], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
     """Committed trajectories of one scoring call; the table stays in the object store."""
 
-    table: ray.ObjectRef
+    table: ray.ObjectRef[Any]
     rollout_ids: tuple[str, ...]
     iteration: int
     """Iteration that the rollouts were issued for."""
@@ -61,7 +61,7 @@ class _Sampling:
     worker: str
     lease: Lease
     weights: Weights
-    table: ray.ObjectRef
+    table: ray.ObjectRef[Any]
     deadline: float
 
 
@@ -69,14 +69,14 @@ class _Sampling:
 class _Sampled:
     lease: Lease
     facts: LeaseFacts
-    table: ray.ObjectRef
+    table: ray.ObjectRef[Any]
 
 
 @dataclass(frozen=True, slots=True)
 class _Scoring:
     worker: str
     sampled: tuple[_Sampled, ...]
-    table: ray.ObjectRef
+    table: ray.ObjectRef[Any]
     deadline: float
 
 
@@ -107,9 +107,9 @@ class Collector:
         self._deadline_s = deadline_s
         self._merge = merge
         self._observe = observe
-        self._sampling: dict[ray.ObjectRef, _Sampling] = {}
+        self._sampling: dict[ray.ObjectRef[Any], _Sampling] = {}
         self._sampled: list[_Sampled] = []
-        self._scoring: dict[ray.ObjectRef, _Scoring] = {}
+        self._scoring: dict[ray.ObjectRef[Any], _Scoring] = {}
 
     def pump(self, timeout: float = 0.1) -> None:
         """Dispatch what can be dispatched, and take in what has finished."""
@@ -134,9 +134,7 @@ class Collector:
     def _dispatch(self) -> None:
         now = time.monotonic()
         while (
-            self.ledger.queued
-            and self.weights
-            and (worker := self.rollout.free(_LEASES_PER_ACTOR))
+            self.ledger.queued and self.weights and (worker := self.rollout.free(_LEASES_PER_ACTOR))
         ):
             lease = self.ledger.lease()
             table = to_table(lease.requests, RolloutRequest)
@@ -161,13 +159,11 @@ class Collector:
             facts, table = scorer.handle.score.options(num_returns=2).remote(
                 *(s.table for s in part)
             )
-            self._scoring[facts] = _Scoring(
-                scorer.name, part, table, now + self._deadline_s
-            )
+            self._scoring[facts] = _Scoring(scorer.name, part, table, now + self._deadline_s)
 
     # ------------------------------------------------------------------ taking in
 
-    def _take_sampled(self, ref: ray.ObjectRef, job: _Sampling) -> None:
+    def _take_sampled(self, ref: ray.ObjectRef[Any], job: _Sampling) -> None:
         facts: LeaseFacts | None = self._result(ref, self.rollout, job.worker)
         if facts is None:
             self.ledger.give_back(job.lease.lease_id)
@@ -191,7 +187,7 @@ class Collector:
                 )
             )
 
-    def _take_scored(self, ref: ray.ObjectRef, job: _Scoring) -> None:
+    def _take_scored(self, ref: ray.ObjectRef[Any], job: _Scoring) -> None:
         assert self.reward is not None
         facts: ScoreFacts | None = self._result(ref, self.reward, job.worker)
         if facts is None:
@@ -217,7 +213,7 @@ class Collector:
             )
         )
 
-    def _result(self, ref: ray.ObjectRef, pool: Pool, worker: str) -> Any:
+    def _result(self, ref: ray.ObjectRef[Any], pool: Pool, worker: str) -> Any:
         """A call's result, or None when its worker was lost and has been replaced."""
         try:
             result = ray.get(ref)
@@ -245,6 +241,4 @@ class Collector:
         ):
             for job in jobs.values():
                 if pool is not None and now > job.deadline:
-                    pool.replace(
-                        job.worker, f"no answer within {self._deadline_s:.0f} s"
-                    )
+                    pool.replace(job.worker, f"no answer within {self._deadline_s:.0f} s")

@@ -115,11 +115,7 @@ class Controller:
         finally:
             log.close()
         finished = self.iteration >= self.config.train.iterations
-        weights = (
-            self.gang.call("export_policy", str(self.run_dir / "policy"))
-            if finished
-            else ""
-        )
+        weights = self.gang.call("export_policy", str(self.run_dir / "policy")) if finished else ""
         self.ledger.check()
         return {
             "finished": finished,
@@ -149,9 +145,7 @@ class Controller:
             *(s.table for s in batch),
         )
         self.metrics["learn_seconds"] = time.perf_counter() - begin
-        if (
-            ahead
-        ):  # Actors generate with the new weights while the auxiliary phase runs.
+        if ahead:  # Actors generate with the new weights while the auxiliary phase runs.
             self._publish(iteration + 1)
         if due:
             begin = time.perf_counter()
@@ -190,12 +184,7 @@ class Controller:
     def worker_pids(self) -> list[tuple[str, str]]:
         """Names of the living elastic workers with their Ray actor ids (for operators)."""
         pools = [self.collector.rollout, self.collector.reward]
-        return [
-            (w.name, w.handle._actor_id.hex())
-            for p in pools
-            if p
-            for w in p.workers.values()
-        ]
+        return [(w.name, w.handle._actor_id.hex()) for p in pools if p for w in p.workers.values()]
 
     # ------------------------------------------------------------------ parts of a step
 
@@ -239,9 +228,7 @@ class Controller:
     def _learn(self, method: str, *args: Any) -> dict[str, float]:
         """Run a phase on the gang; in asynchronous mode rollouts keep moving meanwhile."""
         refs = self.gang.submit(method, *args)
-        found: dict[str, float] = self.gang.finish(
-            refs, method, lambda: self.collector.pump(0.0)
-        )
+        found: dict[str, float] = self.gang.finish(refs, method, lambda: self.collector.pump(0.0))
         return found
 
     def _publish(self, version: int) -> None:
@@ -267,9 +254,7 @@ class Controller:
             "load_seconds": self._load_s,
             "staleness": float(max(staleness)),
         }
-        found |= {
-            f"component/{k}": v for k, v in self.collector.component_means.items()
-        }
+        found |= {f"component/{k}": v for k, v in self.collector.component_means.items()}
         self._tokens, self._generate_s, self._load_s = 0, 0.0, 0.0
         return found
 
@@ -300,9 +285,7 @@ class Controller:
         learner = self.gang.call("save", str(folder.absolute()))
         return {
             "iteration": self.iteration,
-            "prompt_position": self._positions.get(
-                self.iteration, self.prompts.position
-            ),
+            "prompt_position": self._positions.get(self.iteration, self.prompts.position),
             "ledger": self.ledger.state(),
             "learner": learner,
         }

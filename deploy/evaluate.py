@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 from safetensors.torch import load_file
@@ -130,7 +131,7 @@ def _run(
     reward: Pool | None,
     label: str,
     samples: int,
-) -> list[ray.ObjectRef]:
+) -> list[ray.ObjectRef[Any]]:
     """Move one pass over the prompts through the pools, with a ledger of its own."""
     ledger = Ledger()
     requests = evaluation_requests(prompts, seed=config.seed, label=label, samples=samples)

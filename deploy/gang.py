@@ -36,9 +36,7 @@ class LearnerGang:
         bundle = {"CPU": settings.cpus_per_rank}
         if settings.gpus_per_rank:
             bundle["GPU"] = settings.gpus_per_rank
-        self._group: PlacementGroup = placement_group(
-            [bundle] * settings.ranks, strategy="PACK"
-        )
+        self._group: PlacementGroup = placement_group([bundle] * settings.ranks, strategy="PACK")
         if not self._group.wait(config.cluster.start_timeout_s):
             remove_placement_group(self._group)
             raise ClusterError(
@@ -68,12 +66,12 @@ class LearnerGang:
         """
         return self._get(self.submit(method, *args), method)[0]
 
-    def submit(self, method: str, *args: Any) -> list[ray.ObjectRef]:
+    def submit(self, method: str, *args: Any) -> list[ray.ObjectRef[Any]]:
         """Start a call on every rank."""
         return [getattr(rank, method).remote(*args) for rank in self.ranks]
 
     def finish(
-        self, refs: Sequence[ray.ObjectRef], method: str, pump: Callable[[], None]
+        self, refs: Sequence[ray.ObjectRef[Any]], method: str, pump: Callable[[], None]
     ) -> Any:
         """Wait for a started call while `pump` keeps other work moving."""
         waiting = list(refs)
@@ -82,12 +80,10 @@ class LearnerGang:
             pump()
         return self._get(refs, method)[0]
 
-    def publish(self) -> tuple[list[Any], list[ray.ObjectRef]]:
+    def publish(self) -> tuple[list[Any], list[ray.ObjectRef[Any]]]:
         """Every rank's facts, and references to the bytes (which stay in the object store)."""
         pairs = [rank.publish.options(num_returns=2).remote() for rank in self.ranks]
-        return self._get([facts for facts, _ in pairs], "publish"), [
-            ref for _, ref in pairs
-        ]
+        return self._get([facts for facts, _ in pairs], "publish"), [ref for _, ref in pairs]
 
     def stop(self) -> None:
         """End all ranks and free their resources."""
@@ -95,7 +91,7 @@ class LearnerGang:
             ray.kill(rank)
         remove_placement_group(self._group)
 
-    def _get(self, refs: Sequence[ray.ObjectRef], method: str) -> list[Any]:
+    def _get(self, refs: Sequence[ray.ObjectRef[Any]], method: str) -> list[Any]:
         try:
             return ray.get(list(refs), timeout=self.deadline_s)
         except ray.exceptions.GetTimeoutError:
@@ -106,9 +102,7 @@ class LearnerGang:
                 "(learner.deadline_s)"
             ) from None
         except ray.exceptions.RayActorError as error:
-            raise WorkerError(
-                f"a learner rank died in {method}: {_first_line(error)}"
-            ) from None
+            raise WorkerError(f"a learner rank died in {method}: {_first_line(error)}") from None
         except ray.exceptions.RayTaskError as error:
             raise plain(error) from None
 

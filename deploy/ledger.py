@@ -61,21 +61,14 @@ class Ledger:
         """Leases waiting for a worker."""
         return len(self._queue)
 
-    def issue(
-        self, iteration: int, requests: Sequence[RolloutRequest], lease_size: int
-    ) -> None:
+    def issue(self, iteration: int, requests: Sequence[RolloutRequest], lease_size: int) -> None:
         """Queue an iteration's requests as leases of fixed composition."""
         for at in range(0, len(requests), lease_size):
             part = tuple(requests[at : at + lease_size])
-            self._queue.append(
-                Lease(lease_id=self._next, iteration=iteration, requests=part)
-            )
+            self._queue.append(Lease(lease_id=self._next, iteration=iteration, requests=part))
             self._next += 1
             for request in part:
-                if (
-                    request.rollout_id in self._open
-                    or request.rollout_id in self._committed
-                ):
+                if request.rollout_id in self._open or request.rollout_id in self._committed:
                     raise LedgerError(f"rollout {request.rollout_id} was issued twice")
                 self._open.add(request.rollout_id)
         self.issued += len(requests)
@@ -105,9 +98,7 @@ class Ledger:
             self.refused += len(ids)
             return False
         if [r.rollout_id for r in lease.requests] != ids:
-            raise LedgerError(
-                f"lease {lease_id} was committed with other rollouts than issued"
-            )
+            raise LedgerError(f"lease {lease_id} was committed with other rollouts than issued")
         self._open.difference_update(ids)
         self._committed.update(ids)
         return True
@@ -116,9 +107,7 @@ class Ledger:
         """Committed rollouts were consumed by the learner."""
         ids = set(rollout_ids)
         if not ids <= self._committed:
-            raise LedgerError(
-                f"{len(ids - self._committed)} rollouts trained without a commit"
-            )
+            raise LedgerError(f"{len(ids - self._committed)} rollouts trained without a commit")
         self._committed -= ids
         self.trained += len(ids)
 
@@ -126,9 +115,7 @@ class Ledger:
         """Committed rollouts will not be trained, for a stated reason."""
         ids = set(rollout_ids)
         if not ids <= self._committed:
-            raise LedgerError(
-                f"{len(ids - self._committed)} rollouts dropped without a commit"
-            )
+            raise LedgerError(f"{len(ids - self._committed)} rollouts dropped without a commit")
         self._committed -= ids
         self.dropped[reason] += len(ids)
 
@@ -136,9 +123,7 @@ class Ledger:
         """Raise LedgerError unless issued = trained + dropped + in flight."""
         accounted = self.trained + sum(self.dropped.values()) + self.in_flight
         if self.issued != accounted:
-            raise LedgerError(
-                f"{self.issued} rollouts issued, {accounted} accounted for"
-            )
+            raise LedgerError(f"{self.issued} rollouts issued, {accounted} accounted for")
 
     def state(self) -> dict[str, Any]:
         """Totals for a checkpoint. What is in flight is issued again on resume."""

@@ -52,9 +52,7 @@ def start_cluster(config: RunConfig) -> str:
 def sampling_of(config: RunConfig) -> Sampling:
     """The sampling distribution of the rollouts."""
     rollout = config.rollout
-    return Sampling(
-        temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
-    )
+    return Sampling(temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k)
 
 
 def rollout_pool(config: RunConfig, run: str, tokenizer: Path) -> Pool:
@@ -83,9 +81,7 @@ def rollout_pool(config: RunConfig, run: str, tokenizer: Path) -> Pool:
     return _pool("rollout", make, settings.actors, config)
 
 
-def reward_pool(
-    config: RunConfig, run: str, reference: Path, reward_model: Path | None
-) -> Pool:
+def reward_pool(config: RunConfig, run: str, reference: Path, reward_model: Path | None) -> Pool:
     """Reward workers; elastic, outside any placement group."""
     settings = config.reward_service
 

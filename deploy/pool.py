@@ -57,9 +57,7 @@ class Pool:
     def free(self, depth: int) -> Worker | None:
         """The least busy worker with fewer than `depth` calls under way, if any."""
         now = time.monotonic()
-        able = [
-            w for w in self.workers.values() if w.busy < depth and w.ready_at <= now
-        ]
+        able = [w for w in self.workers.values() if w.busy < depth and w.ready_at <= now]
         return min(able, key=lambda w: (w.busy, w.name)) if able else None
 
     def succeeded(self, worker: str) -> None:
@@ -96,9 +94,7 @@ class Pool:
     def _add(self, ready_at: float) -> None:
         name = f"{self.kind}-{self._made}"
         self._made += 1
-        self.workers[name] = Worker(
-            name=name, handle=self.make(name), ready_at=ready_at
-        )
+        self.workers[name] = Worker(name=name, handle=self.make(name), ready_at=ready_at)
 
     def _remove(self, name: str) -> None:
         ray.kill(self.workers.pop(name).handle)

@@ -1,4 +1,4 @@
-"""What a run says while it goes: metrics.jsonl, TensorBoard events and Ray metrics, from one place."""
+"""What a run says while it goes: metrics.jsonl, TensorBoard events, Ray metrics; one place."""
 
 from __future__ import annotations
 
@@ -43,13 +43,9 @@ class RunLog:
             self._file.flush()
             for name, value in metrics.items():
                 self._board.add_scalar(f"{stage}/{name}", value, step)
-                self._gauge(f"talipot_{stage}_{name}").set(
-                    value, {"run": self.run_dir.name}
-                )
+                self._gauge(f"talipot_{stage}_{name}").set(value, {"run": self.run_dir.name})
         except OSError as error:
-            raise StorageError(
-                f"{self.run_dir}: metrics cannot be written: {error}"
-            ) from None
+            raise StorageError(f"{self.run_dir}: metrics cannot be written: {error}") from None
 
     def close(self) -> None:
         """Flush and close."""

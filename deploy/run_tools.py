@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from common.errors import ConfigError, DataError
 from common.palm import PolicyNetwork
 from common.tokenizer import Tokenizer
 from common.weights import load_weights
+from deploy.controller import Status
 from deploy.evaluate import Judge, compare, policy_weights, sample_scored
 from deploy.placement import NAMESPACE, sampling_of
 from deploy.session import open_session
@@ -43,7 +45,7 @@ def evaluate_run(config: RunConfig, console: Console) -> dict[str, float]:
             sample_scored(config, policy_weights(path, version), prompts, *pools, label="eval")
             for version, path in enumerate((session.sft_weights, session.policy_weights))
         ]
-        found = compare([p.text for p in prompts], *sides, judge)
+        found = compare([p.text for p in prompts], sides[0], sides[1], judge)
     path = config.run_dir / "evaluation.json"
     path.write_text(json.dumps(found, indent=1), encoding="utf8")
     return found
@@ -82,12 +84,13 @@ def status_of(config: RunConfig) -> dict[str, Any]:
             address=config.cluster.address or "auto",
             namespace=NAMESPACE,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
         )
         controller = ray.get_actor(f"{config.name}:controller")
     except (ConnectionError, ValueError):
         return {"running": False} | _logged(config.run_dir)
-    status = ray.get(controller.status.remote(), timeout=30)
+    reference: ray.ObjectRef[Status] = controller.status.remote()
+    status = ray.get(reference, timeout=30)
     return {"running": True, "iteration": f"{status.iteration}/{status.iterations}"} | {
         "issued": status.issued,
         "trained": status.trained,
@@ -106,9 +109,7 @@ def _logged(run_dir: Path) -> dict[str, Any]:
         return {"logged": "nothing yet"}
     last = json.loads(path.read_text(encoding="utf8").splitlines()[-1])
     finished = (run_dir / "policy" / "policy.safetensors").exists()
-    return {
-        "finished": finished, "stage": last["stage"], "step": last["step"], **last["metrics"]
-    }
+    return {"finished": finished, "stage": last["stage"], "step": last["step"], **last["metrics"]}
 
 
 def _judge(target: str) -> Judge:

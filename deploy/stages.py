@@ -188,9 +188,7 @@ def run_train(
     gang = session.gang()
     gang.call("begin_train", config, str(session.sft_weights), str(reward) if reward else None)
     rollout, scoring = pools or start_pools(session, config)
-    controller = start_controller(
-        config.name, config, prompts, gang, rollout, scoring, stop_after
-    )
+    controller = start_controller(config.name, config, prompts, gang, rollout, scoring, stop_after)
     run = controller.run.remote()
     with session.progress("policy", config.train.iterations) as bar:
         while not ray.wait([run], timeout=_POLL_S)[0]:

@@ -49,9 +49,7 @@ def bootstrap_mean(
     return float(data.mean()), float(low), float(high)
 
 
-def win_rate(
-    scores_a: Sequence[float], scores_b: Sequence[float], *, tie_margin: float
-) -> WinRate:
+def win_rate(scores_a: Sequence[float], scores_b: Sequence[float], *, tie_margin: float) -> WinRate:
     """How often a beats b; differences up to the margin are ties and left out of the rate."""
     differences = [a - b for a, b in zip(scores_a, scores_b, strict=True)]
     wins = sum(d > tie_margin for d in differences)

@@ -52,7 +52,7 @@ def reinforce_pp(rewards_BR: Tensor, mask_BR: Tensor, *, gamma: float) -> Tensor
 
 def _groups(rewards_B: Tensor, group_B: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Rewards in float64, each row's group index, and the groups' sizes."""
-    _, inverse, count = group_B.unique(return_inverse=True, return_counts=True)
+    _, inverse, count = torch.unique(group_B, return_inverse=True, return_counts=True)
     if int(count.min()) < 2:
         raise ValueError(f"{name} needs at least two responses per prompt; a group has one")
     return rewards_B.double(), inverse, count.double()

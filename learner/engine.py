@@ -33,9 +33,7 @@ from learner.adafactor import PalmAdafactor
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
-def connect(
-    *, rank: int, world: int, address: str, port: int, timeout_s: float
-) -> None:
+def connect(*, rank: int, world: int, address: str, port: int, timeout_s: float) -> None:
     """Join the gang's process group (gloo on CPU, nccl on CUDA)."""
     os.environ |= {
         "RANK": str(rank),
@@ -51,9 +49,7 @@ def connect(
         world_size=world,
         timeout=datetime.timedelta(seconds=timeout_s),
     )
-    deepspeed.init_distributed(
-        dist_backend=backend, auto_mpi_discovery=False, verbose=False
-    )
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
 def world_size() -> int:

@@ -19,13 +19,40 @@ from common.trajectory import ScoredTrajectory, from_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sequences:
+    """Prompts with their responses, in tokens."""
+
+    prompts: list[list[int]]
+    responses: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Prompt + response tokens per row."""
+        return [len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)]
+
+    @property
+    def mask_NR(self) -> Tensor:
+        """bool ``[N, R]`` response_mask of the whole batch."""
+        lengths = torch.tensor([len(r) for r in self.responses])
+        return torch.arange(int(lengths.max()))[None] < lengths[:, None]
+
+    def response_tokens(self, rows: Sequence[int]) -> float:
+        """Response tokens of some rows: what their losses are normalised by."""
+        return float(sum(len(self.responses[row]) for row in rows))
+
+    def batch(self, rows: Sequence[int]) -> SequenceBatch:
+        """The padded tensors of some rows."""
+        return sequence_batch([self.prompts[i] for i in rows], [self.responses[i] for i in rows])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Experience:
     """N trajectories in rollout_id order. R is the longest response."""
 
-    prompts: list[list[int]]
-    """Prompt tokens per row."""
-    responses: list[list[int]]
-    """Response tokens per row."""
+    sequences: Sequences
     scores_N: Tensor
     """float32, before the EOS trick."""
     ended_N: Tensor
@@ -42,14 +69,7 @@ class Experience:
     """policy_version per row."""
 
     def __len__(self) -> int:
-        return len(self.prompts)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Prompt + response tokens per row."""
-        return [
-            len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)
-        ]
+        return len(self.sequences)
 
 
 def experience(tables: Sequence[pa.Table]) -> Experience:
@@ -57,16 +77,17 @@ def experience(tables: Sequence[pa.Table]) -> Experience:
     rows = [t for table in tables for t in from_table(table, ScoredTrajectory)]
     rows.sort(key=lambda t: t.rollout_id)
     reach = max(len(t.response_ids) for t in rows)
-    lengths = torch.tensor([len(t.response_ids) for t in rows])
+    sequences = Sequences(
+        prompts=[t.prompt_ids for t in rows], responses=[t.response_ids for t in rows]
+    )
     return Experience(
-        prompts=[t.prompt_ids for t in rows],
-        responses=[t.response_ids for t in rows],
+        sequences=sequences,
         scores_N=torch.tensor([t.score for t in rows], dtype=torch.float32),
         ended_N=torch.tensor([t.finish_reason == "eos" for t in rows]),
         groups_N=torch.tensor([t.group for t in rows]),
         behavior_NR=pad_rows([t.behavior_logprobs for t in rows], reach),
         reference_NR=pad_rows([t.ref_logprobs for t in rows], reach),
-        mask_NR=torch.arange(reach)[None] < lengths[:, None],
+        mask_NR=sequences.mask_NR,
         versions=tuple(t.policy_version for t in rows),
     )
 
@@ -92,20 +113,10 @@ def deal(
     order = sorted(rows, key=lambda row: (-lengths[row], row))
     hands = [order[r::ranks] for r in range(ranks)]
     split = [
-        [
-            [hand[i] for i in piece]
-            for piece in micro_batches([lengths[i] for i in hand], budget)
-        ]
+        [[hand[i] for i in piece] for piece in micro_batches([lengths[i] for i in hand], budget)]
         for hand in hands
     ]
     steps = max(len(pieces) for pieces in split)
     mine = [Piece(rows=piece, real=True) for piece in split[rank]]
     filler = Piece(rows=[order[-1]], real=False)
     return mine + [filler] * (steps - len(mine))
-
-
-def rows_batch(
-    prompts: Sequence[list[int]], responses: Sequence[list[int]], rows: Sequence[int]
-) -> SequenceBatch:
-    """The padded tensors of some rows."""
-    return sequence_batch([prompts[i] for i in rows], [responses[i] for i in rows])

@@ -44,9 +44,7 @@ def masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mean, variance, count
 
 
-def whiten(
-    x_BR: Tensor, mask_BR: Tensor, *, shift_mean: bool = True, eps: float = 1e-8
-) -> Tensor:
+def whiten(x_BR: Tensor, mask_BR: Tensor, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
     """``(x - mean) / sqrt(variance + eps)`` over the mask; zero outside it.
 
     Moments are the population's (Stiennon 2020's code), not the sample's. With

@@ -14,6 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
+from common.batching import pad_rows
+from learner.experience import Sequences
+
 _SCHEMA = pa.schema(
     [
         pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),
@@ -28,8 +31,7 @@ _SCHEMA = pa.schema(
 class AuxiliaryMemory:
     """Rows of the current phase, oldest first."""
 
-    prompts: list[list[int]] = field(default_factory=list)
-    responses: list[list[int]] = field(default_factory=list)
+    sequences: Sequences = field(default_factory=lambda: Sequences(prompts=[], responses=[]))
     value_targets: list[list[float]] = field(default_factory=list)
     """V_targ of the policy phase per response token; frozen."""
     versions: list[int] = field(default_factory=list)
@@ -37,29 +39,38 @@ class AuxiliaryMemory:
     """Policy phases since the memory was emptied."""
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        return len(self.sequences)
 
     def add(
         self,
-        prompts: Sequence[list[int]],
-        responses: Sequence[list[int]],
+        sequences: Sequences,
         returns_NR: Tensor,
         versions: Sequence[int],
     ) -> None:
         """Append one iteration."""
-        self.prompts += prompts
-        self.responses += responses
+        self.sequences.prompts.extend(sequences.prompts)
+        self.sequences.responses.extend(sequences.responses)
         self.value_targets += [
             returns_NR[row, : len(response)].tolist()
-            for row, response in enumerate(responses)
+            for row, response in enumerate(sequences.responses)
         ]
         self.versions += versions
         self.iterations += 1
 
+    @property
+    def targets_NR(self) -> Tensor:
+        """value_targets as float32 ``[N, R]``, zeros on the right."""
+        return pad_rows(self.value_targets, max(len(row) for row in self.value_targets))
+
     def save(self, path: Path) -> None:
         """Write Parquet."""
         table = pa.table(
-            [self.prompts, self.responses, self.value_targets, self.versions],
+            [
+                self.sequences.prompts,
+                self.sequences.responses,
+                self.value_targets,
+                self.versions,
+            ],
             schema=_SCHEMA,
         )
         table = table.replace_schema_metadata({"iterations": str(self.iterations)})
@@ -71,8 +82,7 @@ class AuxiliaryMemory:
         table = pq.read_table(path)
         columns = table.to_pydict()
         return cls(
-            prompts=columns["prompt_ids"],
-            responses=columns["response_ids"],
+            sequences=Sequences(prompts=columns["prompt_ids"], responses=columns["response_ids"]),
             value_targets=columns["value_targets"],
             versions=columns["policy_version"],
             iterations=int((table.schema.metadata or {})[b"iterations"]),

@@ -140,9 +140,7 @@ class SftStage:
         )
         length = config.model.context
         order = ShuffledIndex(len(train), derive_seed(config.seed, "sft") >> 1)
-        shuffled = [
-            train[i] for i in order.next_batch(math.ceil(settings.epochs * len(train)))
-        ]
+        shuffled = [train[i] for i in order.next_batch(math.ceil(settings.epochs * len(train)))]
         self._pairs = shuffled
         self._rows = pack(shuffled, length)
         self.rows_per_step = max(world_size(), settings.batch_tokens // length)
@@ -155,7 +153,7 @@ class SftStage:
         total = torch.zeros(3, dtype=torch.float64)
         norm = 0.0
         first = self.step
-        for self.step in range(first, min(first + steps, self.total_steps)):
+        while self.step < min(first + steps, self.total_steps):
             at = self.step * self.rows_per_step
             rows = self._rows[at : at + self.rows_per_step]
             where = f"sft step {self.step}"
@@ -168,8 +166,8 @@ class SftStage:
                 total += torch.tensor([nll, count, 0.0], dtype=torch.float64)
             factor = warmup_cosine(self.step, self.total_steps, warmup=settings.warmup)
             norm += self.engine.step(settings.lr * factor, where)
-        done = self.step + 1 - first
-        self.step += 1
+            self.step += 1
+        done = self.step - first
         nll, count, _ = all_sum(total).tolist()
         return {
             "loss": mean(nll, count),
@@ -183,9 +181,7 @@ class SftStage:
         rows = pack(self.held_out, self.config.model.context)
         total = torch.zeros(2, dtype=torch.float64)
         for at in range(0, len(rows), self.rows_per_step):
-            for piece, _ in self._batch(
-                self.held_out, rows[at : at + self.rows_per_step]
-            ):
+            for piece, _ in self._batch(self.held_out, rows[at : at + self.rows_per_step]):
                 _, nll, count = self._loss(piece, 1.0)
                 total += torch.tensor([nll, count], dtype=torch.float64)
         nll, count = all_sum(total).tolist()
@@ -212,17 +208,13 @@ class SftStage:
         )
         return [
             (
-                packed_batch(pairs, [rows[i] for i in p.rows], length)
-                if p.real
-                else None,
+                packed_batch(pairs, [rows[i] for i in p.rows], length) if p.real else None,
                 index == len(pieces) - 1,
             )
             for index, p in enumerate(pieces)
         ]
 
-    def _loss(
-        self, batch: Packed | None, normalizer: float
-    ) -> tuple[Tensor, float, float]:
+    def _loss(self, batch: Packed | None, normalizer: float) -> tuple[Tensor, float, float]:
         """Loss to differentiate, and this micro-batch's sums of nll and of target tokens."""
         device = self.engine.device
         if batch is None:
@@ -234,7 +226,7 @@ class SftStage:
             segments_BT=batch.segments_BT.to(device),
         )
         at = batch.target_mask_BT.to(device)
-        # The mask marks positions whose next token is a target, so it never reaches the last column.
+        # The mask marks positions whose next token is a target: never the last column.
         following = batch.tokens_BT.roll(-1, dims=1).to(device)[at]
         logits = logits_BTV[at]
         nll = F.cross_entropy(logits, following, reduction="sum")
@@ -271,9 +263,7 @@ class RewardStage:
             weight_decay=settings.weight_decay,
             clip=settings.clip,
         )
-        self.total_steps = max(
-            1, math.ceil(settings.epochs * len(train)) // settings.batch_size
-        )
+        self.total_steps = max(1, math.ceil(settings.epochs * len(train)) // settings.batch_size)
         self._order = ShuffledIndex(len(train), self.seed)
         self.step = 0
 
@@ -282,7 +272,7 @@ class RewardStage:
         settings = self.config.reward_model
         total = torch.zeros(2, dtype=torch.float64)
         first, norm = self.step, 0.0
-        for self.step in range(first, min(first + steps, self.total_steps)):
+        while self.step < min(first + steps, self.total_steps):
             rows = self._order.next_batch(settings.batch_size)
             where = f"reward model step {self.step}"
             pieces = self._deal(self.train, rows)
@@ -293,13 +283,11 @@ class RewardStage:
                 require_finite("reward model loss", float(loss), where)
                 self.engine.backward(loss, last=index == len(pieces) - 1)
                 right = float((margins > 0).sum()) * piece.real
-                total += torch.tensor(
-                    [float(loss) * len(rows), right], dtype=torch.float64
-                )
+                total += torch.tensor([float(loss) * len(rows), right], dtype=torch.float64)
             factor = warmup_cosine(self.step, self.total_steps, warmup=0.05)
             norm += self.engine.step(settings.lr * factor, where)
-        done = self.step + 1 - first
-        self.step += 1
+            self.step += 1
+        done = self.step - first
         loss_sum, right = all_sum(total).tolist()
         pairs = done * settings.batch_size
         return {
@@ -315,9 +303,7 @@ class RewardStage:
         for piece in self._deal(self.held_out, range(len(self.held_out))):
             margins = self._margins(self.held_out, piece)
             loss = self._pair_loss(self.held_out, piece, margins).sum()
-            total += (
-                torch.tensor([float((margins > 0).sum()), float(loss)]) * piece.real
-            )
+            total += torch.tensor([float((margins > 0).sum()), float(loss)]) * piece.real
         right, loss_sum = all_sum(total).tolist()
         count = len(self.held_out)
         return {
@@ -373,19 +359,11 @@ class RewardStage:
         self, data: Sequence[EncodedComparison], piece: Piece, margins: Tensor
     ) -> Tensor:
         """``-c log sigmoid(m) - (1-c) log sigmoid(-m)``; confidence 1 is Stiennon's loss."""
-        confidence = torch.tensor(
-            [data[i].confidence for i in piece.rows], device=margins.device
-        )
-        return -confidence * F.logsigmoid(margins) - (1 - confidence) * F.logsigmoid(
-            -margins
-        )
+        confidence = torch.tensor([data[i].confidence for i in piece.rows], device=margins.device)
+        return -confidence * F.logsigmoid(margins) - (1 - confidence) * F.logsigmoid(-margins)
 
-    def _deal(
-        self, data: Sequence[EncodedComparison], rows: Sequence[int]
-    ) -> list[Piece]:
-        lengths = [
-            2 * (len(c.prompt) + max(len(c.chosen), len(c.rejected))) for c in data
-        ]
+    def _deal(self, data: Sequence[EncodedComparison], rows: Sequence[int]) -> list[Piece]:
+        lengths = [2 * (len(c.prompt) + max(len(c.chosen), len(c.rejected))) for c in data]
         return deal(
             rows,
             lengths,

@@ -1,10 +1,10 @@
 """A remote reward endpoint that may be slow, flaky or down.
 
 ``POST {"requests": [{"rollout_id", "prompt", "response"}]}`` answers
-``{"scores": [{"rollout_id", "score"}]}``. Batches go out side by side up to a cap; a failed batch is
-retried with exponential backoff and full jitter; after several failures in a row the circuit opens
-and requests wait for a cool-down before one tries again. A batch that stays down is a dead letter:
-returned as such, counted, and written to a file when one is named. Nothing crashes, nothing is lost.
+``{"scores": [{"rollout_id", "score"}]}``. Batches go out side by side up to a cap; a failed batch
+is retried with exponential backoff and full jitter; after several failures in a row the circuit
+opens and requests wait for a cool-down before one tries again. A batch that stays down is a dead
+letter: returned as such, counted, and written to a file when one is named. Nothing is lost.
 """
 
 from __future__ import annotations
@@ -221,8 +221,12 @@ class HttpScorer:
             if self.settings.dead_letter_path is not None:
                 with self.settings.dead_letter_path.open("a", encoding="utf8") as file:
                     for r in requests:
-                        line = {"rollout_id": r.rollout_id, "prompt": r.prompt_text,
-                                "response": r.response_text, "error": reason}
+                        line = {
+                            "rollout_id": r.rollout_id,
+                            "prompt": r.prompt_text,
+                            "response": r.response_text,
+                            "error": reason,
+                        }
                         file.write(json.dumps(line) + "\n")
         return [ScoreResult(rollout_id=r.rollout_id, score=None, error=reason) for r in requests]
 

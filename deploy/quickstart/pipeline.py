@@ -15,10 +15,11 @@ from common.config import RunConfig, save_config
 from common.data import Prompt, write_jsonl
 from deploy import stages
 from deploy.evaluate import Sampled, best_of, compare, policy_weights, sample, sample_scored
-from deploy.pool import Pool
 from deploy.placement import reward_pool, rollout_pool
+from deploy.pool import Pool
 from deploy.quickstart import task as quickstart_task
 from deploy.quickstart.harvest import Pair, prompt_text
+from deploy.quickstart.judges import conformance
 from deploy.quickstart.task import Task, judge_lines
 from deploy.report import write_report
 from deploy.session import Session
@@ -92,8 +93,10 @@ def evaluate_run(
         verdict = judge_lines(pairs, lines, config.seed)
         found |= {f"{key}_{name}": value for key, value in verdict.items()}
         found[f"quality_{name}"] = sum(task.qualities(pairs, lines)) / len(lines)
-    found |= {f"{key}_human": value for key, value in
-              judge_lines(pairs, [p.docstring for p in pairs], config.seed).items()}
+    found |= {
+        f"{key}_human": value
+        for key, value in judge_lines(pairs, [p.docstring for p in pairs], config.seed).items()
+    }
     _write_samples(session, pairs, before, after)
     return found
 
@@ -108,9 +111,7 @@ def _make_comparisons(
     rows = sample(config, weights, prompts, rollout, label="pairs", samples=2)
     lines = _lines([row.response_text for row in rows])
     samples = list(zip(lines[::2], lines[1::2], strict=True))
-    made, ties = quickstart_task.comparisons(
-        task, pairs, samples, config.quickstart, config.seed
-    )
+    made, ties = quickstart_task.comparisons(task, pairs, samples, config.quickstart, config.seed)
     write_jsonl(str(session.run_dir / "data" / "comparisons.jsonl"), made)
     return len(made), ties
 
@@ -139,7 +140,7 @@ def _write_samples(
     session: Session, pairs: Sequence[Pair], before: Sampled, after: Sampled
 ) -> None:
     old, new = _lines(before.responses), _lines(after.responses)
-    conforms = quickstart_task.judges.conformance(old + new, [*pairs, *pairs])
+    conforms = conformance(old + new, [*pairs, *pairs])
     rows = [
         {
             "prompt": pair.signature,

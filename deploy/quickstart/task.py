@@ -18,7 +18,6 @@ from deploy.quickstart.labeler import label, quality, verb_lexicon
 from deploy.statistics import bootstrap_mean
 
 
-
 @dataclass(frozen=True, slots=True)
 class Task:
     """Harvested pairs: `train` for the stages, `held_out` for the judges alone."""
