@@ -20,27 +20,30 @@ def gae(
     Args:
         mask_BR: bool, True = a real response token (a contiguous prefix of each row).
     """
-    mask = mask_BR.to(rewards_BR.dtype)
-    rewards, values = rewards_BR * mask, values_BR * mask
+    # Filled, not multiplied: padding may hold NaN, and NaN * 0 is NaN.
+    rewards = rewards_BR.masked_fill(~mask_BR, 0.0)
+    values = values_BR.masked_fill(~mask_BR, 0.0)
     advantages = torch.zeros_like(rewards)
     following = torch.zeros_like(rewards[:, 0])
     next_value = torch.zeros_like(following)
     for t in range(rewards.shape[1] - 1, -1, -1):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        following = (delta + gamma * gae_lambda * following) * mask[:, t]
+        following = (delta + gamma * gae_lambda * following).masked_fill(~mask_BR[:, t], 0.0)
         advantages[:, t] = following
         next_value = values[:, t]
     return advantages, advantages + values
 
 
 def masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, population variance and count of the masked entries, in float64."""
-    weights = mask.double()
-    count = weights.sum()
+    """Mean, population variance and count of the entries where `mask` is True, in float64.
+
+    Raises ValueError for an empty mask.
+    """
+    count = mask.sum(dtype=torch.float64)
     if not count:
         raise ValueError("nothing to average: the mask is empty")
-    mean = (x.double() * weights).sum() / count
-    variance = ((x.double() - mean).square() * weights).sum() / count
+    mean = x.double().masked_fill(~mask, 0.0).sum() / count
+    variance = (x.double() - mean).masked_fill(~mask, 0.0).square().sum() / count
     return mean, variance, count
 
 
@@ -54,4 +57,4 @@ def whiten(x_BR: Tensor, mask_BR: Tensor, *, shift_mean: bool = True, eps: float
     whitened = (x_BR.double() - mean) * (variance + eps).rsqrt()
     if not shift_mean:
         whitened = whitened + mean
-    return (whitened * mask_BR).to(x_BR.dtype)
+    return whitened.masked_fill(~mask_BR, 0.0).to(x_BR.dtype)

@@ -23,13 +23,19 @@ def shape_rewards(
 ) -> Tensor:
     """Rewards ``[B, R]``. The score stands on the last *response* token, never on padding.
 
-    Raises ValueError for a row without a response token: its score would have no place.
+    Raises ValueError for a row without a response token (its score would have no place), and for
+    a score or log-probability that is not finite.
     """
     lengths = mask_BR.sum(dim=1)
     if bool((lengths == 0).any()):
         raise ValueError("a row has no response token to carry its score")
     rewards = -kl_coef * (logprobs_BR - ref_logprobs_BR).masked_fill(~mask_BR, 0.0)
-    return rewards.scatter_add(1, lengths[:, None] - 1, scores_B[:, None].to(rewards.dtype))
+    rewards = rewards.scatter_add(1, lengths[:, None] - 1, scores_B[:, None].to(rewards.dtype))
+    broken = ~rewards.isfinite().all(dim=1)
+    if bool(broken.any()):
+        row = int(broken.nonzero()[0])
+        raise ValueError(f"row {row} has a score or log-probability that is not finite")
+    return rewards
 
 
 def apply_eos_trick(scores_B: Tensor, ended_with_eos_B: Tensor, *, penalty: float) -> Tensor:
@@ -41,19 +47,22 @@ class FixedKL:
     """A constant coefficient."""
 
     def __init__(self, coef: float) -> None:
+        _require_finite("KL coefficient", coef)
         self.coef = coef
 
     def update(self, kl: float, n: int) -> None:
         """Nothing changes. Raises ValueError for a KL that is not finite."""
-        _require_finite(kl)
+        _require_finite("KL", kl)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {"coef": self.coef}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From a checkpoint."""
-        self.coef = float(state["coef"])
+        """From a checkpoint. Raises ValueError for a coefficient that is not finite."""
+        coef = float(state["coef"])
+        _require_finite("KL coefficient", coef)
+        self.coef = coef
 
 
 class AdaptiveKL(FixedKL):
@@ -65,12 +74,15 @@ class AdaptiveKL(FixedKL):
         self.horizon = horizon
 
     def update(self, kl: float, n: int) -> None:
-        """Move towards the target after `n` rollouts of mean KL `kl` (nats per response)."""
-        _require_finite(kl)
+        """Move towards the target after `n` rollouts of mean KL `kl` (nats per response).
+
+        Raises ValueError, changing nothing, for a KL that is not finite.
+        """
+        _require_finite("KL", kl)
         error = min(0.2, max(-0.2, kl / self.target - 1.0))
         self.coef *= 1.0 + error * n / self.horizon
 
 
-def _require_finite(kl: float) -> None:
-    if not math.isfinite(kl):
-        raise ValueError(f"KL is {kl}")
+def _require_finite(what: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{what} is {value}")

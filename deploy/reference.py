@@ -1,0 +1,104 @@
+"""The configuration reference: every field of every section, from the code that validates it.
+
+``python -m deploy.reference > docs/configuration.md``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from common.config import PRESETS, ModelConfig, RewardComponent, RunConfig, fields
+
+_HEAD = """\
+# Configuration
+
+<!-- Written by `python -m deploy.reference > docs/configuration.md`; do not edit. -->
+
+A recipe is a YAML file with one section per component. Everything has a default, so a recipe
+holds only what differs:
+
+```yaml recipe
+name: first
+data:
+  demonstrations: [demonstrations.jsonl]
+learner: {ranks: 2, zero_stage: 2}
+train: {algorithm: ppo, iterations: 20}
+```
+
+The command line overrides single fields by their dotted names, and values are YAML:
+
+```sh
+talipot train --config recipe.yaml learner.zero_stage=3 train.ppg=null
+```
+
+Unknown keys are refused with the nearest valid name. `talipot config --config recipe.yaml` prints
+a recipe with every default filled in; the same text is saved as `config.yaml` in the run's folder.
+`train.ppg: null` switches the auxiliary phase off.
+"""
+
+
+def reference_page() -> str:
+    """The whole page, ending in a newline."""
+    every = list(fields())
+    parts = [_HEAD, "## The run", _table(row for row in every if "." not in row[0])]
+    for section, info in RunConfig.model_fields.items():
+        rows = [row for row in every if row[0].startswith(f"{section}.")]
+        if rows:
+            parts += [f"## `{section}`", _first_line(info.annotation), _table(rows)]
+        if section == "reward_service":
+            parts += [
+                "### `reward_service.components`",
+                "The score is the weighted sum of named components; `NAME` is yours to choose.",
+                _table(fields(RewardComponent, "reward_service.components.NAME.")),
+            ]
+    parts += ["## Presets", "`preset: NAME` takes a model's shape from here.", _presets()]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _table(rows: Iterable[tuple[str, Any, str]]) -> str:
+    lines = ["| field | default | meaning |", "|---|---|---|"]
+    for name, default, description in rows:
+        meaning = " ".join(description.split()).replace("``", "`")
+        lines.append(f"| `{name}` | {_code(default)} | {_cell(meaning)} |")
+    return "\n".join(lines)
+
+
+def _presets() -> str:
+    names = [name for name in ModelConfig.model_fields if name != "activation_checkpointing"]
+    lines = [f"| preset | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for preset, model in PRESETS.items():
+        cells = " | ".join(_code(getattr(model, name)) for name in names)
+        lines.append(f"| `{preset}` | {cells} |")
+    return "\n".join(lines)
+
+
+def _code(value: Any) -> str:
+    return f"`{_cell(_yaml(value))}`"
+
+
+def _yaml(value: Any) -> str:
+    """A default as one would write it in a recipe."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, RewardComponent):
+        return _yaml({"kind": value.kind, "weight": value.weight})
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {_yaml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_yaml, value)) + "]"
+    return str(value) if value != "" else '""'
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _first_line(annotation: Any) -> str:
+    return str(annotation.__doc__).strip().splitlines()[0]
+
+
+if __name__ == "__main__":
+    print(reference_page(), end="")

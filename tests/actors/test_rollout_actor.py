@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from actors.prompts import EncodedPrompt, evaluation_requests
+from actors.rollout_actor import RolloutActor
+from common.config import RunConfig
+from common.errors import TrainingError
+from common.logprobs import Sampling
+from common.palm import PaLM
+from common.trajectory import Rollout, RolloutRequest, from_table, to_table
+from common.weights import manifest_of
+
+
+def actor(config: RunConfig) -> RolloutActor:
+    tokenizer = str(config.run_dir / "tokenizer.json")
+    return RolloutActor("rollout-0", config.model, tokenizer, Sampling(), 6, 1)
+
+
+def lease() -> list[RolloutRequest]:
+    prompts = [EncodedPrompt(uid=f"{i}", text="x", ids=[40 + i, 50]) for i in range(3)]
+    return evaluation_requests(prompts, seed=0, label="t")
+
+
+def weights(config: RunConfig, seed: int) -> dict[str, object]:
+    palm = PaLM(config.model)
+    palm.initialise(seed)
+    return dict(palm.state_dict())
+
+
+def test_rollouts_carry_the_version_and_fingerprint_that_sampled_them(
+    workspace: RunConfig,
+) -> None:
+    made = actor(workspace)
+    table = to_table(lease(), RolloutRequest)
+    fingerprints = []
+    for version, seed in ((1, 0), (2, 1), (3, 0)):
+        manifest, payload = manifest_of(weights(workspace, seed), version)
+        facts, rollouts = made.generate(table, manifest, payload)
+        rows = from_table(rollouts, Rollout)
+        assert {r.policy_version for r in rows} == {facts.policy_version} == {version}
+        assert {r.weights_fingerprint for r in rows} == {manifest.fingerprint}
+        assert facts.rollout_ids == tuple(r.rollout_id for r in lease())
+        assert facts.response_tokens == sum(len(r.response_ids) for r in rows)
+        fingerprints.append(manifest.fingerprint)
+    assert fingerprints[0] == fingerprints[2] != fingerprints[1], "it is a hash of content"
+
+
+def test_weights_held_already_are_not_loaded_again(workspace: RunConfig) -> None:
+    made = actor(workspace)
+    manifest, payload = manifest_of(weights(workspace, 0), 1)
+    table = to_table(lease(), RolloutRequest)
+    first, _ = made.generate(table, manifest, payload)
+    again, _ = made.generate(table, manifest, payload)
+    assert first.weights_fingerprint == again.weights_fingerprint
+    assert again.load_seconds < first.load_seconds
+
+
+def test_a_flipped_byte_is_found_before_a_token_is_sampled(workspace: RunConfig) -> None:
+    made = actor(workspace)
+    manifest, payload = manifest_of(weights(workspace, 0), 1)
+    damaged = np.array(payload)
+    damaged[1000] ^= 1
+    with pytest.raises(TrainingError, match="corrupted"):
+        made.generate(to_table(lease(), RolloutRequest), manifest, damaged)
+    assert made.policy_version == -1, "it holds no version it could claim"
+    facts, _ = made.generate(to_table(lease(), RolloutRequest), manifest, payload)
+    assert facts.weights_fingerprint == manifest.fingerprint

@@ -1,0 +1,141 @@
+"""Shared fixtures: one real Ray cluster, a tiny tokenizer, and tiny weights on disk."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from common.config import RunConfig
+from common.data import Comparison, Demonstration, Prompt, write_jsonl
+from common.palm import PolicyNetwork, ScalarNetwork
+from common.tokenizer import Tokenizer
+from common.weights import save_weights
+
+torch.set_num_threads(1)
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+WORDS = ["open", "close", "read", "write", "the", "file", "name", "list", "of", "a", "path", "all"]
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """A local Ray cluster of more logical than real cores."""
+    ray.init(
+        num_cpus=8,
+        include_dashboard=False,
+        namespace="talipot",
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=200 * 2**20,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run folder with data, tokenizer, random policy and reward weights; its config."""
+    root = tmp_path_factory.mktemp("workspace")
+    rng = np.random.default_rng(0)
+
+    def phrase(low: int, high: int) -> str:
+        return " ".join(rng.choice(WORDS, rng.integers(low, high)))
+
+    pairs = [(f"{phrase(1, 5)} {i}:", phrase(2, 6)) for i in range(200)]
+    data = root / "data"
+    data.mkdir()
+    write_jsonl(
+        str(data / "demonstrations.jsonl"),
+        [Demonstration(uid="", prompt=p, response=r) for p, r in pairs],
+    )
+    write_jsonl(str(data / "prompts.jsonl"), [Prompt(uid="", prompt=p) for p, _ in pairs])
+    write_jsonl(
+        str(data / "comparisons.jsonl"),
+        [
+            Comparison(
+                uid="",
+                prompt=p,
+                chosen=f"read {r}",
+                rejected=f"close {r}",
+                labeler="test",
+                confidence=1.0,
+            )
+            for p, r in pairs
+        ],
+    )
+    tokenizer = Tokenizer.train((p + r for p, r in pairs), 290)
+    config = RunConfig.model_validate(
+        {
+            "name": "base",
+            "output": str(root),
+            "model": {
+                "vocab_size": tokenizer.vocab_size,
+                "dim": 32,
+                "layers": 2,
+                "heads": 2,
+                "head_dim": 16,
+                "context": 64,
+            },
+            "data": {
+                "demonstrations": [str(data / "demonstrations.jsonl")],
+                "comparisons": [str(data / "comparisons.jsonl")],
+                "prompts": [str(data / "prompts.jsonl")],
+                "evaluation": [str(data / "demonstrations.jsonl")],
+                "too_long": "skip",
+            },
+            "learner": {"ranks": 2, "zero_stage": 2, "cpus_per_rank": 0.5, "deadline_s": 120},
+            "rollout": {
+                "actors": 2,
+                "cpus_per_actor": 0.5,
+                "lease_size": 4,
+                "max_response_tokens": 8,
+                "lease_deadline_s": 120,
+            },
+            "reward_service": {"cpus_per_replica": 0.5},
+            "train": {
+                "iterations": 4,
+                "prompts_per_iteration": 16,
+                "minibatches": 2,
+                "ppg": {"n_pi": 2, "e_aux": 1, "minibatches": 1},
+            },
+        }
+    )
+    run = config.run_dir
+    run.mkdir()
+    tokenizer.save(run / "tokenizer.json")
+    write_networks(config)
+    return config
+
+
+def write_networks(config: RunConfig) -> None:
+    """Random policy and reward model, where the stages would leave them."""
+    policy, reward = PolicyNetwork(config.model), ScalarNetwork(config.model)
+    policy.initialise(1)
+    reward.initialise(2)
+    for network, path in (
+        (policy, config.run_dir / "sft" / "policy.safetensors"),
+        (reward, config.run_dir / "reward_model" / "reward.safetensors"),
+    ):
+        path.parent.mkdir(exist_ok=True)
+        save_weights(network.state_dict(), path, {})
+
+
+def run_copy(config: RunConfig, folder: Path, **sections: dict[str, object]) -> RunConfig:
+    """The workspace's run in a folder of its own, with some settings changed."""
+    values = config.model_dump(mode="json")
+    for name, changes in sections.items():
+        values[name] = {**values[name], **changes}
+    copied = RunConfig.model_validate({**values, "output": str(folder), "name": "run"})
+    copied.run_dir.mkdir(parents=True)
+    for part in ("tokenizer.json", "sft/policy.safetensors", "reward_model/reward.safetensors"):
+        target = copied.run_dir / part
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes((config.run_dir / part).read_bytes())
+    return copied

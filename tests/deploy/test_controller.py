@@ -1,0 +1,335 @@
+"""The whole loop on a real Ray cluster: determinism, resume, deaths, asynchrony, refusals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from actors.prompts import EncodedPrompt
+from common.config import RunConfig
+from common.errors import CheckpointError, RewardError, TrainingError, WorkerError
+from common.tokenizer import Tokenizer
+from common.trajectory import ScoredTrajectory, from_table
+from deploy.controller import Controller
+from deploy.gang import LearnerGang
+from deploy.placement import reward_pool, rollout_pool
+from deploy.pool import Pool
+from deploy.stages import read_encoded_prompts
+from tests.conftest import run_copy
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+@pytest.fixture(scope="module")
+def gang(workspace: RunConfig, cluster: None) -> Iterator[LearnerGang]:
+    made = LearnerGang(workspace, "controller-tests")
+    yield made
+    made.stop()
+
+
+def prompts_of(config: RunConfig) -> list[EncodedPrompt]:
+    tokenizer = Tokenizer.load(config.run_dir / "tokenizer.json")
+    return read_encoded_prompts(config.data.prompts, tokenizer, config)[0]
+
+
+_IDLE: dict[str, tuple[Pool, Pool]] = {}
+"""Pools of finished runs by what they were made for; starting workers is what tests wait for."""
+
+
+class Run:
+    """A controller in this process, with real workers."""
+
+    count = 0
+
+    def __init__(self, config: RunConfig, gang: LearnerGang, stop_after: int | None = None) -> None:
+        Run.count += 1
+        folder = config.run_dir.absolute()
+        sft = folder / "sft" / "policy.safetensors"
+        reward = folder / "reward_model" / "reward.safetensors"
+        kinds = {c.kind for c in config.reward_service.components.values()}
+        model = reward if "model" in kinds else None
+        gang.call("begin_train", config, str(sft), str(model) if model else None)
+        self.key = (
+            f"{config.rollout.actors} {config.train.max_staleness > 0} "
+            f"{config.reward_service.model_dump_json()}"
+        )
+        name = f"run{Run.count}"
+        self.pools = _IDLE.pop(self.key, None) or (
+            rollout_pool(config, name, folder / "tokenizer.json"),
+            reward_pool(config, name, sft, model),
+        )
+        self.failures = sum(pool.failures for pool in self.pools)
+        self.controller = Controller(config, prompts_of(config), gang, *self.pools, stop_after)
+
+    def __enter__(self) -> Controller:
+        return self.controller
+
+    def __exit__(self, *_: object) -> None:
+        idle = not any(w.busy for pool in self.pools for w in pool.workers.values())
+        if idle and sum(pool.failures for pool in self.pools) == self.failures:
+            _IDLE[self.key] = self.pools
+            return
+        for pool in self.pools:
+            pool.stop()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _stop_idle_pools() -> Iterator[None]:
+    yield
+    for pools in _IDLE.values():
+        for pool in pools:
+            pool.stop()
+    _IDLE.clear()
+
+
+def finish(config: RunConfig, gang: LearnerGang, stop_after: int | None = None) -> dict[str, Any]:
+    with Run(config, gang, stop_after) as controller:
+        facts = controller.run()
+    assert facts["rollouts_issued"] == facts["rollouts_trained"] + facts["rollouts_dropped"]
+    return facts
+
+
+@pytest.fixture(scope="module")
+def reference(
+    workspace: RunConfig, gang: LearnerGang, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunConfig, dict[str, Any]]:
+    """An undisturbed synchronous run."""
+    config = run_copy(workspace, tmp_path_factory.mktemp("reference"))
+    return config, finish(config, gang)
+
+
+def test_a_run_trains_every_rollout_once_and_logs_it(
+    reference: tuple[RunConfig, dict[str, Any]],
+) -> None:
+    config, facts = reference
+    assert facts["finished"]
+    assert facts["rollouts_trained"] == 4 * 16
+    logged = [
+        row
+        for path in sorted((config.run_dir / "trajectories").glob("*.parquet"))
+        for row in from_table(pq.read_table(path), ScoredTrajectory)
+    ]
+    ids = [row.rollout_id for row in logged]
+    assert len(ids) == len(set(ids)) == 64
+    versions = {row.rollout_id[:6]: row.policy_version for row in logged}
+    assert versions == {f"{i:06d}": i for i in range(4)}, "synchronous: no rollout is stale"
+    metrics = (config.run_dir / "metrics.jsonl").read_text().splitlines()
+    assert len(metrics) == 4
+    assert '"auxiliary/clone_kl_first": 0.0' in metrics[1]
+
+
+def test_one_seed_gives_one_result_and_another_seed_another(
+    workspace: RunConfig,
+    gang: LearnerGang,
+    reference: tuple[RunConfig, dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    again = finish(run_copy(workspace, tmp_path / "a"), gang)
+    assert again["weights_hash"] == reference[1]["weights_hash"]
+    other = run_copy(workspace, tmp_path / "b").model_copy(update={"seed": 7})
+    assert finish(other, gang)["weights_hash"] != again["weights_hash"]
+
+
+@pytest.mark.parametrize("actors", [1, 3])
+def test_the_number_of_actors_changes_nothing(
+    workspace: RunConfig,
+    gang: LearnerGang,
+    reference: tuple[RunConfig, dict[str, Any]],
+    tmp_path: Path,
+    actors: int,
+) -> None:
+    """Invariant I5."""
+    config = run_copy(workspace, tmp_path, rollout={"actors": actors})
+    assert finish(config, gang)["weights_hash"] == reference[1]["weights_hash"]
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(
+    workspace: RunConfig,
+    gang: LearnerGang,
+    reference: tuple[RunConfig, dict[str, Any]],
+    tmp_path: Path,
+    stop: int,
+) -> None:
+    """Stopped inside a phase (auxiliary memory half full) and at its end; adaptive KL included."""
+    config = run_copy(workspace, tmp_path)
+    first = finish(config, gang, stop_after=stop)
+    assert not first["finished"]
+    second = finish(config, gang)
+    assert second["finished"]
+    assert second["weights_hash"] == reference[1]["weights_hash"]
+    assert second["rollouts_issued"] == 64
+
+
+def test_a_damaged_checkpoint_is_passed_over_or_named(
+    workspace: RunConfig,
+    gang: LearnerGang,
+    reference: tuple[RunConfig, dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    config = run_copy(workspace, tmp_path, train={"checkpoint_every": 1})
+    finish(config, gang, stop_after=3)
+    newest = sorted((config.run_dir / "checkpoints").iterdir())[-1]
+    (newest / "state.json").write_text("{", encoding="utf8")
+    assert finish(config, gang)["weights_hash"] == reference[1]["weights_hash"]
+    for folder in (config.run_dir / "checkpoints").iterdir():
+        (folder / "state.json").write_text("{", encoding="utf8")
+    with pytest.raises(CheckpointError, match="damaged"):
+        finish(config, gang)
+
+
+def kill_worker(controller: Controller, kind: str) -> None:
+    """SIGKILL one worker's process while the run goes on."""
+    pool = controller.collector.rollout if kind == "rollout" else controller.collector.reward
+    assert pool is not None
+    worker = next(iter(pool.workers.values()))
+    pid = ray.get(worker.handle.__ray_call__.remote(lambda _: os.getpid()))
+    os.kill(pid, signal.SIGKILL)
+
+
+def when(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
+    """Act once, from another thread, as soon as a condition holds."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 60
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        act()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("kind", ["rollout", "reward"])
+def test_sigkill_of_a_worker_loses_and_doubles_nothing(
+    workspace: RunConfig,
+    gang: LearnerGang,
+    reference: tuple[RunConfig, dict[str, Any]],
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    config = run_copy(workspace, tmp_path)
+    with Run(config, gang) as controller:
+        thread = when(lambda: controller.iteration >= 1, lambda: kill_worker(controller, kind))
+        facts = controller.run()
+        thread.join()
+    assert facts["worker_failures"] == 1
+    assert facts["rollouts_issued"] == facts["rollouts_trained"] == 64
+    assert facts["weights_hash"] == reference[1]["weights_hash"]
+
+
+def test_a_worker_that_keeps_dying_ends_the_run_with_its_cause(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path
+) -> None:
+    with Run(run_copy(workspace, tmp_path), gang) as controller:
+        controller.collector.rollout.max_failures = 1
+        controller.collector.rollout.make = lambda name: _Broken.options(num_cpus=0.1).remote()
+        controller.collector.rollout.stop()
+        controller.collector.rollout.scale(2)
+        with pytest.raises(WorkerError, match=r"rollout workers failed in a row.*rollout-\d"):
+            controller.run()
+
+
+@ray.remote
+class _Broken:
+    """A worker whose process ends at every call."""
+
+    def generate(self, *_: object) -> None:
+        os._exit(1)
+
+
+def test_weights_from_elsewhere_are_refused(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path
+) -> None:
+    """Invariant I6: a rollout whose fingerprint is not that of its version stops the run."""
+    with Run(run_copy(workspace, tmp_path), gang) as controller:
+        publish = controller._publish
+
+        def forged(version: int) -> None:
+            publish(version)
+            weights = controller.collector.weights
+            assert weights is not None
+            for job in controller.collector.rollout.workers.values():
+                ray.get(job.handle.__ray_call__.remote(_lie))
+
+        controller._publish = forged  # type: ignore[method-assign]
+        with pytest.raises(TrainingError, match="sampled from weights"):
+            controller.run()
+
+
+def _lie(actor: Any) -> None:
+    """Make an actor that believes it holds other weights than it was told to load."""
+    actor.fingerprint = ""
+    actor.buffer.load = lambda manifest, payloads: "0" * 32
+
+
+def test_asynchronous_mode_bounds_staleness_and_trains_everything(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path
+) -> None:
+    """Invariant I7."""
+    config = run_copy(workspace, tmp_path, train={"max_staleness": 2, "iterations": 6})
+    facts = finish(config, gang)
+    assert facts["rollouts_trained"] == 6 * 16
+    stale = []
+    for path in sorted((config.run_dir / "trajectories").glob("*.parquet")):
+        for row in from_table(pq.read_table(path), ScoredTrajectory):
+            stale.append(int(row.rollout_id[:6]) - row.policy_version)
+    assert max(stale) <= 2
+    assert max(stale) >= 1, "rollouts are generated ahead"
+
+
+def test_function_rewards_need_no_reward_model(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path
+) -> None:
+    components = {
+        "length": {"kind": "function", "target": "tests.rewards:length", "weight": 0.5},
+        "constant": {"kind": "function", "target": "tests.rewards:one"},
+    }
+    config = run_copy(workspace, tmp_path, reward_service={"components": components})
+    finish(config, gang)
+    rows = from_table(
+        pq.read_table(config.run_dir / "trajectories" / "iteration-000000.parquet"),
+        ScoredTrajectory,
+    )
+    for row in rows:
+        assert row.score_components == {"length": len(row.response_text), "constant": 1.0}
+        assert row.score == pytest.approx(0.5 * len(row.response_text) + 1.0)
+
+
+def test_a_broken_reward_function_stops_the_run_and_is_named(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path
+) -> None:
+    components = {"bad": {"kind": "function", "target": "tests.rewards:not_a_number"}}
+    config = run_copy(workspace, tmp_path, reward_service={"components": components})
+    with pytest.raises(RewardError, match="tests.rewards:not_a_number returned nan"):
+        finish(config, gang)
+
+
+def test_a_dead_endpoint_dead_letters_and_says_so(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path
+) -> None:
+    components = {"down": {"kind": "http", "target": "http://127.0.0.1:9/score", "timeout_s": 0.2}}
+    config = run_copy(
+        workspace,
+        tmp_path,
+        reward_service={"components": components},
+        train={"iterations": 1, "ppg": None},
+    )
+    with pytest.raises(RewardError, match="given up by the reward service.*ConnectError"):
+        finish(config, gang)
+
+
+def test_nan_weights_stop_the_run(workspace: RunConfig, gang: LearnerGang, tmp_path: Path) -> None:
+    config = run_copy(workspace, tmp_path, train={"lr": 1e30, "value_lr": 1e30, "ppg": None})
+    with pytest.raises(TrainingError, match="iteration"):
+        finish(config, gang)

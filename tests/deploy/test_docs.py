@@ -1,0 +1,133 @@
+"""What the docs name must exist: fields, commands, recipes, data, tests, links, dependencies."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+
+from common import errors
+from common.config import RunConfig, fields, load_config
+from common.data import read_comparisons, read_demonstrations, read_prompts
+from common.errors import TalipotError
+from tests.deploy.commands import parse
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+FIELDS = {name for name, _, _ in fields()}
+SECTIONS = {name.split(".")[0] for name in FIELDS if "." in name}
+READERS: dict[str, Callable[[Sequence[str]], Iterator[Any]]] = {
+    "demonstrations": read_demonstrations,
+    "comparisons": read_comparisons,
+    "prompts": read_prompts,
+}
+
+page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """The fenced blocks whose info string is `language`."""
+    text = path.read_text(encoding="utf8")
+    return re.findall(rf"^```{re.escape(language)}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(path: Path) -> list[str]:
+    """Every `talipot ...` in shell blocks and in the text."""
+    lines = [line for block in blocks(path, "sh") for line in block.splitlines()]
+    text = path.read_text(encoding="utf8")
+    found = [
+        line[line.index("talipot ") :] for line in lines if re.search(r"(^|-- )talipot ", line)
+    ]
+    return found + re.findall(r"`(talipot [a-z][^`]*)`", text)
+
+
+def is_field(name: str) -> bool:
+    """A field or a group of fields; names under components are the user's."""
+    return (
+        name in FIELDS
+        or any(field.startswith(f"{name}.") for field in FIELDS)
+        or name.startswith("reward_service.components.NAME.")
+    )
+
+
+@page
+def test_fields_exist(path: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf8"), flags=re.M | re.S)
+    named = re.findall(r"`([a-z_]+\.[A-Za-z_.]+?)(?:[:=] ?[^`]*)?`", text)
+    for name in named:
+        if name.split(".")[0] in SECTIONS:
+            assert is_field(name), name
+
+
+def test_commands_exist() -> None:
+    every = [command for path in PAGES for command in commands(path)]
+    assert {command.split()[1] for command in every} >= {"quickstart", "sft", "train", "sample"}
+    for command in every:
+        _, parameters = parse(command)
+        load_config(None, parameters.get("overrides") or [])
+
+
+@page
+def test_recipes_load(path: Path, tmp_path: Path) -> None:
+    for index, block in enumerate(blocks(path, "yaml recipe")):
+        recipe = tmp_path / f"{index}.yaml"
+        recipe.write_text(block, encoding="utf8")
+        assert load_config(recipe) != RunConfig()
+
+
+@page
+def test_data_examples_are_read(path: Path, tmp_path: Path) -> None:
+    for kind, read in READERS.items():
+        for block in blocks(path, f"jsonl {kind}"):
+            file = tmp_path / f"{kind}.jsonl"
+            file.write_text(block, encoding="utf8")
+            assert len(list(read([str(file)]))) == len(block.splitlines())
+
+
+def test_every_kind_of_data_has_an_example() -> None:
+    guide = ROOT / "docs" / "own-data-and-reward.md"
+    assert all(blocks(guide, f"jsonl {kind}") for kind in READERS)
+
+
+@page
+def test_tests_and_files_that_are_named_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf8")
+    for file, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text):
+        tree = ast.parse((ROOT / file).read_text(encoding="utf8"))
+        names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        assert not name or name in names, f"{file}::{name}"
+    for source in re.findall(r"`((?:common|actors|learner|reward_service|deploy)/[\w/.]*)`", text):
+        assert (ROOT / source).exists(), source
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (path.parent / link).exists(), link
+
+
+def test_every_dependency_has_its_reason_and_no_other() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    text = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf8")
+    listed = re.findall(r"^\| `([\w-]+)(?:\[\w+\])?` \| \S", text, re.MULTILINE)
+    assert sorted(listed) == sorted(Requirement(text).name for text in wanted)
+
+
+def test_every_error_has_its_exit_code() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf8")
+    listed = {name: int(code) for code, name in re.findall(r"^\| (\d+) \| `(\w+)`", text, re.M)}
+    defined = {
+        kind.__name__: kind.exit_code
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, TalipotError) and kind is not TalipotError
+    }
+    assert listed == defined
+
+
+def test_a_field_that_does_not_exist_is_found() -> None:
+    assert is_field("train.kl_coef")
+    assert is_field("train.ppg")
+    assert not is_field("train.kl_coeff")

@@ -1,0 +1,136 @@
+"""Advantages, masked moments and whitening against the slow reference, and their identities."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from learner.gae import gae, masked_moments, whiten
+from tests import reference
+from tests.learner.ragged import EXAMPLES, Ragged, raggeds, same, widen
+
+FRACTIONS = st.floats(0.0, 1.0)
+
+
+@EXAMPLES
+@given(batch=raggeds(), gamma=FRACTIONS, lam=FRACTIONS)
+def test_gae_is_the_papers_sum(batch: Ragged, gamma: float, lam: float) -> None:
+    rewards, values, mask = batch.numbers(), batch.numbers(), batch.mask_BR
+    advantages, returns = gae(rewards, values, mask, gamma=gamma, gae_lambda=lam)
+    expected = reference.gae(rewards.tolist(), values.tolist(), mask.tolist(), gamma, lam)
+    same(advantages, expected[0], batch.dtype)
+    same(returns, expected[1], batch.dtype)
+    assert not advantages[~mask].any()
+    assert not returns[~mask].any()
+
+
+@EXAMPLES
+@given(batch=raggeds(dtype=torch.float64), gamma=FRACTIONS)
+def test_lambda_one_is_monte_carlo_minus_value(batch: Ragged, gamma: float) -> None:
+    rewards, values, mask = batch.numbers(), batch.numbers(), batch.mask_BR
+    advantages, returns = gae(rewards, values, mask, gamma=gamma, gae_lambda=1.0)
+    for row, real in enumerate(mask.sum(1).tolist()):
+        for t in range(real):
+            togo = sum(gamma ** (k - t) * float(rewards[row, k]) for k in range(t, real))
+            assert float(returns[row, t]) == pytest.approx(togo, abs=1e-9)
+            assert float(advantages[row, t]) == pytest.approx(togo - float(values[row, t]))
+
+
+@EXAMPLES
+@given(batch=raggeds(dtype=torch.float64), gamma=FRACTIONS)
+def test_lambda_zero_is_the_td_error(batch: Ragged, gamma: float) -> None:
+    rewards, values, mask = batch.numbers(), batch.numbers(), batch.mask_BR
+    advantages, _ = gae(rewards, values, mask, gamma=gamma, gae_lambda=0.0)
+    for row, real in enumerate(mask.sum(1).tolist()):
+        ahead = [*values[row, 1:real].tolist(), 0.0]
+        for t in range(real):
+            delta = float(rewards[row, t]) + gamma * ahead[t] - float(values[row, t])
+            assert float(advantages[row, t]) == pytest.approx(delta)
+
+
+@EXAMPLES
+@given(batch=raggeds(), columns=st.integers(1, 4))
+def test_padding_columns_change_nothing(batch: Ragged, columns: int) -> None:
+    tensors = [batch.numbers(), batch.numbers(), batch.mask_BR]
+    narrow = gae(*tensors, gamma=0.97, gae_lambda=0.9)
+    wide = gae(*(widen(x, columns) for x in tensors), gamma=0.97, gae_lambda=0.9)
+    reach = batch.mask_BR.shape[1]
+    for one, other in zip(narrow, wide, strict=True):
+        assert torch.equal(one, other[:, :reach])
+        assert not other[:, reach:].any()
+    whitened = whiten(widen(tensors[0], columns), widen(batch.mask_BR, columns))
+    same(whitened[:, :reach], whiten(tensors[0], batch.mask_BR).tolist(), batch.dtype)
+
+
+def test_the_value_after_the_last_response_token_is_zero() -> None:
+    mask = torch.tensor([[True, True, False]])
+    rewards = torch.tensor([[0.0, 1.0, 50.0]])
+    values = torch.tensor([[0.25, 0.5, 100.0]])
+    advantages, returns = gae(rewards, values, mask, gamma=1.0, gae_lambda=0.5)
+    # delta = (0 + 0.5 - 0.25, 1 + 0 - 0.5); the 100 and the 50 of the padding are nowhere.
+    assert advantages.tolist() == [[0.5, 0.5, 0.0]]
+    assert returns.tolist() == [[0.75, 1.0, 0.0]]
+
+
+@EXAMPLES
+@given(batch=raggeds())
+def test_moments_are_the_populations_over_the_mask(batch: Ragged) -> None:
+    x = batch.numbers()
+    mean, variance, count = masked_moments(x, batch.mask_BR)
+    real = x[batch.mask_BR].double().tolist()
+    assert {mean.dtype, variance.dtype, count.dtype} == {torch.float64}
+    assert float(mean) == pytest.approx(statistics.fmean(real), abs=1e-12)
+    assert float(variance) == pytest.approx(statistics.pvariance(real), abs=1e-12)
+    assert float(count) == len(real)
+
+
+def test_moments_neither_average_padding_nor_divide_by_n_minus_one() -> None:
+    x = torch.tensor([[1.0, 3.0, 0.0, 0.0]])
+    mean, variance, count = masked_moments(x, torch.tensor([[True, True, False, False]]))
+    assert (float(mean), float(variance), float(count)) == (2.0, 1.0, 2.0)
+    assert float(x.mean()) == 1.0, "what an unmasked mean would give"
+    assert float(x[0, :2].var()) == 2.0, "what the sample variance would give"
+
+
+def test_moments_of_float32_are_computed_in_float64() -> None:
+    offset = 2.0**20
+    x = torch.tensor([[offset, offset + 0.125, offset + 0.25]], dtype=torch.float32)
+    _, variance, _ = masked_moments(x, torch.ones(1, 3, dtype=torch.bool))
+    assert float(variance) == pytest.approx(statistics.pvariance([0.0, 0.125, 0.25]), rel=1e-9)
+
+
+def test_moments_of_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="mask is empty"):
+        masked_moments(torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.bool))
+
+
+@EXAMPLES
+@given(batch=raggeds(), shift=st.booleans(), eps=st.sampled_from([1e-8, 1e-3]))
+def test_whitening_is_the_references(batch: Ragged, shift: bool, eps: float) -> None:
+    x, mask = batch.numbers(scale=3.0) + 2.0, batch.mask_BR
+    found = whiten(x, mask, shift_mean=shift, eps=eps)
+    same(found, reference.whiten(x.tolist(), mask.tolist(), shift, eps), batch.dtype)
+    assert not found[~mask].any()
+
+
+def test_whitened_numbers_have_mean_zero_and_population_variance_one() -> None:
+    # As many padded as real entries: an unmasked or a sample variance would be far from 1.
+    mask = torch.arange(6)[None] < torch.tensor([[2], [4], [3], [1]])
+    x = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 5 + 7
+    real = whiten(x, mask)[mask].tolist()
+    assert statistics.fmean(real) == pytest.approx(0.0, abs=1e-9)
+    assert statistics.pvariance(real) == pytest.approx(1.0, rel=1e-8)
+    kept = whiten(x, mask, shift_mean=False)[mask].tolist()
+    assert statistics.fmean(kept) == pytest.approx(statistics.fmean(x[mask].tolist()))
+    assert statistics.pvariance(kept) == pytest.approx(1.0, rel=1e-8)
+
+
+def test_whitening_equal_numbers_gives_zero_not_nan() -> None:
+    mask = torch.tensor([[True, True, False]])
+    found = whiten(torch.tensor([[0.5, 0.5, math.nan]]), mask)
+    assert found.tolist() == [[0.0, 0.0, 0.0]]

@@ -1,0 +1,201 @@
+"""Invariant I3: results do not depend on ranks, micro-batch size or ZeRO stage. Real Ray gangs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from common.config import RunConfig
+from common.trajectory import ScoredTrajectory, to_table
+from deploy.gang import LearnerGang
+from learner.supervised import EncodedComparison, EncodedPair
+from tests.conftest import run_copy
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+@pytest.fixture(scope="module")
+def gangs(workspace: RunConfig, cluster: None) -> Iterator[dict[int, LearnerGang]]:
+    made = {}
+    for ranks in (1, 2):
+        learner = workspace.learner.model_copy(update={"ranks": ranks})
+        config = workspace.model_copy(update={"learner": learner})
+        made[ranks] = LearnerGang(config, f"sharding-{ranks}")
+    yield made
+    for gang in made.values():
+        gang.stop()
+
+
+def trajectories(rows: int = 24, seed: int = 0) -> list[pa.Table]:
+    """Scored trajectories of uneven lengths, in two tables."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(rows):
+        length = int(rng.integers(1, 9))
+        logprobs = rng.normal(-3.0, 0.3, length)
+        made.append(
+            ScoredTrajectory(
+                rollout_id=f"000000-{i:06d}",
+                group=i // 2,
+                prompt_uid=f"{i}",
+                prompt_text="",
+                prompt_ids=rng.integers(2, 290, rng.integers(1, 20)).tolist(),
+                seed=i,
+                response_ids=rng.integers(2, 290, length).tolist(),
+                response_text="",
+                behavior_logprobs=logprobs.tolist(),
+                finish_reason="eos" if i % 3 else "length",
+                policy_version=0,
+                weights_fingerprint="",
+                actor_id="",
+                score=float(rng.normal()),
+                score_components={},
+                ref_logprobs=(logprobs + rng.normal(0, 0.1, length)).tolist(),
+                reward_version=0,
+            )
+        )
+    return [to_table(part, ScoredTrajectory) for part in (made[: rows // 2], made[rows // 2 :])]
+
+
+def train(
+    gang: LearnerGang, config: RunConfig, iterations: int = 2
+) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    """Weights after some policy phases and an auxiliary one, and the metrics."""
+    reward = str(config.run_dir / "reward_model" / "reward.safetensors")
+    gang.call("begin_train", config, str(config.run_dir / "sft" / "policy.safetensors"), reward)
+    metrics = []
+    for iteration in range(iterations):
+        log = str(config.run_dir / f"{iteration}.parquet")
+        tables = [ray.put(table) for table in trajectories(seed=iteration)]
+        metrics.append(gang.call("policy_phase", iteration, log, *tables))
+    if config.train.ppg is not None:
+        metrics.append(gang.call("auxiliary_phase", iterations - 1))
+    gang.call("export_policy", str(config.run_dir / "policy"))
+    return load_file(config.run_dir / "policy" / "policy.safetensors"), metrics
+
+
+def close(one: dict[str, Tensor], other: dict[str, Tensor], atol: float = 1e-6) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=atol, rtol=1e-4, msg=name)
+
+
+def variant(workspace: RunConfig, folder: Any, *, zero: int = 0, budget: int = 4096) -> RunConfig:
+    return run_copy(
+        workspace,
+        folder,
+        learner={"zero_stage": zero, "micro_batch_tokens": budget},
+        # Adam divides by the gradient's own size: a large epsilon keeps last bits last bits.
+        train={"lr": 1e-3, "stop_kl": None},
+    )
+
+
+def test_ranks_micro_batches_and_zero_stages_agree(
+    workspace: RunConfig, gangs: dict[int, LearnerGang], tmp_path: Any
+) -> None:
+    reference, metrics = train(gangs[1], variant(workspace, tmp_path / "base"))
+    start = load_file(workspace.run_dir / "sft" / "policy.safetensors")
+    moved = max(float((reference[k] - start[k]).abs().max()) for k in start if "value" not in k)
+    assert moved > 1e-3, "training must have changed the weights for the comparison to mean much"
+    cases = {
+        "micro-batches of one row": (1, 0, 1),
+        "two ranks": (2, 0, 4096),
+        "two ranks, small micro-batches": (2, 0, 40),
+        "ZeRO 1": (2, 1, 60),
+        "ZeRO 2": (2, 2, 60),
+        "ZeRO 3": (2, 3, 60),
+    }
+    for name, (ranks, zero, budget) in cases.items():
+        config = variant(workspace, tmp_path / name.replace(" ", "-"), zero=zero, budget=budget)
+        weights, found = train(gangs[ranks], config)
+        for ours, theirs in zip(found, metrics, strict=True):
+            for key in ("policy_loss", "value_loss", "kl", "auxiliary/value_loss", "score"):
+                if key in theirs:
+                    assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), (name, key)
+        close(weights, reference, atol=2e-5)
+        assert found[-1]["auxiliary/clone_kl_first"] == 0.0, "invariant I8"
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo", "reinforce_pp"])
+def test_critic_free_algorithms_agree_over_ranks(
+    workspace: RunConfig, gangs: dict[int, LearnerGang], tmp_path: Any, algorithm: str
+) -> None:
+    found = []
+    for ranks in (1, 2):
+        config = run_copy(
+            workspace,
+            tmp_path / str(ranks),
+            learner={"zero_stage": 2},
+            train={"algorithm": algorithm, "ppg": None, "samples_per_prompt": 2, "stop_kl": None},
+        )
+        found.append(train(gangs[ranks], config, iterations=1)[0])
+    close(found[0], found[1], atol=2e-5)
+
+
+def sft_data(config: RunConfig, count: int = 120) -> list[EncodedPair]:
+    """Responses repeat their prompt's tokens: something to learn."""
+    rng = np.random.default_rng(0)
+    made = []
+    for _ in range(count):
+        prompt = rng.integers(2, 60, rng.integers(2, 10)).tolist()
+        made.append(EncodedPair(prompt=prompt, response=[*prompt[:4], 1]))
+    return made
+
+
+@pytest.mark.parametrize(("optimizer", "lr"), [("adamw", 0.02), ("adafactor", 0.3)])
+def test_sft_agrees_over_ranks_and_stages_and_learns(
+    workspace: RunConfig, gangs: dict[int, LearnerGang], tmp_path: Any, optimizer: str, lr: float
+) -> None:
+    data = sft_data(workspace)
+    losses: list[float] = []
+    weights: list[dict[str, Tensor]] = []
+    for ranks, zero in ((1, 0), (2, 0), (2, 1), (2, 2), (2, 3)):
+        config = run_copy(
+            workspace,
+            tmp_path / f"{ranks}-{zero}",
+            learner={"zero_stage": zero},
+            sft={"optimizer": optimizer, "lr": lr, "batch_tokens": 512, "epochs": 2},
+        )
+        gang = gangs[ranks]
+        total = gang.call("begin_sft", config, data[20:], data[:20])
+        before = gang.call("evaluate")["heldout_loss"]
+        gang.call("advance", total)
+        losses.append(gang.call("evaluate")["heldout_loss"])
+        assert losses[-1] < before - 0.5
+        folder = config.run_dir / "made"
+        gang.call("export_stage", str(folder))
+        weights.append(load_file(folder / "policy.safetensors"))
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-4)
+    for other in weights[1:]:
+        close(weights[0], other, atol=1e-3)
+
+
+def test_reward_model_learns_the_preference_and_is_centred(
+    workspace: RunConfig, gangs: dict[int, LearnerGang], tmp_path: Any
+) -> None:
+    rng = np.random.default_rng(1)
+    data = []
+    for _ in range(160):
+        prompt, body = (rng.integers(10, 60, rng.integers(2, 9)).tolist() for _ in range(2))
+        data.append(
+            EncodedComparison(
+                prompt=prompt, chosen=[5, *body, 1], rejected=[6, *body, 1], confidence=1.0
+            )
+        )
+    config = run_copy(workspace, tmp_path, reward_model={"epochs": 4, "batch_size": 16, "lr": 3e-3})
+    sft = str(config.run_dir / "sft" / "policy.safetensors")
+    gang = gangs[2]
+    total = gang.call("begin_reward", config, data[40:], data[:40], sft, 0)
+    gang.call("advance", total)
+    assert gang.call("evaluate")["accuracy_heldout"] > 0.9
+    reference: Sequence[EncodedPair] = sft_data(config, 30)
+    assert gang.call("shift", reference)["reference_mean"] != 0.0
+    assert gang.call("shift", reference)["reference_mean"] == pytest.approx(0.0, abs=1e-5)

@@ -1,0 +1,156 @@
+"""The architecture as rules over the source: who may import whom, and what nobody may."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAY_IMPORT = {
+    "common": set[str](),
+    "actors": {"common"},
+    "learner": {"common"},
+    "reward_service": {"common"},
+    "deploy": {"common", "actors", "learner", "reward_service"},
+}
+UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+
+
+def module_name(path: Path) -> str:
+    """``a/b.py`` -> ``a.b``; a package's ``__init__.py`` is the package."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {
+    module_name(path): path.read_text(encoding="utf8")
+    for package in MAY_IMPORT
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+
+
+def imports(source: str) -> Iterator[str]:
+    """Every imported name, dotted in full, wherever the import stands (functions too)."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def against_direction(module: str, source: str) -> list[str]:
+    """Imports of our own packages that go sideways or up."""
+    package = module.split(".")[0]
+    allowed = MAY_IMPORT[package] | {package}
+    tops = {name: name.split(".")[0] for name in imports(source)}
+    return [name for name, top in tops.items() if top in MAY_IMPORT and top not in allowed]
+
+
+def graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Module -> those of our modules that it imports."""
+    found: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        names = set(imports(source))
+        # `from a import b` names a module a.b, or something inside the module a.
+        known = {n if n in sources else n.rpartition(".")[0] for n in names}
+        found[module] = (known & sources.keys()) - {module}
+    return found
+
+
+def unsafe_loads(source: str) -> list[str]:
+    """Imports of unpicklers, torch.load without weights_only=True, numpy with allow_pickle."""
+    found = [name for name in imports(source) if name.split(".")[0] in UNPICKLERS]
+    found += [name for name in imports(source) if name == "torch.load"]
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        true = {k.arg for k in node.keywords if isinstance(k.value, ast.Constant) and k.value.value}
+        if ast.unparse(node.func) == "torch.load" and "weights_only" not in true:
+            found.append(ast.unparse(node))
+        if any(keyword.arg == "allow_pickle" for keyword in node.keywords):
+            found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_imports_point_downwards(module: str) -> None:
+    assert against_direction(module, SOURCES[module]) == []
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_nothing_is_unpickled(module: str) -> None:
+    assert unsafe_loads(SOURCES[module]) == []
+
+
+def test_there_are_no_import_cycles() -> None:
+    edges = graph(SOURCES)
+    assert sum(map(len, edges.values())) > 100  # The graph is read at all.
+    list(TopologicalSorter(edges).static_order())
+
+
+def test_deepspeed_has_one_home() -> None:
+    users = {
+        module
+        for module, source in SOURCES.items()
+        if any(name.split(".")[0] == "deepspeed" for name in imports(source))
+    }
+    assert users == {"learner.engine"}
+
+
+def test_packages_have_empty_inits() -> None:
+    folders = {path.parent for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py")}
+    for folder in folders:
+        assert (folder / "__init__.py").read_bytes() == b"", folder
+
+
+def test_config_and_errors_import_without_torch_and_ray() -> None:
+    code = "import sys, common.config, common.errors; print({'torch', 'ray'} & {*sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "named"),
+    [
+        ("common.x", "from deploy import cli", "deploy.cli"),
+        ("actors.x", "def f():\n    import learner.ppo", "learner.ppo"),
+        ("reward_service.x", "from actors.engine import Engine", "actors.engine.Engine"),
+        ("learner.x", "import deploy", "deploy"),
+    ],
+)
+def test_the_direction_rule_finds_what_breaks_it(module: str, source: str, named: str) -> None:
+    assert against_direction(module, source) == [named]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from cloudpickle import loads",
+        "import torch\ntorch.load('x')",
+        "import torch\ntorch.load('x', weights_only=False)",
+        "from torch import load",
+        "import numpy as np\nnp.load('x', allow_pickle=True)",
+    ],
+)
+def test_the_pickle_rule_finds_what_breaks_it(source: str) -> None:
+    assert unsafe_loads(source)
+    assert not unsafe_loads("import torch\ntorch.load('x', weights_only=True)")
+
+
+def test_the_cycle_rule_finds_a_cycle() -> None:
+    with pytest.raises(CycleError):
+        list(
+            TopologicalSorter(
+                graph({"a": "", "a.x": "from a import y", "a.y": "from a.x import f"})
+            ).static_order()
+        )
