@@ -28,7 +28,7 @@ WORDS = ["open", "close", "read", "write", "the", "file", "name", "list", "of", 
 def cluster() -> Iterator[None]:
     """A local Ray cluster of more logical than real cores."""
     ray.init(
-        num_cpus=8,
+        num_cpus=32,
         include_dashboard=False,
         namespace="talipot",
         log_to_driver=False,

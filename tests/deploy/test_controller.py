@@ -311,7 +311,7 @@ def test_a_broken_reward_function_stops_the_run_and_is_named(
 ) -> None:
     components = {"bad": {"kind": "function", "target": "tests.rewards:not_a_number"}}
     config = run_copy(workspace, tmp_path, reward_service={"components": components})
-    with pytest.raises(RewardError, match="tests.rewards:not_a_number returned nan"):
+    with pytest.raises(RewardError, match=r"tests\.rewards:not_a_number returned nan"):
         finish(config, gang)
 
 
@@ -325,7 +325,7 @@ def test_a_dead_endpoint_dead_letters_and_says_so(
         reward_service={"components": components},
         train={"iterations": 1, "ppg": None},
     )
-    with pytest.raises(RewardError, match="given up by the reward service.*ConnectError"):
+    with pytest.raises(RewardError, match=r"given up by the reward service.*ConnectError"):
         finish(config, gang)
 
 
