@@ -203,6 +203,12 @@ class RewardComponent(Section):
     """HTTP requests under way at once."""
     batch_size: PositiveInt = 32
     """Responses in one HTTP request."""
+    max_retries: NonNegativeInt = 5
+    """Tries of one HTTP request after its first, before its responses are dead letters."""
+    give_up_after_s: PositiveFloat = 120.0
+    """Longest time that all tries of one HTTP request may take."""
+    dead_letters: str = ""
+    """File that responses given up are appended to, as JSON lines."""
 
     @model_validator(mode="after")
     def _target(self) -> RewardComponent:

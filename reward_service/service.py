@@ -156,5 +156,8 @@ def _scorer(component: RewardComponent) -> Scorer:
             max_concurrency=component.max_concurrency,
             timeout_s=component.timeout_s,
             token_env=component.token_env or None,
+            max_retries=component.max_retries,
+            give_up_after_s=component.give_up_after_s,
+            dead_letter_path=Path(component.dead_letters) if component.dead_letters else None,
         )
     )

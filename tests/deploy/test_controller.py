@@ -318,7 +318,8 @@ def test_a_broken_reward_function_stops_the_run_and_is_named(
 def test_a_dead_endpoint_dead_letters_and_says_so(
     workspace: RunConfig, gang: LearnerGang, tmp_path: Path
 ) -> None:
-    components = {"down": {"kind": "http", "target": "http://127.0.0.1:9/score", "timeout_s": 0.2}}
+    endpoint = {"kind": "http", "target": "http://127.0.0.1:9/score", "timeout_s": 0.2}
+    components = {"down": endpoint | {"max_retries": 1}}
     config = run_copy(
         workspace,
         tmp_path,

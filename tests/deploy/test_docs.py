@@ -61,7 +61,7 @@ def test_fields_exist(path: Path) -> None:
     text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf8"), flags=re.M | re.S)
     named = re.findall(r"`([a-z_]+\.[A-Za-z_.]+?)(?:[:=] ?[^`]*)?`", text)
     for name in named:
-        if name.split(".")[0] in SECTIONS:
+        if name.split(".")[0] in SECTIONS and not name.endswith(".json"):  # a file, tokenizer.json
             assert is_field(name), name
 
 
