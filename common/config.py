@@ -150,9 +150,11 @@ class RewardModelConfig(Section):
     batch_size: PositiveInt = 64
     """Comparisons per optimizer step."""
     lr: PositiveFloat = 5e-4
-    """Peak learning rate, cosine to a tenth."""
+    """Peak learning rate (relative step size for Adafactor), cosine to a tenth."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """As in `sft`; networks trained with Adafactor from scratch go on best with it."""
     weight_decay: NonNegativeFloat = 0.01
-    """Decoupled weight decay."""
+    """Decoupled weight decay (AdamW); Adafactor decays by lr squared."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the comparisons that accuracy is measured on, never trained on."""
     seeds: PositiveInt = 1

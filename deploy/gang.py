@@ -102,10 +102,12 @@ class LearnerGang:
                 "(learner.deadline_s)"
             ) from None
         except ray.exceptions.RayActorError as error:
-            raise WorkerError(f"a learner rank died in {method}: {_first_line(error)}") from None
+            raise WorkerError(f"a learner rank died in {method}: {_ends(error)}") from None
         except ray.exceptions.RayTaskError as error:
             raise plain(error) from None
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _ends(error: Exception) -> str:
+    """First and last line of a long message: what died, and of what."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"

@@ -122,15 +122,20 @@ def run_sft(session: Session, config: RunConfig) -> dict[str, float]:
     return metrics
 
 
+def encoded_comparisons(
+    session: Session, config: RunConfig
+) -> tuple[list[EncodedComparison], list[EncodedComparison]]:
+    """Comparisons in tokens, to train on and held out."""
+    _require(config.data.comparisons, "data.comparisons", "reward")
+    comparisons = list(read_comparisons(config.data.comparisons))
+    encoded = _encode_comparisons(comparisons, session.tokenizer(), config)
+    return _hold_out(encoded, config.reward_model.held_out, config.seed)
+
+
 def run_reward(session: Session, config: RunConfig) -> dict[str, float]:
     """Train reward models and keep the most accurate; writes ``reward_model/``."""
-    _require(config.data.comparisons, "data.comparisons", "reward")
-    tokenizer = session.tokenizer()
-    comparisons = _encode_comparisons(
-        list(read_comparisons(config.data.comparisons)), tokenizer, config
-    )
-    train, held_out = _hold_out(comparisons, config.reward_model.held_out, config.seed)
-    reference = ray.put(_reference_pairs(config, tokenizer))
+    train, held_out = encoded_comparisons(session, config)
+    reference = ray.put(_reference_pairs(config, session.tokenizer()))
     data = ray.put(train), ray.put(held_out)
     gang, best = session.gang(), -math.inf
     metrics: dict[str, float] = {}

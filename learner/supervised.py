@@ -262,6 +262,7 @@ class RewardStage:
             precision=settings.precision,
             weight_decay=settings.weight_decay,
             clip=settings.clip,
+            optimizer=settings.optimizer,
         )
         self.total_steps = max(1, math.ceil(settings.epochs * len(train)) // settings.batch_size)
         self._order = ShuffledIndex(len(train), self.seed)

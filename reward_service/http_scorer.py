@@ -75,20 +75,20 @@ class HttpScorer:
     """Scores through an HTTP endpoint. Safe to call from one thread at a time."""
 
     def __init__(self, settings: HttpScorerSettings, *, seed: int = 0) -> None:
-        url = httpx.URL(settings.url)
-        if url.scheme not in ("http", "https") or not url.host:
-            raise ConfigError(f"reward endpoint '{settings.url}': write it as http(s)://host/path")
+        """Raises ConfigError for a bad URL, a token that is missing, or an impossible file."""
+        _require_url(settings.url)
         headers = {}
         if settings.token_env is not None:
-            token = os.environ.get(settings.token_env)
-            if not token:
-                raise ConfigError(
-                    f"reward endpoint: environment variable {settings.token_env} is not set"
-                )
-            headers["Authorization"] = f"Bearer {token}"
+            headers["Authorization"] = f"Bearer {_token(settings.token_env)}"
+        if settings.dead_letter_path is not None:
+            _prepare_file(settings.dead_letter_path)
         self.settings = settings
         self._client = httpx.Client(
-            headers=headers, timeout=settings.timeout_s, follow_redirects=False
+            headers=headers,
+            timeout=settings.timeout_s,
+            follow_redirects=False,
+            # httpx stops at 100 by itself; a request that waits there would time out unsent.
+            limits=httpx.Limits(max_connections=settings.max_concurrency),
         )
         self._random = random.Random(seed)
         self._lock = threading.Lock()
@@ -162,7 +162,7 @@ class HttpScorer:
                         raise _Failed(f"no whole answer within {self.settings.timeout_s} s")
                     if len(raw) > self.settings.max_response_bytes:
                         raise _Refused(f"answer over {self.settings.max_response_bytes} bytes")
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise _Failed(f"{type(error).__name__}: {error}") from None
         return _parse(bytes(raw), [r.rollout_id for r in requests])
 
@@ -175,7 +175,9 @@ class HttpScorer:
 
     def _backoff(self, attempt: int, wait_s: float | None) -> float:
         """Full jitter (never a herd), but at least what the server asked for, within bounds."""
-        ceiling = min(self.settings.max_backoff_s, self.settings.backoff_s * 2.0**attempt)
+        ceiling = min(
+            self.settings.max_backoff_s, self.settings.backoff_s * 2.0 ** min(attempt, 64)
+        )
         with self._lock:
             jittered = self._random.uniform(0.0, ceiling)
         return min(self.settings.max_backoff_s, max(jittered, wait_s or 0.0))
@@ -231,19 +233,57 @@ class HttpScorer:
         return [ScoreResult(rollout_id=r.rollout_id, score=None, error=reason) for r in requests]
 
 
+def _require_url(text: str) -> None:
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
+        url = httpx.URL()
+    if url.scheme not in ("http", "https") or not url.host:
+        shown = " ".join(text.split())
+        raise ConfigError(f"reward endpoint '{shown}': write it as http(s)://host/path")
+
+
+def _token(variable: str) -> str:
+    """The token, without the line break that files of secrets end in.
+
+    What no header can carry is refused here: httpx would quote it in its own error.
+    """
+    token = os.environ.get(variable, "").strip()
+    if not token:
+        raise ConfigError(f"reward endpoint: environment variable {variable} is not set")
+    if not (token.isascii() and token.isprintable()):
+        raise ConfigError(
+            f"reward endpoint: environment variable {variable} holds characters that no HTTP "
+            "header can carry; a token is one line of printable ASCII"
+        )
+    return token
+
+
+def _prepare_file(path: Path) -> None:
+    """Find out now that dead letters cannot be written, not when the first one is lost."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a", encoding="utf8").close()
+    except OSError as error:
+        raise ConfigError(
+            f"reward endpoint: dead letters cannot be written to {path}: {error.strerror}"
+        ) from None
+
+
 def _parse(raw: bytes, expected: Sequence[str]) -> dict[str, float]:
     """Scores by rollout_id; raises _Failed for an answer that is not what was agreed."""
     try:
         answer: Any = json.loads(raw)
         pairs = [(row["rollout_id"], float(row["score"])) for row in answer["scores"]]
-    except (ValueError, KeyError, TypeError):
+        scores = dict(pairs)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise _Failed("the answer is not {'scores': [{'rollout_id', 'score'}]}") from None
-    scores = dict(pairs)
     if len(scores) != len(pairs):
         raise _Failed("the answer scores a rollout twice")
     if scores.keys() != set(expected):
-        missing = sorted(set(expected) - scores.keys()) or sorted(scores.keys() - set(expected))
-        raise _Failed(f"the answer's rollouts differ from those asked for: {missing[0]}")
+        missing, added = set(expected) - scores.keys(), scores.keys() - set(expected)
+        differs = min(missing or added, key=str)
+        raise _Failed(f"the answer's rollouts differ from those asked for: {differs}")
     for rollout_id, score in pairs:
         if not math.isfinite(score):
             raise _Failed(f"the score of {rollout_id} is {score}")

@@ -76,7 +76,7 @@ class FunctionScorer:
     def _number(self, score: object, rollout_id: str) -> float:
         try:
             value = float(score)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             value = math.nan
         if not math.isfinite(value):
             raise RewardError(
@@ -95,6 +95,12 @@ def _resolve(target: str) -> Callable[[list[str], list[str]], Sequence[float]]:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ConfigError(f"reward function '{target}': {error}") from None
+    except Exception as error:
+        # The user's module may raise anything while it is imported, SyntaxError included.
+        raise ConfigError(
+            f"reward function '{target}': importing {module_name} raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
     function = getattr(module, name, None)
     if function is None:
         near = difflib.get_close_matches(name, dir(module), 1)

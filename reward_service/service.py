@@ -22,6 +22,7 @@ import pyarrow as pa
 import torch
 
 from common.config import ModelConfig, RewardComponent, RewardServiceConfig
+from common.errors import RewardError
 from common.logprobs import Sampling
 from common.trajectory import Rollout, ScoredTrajectory, extend, from_table, to_table
 from reward_service.http_scorer import HttpScorer, HttpScorerSettings
@@ -121,7 +122,10 @@ class RewardWorker:
     def _components(
         self, rollouts: Sequence[Rollout], model_scores: Sequence[float]
     ) -> tuple[list[dict[str, float]], dict[str, str]]:
-        """Every component's own value per rollout, and the dead letters."""
+        """Every component's own value per rollout, and the dead letters.
+
+        Raises RewardError for a value that is not finite as the float32 it travels as.
+        """
         values: list[dict[str, float]] = [{} for _ in rollouts]
         dead: dict[str, str] = {}
         requests = [
@@ -136,14 +140,23 @@ class RewardWorker:
         for name, component in self.settings.components.items():
             if component.kind == "model":
                 for index, score in enumerate(model_scores):
-                    values[index][name] = score
+                    values[index][name] = _finite(name, rollouts[index].rollout_id, score)
                 continue
             for index, result in enumerate(self.scorers[name].score(requests)):
                 if result.score is None:
                     dead[result.rollout_id] = f"{name}: {result.error}"
                 else:
-                    values[index][name] = result.score
+                    values[index][name] = _finite(name, result.rollout_id, result.score)
         return values, dead
+
+
+def _finite(name: str, rollout_id: str, value: float) -> float:
+    if not abs(value) <= torch.finfo(torch.float32).max:
+        raise RewardError(
+            f"component '{name}' scored rollout {rollout_id} as {value}; "
+            "a score is a finite float32"
+        )
+    return value
 
 
 def _scorer(component: RewardComponent) -> Scorer:
@@ -159,5 +172,7 @@ def _scorer(component: RewardComponent) -> Scorer:
             max_retries=component.max_retries,
             give_up_after_s=component.give_up_after_s,
             dead_letter_path=Path(component.dead_letters) if component.dead_letters else None,
-        )
+        ),
+        # Replicas that drew the same jitter would come back as one herd.
+        seed=os.getpid(),
     )

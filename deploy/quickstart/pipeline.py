@@ -72,7 +72,7 @@ def evaluate_run(
     session: Session, config: RunConfig, task: Task, pools: tuple[Pool, Pool]
 ) -> dict[str, float]:
     """SFT against policy on held-out signatures; writes samples.jsonl."""
-    pairs, prompts = _prompts(session, config, task.held_out[: config.evaluate.prompts])
+    pairs, prompts = encoded_prompts(session, config, task.held_out[: config.evaluate.prompts])
     sft = policy_weights(session.sft_weights, 1_000_000)
     policy = policy_weights(session.policy_weights, 1_000_001)
     before = sample_scored(config, sft, prompts, *pools, label="eval")
@@ -104,19 +104,25 @@ def evaluate_run(
 def _make_comparisons(
     session: Session, config: RunConfig, task: Task, rollout: Pool
 ) -> tuple[int, int]:
-    """Two samples per signature, labelled; writes data/comparisons.jsonl."""
+    """A sample per signature against the human line or another sample; writes comparisons.jsonl."""
     wanted = task.train[: config.quickstart.comparisons]
-    pairs, prompts = _prompts(session, config, wanted)
+    pairs, prompts = encoded_prompts(session, config, wanted)
     weights = policy_weights(session.sft_weights, 0)
-    rows = sample(config, weights, prompts, rollout, label="pairs", samples=2)
-    lines = _lines([row.response_text for row in rows])
-    samples = list(zip(lines[::2], lines[1::2], strict=True))
-    made, ties = quickstart_task.comparisons(task, pairs, samples, config.quickstart, config.seed)
+    human = quickstart_task.faces_human(pairs, config.quickstart, config.seed)
+    alone = [prompt for prompt, against in zip(prompts, human, strict=True) if not against]
+    first = sample(config, weights, prompts, rollout, label="first")
+    second = iter(sample(config, weights, alone, rollout, label="second"))
+    opponents = [
+        pair.docstring if against else next(second).response_text
+        for pair, against in zip(pairs, human, strict=True)
+    ]
+    sides = list(zip(_lines([row.response_text for row in first]), _lines(opponents), strict=True))
+    made, ties = quickstart_task.comparisons(task, pairs, sides, config.quickstart, config.seed)
     write_jsonl(str(session.run_dir / "data" / "comparisons.jsonl"), made)
     return len(made), ties
 
 
-def _prompts(
+def encoded_prompts(
     session: Session, config: RunConfig, pairs: Sequence[Pair]
 ) -> tuple[list[Pair], list[EncodedPrompt]]:
     """Pairs whose prompt fits the context, and their prompts in tokens."""

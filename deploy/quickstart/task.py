@@ -32,18 +32,23 @@ class Task:
         return [quality(s, p, self.verbs) for s, p in zip(lines, pairs, strict=True)]
 
 
-def prepare(settings: QuickstartConfig, seed: int, folder: Path) -> tuple[Task, dict[str, str]]:
-    """Harvest, split, and write the data files; returns the task and facts for the log."""
-    pairs = harvest()
+def make_task(pairs: Sequence[Pair], settings: QuickstartConfig, seed: int) -> Task:
+    """Split harvested pairs; a function of its arguments."""
     train, held_out = split(pairs, settings.held_out, seed)
     order = np.random.default_rng(derive_seed(seed, "harvest")).permutation(len(train))
     train = [train[i] for i in order[: settings.demonstrations]]
-    task = Task(train, held_out, verb_lexicon([pair.docstring for pair in train]))
+    return Task(train, held_out, verb_lexicon([pair.docstring for pair in train]))
+
+
+def prepare(settings: QuickstartConfig, seed: int, folder: Path) -> tuple[Task, dict[str, str]]:
+    """Harvest, split, and write the data files; returns the task and facts for the log."""
+    pairs = harvest()
+    task = make_task(pairs, settings, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    write_jsonl(str(folder / "demonstrations.jsonl"), [_demonstration(p) for p in train])
-    write_jsonl(str(folder / "evaluation.jsonl"), [_demonstration(p) for p in held_out])
+    write_jsonl(str(folder / "demonstrations.jsonl"), [_demonstration(p) for p in task.train])
+    write_jsonl(str(folder / "evaluation.jsonl"), [_demonstration(p) for p in task.held_out])
     write_jsonl(
-        str(folder / "prompts.jsonl"), [Prompt(uid="", prompt=prompt_text(p)) for p in train]
+        str(folder / "prompts.jsonl"), [Prompt(uid="", prompt=prompt_text(p)) for p in task.train]
     )
     facts = {"pairs": str(len(pairs)), "fingerprint": fingerprint(pairs)}
     (folder / "harvest.json").write_text(json.dumps(facts, indent=1), encoding="utf8")
@@ -62,26 +67,28 @@ def with_data(config: RunConfig, folder: Path) -> RunConfig:
     return config.model_copy(update={"data": data})
 
 
+def faces_human(pairs: Sequence[Pair], settings: QuickstartConfig, seed: int) -> list[bool]:
+    """Which comparisons pit a sample against the human line; the others compare two samples."""
+    rng = np.random.default_rng(derive_seed(seed, "opponents"))
+    return [bool(x < settings.human_share) for x in rng.random(len(pairs))]
+
+
 def comparisons(
     task: Task,
     pairs: Sequence[Pair],
-    samples: Sequence[tuple[str, str]],
+    sides: Sequence[tuple[str, str]],
     settings: QuickstartConfig,
     seed: int,
 ) -> tuple[list[Comparison], int]:
-    """Label pairs of lines for one signature: human against sample, or sample against sample.
-
-    Returns the comparisons and the number of ties, which are left out.
-    """
+    """Label two lines for each signature; returns the comparisons and the number of ties."""
     rng = np.random.default_rng(derive_seed(seed, "labels"))
     made, ties = [], 0
-    for pair, (first, second) in zip(pairs, samples, strict=True):
-        other = pair.docstring if rng.random() < settings.human_share else second
-        sides = (first, other) if rng.random() < 0.5 else (other, first)
-        if not first.strip() or not other.strip():
+    for pair, (first, second) in zip(pairs, sides, strict=True):
+        shown = (first, second) if rng.random() < 0.5 else (second, first)
+        if not first.strip() or not second.strip():
             ties += 1  # Nothing was written: there is nothing to compare.
             continue
-        found = label(pair, *sides, verbs=task.verbs, rng=rng, noise=settings.label_noise)
+        found = label(pair, *shown, verbs=task.verbs, rng=rng, noise=settings.label_noise)
         if found is None:
             ties += 1
         else:

@@ -1,0 +1,274 @@
+"""The experiments behind `docs/results.md`: real runs of the quickstart and of its variations.
+
+``python -m tests.benchmarks.experiments OUT [NAME ...]`` runs the named experiments (without a name
+all) one after the other and keeps each in its own folder under OUT; what has a summary there is
+not run again. Variations start from the supervised policy, reward model and data of the quickstart
+of the same seed, so that they differ in what their name says and in nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import ray
+from rich.console import Console
+
+from common.config import RunConfig, load_config, save_config
+from deploy import stages
+from deploy.evaluate import best_of, policy_weights, sample_scored
+from deploy.quickstart.harvest import Pair, harvest, prompt_text
+from deploy.quickstart.pipeline import encoded_prompts, evaluate_run, run_quickstart
+from deploy.quickstart.task import Task, judge_lines, make_task
+from deploy.session import open_session
+from deploy.stages import start_pools
+from deploy.statistics import best_of_n_kl, win_rate
+
+SEEDS = (0, 1, 2)
+N_VALUES = (1, 2, 4, 8, 16)
+KL_COEFS = (0.2, 0.1, 0.05, 0.025, 0.0125)
+COMPARISONS = (150, 300, 600, 1200, 2400)
+BASE_FILES = ("tokenizer.json", "sft", "reward_model", "data")
+
+console = Console()
+
+
+@dataclass(frozen=True, slots=True)
+class Variation:
+    """A policy training that starts from the quickstart run of one seed."""
+
+    name: str
+    seed: int
+    overrides: tuple[str, ...]
+
+
+def variations() -> list[Variation]:
+    """Every variation, the cheap and telling ones first."""
+    rloo = ("train.ppg=null", "train.prompts_per_iteration=64", "train.samples_per_prompt=4")
+    kinds: dict[str, tuple[str, ...]] = {
+        "ppo": ("train.ppg=null",),
+        "ppo-3-epochs": ("train.ppg=null", "train.e_pi=3", "train.e_v=3"),
+        "rloo": (*rloo, "train.algorithm=rloo"),
+        "grpo": (*rloo, "train.algorithm=grpo"),
+        "beta-clone-0": ("train.ppg.beta_clone=0",),
+        "shared-value": ("train.value_network=shared",),
+    }
+    found = [Variation(f"{k}-s{s}", s, o) for s in SEEDS for k, o in kinds.items()]
+    found += [
+        Variation(f"kl-{coef}", 0, ("train.ppg=null", f"train.kl_coef={coef}")) for coef in KL_COEFS
+    ]
+    pushed = ("train.ppg=null", "train.kl_coef=0", "train.iterations=120", "train.lr=2e-3")
+    return [*found, Variation("pushed", 0, pushed)]
+
+
+def quickstart(out: Path, seed: int, *overrides: str, name: str = "") -> None:
+    """The recipe as it is, from harvest to judges."""
+    config = recipe(out, name or f"quickstart-s{seed}", f"seed={seed}", *overrides)
+    with open_session(config, console) as session:
+        run_quickstart(session)
+
+
+def vary(out: Path, variation: Variation) -> None:
+    """Train and judge a variation on the base of its seed."""
+    base = out / f"quickstart-s{variation.seed}"
+    config = derive(base, out / variation.name, variation.overrides)
+    begin = time.perf_counter()
+    with open_session(config, console) as session:
+        pools = start_pools(session, config)
+        trained = stages.run_train(session, config, pools)
+        found = evaluate_run(session, config, task_of(config), pools)
+    save(config.run_dir, {**trained, **found, "seconds_pipeline": time.perf_counter() - begin})
+
+
+def best_of_n(out: Path) -> None:
+    """Best-of-N of the supervised policy: its KL, measured, and what the judges say of it.
+
+    KL of best-of-N to its base is E[log N + (N - 1) log F(score)] with F the share of the base's
+    samples that score lower; F is measured on samples other than those chosen from. Sampled
+    responses tie (the same line twice), which the closed form leaves out.
+    """
+    config = derive(out / "quickstart-s0", out / "best-of-n", ("rollout.lease_size=256",))
+    most, spare, few = max(N_VALUES), 240, 150
+    with open_session(config, console) as session:
+        pools = start_pools(session, config)
+        pairs, prompts = encoded_prompts(session, config, task_of(config).held_out[:few])
+        weights = policy_weights(session.sft_weights, 0)
+        many = sample_scored(config, weights, prompts, *pools, label="many", samples=most + spare)
+    scores = np.array(many.scores).reshape(len(prompts), most + spare)
+    lines = np.array([r.strip() for r in many.responses]).reshape(scores.shape)
+    rows = []
+    for n in N_VALUES:
+        groups = scores[:, :most].reshape(len(prompts), most // n, n)
+        best = groups.max(2)
+        rest = scores[:, most:, None, None]
+        below = (rest < best[:, None, :, None]).mean(1)[:, :, 0]
+        equal = (rest == best[:, None, :, None]).mean(1)[:, :, 0]
+        share = np.clip(below + equal / 2, 0.5 / spare, 1.0)
+        chosen = [str(lines[row, groups[row, 0].argmax()]) for row in range(len(prompts))]
+        verdict = judge_lines(pairs, chosen, config.seed)
+        quality = float(np.mean(task_of(config).qualities(pairs, chosen)))
+        kl = float((np.log(n) + (n - 1) * np.log(share)).mean())
+        rows.append({"n": n, "kl": kl, "score": float(best.mean()), "quality": quality, **verdict})
+    save(config.run_dir, {"rows": rows, "prompts": few, "spare": spare})
+
+
+def best_of_16(out: Path, seed: int) -> None:
+    """The best of 16 samples of the supervised policy by the reward model: no training at all."""
+    config = derive(out / f"quickstart-s{seed}", out / f"best-of-16-s{seed}", ())
+    task = task_of(config)
+    with open_session(config, console) as session:
+        pools = start_pools(session, config)
+        pairs, prompts = encoded_prompts(session, config, task.held_out[: config.evaluate.prompts])
+        sft = policy_weights(session.sft_weights, 0)
+        single = sample_scored(config, sft, prompts, *pools, label="eval")
+        many = sample_scored(config, sft, prompts, *pools, label="best", samples=16)
+    before = task.qualities(pairs, [line.strip() for line in single.responses])
+    lines = [line.strip() for line in best_of(many, 16)]
+    after = task.qualities(pairs, lines)
+    wins = win_rate(after, before, tie_margin=1e-6)
+    verdict = {f"{k}_policy": v for k, v in judge_lines(pairs, lines, config.seed).items()}
+    quality = {"quality_policy": sum(after) / len(after), "kl": best_of_n_kl(16)}
+    save(config.run_dir, {**verdict, **quality, "win_rate": wins.rate})
+
+
+def reward_data(out: Path) -> None:
+    """Held-out accuracy of reward models trained on ever more comparisons, same held-out set."""
+    config = derive(out / "quickstart-s0", out / "reward-data", ())
+    rows = []
+    with open_session(config, console) as session:
+        train, held_out = stages.encoded_comparisons(session, config)
+        refs = ray.put(train), ray.put(held_out)
+        for count in (*COMPARISONS, len(train)):
+            some = refs[0] if count == len(train) else ray.put(train[:count])
+            for seed in SEEDS:
+                gang = session.gang()
+                total = gang.call(
+                    "begin_reward", config, some, refs[1], str(session.sft_weights), seed
+                )
+                gang.call("advance", total)
+                rows.append({"comparisons": count, "seed": seed, **gang.call("evaluate")})
+                console.print(rows[-1])
+    save(config.run_dir, {"rows": rows, "held_out": len(held_out)})
+
+
+def over_optimisation(out: Path) -> None:
+    """Proxy score, labeler and judges along the pushed run, from its own trajectory log."""
+    folder = out / "pushed"
+    config = load_config(folder / "config.yaml")
+    by_prompt = {prompt_text(pair): pair for pair in task_of(config).train}
+    rows = []
+    for path in sorted((folder / "trajectories").glob("*.parquet")):
+        rows.append(_judge_log(path, config, by_prompt))
+    save(out / "over-optimisation", {"rows": rows})
+
+
+def _judge_log(path: Path, config: RunConfig, by_prompt: Mapping[str, Pair]) -> dict[str, float]:
+    table = pq.read_table(path).to_pylist()
+    pairs = [by_prompt[row["prompt_text"]] for row in table]
+    lines = [row["response_text"].strip() for row in table]
+    kl = [sum(row["behavior_logprobs"]) - sum(row["ref_logprobs"]) for row in table]
+    verdict = judge_lines(pairs, lines, config.seed)
+    return {
+        "iteration": int(path.stem.split("-")[-1]),
+        "kl": float(np.mean(kl)),
+        "score": float(np.mean([row["score"] for row in table])),
+        "quality": float(np.mean(task_of(config).qualities(pairs, lines))),
+        **verdict,
+    }
+
+
+# ------------------------------------------------------------------ parts
+
+
+@cache
+def _pairs() -> list[Pair]:
+    return harvest()
+
+
+@cache
+def _task(seed: int, demonstrations: int, held_out: int) -> Task:
+    settings = load_config(_recipe_path()).quickstart
+    settings = settings.model_copy(update={"demonstrations": demonstrations, "held_out": held_out})
+    return make_task(_pairs(), settings, seed)
+
+
+def task_of(config: RunConfig) -> Task:
+    """The task that the base run of this config was made from."""
+    return _task(config.seed, config.quickstart.demonstrations, config.quickstart.held_out)
+
+
+def _recipe_path() -> Path:
+    return Path(str(resources.files("deploy.recipes") / "quickstart.yaml"))
+
+
+def recipe(out: Path, name: str, *overrides: str) -> RunConfig:
+    """The quickstart's recipe under another name."""
+    return load_config(
+        _recipe_path(), [f"output={out}", f"name={name}", "cluster.dashboard=false", *overrides]
+    )
+
+
+def derive(base: Path, target: Path, overrides: tuple[str, ...]) -> RunConfig:
+    """A new run with the base run's data, supervised policy and reward model."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for name in BASE_FILES:
+        source = base / name
+        copy: Callable[..., Any] = shutil.copytree if source.is_dir() else shutil.copy2
+        copy(source, target / name)
+    here = [f"output={target.parent}", f"name={target.name}"]
+    config = load_config(base / "config.yaml", [*overrides, *here])
+    save_config(config, target / "config.yaml")
+    return config
+
+
+def save(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write an experiment's summary: its mark that it is done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf8")
+
+
+def experiments(out: Path) -> dict[str, Callable[[], None]]:
+    """Every experiment by its folder's name, in order."""
+    found: dict[str, Callable[[], None]] = {}
+    for seed in SEEDS:
+        found[f"quickstart-s{seed}"] = lambda seed=seed: quickstart(out, seed)  # type: ignore[misc]
+    for seed in SEEDS:
+        found[f"best-of-16-s{seed}"] = lambda seed=seed: best_of_16(out, seed)  # type: ignore[misc]
+    for stage in (0, 1, 3):
+        found[f"zero-{stage}"] = lambda stage=stage: quickstart(  # type: ignore[misc]
+            out, 0, f"learner.zero_stage={stage}", name=f"zero-{stage}"
+        )
+    for one in variations():
+        found[one.name] = lambda one=one: vary(out, one)  # type: ignore[misc]
+    found["best-of-n"] = lambda: best_of_n(out)
+    found["reward-data"] = lambda: reward_data(out)
+    found["over-optimisation"] = lambda: over_optimisation(out)
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    """Run what is named and not yet there."""
+    out = Path(arguments[0]).absolute()
+    every = experiments(out)
+    for name in arguments[1:] or every:
+        if (out / name / "summary.json").exists():
+            console.print(f"[dim]{name}: done before[/]")
+            continue
+        console.rule(name)
+        shutil.rmtree(out / name, ignore_errors=True)
+        every[name]()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,223 @@
+"""Writes `docs/results.md` from the summaries that `tests.benchmarks.experiments` left.
+
+``python -m tests.benchmarks.results_page OUT > docs/results.md``. A table whose runs are missing
+says so instead of being left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from deploy.statistics import best_of_n_kl
+from tests.benchmarks.experiments import KL_COEFS, SEEDS
+
+Summary = dict[str, Any]
+T_975 = {2: 12.706, 3: 4.303}
+"""Student's t at 97.5 % by the number of seeds."""
+
+COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "judge_conformance": ("conformance", lambda x: f"{100 * x:.1f} %"),
+    "win_rate": ("win rate", lambda x: f"{100 * x:.1f} %"),
+    "rouge_l": ("ROUGE-L", lambda x: f"{x:.4f}"),
+    "quality": ("labeler's quality", lambda x: f"{x:.3f}"),
+    "distinct": ("distinct", lambda x: f"{100 * x:.1f} %"),
+    "response_length": ("tokens", lambda x: f"{x:.1f}"),
+    "nll": ("NLL under SFT", lambda x: f"{x:.2f}"),
+    "kl": ("KL, nats", lambda x: f"{x:.1f}"),
+}
+
+
+def load(out: Path, name: str) -> Summary | None:
+    """A run's summary, if it is there."""
+    path = out / name / "summary.json"
+    found: Summary | None = json.loads(path.read_text(encoding="utf8")) if path.exists() else None
+    return found
+
+
+def value(summary: Summary, key: str, side: str) -> float | None:
+    """A figure of one side; win rate and KL belong to the pair."""
+    if key in ("win_rate", "kl"):
+        found = summary.get(key) if side == "policy" else None
+    else:
+        found = summary.get(f"{key}_{side}")
+    return found
+
+
+def spread(values: Sequence[float], form: Callable[[float], str]) -> str:
+    """Mean and the half width of its 95 % interval over seeds (Student's t)."""
+    if len(values) not in T_975:
+        return form(fmean(values))
+    half = T_975[len(values)] * stdev(values) / math.sqrt(len(values))
+    return f"{form(fmean(values))} ± {form(half)}"
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """A Markdown table."""
+    head = list(header)
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return [*lines, *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def comparison(out: Path, rows: Sequence[tuple[str, Sequence[str], str]]) -> list[str]:
+    """Rows of (title, names of runs, side) under all columns; ± is over seeds."""
+    lines = []
+    for title, names, side in rows:
+        found = [s for name in names if (s := load(out, name)) is not None]
+        cells = [title, str(len(found))]
+        for key, (_, form) in COLUMNS.items():
+            values = [v for s in found if (v := value(s, key, side)) is not None]
+            cells.append(spread(values, form) if values else "")
+        lines.append(cells)
+    return table(["", "seeds", *(title for title, _ in COLUMNS.values())], lines)
+
+
+def of_seeds(kind: str) -> list[str]:
+    """Names of the runs of one kind."""
+    return [f"{kind}-s{seed}" for seed in SEEDS]
+
+
+def outcome(out: Path) -> list[str]:
+    """The quickstart over seeds, its cost, and the other ZeRO stages."""
+    lines = comparison(
+        out,
+        [
+            ("people's own lines", of_seeds("quickstart"), "human"),
+            ("supervised policy", of_seeds("quickstart"), "sft"),
+            ("policy (PPO + PPG)", of_seeds("quickstart"), "policy"),
+        ],
+    )
+    keys = (
+        "reward_model_accuracy",
+        "comparisons",
+        "ties_share",
+        "rollouts_issued",
+        "rollouts_trained",
+        "rollouts_dropped",
+        "seconds_pipeline",
+    )
+    names = [*of_seeds("quickstart"), *(f"zero-{stage}" for stage in (0, 1, 3))]
+    rows = []
+    for name in names:
+        found = load(out, name)
+        shown = [f"{found[key]:.4g}" for key in keys] if found else ["not run"] * len(keys)
+        conforms = f"{100 * found['judge_conformance_policy']:.1f} %" if found else "not run"
+        rows.append([name, *shown, conforms])
+    return lines + table(["run", *(k.replace("_", " ") for k in keys), "conformance"], rows)
+
+
+def equal_samples(out: Path) -> list[str]:
+    """All algorithms on the same base at the same number of rollouts."""
+    kinds = [
+        ("supervised policy", "quickstart", "sft"),
+        ("best of 16 by the reward model", "best-of-16", "policy"),
+        ("PPO, 1 epoch", "ppo", "policy"),
+        ("PPO, 3 epochs", "ppo-3-epochs", "policy"),
+        ("PPG (the recipe)", "quickstart", "policy"),
+        ("RLOO, 4 samples a prompt", "rloo", "policy"),
+        ("GRPO, 4 samples a prompt", "grpo", "policy"),
+    ]
+    return comparison(out, [(title, of_seeds(kind), side) for title, kind, side in kinds])
+
+
+def pairwise_kind(out: Path, rows: Sequence[tuple[str, str]]) -> list[str]:
+    """Kinds of run against each other over seeds."""
+    return comparison(out, [(title, of_seeds(kind), "policy") for title, kind in rows])
+
+
+def kl_coefficients(out: Path) -> list[str]:
+    """kl_coef against KL at the end."""
+    return comparison(out, [(f"kl_coef {c}", [f"kl-{c}"], "policy") for c in KL_COEFS])
+
+
+def best_of_n(out: Path) -> list[str]:
+    """KL of best-of-N, measured, against its closed form."""
+    found = load(out, "best-of-n")
+    rows = []
+    for row in found["rows"] if found else ():
+        n = int(row["n"])
+        rows.append(
+            [
+                str(n),
+                f"{row['kl']:.3f}",
+                f"{best_of_n_kl(n):.3f}",
+                f"{row['score']:.3f}",
+                f"{row['quality']:.3f}",
+                f"{100 * row['judge_conformance']:.1f} %",
+                f"{row['rouge_l']:.4f}",
+            ]
+        )
+    head = ["N", "KL measured", "log N - (N-1)/N", "proxy score", "labeler's quality"]
+    return table([*head, "conformance", "ROUGE-L"], rows)
+
+
+def reward_data(out: Path) -> list[str]:
+    """Accuracy against the number of comparisons."""
+    found = load(out, "reward-data")
+    rows = []
+    groups = found["rows"] if found else []
+    for count in sorted({row["comparisons"] for row in groups}):
+        values = [r["accuracy_heldout"] for r in groups if r["comparisons"] == count]
+        shown = spread(values, lambda x: f"{100 * x:.1f} %")
+        rows.append([str(count), shown, str(len(values))])
+    return table(["comparisons", "held-out accuracy", "seeds"], rows)
+
+
+def over_optimisation(out: Path) -> list[str]:
+    """Every tenth iteration of the pushed run."""
+    found = load(out, "over-optimisation")
+    rows = []
+    for row in (found["rows"] if found else [])[::10]:
+        rows.append(
+            [
+                str(row["iteration"]),
+                f"{row['kl']:.1f}",
+                f"{row['score']:.2f}",
+                f"{row['quality']:.3f}",
+                f"{100 * row['judge_conformance']:.1f} %",
+                f"{row['rouge_l']:.4f}",
+                f"{100 * row['distinct']:.1f} %",
+            ]
+        )
+    head = ["iteration", "KL", "proxy score", "labeler's quality", "conformance", "ROUGE-L"]
+    return table([*head, "distinct"], rows)
+
+
+def fill(template: str, out: Path) -> str:
+    """The page: every ``<!-- table: NAME -->`` of the template replaced by its table."""
+    tables: dict[str, Callable[[], list[str]]] = {
+        "outcome": lambda: outcome(out),
+        "equal-samples": lambda: equal_samples(out),
+        "beta-clone": lambda: pairwise_kind(
+            out, [("beta_clone 1", "quickstart"), ("beta_clone 0", "beta-clone-0")]
+        ),
+        "value-network": lambda: pairwise_kind(
+            out, [("separate", "quickstart"), ("shared", "shared-value")]
+        ),
+        "kl": lambda: kl_coefficients(out),
+        "best-of-n": lambda: best_of_n(out),
+        "reward-data": lambda: reward_data(out),
+        "over-optimisation": lambda: over_optimisation(out),
+    }
+    for name, make in tables.items():
+        template = template.replace(f"<!-- table: {name} -->\n", "\n".join(make()))
+    versions = [f"{name} {metadata.version(name)}" for name in ("torch", "ray", "deepspeed")]
+    machine = f"2 cores, Python {platform.python_version()}, {', '.join(versions)}"
+    return template.replace("<!-- machine -->", machine)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the page."""
+    template = Path(__file__).with_name("results_page.md").read_text(encoding="utf8")
+    print(fill(template, Path(arguments[0])), end="")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
