@@ -98,6 +98,9 @@ class TokenizerConfig(Section):
     """An existing tokenizer.json; without one a tokenizer is trained on the demonstrations."""
     vocab_size: PositiveInt = 2048
     """Size to train to, special tokens included."""
+    words: Literal["spaced", "identifiers"] = "spaced"
+    """spaced: a word brings the space before it (GPT-2); identifiers: words end at underscores and
+    changes of case too, so that a word is the same token in code and in text."""
 
 
 class LearnerConfig(Section):

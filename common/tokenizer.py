@@ -11,12 +11,14 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
-from typing import Final
+from typing import Final, Literal
 
+from tokenizers import Regex
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.pre_tokenizers import ByteLevel, PreTokenizer, Split
+from tokenizers.pre_tokenizers import Sequence as Chain
 from tokenizers.trainers import BpeTrainer
 
 from common.errors import ConfigError, DataError
@@ -26,6 +28,11 @@ PAD: Final = "<|pad|>"
 EOS: Final = "<|eos|>"
 BOS: Final = "<|bos|>"
 SMALLEST_VOCABULARY: Final = 256 + 2
+
+Words = Literal["spaced", "identifiers"]
+
+# Capitalised or lower-case words, runs of capitals, numbers, white space, everything else.
+_IDENTIFIER: Final = r"\p{Lu}?\p{Ll}+|\p{Lu}+(?!\p{Ll})|[^\P{L}\p{Ll}]|\p{N}+|\s+|[^\s\p{L}\p{N}]+"
 
 # Every byte that UTF-8 uses, runs of spaces, and the special tokens as plain text.
 _PROBE: Final = (
@@ -48,8 +55,12 @@ class Tokenizer:
         self._pad_id, self._eos_id = pad_id, eos_id
 
     @classmethod
-    def train(cls, texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    def train(cls, texts: Iterator[str], vocab_size: int, words: Words = "spaced") -> Tokenizer:
         """Learn merges from `texts`; equal texts give an equal tokenizer.
+
+        Merges never cross the border of a word. "spaced" words bring the space before them along
+        (GPT-2); "identifiers" end at spaces, underscores and changes of case, so that a word is
+        the same token in `get_value`, `GetValue` and "get the value".
 
         The vocabulary is smaller than `vocab_size` when the texts have no more pairs to merge:
         size the model from the property `vocab_size`.
@@ -63,7 +74,7 @@ class Tokenizer:
                 f"{SMALLEST_VOCABULARY}"
             )
         rust = RustTokenizer(BPE())
-        rust.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=True)
+        rust.pre_tokenizer = _borders(words)
         rust.decoder = ByteLevelDecoder()
         trainer = BpeTrainer(
             vocab_size=vocab_size,
@@ -157,3 +168,11 @@ class Tokenizer:
         """32 hex digits of what the tokenizer does; equal after save and load."""
         canonical = json.dumps(json.loads(self._rust.to_str()), sort_keys=True)
         return blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+
+def _borders(words: Words) -> PreTokenizer:
+    """Where words end, and their bytes as symbols."""
+    if words == "spaced":
+        return ByteLevel(add_prefix_space=False, use_regex=True)
+    cut = Split(Regex(_IDENTIFIER), "isolated")
+    return Chain([cut, ByteLevel(add_prefix_space=False, use_regex=False)])

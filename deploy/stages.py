@@ -52,7 +52,7 @@ def prepare_tokenizer(session: Session, config: RunConfig) -> RunConfig:
     else:
         demonstrations = read_demonstrations(config.data.demonstrations)
         texts = (d.prompt + d.response for d in demonstrations)
-        tokenizer = Tokenizer.train(texts, config.tokenizer.vocab_size)
+        tokenizer = Tokenizer.train(texts, config.tokenizer.vocab_size, config.tokenizer.words)
     tokenizer.save(path)
     size = config.model.vocab_size
     if size not in (0, tokenizer.vocab_size):

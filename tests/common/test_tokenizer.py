@@ -24,11 +24,33 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(iter(TEXTS), 300)
 
 
+@pytest.fixture(scope="module")
+def identifiers() -> Tokenizer:
+    return Tokenizer.train(iter(TEXTS), 300, "identifiers")
+
+
 @given(st.text())
-def test_every_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    assert not {tokenizer.pad_id, tokenizer.eos_id} & set(ids)
+def test_every_text_comes_back(tokenizer: Tokenizer, identifiers: Tokenizer, text: str) -> None:
+    for one in (tokenizer, identifiers):
+        ids = one.encode(text)
+        assert one.decode(ids) == text
+        assert not {one.pad_id, one.eos_id} & set(ids)
+
+
+def test_a_word_is_the_same_token_in_code_and_in_text() -> None:
+    texts = ["get_value getValue the value HTTPValue GetValue9"] * 9
+    words = Tokenizer.train(iter(texts), 400, "identifiers")
+    lower, upper = words.encode("value"), words.encode("Value")
+    assert len(lower) == len(upper) == 1
+    for text, word in (
+        ("get_value", lower),
+        ("the value", lower),
+        ("getValue", upper),
+        ("HTTPValue", upper),
+    ):
+        assert words.encode(text)[-1:] == word, text
+    spaced = Tokenizer.train(iter(texts), 400)
+    assert spaced.encode("the value")[-1:] != spaced.encode("_value")[-1:]
 
 
 @given(st.lists(st.sampled_from([EOS, PAD, "<|", "|>", "eos", " ", "<", "a"])).map("".join))
