@@ -376,6 +376,8 @@ class ClusterConfig(Section):
     """Address of a running cluster; null starts one on this machine (or takes RAY_ADDRESS)."""
     dashboard: bool = True
     """Start Ray's dashboard (on 127.0.0.1) with a local cluster."""
+    autoscales: bool = False
+    """The cluster adds nodes when asked: a recipe that is too large for it as it is may wait."""
     start_timeout_s: PositiveFloat = 120.0
     """Longest wait for workers to start."""
     max_restarts: NonNegativeInt = 10

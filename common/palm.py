@@ -108,7 +108,12 @@ class Block(nn.Module):
         """Full forward; mask is a boolean ``[B, 1, T, T]`` (True = may attend) or None (causal)."""
         q, k, v, mlp = self.project(x_BTD, rope)
         k, v = (t.unsqueeze(1).expand(-1, self.config.heads, -1, -1) for t in (k, v))
+        dtype = q.dtype
+        if q.device.type == "cpu":
+            # The backward of attention in bf16 takes three times as long there as in fp32.
+            q, k, v = q.float(), k.float(), v.float()
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        out = out.to(dtype)
         out_BTD: Tensor = x_BTD + mlp + self.attn_out(rearrange(out, "b h t k -> b t (h k)"))
         return out_BTD
 
@@ -303,6 +308,7 @@ class PolicyNetwork(nn.Module):
         positions_BT: Tensor | None = None,
         segments_BT: Tensor | None = None,
         predict_BR: Tensor | None = None,
+        predict_BT: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logits and auxiliary values at the positions asked for.
 
@@ -310,11 +316,15 @@ class PolicyNetwork(nn.Module):
             tokens_BT, positions_BT, segments_BT: as in `PaLM.hidden`.
             predict_BR: int64 positions to read; default all. Logits of a vocabulary are large:
                 asking only for the positions that predict a response token saves the others.
+            predict_BT: bool, the same wish as a mask (packed rows); the result is flat.
 
         Returns:
-            fp32 logits ``[B, R, V]`` and values ``[B, R]``.
+            fp32 logits ``[B, R, V]`` and values ``[B, R]``; ``[N, V]`` and ``[N]`` by a mask of
+            N positions.
         """
         hidden = self.palm.hidden(tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT)
+        if predict_BT is not None:
+            hidden = hidden[predict_BT]
         if predict_BR is not None:
             index = predict_BR[..., None].expand(-1, -1, hidden.shape[-1])
             hidden = hidden.gather(1, index)

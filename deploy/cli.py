@@ -149,13 +149,15 @@ def preflight(
     from deploy.preflight import explain
 
     resolved = _load(config, overrides, address)
+    joined = ray.is_initialized()
     start_cluster(resolved)
     try:
         resources_now: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         for line in explain(resolved, resources_now):
             console.print(f"[green]✓[/] {line}", highlight=False)
     finally:
-        ray.shutdown()
+        if not joined:
+            ray.shutdown()
 
 
 @app.command("config")

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,7 @@ from deploy.pool import MakeWorker, Pool
 from reward_service.service import RewardWorker
 
 NAMESPACE = "talipot"
+_ANSWER_S = 10.0
 
 
 def start_cluster(config: RunConfig) -> str:
@@ -26,6 +32,8 @@ def start_cluster(config: RunConfig) -> str:
         ClusterError: the address does not answer, or the local cluster cannot start.
     """
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        _require_answer(address)
     # Ray announces a change of a later version in every worker; it says nothing to our users.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     common: dict[str, Any] = {
@@ -35,10 +43,11 @@ def start_cluster(config: RunConfig) -> str:
         "ignore_reinit_error": True,
     }
     try:
-        if address:
-            context = ray.init(address=address, **common)
-        else:
-            context = ray.init(include_dashboard=config.cluster.dashboard, **common)
+        with _kept_signal_handlers():
+            if address:
+                context = ray.init(address=address, **common)
+            else:
+                context = ray.init(include_dashboard=config.cluster.dashboard, **common)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         where = f"cluster at {address}" if address else "local cluster"
         raise ClusterError(
@@ -47,6 +56,34 @@ def start_cluster(config: RunConfig) -> str:
         ) from None
     url = context.dashboard_url
     return f"http://{url}" if url else ""
+
+
+@contextmanager
+def _kept_signal_handlers() -> Iterator[None]:
+    """Ray's start replaces the handler of SIGTERM by one that aborts the program."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _require_answer(address: str) -> None:
+    """Knock first: Ray itself tries for minutes where nobody answers."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto" and "local" name no port
+    try:
+        socket.create_connection((host, int(port)), timeout=_ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(
+            f"cluster at {address} does not answer ({error}); "
+            "check --address and RAY_ADDRESS, or leave both out to start one here"
+        ) from None
 
 
 def sampling_of(config: RunConfig) -> Sampling:

@@ -83,6 +83,7 @@ def status_of(config: RunConfig) -> dict[str, Any]:
         ray.init(
             address=config.cluster.address or "auto",
             namespace=NAMESPACE,
+            ignore_reinit_error=True,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )

@@ -26,6 +26,7 @@ from common.errors import StorageError
 from common.tokenizer import Tokenizer
 from deploy.gang import LearnerGang
 from deploy.placement import start_cluster
+from deploy.preflight import explain
 from deploy.run_log import RunLog
 
 
@@ -74,6 +75,12 @@ class Session:
             self._gang = LearnerGang(self.config, self.config.name)
         return self._gang
 
+    def close(self) -> None:
+        """Free the gang's resources."""
+        if self._gang is not None:
+            self._gang.stop()
+            self._gang = None
+
     def log(self) -> RunLog:
         """A writer of this run's logs; close it after use."""
         return RunLog(self.run_dir)
@@ -99,6 +106,7 @@ class Session:
             TextColumn("{task.fields[note]}"),
             console=self.console,
             transient=True,
+            disable=not self.console.is_terminal,  # in a log file it would be blank lines
         ) as progress:
             yield Bar(progress, progress.add_task(title, total=total, note=""))
 
@@ -117,16 +125,26 @@ class Bar:
 
 @contextmanager
 def open_session(config: RunConfig, console: Console) -> Iterator[Session]:
-    """Create the run's folder, save the resolved config, join or start the cluster."""
+    """Create the run's folder, save the resolved config, join or start the cluster.
+
+    Raises:
+        StorageError: the folder cannot be written.
+        ClusterError: no cluster answers, or it cannot hold the recipe; said before anything waits.
+    """
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, config.run_dir / "config.yaml")
     except OSError as error:
         raise StorageError(f"{config.run_dir}: cannot be written: {error}") from None
+    joined = ray.is_initialized()  # by a program that uses this as a library: its own to end
     url = start_cluster(config)
-    console.print(f"[dim]run {config.run_dir} · dashboard {url or 'off'}[/]")
     session = Session(config, console)
     try:
+        if not config.cluster.autoscales:
+            explain(config, ray.cluster_resources())  # type: ignore[no-untyped-call]
+        console.print(f"[dim]run {config.run_dir} · dashboard {url or 'off'}[/]")
         yield session
     finally:
-        ray.shutdown()
+        session.close()
+        if not joined:
+            ray.shutdown()

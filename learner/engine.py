@@ -28,6 +28,8 @@ import deepspeed.comm
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from common.errors import ClusterError
+from common.files import one_line
 from common.metrics import require_finite
 from learner.adafactor import PalmAdafactor
 
@@ -35,7 +37,11 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
 def connect(*, rank: int, world: int, address: str, port: int, timeout_s: float) -> None:
-    """Join the gang's process group (gloo on CPU, nccl on CUDA)."""
+    """Join the gang's process group (gloo on CPU, nccl on CUDA).
+
+    Raises:
+        ClusterError: the meeting point is taken or cannot be reached.
+    """
     # DeepSpeed compiles its CPU collectives with the ninja beside this Python, activated or not.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     os.environ |= {
@@ -46,12 +52,18 @@ def connect(*, rank: int, world: int, address: str, port: int, timeout_s: float)
         "MASTER_PORT": str(port),
     }
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(
-        backend,
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=timeout_s),
-    )
+    try:
+        dist.init_process_group(
+            backend,
+            rank=rank,
+            world_size=world,
+            timeout=datetime.timedelta(seconds=timeout_s),
+        )
+    except dist.DistNetworkError as error:
+        raise ClusterError(
+            f"learner-{rank} cannot meet the others at {address}:{port}: "
+            f"{one_line(error)}; free the port or start again, which picks another"
+        ) from None
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 

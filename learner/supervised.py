@@ -220,15 +220,15 @@ class SftStage:
         if batch is None:
             logits, _ = self.engine(torch.zeros(1, 2, dtype=torch.int64, device=device))
             return logits.sum() * 0.0, 0.0, 0.0
-        logits_BTV, _ = self.engine(
+        at = batch.target_mask_BT.to(device)
+        logits, _ = self.engine(
             batch.tokens_BT.to(device),
             positions_BT=batch.positions_BT.to(device),
             segments_BT=batch.segments_BT.to(device),
+            predict_BT=at,
         )
-        at = batch.target_mask_BT.to(device)
         # The mask marks positions whose next token is a target: never the last column.
         following = batch.tokens_BT.roll(-1, dims=1).to(device)[at]
-        logits = logits_BTV[at]
         nll = F.cross_entropy(logits, following, reduction="sum")
         z = logits.logsumexp(-1).square().sum()
         loss = (nll + self.config.sft.z_loss * z) / normalizer

@@ -1,0 +1,315 @@
+"""A user's mistakes: one line that names the place and the mend, an exit code, no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+import yaml
+
+from common.config import RunConfig
+from common.errors import ClusterError
+from deploy.cli import main
+from learner.rank import LearnerRank
+from tests.conftest import run_copy
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    code: int
+    error: str
+    out: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command line in this process."""
+
+    def call(*arguments: str) -> Outcome:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        shown = capsys.readouterr()
+        code = ended.value.code
+        assert isinstance(code, int)
+        return Outcome(code, shown.err, shown.out)
+
+    return call
+
+
+@pytest.fixture
+def recipe(workspace: RunConfig, tmp_path: Path) -> Callable[..., str]:
+    """Writes a recipe: a good one with some sections changed."""
+
+    def write(**sections: Any) -> str:
+        values = workspace.model_dump(mode="json")
+        for name, changes in sections.items():
+            merged = {**values[name], **changes} if isinstance(changes, dict) else changes
+            values[name] = merged
+        copied = run_copy(RunConfig.model_validate(values), tmp_path)
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(copied.model_dump(mode="json")), encoding="utf8")
+        return str(path)
+
+    return write
+
+
+def refused(outcome: Outcome, code: int, *says: str) -> None:
+    """The whole contract of an error."""
+    assert outcome.code == code, outcome
+    assert len(outcome.error.splitlines()) == 1, outcome.error
+    assert outcome.error.startswith("error ")
+    assert "Traceback" not in outcome.error + outcome.out
+    for text in says:
+        assert text in outcome.error, outcome.error
+
+
+# ------------------------------------------------------------------ recipe and command line
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.kl_coeff=1", ["unknown key 'train.kl_coeff'", "did you mean 'train.kl_coef'"]),
+        ("leaner.ranks=1", ["unknown key 'leaner'", "'learner'"]),
+        ("train.iterations=many", ["train.iterations", "integer", "'many'"]),
+        ("learner.zero_stage=4", ["learner.zero_stage", "0, 1, 2 or 3"]),
+        ("train.minibatches=7", ["not divisible", "minibatches=7"]),
+        ("rollout.max_response_tokens=128", ["leaves no room", "model.context=128"]),
+        ("train.algorithm=rloo", ["samples_per_prompt"]),
+        ("train.clip_range=nan", ["train.clip_range", "nan"]),
+        ("preset=huge", ["preset 'huge'", "palm-8b"]),
+        ("train", ["section.field=value"]),
+        ("train.lr=[", ["train.lr=["]),
+    ],
+)
+def test_settings(run: Run, override: str, says: list[str]) -> None:
+    refused(run("config", override), 2, *says)
+
+
+def test_recipe_files(run: Run, tmp_path: Path) -> None:
+    refused(run("config", "--config", str(tmp_path / "none.yaml")), 2, "none.yaml", "no such")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("train:\n  lr: [1, 2\n  x", encoding="utf8")
+    refused(run("config", "--config", str(broken)), 2, "broken.yaml:3")
+    broken.write_text("- 1\n", encoding="utf8")
+    refused(run("config", "--config", str(broken)), 2, "broken.yaml:1", "mapping")
+    broken.write_bytes(b"train: \xff\xfe")
+    refused(run("config", "--config", str(broken)), 2, "broken.yaml")
+    refused(run("config", "--config", str(tmp_path)), 2, str(tmp_path))
+
+
+def test_unknown_commands_and_options(run: Run) -> None:
+    refused(run("trian"), 2, "trian")
+    refused(run("train", "--resumee", "x"), 2, "--resumee")
+    refused(run("sample", "."), 2, "--prompt")
+
+
+# ------------------------------------------------------------------ data
+
+
+def line(**values: Any) -> bytes:
+    return json.dumps(values).encode() + b"\n"
+
+
+GOOD = line(prompt="open the:", response="file")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (GOOD + b'{"prompt": "x"', [":2"]),
+        (GOOD + line(prompt="x", answer="y"), [":2", "response"]),
+        (GOOD + line(prompt="x", response=""), [":2", "response", "empty"]),
+        (GOOD + line(prompt=3, response="y"), [":2", "prompt"]),
+        (b'{"prompt": "\xff", "response": "y"}\n', [":1", "UTF-8"]),
+        (b"", ["demonstrations"]),
+    ],
+)
+def test_demonstrations(
+    run: Run, recipe: Callable[..., str], tmp_path: Path, content: bytes, says: list[str]
+) -> None:
+    file = tmp_path / "demonstrations.jsonl"
+    file.write_bytes(content)
+    path = recipe(data={"demonstrations": [str(file)]})
+    refused(run("sft", "--config", path), 3, *says)
+
+
+def test_missing_files_and_sections(run: Run, recipe: Callable[..., str], tmp_path: Path) -> None:
+    gone = str(tmp_path / "gone.jsonl")
+    path = recipe(data={"demonstrations": [gone], "comparisons": [], "prompts": []})
+    refused(run("sft", "--config", path), 3, "gone.jsonl")
+    refused(run("reward", "--config", path), 2, "data.comparisons is empty")
+    refused(run("train", "--config", path), 2, "data.prompts is empty")
+
+
+def test_comparisons(run: Run, recipe: Callable[..., str], tmp_path: Path) -> None:
+    file = tmp_path / "comparisons.jsonl"
+    row = {"prompt": "a:", "chosen": "b", "rejected": "b", "labeler": "me", "confidence": 1.0}
+    file.write_bytes(line(**row))
+    path = recipe(data={"comparisons": [str(file)]})
+    refused(run("reward", "--config", path), 3, "comparisons.jsonl:1", "chosen", "rejected")
+    file.write_bytes(line(**{**row, "rejected": "c", "confidence": 1.5}))
+    refused(run("reward", "--config", path), 3, "comparisons.jsonl:1", "confidence")
+
+
+def test_parquet(run: Run, recipe: Callable[..., str], tmp_path: Path) -> None:
+    file = tmp_path / "prompts.parquet"
+    pq.write_table(pa.table({"prompt": ["a"] * 100}), file)
+    file.write_bytes(file.read_bytes()[:-20])
+    path = recipe(data={"prompts": [str(file)]})
+    refused(run("train", "--config", path), 3, "prompts.parquet")
+    pq.write_table(pa.table({"text": ["a"]}), file)
+    refused(run("train", "--config", path), 3, "prompts.parquet", "prompt")
+
+
+def test_prompts_that_are_too_long(run: Run, recipe: Callable[..., str], tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(line(prompt="read " * 200) + line(prompt="read the file:"))
+    path = recipe(data={"prompts": [str(file)], "too_long": "error"})
+    refused(run("train", "--config", path), 3, "56", "too_long")
+
+
+# ------------------------------------------------------------------ weights and runs
+
+
+def test_weights_of_another_shape(run: Run, recipe: Callable[..., str], tmp_path: Path) -> None:
+    path = recipe(model={"dim": 48})
+    refused(run("reward", "--config", path), 4, "policy.safetensors", "shape")
+
+
+def test_torn_weights(run: Run, recipe: Callable[..., str], tmp_path: Path) -> None:
+    path = recipe()
+    weights = tmp_path / "run" / "sft" / "policy.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused(run("reward", "--config", path), 4, "policy.safetensors")
+    weights.unlink()
+    refused(run("reward", "--config", path), 4, "policy.safetensors")
+
+
+def test_tokenizer_and_model_that_differ(run: Run, recipe: Callable[..., str]) -> None:
+    refused(run("sft", "--config", recipe(model={"vocab_size": 300})), 2, "300", "290")
+
+
+@pytest.mark.parametrize(
+    "command", [["status"], ["report"], ["evaluate"], ["sample", "-p", "x"], ["train", "--resume"]]
+)
+def test_what_is_no_run(run: Run, tmp_path: Path, command: list[str]) -> None:
+    refused(run(*command, str(tmp_path)), 3, str(tmp_path), "not a run")
+
+
+def test_resume_takes_no_settings(run: Run, recipe: Callable[..., str], tmp_path: Path) -> None:
+    recipe()
+    folder = tmp_path / "run"
+    (folder / "config.yaml").write_text("name: run\n", encoding="utf8")
+    refused(run("train", "--resume", str(folder), "train.lr=1"), 2, "--resume")
+
+
+def test_an_empty_prompt(run: Run, recipe: Callable[..., str], tmp_path: Path) -> None:
+    path = recipe()
+    (tmp_path / "run" / "config.yaml").write_bytes(Path(path).read_bytes())
+    refused(run("sample", str(tmp_path / "run"), "--sft", "-p", ""), 3, "prompt 1 is empty")
+
+
+def test_a_run_without_a_policy(run: Run, recipe: Callable[..., str], tmp_path: Path) -> None:
+    path = recipe()
+    (tmp_path / "run" / "config.yaml").write_bytes(Path(path).read_bytes())
+    refused(run("sample", str(tmp_path / "run"), "-p", "open:"), 4, "policy.safetensors")
+
+
+def test_status_before_the_first_step(run: Run, recipe: Callable[..., str], tmp_path: Path) -> None:
+    path = recipe()
+    (tmp_path / "run" / "config.yaml").write_bytes(Path(path).read_bytes())
+    outcome = run("status", str(tmp_path / "run"))
+    assert outcome.code == 0
+    assert "nothing yet" in outcome.out
+
+
+# ------------------------------------------------------------------ cluster, disk, interruption
+
+
+def test_a_cluster_that_is_not_there(run: Run, recipe: Callable[..., str]) -> None:
+    begin = time.monotonic()
+    outcome = run("sft", "--config", recipe(), "--address", "127.0.0.1:1")
+    refused(outcome, 5, "127.0.0.1:1", "--address")
+    assert time.monotonic() - begin < 30
+
+
+def test_more_than_the_cluster_has(run: Run, recipe: Callable[..., str]) -> None:
+    path = recipe(rollout={"actors": 1000, "cpus_per_actor": 1})
+    for command in ("sft", "train", "preflight"):
+        refused(run(command, "--config", path), 5, "1000 rollout actors", "the cluster has 32")
+
+
+def test_preflight_says_what_fits(run: Run, recipe: Callable[..., str]) -> None:
+    outcome = run("preflight", "--config", recipe())
+    assert outcome.code == 0
+    assert "2 learner ranks" in outcome.out
+
+
+def test_a_folder_that_is_a_file(run: Run, recipe: Callable[..., str], tmp_path: Path) -> None:
+    path, blocked = recipe(), tmp_path / "blocked"
+    blocked.write_text("", encoding="utf8")
+    refused(run("sft", "--config", path, f"output={blocked}"), 8, str(blocked))
+
+
+def test_a_full_disk(run: Run, recipe: Callable[..., str], tmp_path: Path) -> None:
+    path = recipe()
+    (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
+    refused(run("sft", "--config", path), 8, "No space left")
+
+
+def test_a_port_in_use(cluster: None) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        rank = ray.remote(LearnerRank).options(num_cpus=0).remote(0, 1, 1)
+        with pytest.raises(ClusterError, match="free the port"):
+            ray.get(rank.connect.remote("127.0.0.1", taken.getsockname()[1], 20.0))
+        ray.kill(rank)
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interruption(
+    recipe: Callable[..., str], tmp_path: Path, sent: signal.Signals, code: int
+) -> None:
+    path = recipe(sft={"epochs": 1000})
+    options = ["cluster.dashboard=false", "learner.ranks=1"]
+    started = subprocess.Popen(
+        [sys.executable, "-m", "deploy.cli", "sft", "--config", path, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "RAY_ADDRESS": ""},
+        # A shell may have started the tests with Ctrl-C ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while not (log.exists() and log.stat().st_size) and started.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    started.send_signal(sent)
+    out, error = started.communicate(timeout=60)
+    assert started.returncode == code, error
+    assert "Traceback" not in out + error
+    assert json.loads(log.read_text(encoding="utf8").splitlines()[0])["stage"] == "sft"
