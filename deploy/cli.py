@@ -28,6 +28,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+_INTERRUPTED = 130
+
 console = Console()
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -172,15 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Console entry point: run, and turn errors into one line and an exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+        code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
     except TalipotError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted; carry on with `talipot train --resume RUN`", 130)
-    except typer.Exit as leave:
-        sys.exit(leave.exit_code)
-    except typer.Abort:
-        _fail("interrupted", 130)
     except OSError as error:
         # A full disk or a folder that may not be written, wherever it shows first.
         _fail(f"{error.filename or 'file system'}: {error.strerror}", StorageError.exit_code)
@@ -189,7 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             message = error.format_message() if hasattr(error, "format_message") else str(error)
             _fail(message, ConfigError.exit_code)
         raise
-    sys.exit(0)
+    if code == _INTERRUPTED:  # what typer makes of Ctrl-C
+        _fail("interrupted; carry on with `talipot train --resume RUN`", _INTERRUPTED)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 # -------------------------------------------------------------------------- helpers
