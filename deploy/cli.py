@@ -18,8 +18,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from common.config import RunConfig, load_config
+from common.config import RunConfig
 from common.errors import ConfigError, StorageError, TalipotError
+from common.recipe import load_config
 
 app = typer.Typer(
     name="talipot",
@@ -165,7 +166,7 @@ def preflight(
 @app.command("config")
 def show_config(overrides: Overrides = None, config: ConfigOption = None) -> None:
     """Print a recipe with every default filled in."""
-    from common.config import dump_config
+    from common.recipe import dump_config
 
     console.print(dump_config(_load(config, overrides, None)), markup=False, highlight=False)
 

@@ -21,8 +21,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from common.config import RunConfig, save_config
+from common.config import RunConfig
 from common.errors import StorageError
+from common.recipe import save_config
 from common.tokenizer import Tokenizer
 from deploy.gang import LearnerGang
 from deploy.placement import start_cluster

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from actors.prompts import EncodedPrompt
-from common.config import RunConfig, save_config
+from common.config import RunConfig
 from common.data import Prompt, write_jsonl
+from common.recipe import save_config
 from deploy import stages
 from deploy.evaluate import Sampled, best_of, compare, policy_weights, sample, sample_scored
 from deploy.placement import reward_pool, rollout_pool

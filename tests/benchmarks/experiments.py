@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 import ray
 from rich.console import Console
 
-from common.config import RunConfig, load_config, save_config
+from common.config import RunConfig
+from common.recipe import load_config, save_config
 from deploy import stages
 from deploy.evaluate import best_of, policy_weights, sample_scored
 from deploy.quickstart.harvest import Pair, harvest, prompt_text

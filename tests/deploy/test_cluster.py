@@ -14,7 +14,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from common.config import RunConfig, load_config
+from common.config import RunConfig
+from common.recipe import load_config
 from deploy.preflight import explain
 from tests.deploy.commands import parse
 

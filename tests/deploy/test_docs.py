@@ -13,9 +13,10 @@ import pytest
 from packaging.requirements import Requirement
 
 from common import errors
-from common.config import RunConfig, fields, load_config
+from common.config import RunConfig
 from common.data import read_comparisons, read_demonstrations, read_prompts
 from common.errors import TalipotError
+from common.recipe import fields, load_config
 from tests.deploy.commands import parse
 
 ROOT = Path(__file__).resolve().parents[2]

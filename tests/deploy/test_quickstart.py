@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from common.config import RunConfig, load_config
+from common.config import RunConfig
+from common.recipe import load_config
 from deploy.cli import main
 from deploy.quickstart.pipeline import run_quickstart
 from deploy.session import Session
