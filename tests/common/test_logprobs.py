@@ -1,0 +1,97 @@
+"""The sampling distribution against a literal transcription, and draws against the distribution."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.logprobs import Sampling, chosen_logprobs, draw, sampling_logprobs, uniforms
+
+LOGITS = st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=12)
+
+
+def literal(logits: list[float], sampling: Sampling) -> list[float]:
+    """Probabilities, token by token, as the definition reads."""
+    scaled = [x / sampling.temperature for x in logits]
+    order = sorted(range(len(scaled)), key=lambda i: -scaled[i])
+    kept = order[: sampling.top_k] if sampling.top_k else order
+    weights = {i: math.exp(scaled[i] - max(scaled)) for i in kept}
+    total = sum(weights.values())
+    nucleus, reached = [], 0.0
+    for i in kept:
+        if reached >= sampling.top_p and nucleus:
+            break
+        nucleus.append(i)
+        reached += weights[i] / total
+    total = sum(weights[i] for i in nucleus)
+    return [weights[i] / total if i in nucleus else 0.0 for i in range(len(logits))]
+
+
+@given(
+    LOGITS, st.floats(0.25, 4), st.sampled_from([0, 1, 2, 5]), st.sampled_from([0.31, 0.83, 1.0])
+)
+@settings(max_examples=300)
+def test_the_distribution_is_the_definition(
+    logits: list[float], temperature: float, top_k: int, top_p: float
+) -> None:
+    scaled = sorted((x / temperature for x in logits), reverse=True)
+    if any(abs(a - b) < 1e-4 for a, b in itertools.pairwise(scaled)):
+        return  # ties may be kept in either order
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    expected = literal(logits, sampling)
+    cumulated = np.cumsum(sorted(expected, reverse=True))
+    if np.any(np.abs(cumulated - top_p) < 1e-4) and top_p < 1:
+        return  # rounding decides at the nucleus's very border
+    found = sampling_logprobs(torch.tensor([logits]), sampling).exp()[0].tolist()
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_greedy_is_certain() -> None:
+    logprobs = sampling_logprobs(torch.tensor([[0.0, 3.0, 1.0]]), Sampling(temperature=0.0))
+    assert logprobs.tolist() == [[-math.inf, 0.0, -math.inf]]
+
+
+def test_a_drawn_token_outside_the_filter_keeps_a_finite_logprob() -> None:
+    logits = torch.tensor([[5.0, 0.0, -5.0]])
+    sampling = Sampling(top_k=1)
+    assert chosen_logprobs(logits, torch.tensor([2]), sampling).isfinite().all()
+    assert sampling_logprobs(logits, sampling)[0, 2] == -math.inf
+
+
+def test_draws_follow_the_distribution() -> None:
+    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05])
+    n = 40_000
+    seeds = np.arange(n, dtype=np.uint64)
+    u = uniforms(seeds, np.full(n, 3, dtype=np.uint64))
+    drawn = draw(probabilities.log().expand(n, -1), u)
+    counts = torch.bincount(drawn, minlength=5).double()
+    assert counts[1] == 0
+    keep = probabilities > 0
+    expected = probabilities[keep].double() * n
+    chi_square = float(((counts[keep] - expected) ** 2 / expected).sum())
+    assert chi_square < 16.3  # 99.9 % with 3 degrees of freedom
+
+
+@given(st.floats(0, 1, exclude_max=True))
+def test_a_draw_never_hits_a_filtered_token(u: float) -> None:
+    logits = torch.tensor([[-30.0, 2.0, 1.0, -30.0]])
+    logprobs = sampling_logprobs(logits, Sampling(top_k=2))
+    assert int(draw(logprobs, torch.tensor([u], dtype=torch.float64))) in (1, 2)
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**20))
+def test_uniforms_are_a_function_of_seed_and_position(seed: int, position: int) -> None:
+    seeds, at = np.array([seed], dtype=np.uint64), np.array([position], dtype=np.uint64)
+    alone = uniforms(seeds, at)
+    batch = uniforms(
+        np.array([1, seed, 2], dtype=np.uint64), np.array([9, position, 9], dtype=np.uint64)
+    )
+    assert float(alone[0]) == float(batch[1])
+    assert 0.0 <= float(alone[0]) < 1.0
+    assert float(uniforms(seeds, at + np.uint64(1))[0]) != float(alone[0])
