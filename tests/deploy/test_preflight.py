@@ -1,0 +1,56 @@
+"""Preflight: what a recipe needs against what there is, in words."""
+
+from __future__ import annotations
+
+import pytest
+
+from common.config import RunConfig
+from common.errors import ClusterError
+from common.palm import count_parameters
+from common.recipe import load_config
+from deploy.preflight import explain, learner_bytes
+
+
+def recipe(*overrides: str) -> RunConfig:
+    return load_config(None, ["model.vocab_size=512", *overrides])
+
+
+def test_what_fits_is_explained() -> None:
+    lines = explain(recipe(), {"CPU": 8.0, "memory": 2.0**34})
+    text = "\n".join(lines)
+    for said in ("2 learner ranks: 2 CPU, all placed together", "2 rollout actors", "ZeRO 2"):
+        assert said in text
+    assert "needed 5 CPU and 0 GPU; the cluster has 8 and 0" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "resources", "says"),
+    [
+        ((), {"CPU": 4.0}, "needs 5 CPU and the cluster has 4"),
+        (("rollout.gpus_per_actor=1",), {"CPU": 9.0}, "needs 2 GPU and the cluster has 0"),
+        ((), {}, "needs 5 CPU and the cluster has 0"),
+        (("preset=palm-8b",), {"CPU": 9.0, "memory": 2.0**30}, "raise learner.zero_stage"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_mend(
+    overrides: tuple[str, ...], resources: dict[str, float], says: str
+) -> None:
+    with pytest.raises(ClusterError, match=says):
+        explain(recipe(*overrides), resources)
+
+
+def test_bytes_of_each_zero_stage_by_hand() -> None:
+    ranks = 4
+    base = recipe(f"learner.ranks={ranks}")
+    parameters = 2 * count_parameters(base.model).total  # policy and value network
+    expected = {
+        0: 16 * parameters,
+        1: (4 + 4 + 8 / ranks) * parameters,
+        2: (4 + 4 / ranks + 8 / ranks) * parameters,
+        3: 16 / ranks * parameters,
+    }
+    for stage, size in expected.items():
+        config = recipe(f"learner.ranks={ranks}", f"learner.zero_stage={stage}")
+        assert learner_bytes(config) == pytest.approx(size)
+    shared = recipe(f"learner.ranks={ranks}", "train.value_network=shared", "learner.zero_stage=0")
+    assert learner_bytes(shared) == pytest.approx(8 * parameters)
