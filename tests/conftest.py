@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from hypothesis import settings
 
 from common.config import RunConfig
 from common.data import Comparison, Demonstration, Prompt, write_jsonl
@@ -19,6 +20,9 @@ from common.tokenizer import Tokenizer
 from common.weights import save_weights
 
 torch.set_num_threads(1)
+# Two noisy cores: how long an example takes says nothing; the same commit tests the same examples.
+settings.register_profile("talipot", deadline=None, derandomize=True)
+settings.load_profile("talipot")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 WORDS = ["open", "close", "read", "write", "the", "file", "name", "list", "of", "a", "path", "all"]
