@@ -360,8 +360,17 @@ class QuickstartConfig(Section):
     """Comparisons that the labeler labels."""
     label_noise: Annotated[float, Field(ge=0, lt=0.5)] = 0.05
     """Share of labels flipped at random."""
-    human_share: Fraction = 0.5
-    """Share of comparisons that pit a human line against a sample of the supervised policy."""
+    human_share: Fraction = 0.3
+    """Share of comparisons of a sample of the supervised policy with the human line."""
+    borrowed_share: Fraction = 0.25
+    """Share of comparisons of the human line with one about another function: equally fluent, so
+    only what the line is about decides. The rest compares two samples."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> QuickstartConfig:
+        if self.human_share + self.borrowed_share > 1:
+            raise ValueError("human_share and borrowed_share are more than everything together")
+        return self
 
 
 class ClusterConfig(Section):

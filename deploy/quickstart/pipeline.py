@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 from actors.prompts import EncodedPrompt
@@ -105,20 +105,28 @@ def evaluate_run(
 def _make_comparisons(
     session: Session, config: RunConfig, task: Task, rollout: Pool
 ) -> tuple[int, int]:
-    """A sample per signature against the human line or another sample; writes comparisons.jsonl."""
-    wanted = task.train[: config.quickstart.comparisons]
-    pairs, prompts = encoded_prompts(session, config, wanted)
+    """Samples and people's lines, two for each signature, labelled; writes comparisons.jsonl."""
+    settings, seed = config.quickstart, config.seed
+    pairs, prompts = encoded_prompts(session, config, task.train[: settings.comparisons])
+    kinds = quickstart_task.draw_sides(len(pairs), settings, seed)
     weights = policy_weights(session.sft_weights, 0)
-    human = quickstart_task.faces_human(pairs, config.quickstart, config.seed)
-    alone = [prompt for prompt, against in zip(prompts, human, strict=True) if not against]
-    first = sample(config, weights, prompts, rollout, label="first")
-    second = iter(sample(config, weights, alone, rollout, label="second"))
-    opponents = [
-        pair.docstring if against else next(second).response_text
-        for pair, against in zip(pairs, human, strict=True)
-    ]
-    sides = list(zip(_lines([row.response_text for row in first]), _lines(opponents), strict=True))
-    made, ties = quickstart_task.comparisons(task, pairs, sides, config.quickstart, config.seed)
+
+    def samples(label: str, wanted: Container[str]) -> Iterator[str]:
+        some = [prompt for prompt, kind in zip(prompts, kinds, strict=True) if kind in wanted]
+        rows = sample(config, weights, some, rollout, label=label) if some else []
+        return iter(_lines([row.response_text for row in rows]))
+
+    first = samples("first", ("sample-human", "sample-sample"))
+    second = samples("second", ("sample-sample",))
+    others = iter(quickstart_task.borrowed(task, len(pairs), seed))
+    sides = []
+    for pair, kind in zip(pairs, kinds, strict=True):
+        if kind == "human-borrowed":
+            sides.append((pair.docstring, next(others)))
+        else:
+            line = next(first)
+            sides.append((line, next(second) if kind == "sample-sample" else pair.docstring))
+    made, ties = quickstart_task.comparisons(task, pairs, sides, settings, seed)
     write_jsonl(str(session.run_dir / "data" / "comparisons.jsonl"), made)
     return len(made), ties
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -67,10 +68,21 @@ def with_data(config: RunConfig, folder: Path) -> RunConfig:
     return config.model_copy(update={"data": data})
 
 
-def faces_human(pairs: Sequence[Pair], settings: QuickstartConfig, seed: int) -> list[bool]:
-    """Which comparisons pit a sample against the human line; the others compare two samples."""
-    rng = np.random.default_rng(derive_seed(seed, "opponents"))
-    return [bool(x < settings.human_share) for x in rng.random(len(pairs))]
+Sides = Literal["sample-human", "sample-sample", "human-borrowed"]
+
+
+def draw_sides(count: int, settings: QuickstartConfig, seed: int) -> list[Sides]:
+    """Which two lines each comparison shows."""
+    rng = np.random.default_rng(derive_seed(seed, "sides"))
+    names: tuple[Sides, ...] = ("sample-human", "human-borrowed", "sample-sample")
+    ends = (settings.human_share, settings.human_share + settings.borrowed_share)
+    return [names[int(np.searchsorted(ends, x, side="right"))] for x in rng.random(count)]
+
+
+def borrowed(task: Task, count: int, seed: int) -> list[str]:
+    """People's lines about some training function or other."""
+    rng = np.random.default_rng(derive_seed(seed, "borrowed"))
+    return [task.train[i].docstring for i in rng.integers(0, len(task.train), count)]
 
 
 def comparisons(
