@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= build
 
-.PHONY: run test check bench clean help
+.PHONY: run test check bench results clean help
 
 help:            ## Show the targets.
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -24,6 +24,10 @@ check: $(VENV)/.tested   ## Lint, format and type checks.
 
 bench: $(VENV)/.tested   ## Run the benchmarks; figures go to OUT=build.
 	@$(BIN)/python -m tests.benchmarks.run $(OUT)
+
+results: $(VENV)/.tested   ## Run every experiment behind docs/results.md (hours).
+	@$(BIN)/python -m tests.benchmarks.experiments $(OUT)/results
+	@$(BIN)/python -m tests.benchmarks.results_page $(OUT)/results > docs/results.md
 
 clean:   ## Remove everything that the other targets made.
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*

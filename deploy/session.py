@@ -27,6 +27,7 @@ from common.recipe import save_config
 from common.tokenizer import Tokenizer
 from deploy.gang import LearnerGang
 from deploy.placement import start_cluster
+from deploy.pool import Pool
 from deploy.preflight import explain
 from deploy.run_log import RunLog
 
@@ -40,6 +41,7 @@ class Session:
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time per stage."""
     _gang: LearnerGang | None = None
+    _pools: list[Pool] = field(default_factory=list)
 
     @property
     def run_dir(self) -> Path:
@@ -76,8 +78,15 @@ class Session:
             self._gang = LearnerGang(self.config, self.config.name)
         return self._gang
 
+    def keep(self, pool: Pool) -> Pool:
+        """Take charge of a pool's end."""
+        self._pools.append(pool)
+        return pool
+
     def close(self) -> None:
-        """Free the gang's resources."""
+        """End all workers and free their resources."""
+        while self._pools:
+            self._pools.pop().stop()
         if self._gang is not None:
             self._gang.stop()
             self._gang = None

@@ -195,10 +195,10 @@ def run_train(
     rollout, scoring = pools or start_pools(session, config)
     controller = start_controller(config.name, config, prompts, gang, rollout, scoring, stop_after)
     run = controller.run.remote()
-    with session.progress("policy", config.train.iterations) as bar:
-        while not ray.wait([run], timeout=_POLL_S)[0]:
-            _show(bar.update, controller)
     try:
+        with session.progress("policy", config.train.iterations) as bar:
+            while not ray.wait([run], timeout=_POLL_S)[0]:
+                _show(bar.update, controller)
         facts: dict[str, Any] = ray.get(run)
     except ray.exceptions.RayActorError as error:
         raise WorkerError(
@@ -207,7 +207,8 @@ def run_train(
         ) from None
     except ray.exceptions.RayTaskError as error:
         raise plain(error) from None
-    ray.kill(controller)
+    finally:
+        ray.kill(controller)
     return facts
 
 
@@ -215,8 +216,8 @@ def start_pools(session: Session, config: RunConfig) -> tuple[Pool, Pool]:
     """Rollout actors and reward workers."""
     reward = session.reward_weights if _needs_reward_model(config) else None
     return (
-        rollout_pool(config, config.name, session.tokenizer_path),
-        reward_pool(config, config.name, session.sft_weights, reward),
+        session.keep(rollout_pool(config, config.name, session.tokenizer_path)),
+        session.keep(reward_pool(config, config.name, session.sft_weights, reward)),
     )
 
 

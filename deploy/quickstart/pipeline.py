@@ -41,14 +41,16 @@ def run_quickstart(session: Session) -> dict[str, Any]:
     with session.stage("sft", "trained the supervised policy"):
         sft = stages.run_sft(session, config)
     console.print(f"  held-out loss {sft['heldout_loss']:.3f} nats per token")
-    rollout = rollout_pool(config, config.name, session.tokenizer_path)
+    rollout = session.keep(rollout_pool(config, config.name, session.tokenizer_path))
     with session.stage("comparisons", "sampled and labelled comparisons"):
         count, ties = _make_comparisons(session, config, task, rollout)
     console.print(f"  {count} comparisons, {ties} ties left out")
     with session.stage("reward", "trained the reward model"):
         reward = stages.run_reward(session, config)
     console.print(f"  held-out accuracy {reward['accuracy_heldout']:.1%}")
-    scoring = reward_pool(config, config.name, session.sft_weights, session.reward_weights)
+    scoring = session.keep(
+        reward_pool(config, config.name, session.sft_weights, session.reward_weights)
+    )
     with session.stage("train", "trained the policy"):
         trained = stages.run_train(session, config, (rollout, scoring))
     with session.stage("evaluate", "asked the judges"):

@@ -20,6 +20,8 @@ from deploy.statistics import best_of_n_kl
 from tests.benchmarks.experiments import KL_COEFS, SEEDS
 
 Summary = dict[str, Any]
+RECIPE_KL = 0.1
+"""The recipe's kl_coef; its run without PPG is `ppo-s0`."""
 T_975 = {2: 12.706, 3: 4.303}
 """Student's t at 97.5 % by the number of seeds."""
 
@@ -118,8 +120,7 @@ def equal_samples(out: Path) -> list[str]:
     kinds = [
         ("supervised policy", "quickstart", "sft"),
         ("best of 16 by the reward model", "best-of-16", "policy"),
-        ("PPO, 1 epoch", "ppo", "policy"),
-        ("PPO, 3 epochs", "ppo-3-epochs", "policy"),
+        ("PPO", "ppo", "policy"),
         ("PPG (the recipe)", "quickstart", "policy"),
         ("RLOO, 4 samples a prompt", "rloo", "policy"),
         ("GRPO, 4 samples a prompt", "grpo", "policy"),
@@ -134,7 +135,9 @@ def pairwise_kind(out: Path, rows: Sequence[tuple[str, str]]) -> list[str]:
 
 def kl_coefficients(out: Path) -> list[str]:
     """kl_coef against KL at the end."""
-    return comparison(out, [(f"kl_coef {c}", [f"kl-{c}"], "policy") for c in KL_COEFS])
+    runs = {**{c: f"kl-{c}" for c in KL_COEFS}, RECIPE_KL: "ppo-s0"}
+    rows = [(f"kl_coef {c}", [runs[c]], "policy") for c in sorted(runs, reverse=True)]
+    return comparison(out, rows)
 
 
 def best_of_n(out: Path) -> list[str]:

@@ -58,7 +58,7 @@ def finished(
     config.run_dir.mkdir()
     session = Session(config, Console(file=io.StringIO()))
     summary = run_quickstart(session)
-    session.gang().stop()
+    session.close()
     return config, summary
 
 
@@ -94,13 +94,10 @@ def test_every_file_is_there(finished: tuple[RunConfig, dict[str, Any]]) -> None
 
 def test_samples_are_of_held_out_signatures(finished: tuple[RunConfig, dict[str, Any]]) -> None:
     config, _ = finished
-    samples = [
-        json.loads(line)
-        for line in (config.run_dir / "samples.jsonl").read_text(encoding="utf8").splitlines()
-    ]
+    rows = samples(config)
     trained = (config.run_dir / "data" / "demonstrations.jsonl").read_text(encoding="utf8")
-    assert 0 < len(samples) <= 24
-    assert not any(json.dumps(row["prompt"])[1:-1] in trained for row in samples)
+    assert 0 < len(rows) <= 24
+    assert not any(json.dumps(row["prompt"])[1:-1] in trained for row in rows)
 
 
 @pytest.mark.parametrize("side", [[], ["--sft"]])
@@ -125,6 +122,28 @@ def test_a_finished_run_is_not_trained_again(
     assert ended.value.code == 0
     assert "is finished" in " ".join(capsys.readouterr().out.split())
     assert weights.stat().st_mtime_ns == before
+
+
+def test_a_run_can_be_evaluated_again(
+    finished: tuple[RunConfig, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, summary = finished
+    judge = "evaluate.judge=tests.rewards:length"
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", str(config.run_dir), judge])
+    assert ended.value.code == 0
+    assert "win_rate" in capsys.readouterr().out
+    found = json.loads((config.run_dir / "evaluation.json").read_text(encoding="utf8"))
+    assert found["kl"] == pytest.approx(summary["kl"], abs=1e-3)  # the same samples, seeded
+    assert found["judge_score_sft"] == pytest.approx(
+        sum(len(row["before"]) for row in samples(config)) / len(samples(config)), rel=0.1
+    )
+
+
+def samples(config: RunConfig) -> list[dict[str, Any]]:
+    """Rows of samples.jsonl."""
+    text = (config.run_dir / "samples.jsonl").read_text(encoding="utf8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def test_the_report_can_be_written_again(
