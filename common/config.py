@@ -360,9 +360,9 @@ class QuickstartConfig(Section):
     """Comparisons that the labeler labels."""
     label_noise: Annotated[float, Field(ge=0, lt=0.5)] = 0.05
     """Share of labels flipped at random."""
-    human_share: Fraction = 0.25
+    human_share: Fraction = 0.35
     """Share of comparisons of a sample of the supervised policy with the human line."""
-    borrowed_share: Fraction = 0.35
+    borrowed_share: Fraction = 0.15
     """Share of comparisons of the human line with one about another function: equally fluent, so
     only what the line is about decides. The rest compares two samples."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -160,7 +161,7 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(
     tmp_path: Path,
     stop: int,
 ) -> None:
-    """Stopped inside a phase (auxiliary memory half full) and at its end; adaptive KL included."""
+    """Stopped inside a phase (auxiliary memory half full) and at its end."""
     config = run_copy(workspace, tmp_path)
     first = finish(config, gang, stop_after=stop)
     assert not first["finished"]
@@ -168,6 +169,22 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(
     assert second["finished"]
     assert second["weights_hash"] == reference[1]["weights_hash"]
     assert second["rollouts_issued"] == 64
+
+
+def test_resume_keeps_the_kl_controller_and_the_masters_of_bf16(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path
+) -> None:
+    train = {"kl_target": 0.5, "kl_horizon": 50, "ppg": None}
+    learner = {"precision": "bf16", "zero_stage": 1}
+    whole = run_copy(workspace, tmp_path / "whole", train=train, learner=learner)
+    parts = run_copy(workspace, tmp_path / "parts", train=train, learner=learner)
+    expected = finish(whole, gang)["weights_hash"]
+    finish(parts, gang, stop_after=2)
+    assert finish(parts, gang)["weights_hash"] == expected
+    logs = [(c.run_dir / "metrics.jsonl").read_text().splitlines() for c in (whole, parts)]
+    coefficients = [[json.loads(x)["metrics"]["kl_coef"] for x in log] for log in logs]
+    assert coefficients[0] == coefficients[1]
+    assert len(set(coefficients[0])) == 4
 
 
 def test_a_damaged_checkpoint_is_passed_over_or_named(
