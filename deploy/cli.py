@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import resources
@@ -29,7 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_INTERRUPTED = 130
+_INTERRUPTED, _TERMINATED = 130, 143
 
 console = Console()
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -173,7 +174,24 @@ def show_config(overrides: Overrides = None, config: ConfigOption = None) -> Non
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Console entry point: run, and turn errors into one line and an exit code."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    terminated = threading.Event()
+
+    def terminate(*_: object) -> None:
+        terminated.set()
+        sys.exit(_TERMINATED)
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        _run(arguments)
+    except BaseException:
+        # Inside a call of Ray's our exit comes back as another one, with a code of Ray's.
+        if terminated.is_set():
+            _fail("terminated; carry on with `talipot train --resume RUN`", _TERMINATED)
+        raise
+    sys.exit(0)
+
+
+def _run(arguments: Sequence[str] | None) -> None:
     try:
         code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
     except TalipotError as error:
@@ -188,7 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         raise
     if code == _INTERRUPTED:  # what typer makes of Ctrl-C
         _fail("interrupted; carry on with `talipot train --resume RUN`", _INTERRUPTED)
-    sys.exit(code if isinstance(code, int) else 0)
+    if isinstance(code, int) and code:
+        sys.exit(code)
 
 
 # -------------------------------------------------------------------------- helpers

@@ -32,7 +32,7 @@ def evaluate_run(config: RunConfig, console: Console) -> dict[str, float]:
     if not config.data.evaluation:
         raise ConfigError("data.evaluation is empty; evaluate needs held-out prompts")
     judge = _judge(config.evaluate.judge) if config.evaluate.judge else None
-    with open_session(config, console) as session:
+    with open_session(config, console, record=False) as session:
         records = list(read_demonstrations(config.data.evaluation))[: config.evaluate.prompts]
         prompts, _ = encode_prompts(
             [Prompt(uid="", prompt=record.prompt) for record in records],

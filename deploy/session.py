@@ -134,8 +134,10 @@ class Bar:
 
 
 @contextmanager
-def open_session(config: RunConfig, console: Console) -> Iterator[Session]:
+def open_session(config: RunConfig, console: Console, *, record: bool = True) -> Iterator[Session]:
     """Create the run's folder, save the resolved config, join or start the cluster.
+
+    Whoever only looks at a finished run (`record` False) leaves its config as it was trained with.
 
     Raises:
         StorageError: the folder cannot be written.
@@ -143,7 +145,8 @@ def open_session(config: RunConfig, console: Console) -> Iterator[Session]:
     """
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, config.run_dir / "config.yaml")
+        if record:
+            save_config(config, config.run_dir / "config.yaml")
     except OSError as error:
         raise StorageError(f"{config.run_dir}: cannot be written: {error}") from None
     joined = ray.is_initialized()  # by a program that uses this as a library: its own to end

@@ -38,6 +38,10 @@ def cluster() -> Iterator[None]:
         log_to_driver=False,
         logging_level=logging.ERROR,
         object_store_memory=200 * 2**20,
+        runtime_env={
+            "worker_process_setup_hook": "tests.worker_coverage.start",
+            "env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])},
+        },
     )
     yield
     ray.shutdown()

@@ -129,10 +129,12 @@ def test_a_run_can_be_evaluated_again(
 ) -> None:
     config, summary = finished
     judge = "evaluate.judge=tests.rewards:length"
+    trained_with = (config.run_dir / "config.yaml").read_bytes()
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", str(config.run_dir), judge])
     assert ended.value.code == 0
     assert "win_rate" in capsys.readouterr().out
+    assert (config.run_dir / "config.yaml").read_bytes() == trained_with
     found = json.loads((config.run_dir / "evaluation.json").read_text(encoding="utf8"))
     assert found["kl"] == pytest.approx(summary["kl"], abs=1e-3)  # the same samples, seeded
     assert found["judge_score_sft"] == pytest.approx(
