@@ -42,8 +42,9 @@ class PalmAdafactor(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
+        zero = torch.zeros(())
         squares = [
-            sum((p.float().square().sum() for p in g["params"]), torch.zeros(()))
+            sum((self._own(p, g["numel"]).float().square().sum() for p in g["params"]), zero)
             for g in self.param_groups
         ]
         totals = torch.stack(squares)
@@ -70,3 +71,10 @@ class PalmAdafactor(torch.optim.Optimizer):
         state["exp_avg"].mul_(group["beta1"]).add_(update, alpha=1.0 - group["beta1"])
         lr = group["lr"]
         parameter.mul_(1.0 - lr * lr).add_(state["exp_avg"], alpha=-lr * scale)
+
+    def _own(self, piece: Tensor, numel: int) -> Tensor:
+        """This rank's piece of a parameter less its padding, which ZeRO 3 leaves uninitialised."""
+        if not self._sharded:
+            return piece
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return piece.flatten()[: max(0, numel - rank * piece.numel())]

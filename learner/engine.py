@@ -173,9 +173,15 @@ class ZeroEngine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+        norm: float | None = None
+        if self.zero_stage == 0:  # DeepSpeed clips there too, but in fp32 it keeps no norm
+            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            require_finite("gradient norm", norm, where)
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return require_finite("gradient norm", float(norm or 0.0), where)
+        if norm is None:
+            norm = float(self._engine.get_global_grad_norm())
+        return require_finite("gradient norm", norm, where)
 
     @contextmanager
     def gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:

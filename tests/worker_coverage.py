@@ -1,7 +1,7 @@
 """Coverage inside Ray's workers, which are killed at the end instead of leaving in order.
 
-Ray calls `start` in every worker of the tests' cluster (`worker_process_setup_hook`). A thread saves
-what was measured every second, since no exit hook ever runs there.
+Ray calls `start` in every worker of the tests' cluster (`worker_process_setup_hook`). A thread
+saves what was measured every second, since no exit hook ever runs there.
 """
 
 from __future__ import annotations

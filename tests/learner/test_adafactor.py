@@ -54,6 +54,16 @@ def test_parameters_at_zero_still_move() -> None:
     assert bool((parameter < 0).all())
 
 
+def test_padding_of_a_shard_is_not_read() -> None:
+    """ZeRO 3 pads a parameter of three to pieces of two or four, and leaves the rest as it was."""
+    piece = torch.nn.Parameter(torch.tensor([3.0, -3.0, 3.0, math.nan]))
+    optimizer = PalmAdafactor([piece], lr=0.1, sharded=True)
+    optimizer.param_groups[0]["numel"] = 3
+    piece.grad = torch.ones(4)
+    optimizer.step()
+    assert piece[:3].tolist() == pytest.approx(literal([3.0, -3.0, 3.0], [[1.0] * 3], 0.1))
+
+
 def test_warmup_then_cosine_to_a_tenth() -> None:
     factors = [warmup_cosine(step, 100, warmup=0.1) for step in range(100)]
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])

@@ -178,8 +178,21 @@ def test_sft_agrees_over_ranks_and_stages_and_learns(
         close(weights[0], other, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("zero", "kind"),
+    [
+        (2, {"lr": 3e-3}),
+        (0, {"lr": 3e-3, "precision": "fp32"}),
+        (0, {"lr": 0.05, "optimizer": "adafactor", "precision": "bf16"}),
+        (3, {"lr": 0.05, "optimizer": "adafactor", "precision": "bf16"}),
+    ],
+)
 def test_reward_model_learns_the_preference_and_is_centred(
-    workspace: RunConfig, gangs: dict[int, LearnerGang], tmp_path: Any
+    workspace: RunConfig,
+    gangs: dict[int, LearnerGang],
+    tmp_path: Any,
+    zero: int,
+    kind: dict[str, Any],
 ) -> None:
     rng = np.random.default_rng(1)
     data = []
@@ -190,11 +203,13 @@ def test_reward_model_learns_the_preference_and_is_centred(
                 prompt=prompt, chosen=[5, *body, 1], rejected=[6, *body, 1], confidence=1.0
             )
         )
-    config = run_copy(workspace, tmp_path, reward_model={"epochs": 4, "batch_size": 16, "lr": 3e-3})
+    settings = {"epochs": 4, "batch_size": 16, **kind}
+    config = run_copy(workspace, tmp_path, reward_model=settings, learner={"zero_stage": zero})
     sft = str(config.run_dir / "sft" / "policy.safetensors")
     gang = gangs[2]
     total = gang.call("begin_reward", config, data[40:], data[:40], sft, 0)
-    gang.call("advance", total)
+    trained = gang.call("advance", total)
+    assert 0 < trained["gradient_norm"] < 100
     assert gang.call("evaluate")["accuracy_heldout"] > 0.9
     reference: Sequence[EncodedPair] = sft_data(config, 30)
     assert gang.call("shift", reference)["reference_mean"] != 0.0
