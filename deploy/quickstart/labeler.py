@@ -13,7 +13,8 @@ a hit, hits must be a fair part of the content words (padding loses), the verb o
 only where a verb belongs, and a line that only restates the name is not the best one;
 naturalness takes points off for repeated words, for lists of words without any grammar between
 them, and for lines outside 3 ... 16 words.
-The judge of the results (`deploy.quickstart.judges`) shares no code and no rules with this file.
+The judges of the results (`deploy.quickstart.judges`: ruff and ROUGE-L) share no code with this
+file; with its form they share the wish, PEP 257.
 """
 
 from __future__ import annotations

@@ -96,23 +96,29 @@ def outcome(out: Path) -> list[str]:
             ("policy (PPO + PPG)", of_seeds("quickstart"), "policy"),
         ],
     )
-    keys = (
-        "reward_model_accuracy",
-        "comparisons",
-        "ties_share",
-        "rollouts_issued",
-        "rollouts_trained",
-        "rollouts_dropped",
-        "seconds_pipeline",
-    )
     names = [*of_seeds("quickstart"), *(f"zero-{stage}" for stage in (0, 1, 3))]
-    rows = []
-    for name in names:
-        found = load(out, name)
-        shown = [f"{found[key]:.4g}" for key in keys] if found else ["not run"] * len(keys)
-        conforms = f"{100 * found['judge_conformance_policy']:.1f} %" if found else "not run"
-        rows.append([name, *shown, conforms])
-    return lines + table(["run", *(k.replace("_", " ") for k in keys), "conformance"], rows)
+    head = ["run", "conformance", "win rate (95 %)", "ties", "ROUGE-L", "reward model accuracy"]
+    rows = [one_run(name, load(out, name)) for name in names]
+    return lines + table([*head, "rollouts issued / trained / dropped", "seconds"], rows)
+
+
+def one_run(name: str, found: Summary | None) -> list[str]:
+    """A whole run in a row; an arrow leads from the supervised to the trained policy."""
+    if found is None:
+        return [name, *["not run"] * 7]
+    before, after = found["judge_conformance_sft"], found["judge_conformance_policy"]
+    low, high = found["win_rate_low"], found["win_rate_high"]
+    counts = (found[f"rollouts_{kind}"] for kind in ("issued", "trained", "dropped"))
+    return [
+        name,
+        f"{100 * before:.1f} → {100 * after:.1f} %",
+        f"{100 * found['win_rate']:.1f} % ({100 * low:.1f} to {100 * high:.1f})",
+        f"{100 * found['ties_share']:.1f} %",
+        f"{found['rouge_l_sft']:.4f} → {found['rouge_l_policy']:.4f}",
+        f"{100 * found['reward_model_accuracy']:.1f} %",
+        " / ".join(str(count) for count in counts),
+        f"{found['seconds_pipeline']:.0f}",
+    ]
 
 
 def equal_samples(out: Path) -> list[str]:
