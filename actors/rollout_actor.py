@@ -18,8 +18,8 @@ import pyarrow as pa
 import torch
 
 from actors.engine import Engine
-from common.config import ModelConfig
 from common.logprobs import Sampling
+from common.model_config import ModelConfig
 from common.palm import PaLM
 from common.tokenizer import Tokenizer
 from common.trajectory import Rollout, RolloutRequest, extend, from_table, to_table

@@ -24,7 +24,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.config import ModelConfig
+from common.model_config import ModelConfig
 
 _ROPE_BASE = 10_000.0
 _XPOS_BASE = 512.0

@@ -15,8 +15,9 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from common.config import RunConfig, Section
+from common.config import RunConfig
 from common.errors import ConfigError
+from common.model_config import Section
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:

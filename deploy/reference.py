@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from common.config import PRESETS, ModelConfig, RewardComponent, RunConfig
+from common.config import RewardComponent, RunConfig
+from common.model_config import PRESETS, ModelConfig
 from common.recipe import fields
 
 _HEAD = """\

@@ -11,9 +11,10 @@ import copy
 
 import torch
 
-from common.config import ModelConfig, PpgConfig
+from common.config import PpgConfig
 from common.errors import TrainingError
 from common.metrics import Metrics, mean, require_finite
+from common.model_config import ModelConfig
 from common.palm import PolicyNetwork
 from learner import ppg
 from learner.engine import ZeroEngine, all_sum

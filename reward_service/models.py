@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from common.batching import SequenceBatch, micro_batches, sequence_batch
-from common.config import ModelConfig
 from common.logprobs import Sampling, chosen_logprobs
+from common.model_config import ModelConfig
 from common.palm import PolicyNetwork, ScalarNetwork
 from common.trajectory import Rollout
 from common.weights import load_weights

@@ -21,9 +21,10 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 
-from common.config import ModelConfig, RewardComponent, RewardServiceConfig
+from common.config import RewardComponent, RewardServiceConfig
 from common.errors import RewardError
 from common.logprobs import Sampling
+from common.model_config import ModelConfig
 from common.trajectory import Rollout, ScoredTrajectory, extend, from_table, to_table
 from reward_service.http_scorer import HttpScorer, HttpScorerSettings
 from reward_service.models import ReferencePolicy, RewardModel, frozen_pass

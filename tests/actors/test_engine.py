@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from actors.engine import Engine
 from actors.prompts import EncodedPrompt, evaluation_requests
 from common.batching import sequence_batch
-from common.config import ModelConfig
 from common.logprobs import Sampling, chosen_logprobs
+from common.model_config import ModelConfig
 from common.palm import PaLM
 from common.trajectory import RolloutRequest
 

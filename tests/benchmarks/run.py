@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.engine import Engine
-from common.config import ModelConfig
 from common.logprobs import Sampling, draw, uniforms
+from common.model_config import ModelConfig
 from common.palm import PolicyNetwork
 from common.trajectory import RolloutRequest
 from common.weights import manifest_of

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from palm_rlhf_pytorch import PaLM as TheirPaLM
 
-from common.config import PRESETS, ModelConfig
 from common.errors import CheckpointError
+from common.model_config import PRESETS, ModelConfig
 from common.palm import (
     KVCache,
     PaLM,

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config import ModelConfig
 from common.errors import CheckpointError, TrainingError
+from common.model_config import ModelConfig
 from common.palm import PaLM
 from common.weights import (
     FlatBuffer,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from common.batching import SequenceBatch, sequence_batch
-from common.config import ModelConfig
 from common.errors import CheckpointError
 from common.logprobs import Sampling
+from common.model_config import ModelConfig
 from common.palm import PolicyNetwork, ScalarNetwork
 from common.trajectory import Rollout
 from common.weights import save_weights

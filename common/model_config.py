@@ -1,0 +1,78 @@
+"""A model's shape, presets and tokenizer settings; what every section of a config is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings that knows all its fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """Shape of the PaLM decoder (Chowdhery 2022, section 2 and table 1)."""
+
+    vocab_size: NonNegativeInt = 0
+    """Number of token embeddings; 0 takes the tokenizer's."""
+    dim: PositiveInt = 192
+    """Width d of the residual stream."""
+    layers: PositiveInt = 4
+    """Number of parallel blocks L."""
+    heads: PositiveInt = 4
+    """Query heads h; there is one key and one value head."""
+    head_dim: PositiveInt = 48
+    """Width of a head; 256 in the paper."""
+    ff_mult: PositiveInt = 4
+    """Width of the SwiGLU layer in multiples of d."""
+    context: PositiveInt = 128
+    """Longest prompt + response, in tokens."""
+    xpos: bool = False
+    """Length-extrapolating decay on the rotary embedding."""
+    scale_logits: bool = True
+    """Multiply logits by 1/sqrt(d): tied embeddings have unit variance (PaLM, section 5)."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, one third more time."""
+
+    @model_validator(mode="after")
+    def _even_head(self) -> ModelConfig:
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
+        return self
+
+
+PRESETS: Mapping[str, ModelConfig] = {
+    "tiny": ModelConfig(dim=64, layers=2, heads=2, head_dim=32),
+    "small": ModelConfig(),
+    "palm-8b": ModelConfig(
+        vocab_size=256_000, dim=4096, layers=32, heads=16, head_dim=256, context=2048
+    ),
+    "palm-62b": ModelConfig(
+        vocab_size=256_000, dim=8192, layers=64, heads=32, head_dim=256, context=2048
+    ),
+    "palm-540b": ModelConfig(
+        vocab_size=256_000, dim=18432, layers=118, heads=48, head_dim=256, context=2048
+    ),
+}
+
+
+class TokenizerConfig(Section):
+    """Byte-level BPE."""
+
+    path: str | None = None
+    """An existing tokenizer.json; without one a tokenizer is trained on the demonstrations."""
+    vocab_size: PositiveInt = 2048
+    """Size to train to, special tokens included."""
+    words: Literal["spaced", "identifiers"] = "spaced"
+    """spaced: a word brings the space before it (GPT-2); identifiers: words end at underscores and
+    changes of case too, so that a word is the same token in code and in text."""
