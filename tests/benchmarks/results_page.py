@@ -216,7 +216,7 @@ def fill(template: str, out: Path) -> str:
         "over-optimisation": lambda: over_optimisation(out),
     }
     for name, make in tables.items():
-        template = template.replace(f"<!-- table: {name} -->\n", "\n".join(make()))
+        template = template.replace(f"<!-- table: {name} -->\n", "\n".join([*make(), ""]))
     versions = [f"{name} {metadata.version(name)}" for name in ("torch", "ray", "deepspeed")]
     machine = f"2 cores, Python {platform.python_version()}, {', '.join(versions)}"
     return template.replace("<!-- machine -->", machine)
