@@ -22,7 +22,7 @@ check: $(VENV)/.tested   ## Lint, format and type checks.
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(VENV)/.tested   ## Run the benchmarks; figures go to OUT=build.
+bench: $(VENV)/.benched   ## Run the benchmarks; figures go to docs/performance.md and OUT=build.
 	@$(BIN)/python -m tests.benchmarks.run $(OUT)
 
 results: $(VENV)/.tested   ## Run every experiment behind docs/results.md (hours).

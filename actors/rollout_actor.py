@@ -17,13 +17,15 @@ from dataclasses import dataclass
 import pyarrow as pa
 import torch
 
-from actors.engine import Engine
-from common.logprobs import Sampling
+from actors.decoder import slots_within
+from actors.engine import Engine, Stops
+from common.logprobs import sampling_of
 from common.model_config import ModelConfig
 from common.palm import PaLM
 from common.tokenizer import Tokenizer
 from common.trajectory import Rollout, RolloutRequest, extend, from_table, to_table
-from common.weights import Bytes, FlatBuffer, Manifest
+from common.weights import FlatBuffer, Manifest, Payload, torch_dtype
+from common.worker_config import RolloutConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,26 @@ class LeaseFacts:
     """Time spent loading weights; 0 when they were held already."""
 
 
+def engine_of(palm: PaLM, tokenizer: Tokenizer, rollout: RolloutConfig) -> Engine:
+    """The engine that settings describe.
+
+    Raises:
+        ConfigError: the cache does not hold one sequence.
+        ClusterError: native kernels were asked for and cannot be had.
+    """
+    within = slots_within(palm.config, rollout.cache_mb, torch_dtype(rollout.precision))
+    return Engine(
+        palm,
+        eos_id=tokenizer.eos_id,
+        sampling=sampling_of(rollout, tokenizer.eos_id),
+        max_tokens=rollout.max_response_tokens,
+        slots=min(rollout.slots, rollout.lease_size, within),
+        prefill_tokens=rollout.prefill_tokens,
+        stops=Stops(ids=rollout.stop_ids, strings=rollout.stop, decode=tokenizer.decode),
+        kernels=rollout.kernels,
+    )
+
+
 class RolloutActor:
     """Generation engine, weights and tokenizer of one worker."""
 
@@ -49,18 +71,16 @@ class RolloutActor:
         actor_id: str,
         model: ModelConfig,
         tokenizer_path: str,
-        sampling: Sampling,
-        max_tokens: int,
+        rollout: RolloutConfig,
         threads: int,
     ) -> None:
         torch.set_num_threads(threads)
         self.actor_id = actor_id
         self.tokenizer = Tokenizer.load(tokenizer_path)
-        palm = PaLM(model).eval().requires_grad_(False)
-        self.buffer = FlatBuffer(palm)
-        self.engine = Engine(
-            palm, eos_id=self.tokenizer.eos_id, sampling=sampling, max_tokens=max_tokens
-        )
+        dtype = torch_dtype(rollout.precision)
+        palm = PaLM(model).eval().requires_grad_(False).to(dtype)
+        self.buffer = FlatBuffer(palm, dtype)
+        self.engine = engine_of(palm, self.tokenizer, rollout)
         self.policy_version = -1
         self.fingerprint = ""
 
@@ -68,15 +88,16 @@ class RolloutActor:
         """Answer once the worker has started."""
         return self.actor_id
 
-    def load(self, manifest: Manifest, payloads: Sequence[Bytes]) -> str:
+    def load(self, manifest: Manifest, payloads: Sequence[Payload]) -> str:
         """Hold these weights; returns the fingerprint of what is now held."""
         self.policy_version, self.fingerprint = -1, ""
         self.fingerprint = self.buffer.load(manifest, payloads)
+        self.engine.refresh()
         self.policy_version = manifest.policy_version
         return self.fingerprint
 
     def generate(
-        self, requests: pa.Table, manifest: Manifest, *payloads: Bytes
+        self, requests: pa.Table, manifest: Manifest, *payloads: Payload
     ) -> tuple[LeaseFacts, pa.Table]:
         """Sample every request of a lease from the weights the manifest names."""
         begin = time.perf_counter()
@@ -87,7 +108,7 @@ class RolloutActor:
         loaded = time.perf_counter()
         leased = from_table(requests, RolloutRequest)
         generated = self.engine.generate(leased)
-        texts = [self.tokenizer.decode(g.response_ids) for g in generated]
+        texts = [self.engine.text(g) for g in generated]
         rollouts = [
             extend(
                 request,

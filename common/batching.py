@@ -10,8 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+_PASS_TOKENS = 256
+"""Padded tokens that cost about as much as one more forward and backward pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,18 +64,30 @@ def sequence_batch(
 
 
 def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices grouped so that ``rows x longest row <= budget``, longest first (least padding).
+    """Indices in groups of ``rows x longest row <= budget``, longest first: the cheapest grouping.
 
+    A group costs its padded tokens and `_PASS_TOKENS`, so that padding is small and passes few.
     A row longer than the budget stands alone: it has to be run somehow.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    sizes = np.array([lengths[i] for i in order], dtype=np.int64)
+    costs = np.zeros(len(order) + 1)
+    cuts = [0] * (len(order) + 1)
+    first = 0
+    for end in range(1, len(order) + 1):
+        # Rows shrink along the order: a start whose group has outgrown the budget stays out.
+        while first < end - 1 and sizes[first] * (end - first) > budget:
+            first += 1
+        starts = np.arange(first, end)
+        found = costs[starts] + sizes[starts] * (end - starts) + _PASS_TOKENS
+        best = int(found.argmin())
+        costs[end], cuts[end] = found[best], first + best
     groups: list[list[int]] = []
-    for index in order:
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
+    end = len(order)
+    while end:
+        groups.append(order[cuts[end] : end])
+        end = cuts[end]
+    return groups[::-1]
 
 
 def pad_rows(rows: Sequence[Sequence[float]], width: int) -> Tensor:

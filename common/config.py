@@ -6,7 +6,6 @@ here, so that no stage meets an impossible configuration.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +22,7 @@ from common.model_config import (
     Section,
     TokenizerConfig,
 )
+from common.worker_config import RewardServiceConfig, RolloutConfig
 
 
 class DataConfig(Section):
@@ -103,83 +103,6 @@ class RewardModelConfig(Section):
     """bf16 keeps fp32 master weights in DeepSpeed."""
     clip: PositiveFloat = 1.0
     """Largest global gradient norm."""
-
-
-class RolloutConfig(Section):
-    """Rollout actors and sampling."""
-
-    actors: PositiveInt = 2
-    """Rollout actors to start with."""
-    cpus_per_actor: PositiveFloat = 1.0
-    """Cores each actor asks Ray for; its threads follow."""
-    gpus_per_actor: NonNegativeFloat = 0.0
-    """GPUs each actor asks Ray for."""
-    lease_size: PositiveInt = 64
-    """Rollouts in one lease: the unit of work, of reissue and of batching."""
-    lease_deadline_s: PositiveFloat = 300.0
-    """A worker silent for longer is taken for hung, killed and replaced."""
-    max_response_tokens: PositiveInt = 32
-    """Longest response."""
-    temperature: NonNegativeFloat = 1.0
-    """Sampling temperature; 0 is greedy (evaluation only)."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus: the smallest set of tokens with at least this probability."""
-    top_k: NonNegativeInt = 0
-    """Keep the k most probable tokens; 0 keeps all."""
-
-
-class RewardComponent(Section):
-    """One named term of the score."""
-
-    weight: float = 1.0
-    """Factor of this component in the score."""
-    kind: Literal["model", "function", "http"] = "model"
-    """The trained reward model, a Python function, or a remote endpoint."""
-    target: str = ""
-    """``package.module:function`` or the endpoint's URL."""
-    token_env: str = ""
-    """Name of the environment variable that holds the endpoint's bearer token."""
-    timeout_s: PositiveFloat = 10.0
-    """Longest wait for one HTTP request."""
-    max_concurrency: PositiveInt = 8
-    """HTTP requests under way at once."""
-    batch_size: PositiveInt = 32
-    """Responses in one HTTP request."""
-    max_retries: NonNegativeInt = 5
-    """Tries of one HTTP request after its first, before its responses are dead letters."""
-    give_up_after_s: PositiveFloat = 120.0
-    """Longest time that all tries of one HTTP request may take."""
-    dead_letters: str = ""
-    """File that responses given up are appended to, as JSON lines."""
-
-    @model_validator(mode="after")
-    def _target(self) -> RewardComponent:
-        if self.kind != "model" and not self.target:
-            raise ValueError(f"a {self.kind} component needs a target")
-        return self
-
-
-class RewardServiceConfig(Section):
-    """The reward service."""
-
-    replicas: PositiveInt = 1
-    """Reward workers."""
-    cpus_per_replica: PositiveFloat = 1.0
-    """Cores each worker asks Ray for."""
-    gpus_per_replica: NonNegativeFloat = 0.0
-    """GPUs each worker asks Ray for."""
-    micro_batch_tokens: PositiveInt = 8192
-    """Padded tokens of one frozen forward pass."""
-    components: Mapping[str, RewardComponent] = Field(
-        default_factory=lambda: {"reward_model": RewardComponent()}
-    )
-    """The score is the weighted sum of these."""
-
-    @model_validator(mode="after")
-    def _some(self) -> RewardServiceConfig:
-        if not self.components:
-            raise ValueError("at least one component is needed")
-        return self
 
 
 class PpgConfig(Section):

@@ -8,16 +8,24 @@ Shape suffixes: B sequences, R response positions, V vocabulary.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from common.worker_config import RolloutConfig
+
+_BLOCK = 64
+"""Tokens summed as one in the first of the two searches of `draw`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How a token is drawn: temperature first, then top-k, then top-p."""
+    """How a token is drawn: temperature first, then top-k, top-p and min-p."""
 
     temperature: float = 1.0
     """0 is greedy: all probability on the most probable token."""
@@ -25,40 +33,134 @@ class Sampling:
     """Keep the smallest set of most probable tokens that reaches this probability."""
     top_k: int = 0
     """Keep the k most probable tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this share as probable as the most probable one."""
+    min_tokens: int = 0
+    """No token of `endings` is drawn before a response has so many tokens."""
+    endings: tuple[int, ...] = ()
+    """Tokens that end a response; EOS is one of them."""
 
 
-def sampling_logprobs(logits: Tensor, sampling: Sampling, chosen: Tensor | None = None) -> Tensor:
-    """Log-probabilities ``[..., V]`` (fp32) of the distribution that tokens are drawn from.
+def sampling_of(rollout: RolloutConfig, eos_id: int) -> Sampling:
+    """The sampling distribution of the rollouts."""
+    return Sampling(
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        min_p=rollout.min_p,
+        min_tokens=rollout.min_response_tokens,
+        endings=(eos_id, *rollout.stop_ids) if rollout.min_response_tokens else (),
+    )
 
-    Tokens filtered out have -inf. `chosen` (int64 ``[...]``) names tokens that were drawn: they
-    are kept whatever the filter says now, because a last-bit difference in the logits may put a
-    token at the very border of the nucleus on its other side.
+
+def sampling_logits(
+    logits: Tensor,
+    sampling: Sampling,
+    *,
+    chosen: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """fp32 logits ``[..., V]`` of the distribution that tokens are drawn from; -inf = never.
+
+    Args:
+        chosen: int64 ``[...]``, tokens that were drawn: they are kept whatever the filter says
+            now, because a last-bit difference in the logits may put a token at the very border
+            of the nucleus on its other side.
+        positions: int64, broadcastable to ``[...]``: the place of each token in its response.
+            Needed only with `min_tokens`.
     """
     logits = logits.float()
+    if sampling.min_tokens and sampling.endings:
+        if positions is None:
+            raise ValueError("min_tokens needs the positions of the tokens")
+        early = (positions < sampling.min_tokens)[..., None].expand_as(logits)
+        ending = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        ending[list(sampling.endings)] = True
+        logits = logits.masked_fill(early & ending, float("-inf"))
     if sampling.temperature == 0.0:
         best = logits.argmax(dim=-1, keepdim=True)
         return torch.full_like(logits, float("-inf")).scatter(-1, best, 0.0)
-    logits = logits / sampling.temperature
+    if sampling.temperature != 1.0:
+        logits = logits / sampling.temperature
     drop = _filtered(logits.detach(), sampling)
     if drop is not None:
         if chosen is not None:
             drop = drop.scatter(-1, chosen[..., None], False)
         logits = logits.masked_fill(drop, float("-inf"))
-    return logits.log_softmax(dim=-1)
+    return logits
+
+
+def sampling_logprobs(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Log-probabilities ``[..., V]`` (fp32) of the distribution that tokens are drawn from."""
+    return sampling_logits(logits, sampling).log_softmax(dim=-1)
 
 
 def chosen_logprobs(logits: Tensor, chosen: Tensor, sampling: Sampling) -> Tensor:
-    """Log-probability (fp32 ``[...]``) of each chosen token (int64 ``[...]``)."""
-    logprobs = sampling_logprobs(logits, sampling, chosen)
-    return logprobs.gather(-1, chosen[..., None]).squeeze(-1)
+    """Log-probability (fp32 ``[..., R]``) of each chosen token (int64 ``[..., R]``).
+
+    The last axis counts the tokens of a response from its first.
+    """
+    positions = torch.arange(chosen.shape[-1], device=chosen.device)
+    return _of_chosen(logits, chosen, positions, sampling)
 
 
-def draw(logprobs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
-    """Inverse-CDF sampling: int64 ``[B]`` from one uniform (float64, [0, 1)) per row."""
-    cdf = logprobs_BV.exp().double().cumsum(dim=-1)
-    # Scaling by the total keeps rounding from ever asking for more than the last token.
-    target = uniforms_B[:, None].to(cdf.device) * cdf[:, -1:]
-    return torch.searchsorted(cdf, target, right=True).squeeze(-1).clamp(max=cdf.shape[-1] - 1)
+def chosen_reader(
+    chosen_BR: Tensor, sampling: Sampling, more: Callable[[Tensor], Tensor] | None = None
+) -> Callable[[Tensor, slice], Tensor]:
+    """`chosen_logprobs` for logits that come in pieces (`PolicyNetwork.forward`).
+
+    `more` maps logits ``[n, V]`` to a second column ``[n]``.
+    """
+    chosen = chosen_BR.flatten()
+    steps = torch.arange(chosen_BR.shape[1], device=chosen_BR.device)
+    positions = steps.expand_as(chosen_BR).flatten()
+
+    def read(logits: Tensor, part: slice) -> Tensor:
+        columns = [_of_chosen(logits, chosen[part], positions[part], sampling)]
+        if more is not None:
+            columns.append(more(logits))
+        return torch.stack(columns, dim=-1)
+
+    return read
+
+
+def _of_chosen(logits: Tensor, chosen: Tensor, positions: Tensor, sampling: Sampling) -> Tensor:
+    kept = sampling_logits(logits, sampling, chosen=chosen, positions=positions)
+    # One number per token survives: a log-softmax would write the whole vocabulary once more.
+    return kept.gather(-1, chosen[..., None]).squeeze(-1) - kept.logsumexp(dim=-1)
+
+
+def draw(logits_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse-CDF sampling from `sampling_logits`, one uniform (float64, [0, 1)) per row.
+
+    Two searches, first among sums of 64 tokens, then within one: a cumulative sum over the whole
+    vocabulary would cost more than everything else here.
+
+    Returns:
+        The tokens (int64 ``[B]``) and their log-probabilities (float32 ``[B]``).
+    """
+    vocabulary = logits_BV.shape[-1]
+    peak_B1 = logits_BV.amax(dim=-1, keepdim=True)
+    weights = (logits_BV - peak_B1).exp_()
+    if vocabulary % _BLOCK:
+        weights = F.pad(weights, (0, -vocabulary % _BLOCK))
+    blocks = weights.view(len(weights), -1, _BLOCK)
+    cdf = F.pad(blocks.sum(dim=-1).double().cumsum(dim=-1), (1, 0))
+    total_B1 = cdf[:, -1:]
+    target = _below(uniforms_B[:, None].to(cdf.device) * total_B1, total_B1)
+    block_B1 = (cdf[:, 1:] <= target).sum(dim=-1, keepdim=True)
+    within = blocks.gather(1, block_B1[..., None].expand(-1, -1, _BLOCK)).squeeze(1)
+    inner = within.double().cumsum(dim=-1)
+    rest = _below(target - cdf.gather(1, block_B1), inner[:, -1:])
+    tokens_B1 = block_B1 * _BLOCK + (inner <= rest).sum(dim=-1, keepdim=True)
+    logprobs = logits_BV.gather(1, tokens_B1) - peak_B1 - total_B1.log().float()
+    return tokens_B1.squeeze(1), logprobs.squeeze(1)
+
+
+def _below(target: Tensor, total: Tensor) -> Tensor:
+    """At most the last number under `total`: rounding never asks for more than there is, so a
+    search ends on a token whose weight is not zero."""
+    return torch.minimum(target, total.nextafter(torch.zeros_like(total)))
 
 
 def uniforms(seeds_B: np.ndarray, positions_B: np.ndarray) -> Tensor:
@@ -77,11 +179,14 @@ def uniforms(seeds_B: np.ndarray, positions_B: np.ndarray) -> Tensor:
 
 
 def _filtered(logits: Tensor, sampling: Sampling) -> Tensor | None:
-    """True where top-k or top-p removes a token; None when neither is on."""
+    """True where top-k, top-p or min-p removes a token; None when all are off."""
     vocabulary = logits.shape[-1]
     top_k = sampling.top_k if 0 < sampling.top_k < vocabulary else 0
+    improbable = None
+    if sampling.min_p > 0.0:
+        improbable = logits < logits.amax(dim=-1, keepdim=True) + math.log(sampling.min_p)
     if not top_k and sampling.top_p >= 1.0:
-        return None
+        return improbable
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     drop = torch.zeros_like(ordered, dtype=torch.bool)
     if top_k:
@@ -91,4 +196,5 @@ def _filtered(logits: Tensor, sampling: Sampling) -> Tensor | None:
         before = probabilities.cumsum(dim=-1) - probabilities
         drop = drop | (before >= sampling.top_p)
         drop[..., 0] = False
-    return torch.zeros_like(drop).scatter(-1, order, drop)
+    drop = torch.zeros_like(drop).scatter(-1, order, drop)
+    return drop if improbable is None else drop | improbable

@@ -41,6 +41,9 @@ class ModelConfig(Section):
     """Length-extrapolating decay on the rotary embedding."""
     scale_logits: bool = True
     """Multiply logits by 1/sqrt(d): tied embeddings have unit variance (PaLM, section 5)."""
+    logits_mb: PositiveFloat = 4.0
+    """Largest block of fp32 logits at once, in MiB; more tokens than fit are read in pieces, whose
+    logits are computed again in the backward pass."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, one third more time."""
 

@@ -1,4 +1,6 @@
-"""PaLM (Chowdhery 2022, arXiv 2204.02311, section 2): the decoder, its heads and its KV cache.
+"""PaLM (Chowdhery 2022, arXiv 2204.02311, section 2): the decoder and its heads.
+
+The forward for training. Generation has one of its own, with a cache: `actors.decoder`.
 
 One block is parallel, with one LayerNorm of scale only::
 
@@ -16,7 +18,9 @@ Shape suffixes: B sequences, T positions, D width, H query heads, K head width, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +29,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.model_config import ModelConfig
+
+Reader = Callable[[Tensor, slice], Tensor]
+"""fp32 logits ``[n, V]`` of some flat positions, and which ones, to what is wanted of them
+``[n, C]``."""
 
 _ROPE_BASE = 10_000.0
 _XPOS_BASE = 512.0
@@ -58,25 +66,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate pairs (i, i + K/2) of the last axis."""
     left, right = x.chunk(2, dim=-1)
     return x * cos.to(x.dtype) + torch.cat((-right, left), dim=-1) * sin.to(x.dtype)
-
-
-class KVCache:
-    """Keys and values of all layers, preallocated; every row has a length of its own.
-
-    keys, values: ``[layers, B, T, K]``; lengths: int64 ``[B]``, positions already filled.
-    """
-
-    def __init__(self, config: ModelConfig, batch: int, positions: int, like: Tensor) -> None:
-        shape = (config.layers, batch, positions, config.head_dim)
-        self.keys = like.new_zeros(shape)
-        self.values = like.new_zeros(shape)
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=like.device)
-
-    def select(self, rows: Tensor) -> None:
-        """Keep only these rows, in this order (int64 ``[B']``)."""
-        self.keys = self.keys[:, rows]
-        self.values = self.values[:, rows]
-        self.lengths = self.lengths[rows]
 
 
 class Block(nn.Module):
@@ -117,30 +106,37 @@ class Block(nn.Module):
         out_BTD: Tensor = x_BTD + mlp + self.attn_out(rearrange(out, "b h t k -> b t (h k)"))
         return out_BTD
 
-    def step(
-        self,
-        x_BTD: Tensor,
-        rope: tuple[Tensor, ...],
-        keys: Tensor,
-        values: Tensor,
-        seen: Tensor,
-    ) -> Tensor:
-        """One decoded position per row (T = 1), written in place into this layer's cache.
 
-        keys, values: ``[B, T_max, K]``; seen: int64 ``[B]``, positions filled before this one.
-        """
-        q, k, v, mlp = self.project(x_BTD, rope)
-        rows = torch.arange(x_BTD.shape[0], device=x_BTD.device)
-        keys[rows, seen] = k[:, 0]
-        values[rows, seen] = v[:, 0]
-        longest = keys.shape[1]
-        # One K and V head: [B, H, K] x [B, K, T] in one batched product, nothing expanded.
-        scores = torch.bmm(q[:, :, 0] * self.config.head_dim**-0.5, keys.transpose(1, 2))
-        hidden = torch.arange(longest, device=seen.device)[None, :] > seen[:, None]
-        scores = scores.float().masked_fill(hidden[:, None, :], float("-inf"))
-        out = torch.bmm(scores.softmax(dim=-1).to(values.dtype), values)
-        out_BTD: Tensor = x_BTD + mlp + self.attn_out(rearrange(out, "b h k -> b 1 (h k)"))
-        return out_BTD
+class _Pieces(torch.autograd.Function):
+    """What a reader makes of ``states @ weight.T``, without all of that product at once.
+
+    Written out rather than checkpointed: the weight gets one gradient, in one piece, as DeepSpeed
+    wants it, and no module is called again in the backward pass, where ZeRO 3 would release it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, read: Reader, rows: int) -> Tensor:
+        ctx.save_for_backward(states, weight)
+        ctx.read, ctx.parts = read, _parts(len(states), rows)
+        return torch.cat([read(F.linear(states[p], weight).float(), p) for p in ctx.parts])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        states, weight = ctx.saved_tensors
+        states_gradient, weight_gradient = torch.empty_like(states), torch.zeros_like(weight)
+        for part in ctx.parts:
+            logits = F.linear(states[part], weight).float().requires_grad_()
+            with torch.enable_grad():
+                found = ctx.read(logits, part)
+            (inner,) = torch.autograd.grad(found, logits, gradient[part])
+            inner = inner.to(weight.dtype)
+            states_gradient[part] = inner @ weight
+            weight_gradient.addmm_(inner.T, states[part])
+        return states_gradient, weight_gradient, None, None
+
+
+def _parts(length: int, rows: int) -> list[slice]:
+    return [slice(begin, begin + rows) for begin in range(0, length, rows)]
 
 
 class TiedEmbedding(nn.Embedding):
@@ -150,9 +146,21 @@ class TiedEmbedding(nn.Embedding):
     of its own module's forward.
     """
 
-    def forward(self, x: Tensor, to_logits: bool = False) -> Tensor:
-        """Ids ``[...] -> [..., D]``, or states ``[..., D] -> [..., V]``."""
-        return F.linear(x, self.weight) if to_logits else super().forward(x)
+    def forward(
+        self, x: Tensor, to_logits: bool = False, read: Reader | None = None, rows: int = 0
+    ) -> Tensor:
+        """Ids ``[...] -> [..., D]``, or states ``[..., D] -> [..., V]``, or, by `read` in pieces of
+        `rows`, flat states ``[N, D] -> [N, C]``."""
+        if not to_logits:
+            return super().forward(x)
+        if read is None:
+            return F.linear(x, self.weight)
+        if len(x) > rows and torch.is_grad_enabled():
+            found: Tensor = _Pieces.apply(x, self.weight, read, rows)  # type: ignore[no-untyped-call]
+            return found
+        return torch.cat(
+            [read(F.linear(x[p], self.weight).float(), p) for p in _parts(len(x), rows)]
+        )
 
 
 class PaLM(nn.Module):
@@ -216,46 +224,17 @@ class PaLM(nn.Module):
         logits: Tensor = self.embedding(hidden, to_logits=True)
         return logits.float()
 
+    def read(self, hidden: Tensor, read: Reader) -> Tensor:
+        """What a reader makes of the logits of states ``[..., D]``: ``[..., C]``, in pieces."""
+        if self.config.scale_logits:
+            hidden = hidden * self.config.dim**-0.5
+        rows = max(1, int(self.config.logits_mb * 2**20 / (4 * self.config.vocab_size)))
+        found = self.embedding(hidden.flatten(0, -2), to_logits=True, read=read, rows=rows)
+        return found.view(*hidden.shape[:-1], found.shape[-1])  # type: ignore[no-any-return]
+
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Logits ``[B, T, V]`` of the next token at every position."""
         return self.logits(self.hidden(tokens_BT))
-
-    @torch.no_grad()
-    def prefill(self, tokens_BT: Tensor, lengths_B: Tensor, cache: KVCache) -> Tensor:
-        """Fill the cache with left-aligned prompts; fp32 logits ``[B, V]`` after each last token.
-
-        Raises ValueError for an empty prompt: there is nothing to condition the first token on.
-        """
-        if int(lengths_B.min()) < 1:
-            raise ValueError("a prompt must have at least one token")
-        batch, length = tokens_BT.shape
-        rope = self._rope(torch.arange(length, device=tokens_BT.device)[None])
-        x = self.embedding(tokens_BT)
-        for layer, block in enumerate(self.blocks):
-            assert isinstance(block, Block)
-            q, k, v, mlp = block.project(x, rope)
-            cache.keys[layer, :, :length] = k
-            cache.values[layer, :, :length] = v
-            k, v = (t.unsqueeze(1).expand(-1, self.config.heads, -1, -1) for t in (k, v))
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + mlp + block.attn_out(rearrange(out, "b h t k -> b t (h k)"))
-        cache.lengths = lengths_B.clone()
-        last = x[torch.arange(batch, device=x.device), lengths_B - 1]
-        return self.logits(self.norm(last))
-
-    @torch.no_grad()
-    def decode(self, tokens_B: Tensor, cache: KVCache) -> Tensor:
-        """Append one token per row to the cache; fp32 logits ``[B, V]`` after it."""
-        seen = cache.lengths
-        rope = self._rope(seen[:, None])
-        x = self.embedding(tokens_B)[:, None]
-        reach = int(seen.max()) + 1
-        for layer, block in enumerate(self.blocks):
-            assert isinstance(block, Block)
-            keys, values = cache.keys[layer, :, :reach], cache.values[layer, :, :reach]
-            x = block.step(x, rope, keys, values, seen)
-        cache.lengths = seen + 1
-        return self.logits(self.norm(x[:, 0]))
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, ...]:
         config = self.config
@@ -309,6 +288,7 @@ class PolicyNetwork(nn.Module):
         segments_BT: Tensor | None = None,
         predict_BR: Tensor | None = None,
         predict_BT: Tensor | None = None,
+        read: Reader | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logits and auxiliary values at the positions asked for.
 
@@ -317,10 +297,12 @@ class PolicyNetwork(nn.Module):
             predict_BR: int64 positions to read; default all. Logits of a vocabulary are large:
                 asking only for the positions that predict a response token saves the others.
             predict_BT: bool, the same wish as a mask (packed rows); the result is flat.
+            read: what is wanted of the logits. They are then made in pieces of
+                `ModelConfig.logits_mb` and never stand in memory as a whole.
 
         Returns:
-            fp32 logits ``[B, R, V]`` and values ``[B, R]``; ``[N, V]`` and ``[N]`` by a mask of
-            N positions.
+            fp32 logits ``[B, R, V]``, or what `read` made of them ``[B, R, C]``, and values
+            ``[B, R]``; ``[N, V]`` and ``[N]`` by a mask of N positions.
         """
         hidden = self.palm.hidden(tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT)
         if predict_BT is not None:
@@ -328,7 +310,9 @@ class PolicyNetwork(nn.Module):
         if predict_BR is not None:
             index = predict_BR[..., None].expand(-1, -1, hidden.shape[-1])
             hidden = hidden.gather(1, index)
-        return self.palm.logits(hidden), self.value(hidden)
+        if read is None:
+            return self.palm.logits(hidden), self.value(hidden)
+        return self.palm.read(hidden, read), self.value(hidden)
 
 
 class ScalarNetwork(nn.Module):

@@ -56,7 +56,7 @@ class Rollout(RolloutRequest):
     behavior_logprobs: list[float]
     """float32, of the distribution really sampled from (`common.logprobs`)."""
     finish_reason: str
-    """``eos`` or ``length``."""
+    """``eos``, ``stop`` (a stop token or text) or ``length``."""
     policy_version: int
     """The version that sampled every token; stamped by the engine."""
     weights_fingerprint: str

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,11 @@ from torch import Tensor, nn
 from common.errors import CheckpointError, TrainingError
 
 Bytes = npt.NDArray[np.uint8]
+Payload = Sequence[Bytes]
+"""A slice's bytes in consecutive parts, so that no copy is needed to lay them together."""
+
+_PIECE = 2**20
+"""Bytes copied and hashed at a time: few enough to be in the processor's cache for the hash."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +66,7 @@ class Manifest:
 class FlatBuffer:
     """A module's parameters as views of one contiguous buffer, in order of their names."""
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         named = sorted(module.named_parameters())
         self.total = sum(p.numel() for _, p in named) * dtype.itemsize
         self.layout = layout_hash({name: tuple(p.shape) for name, p in named}, dtype)
@@ -79,7 +84,7 @@ class FlatBuffer:
         """The buffer itself as bytes; writing here writes the parameters."""
         return self._flat.view(torch.uint8).numpy()
 
-    def load(self, manifest: Manifest, payloads: Sequence[Bytes]) -> str:
+    def load(self, manifest: Manifest, payloads: Sequence[Payload]) -> str:
         """Copy slices in, hash what is now held, and return its fingerprint.
 
         Raises:
@@ -92,14 +97,20 @@ class FlatBuffer:
             )
         reached = 0
         for piece, payload in zip(manifest.slices, payloads, strict=True):
-            if piece.offset != reached or payload.nbytes != piece.length:
+            if piece.offset != reached or sum(part.nbytes for part in payload) != piece.length:
                 raise TrainingError(
                     f"weights version {manifest.policy_version}: slice of rank {piece.rank} "
                     f"does not fit at byte {reached}"
                 )
-            reached += piece.length
-            self.bytes[piece.offset : reached] = payload
-            if digest(self.bytes[piece.offset : reached]) != piece.digest:
+            held = xxhash.xxh3_128()
+            for part in payload:
+                for begin in range(0, part.nbytes, _PIECE):
+                    some = part[begin : begin + _PIECE]
+                    ours = self.bytes[reached : reached + some.nbytes]
+                    ours[:] = some
+                    held.update(ours.data)
+                    reached += some.nbytes
+            if held.hexdigest() != piece.digest:
                 raise TrainingError(
                     f"weights version {manifest.policy_version}: slice of rank {piece.rank} "
                     "arrived corrupted"
@@ -109,6 +120,11 @@ class FlatBuffer:
         return manifest.fingerprint
 
 
+def torch_dtype(precision: Literal["fp32", "bf16"]) -> torch.dtype:
+    """The dtype that a configuration names."""
+    return torch.float32 if precision == "fp32" else torch.bfloat16
+
+
 def slice_bounds(total_elements: int, ranks: int, rank: int) -> tuple[int, int]:
     """First and last + 1 element of a rank's share; shares differ by at most one element."""
     share, rest = divmod(total_elements, ranks)
@@ -116,9 +132,12 @@ def slice_bounds(total_elements: int, ranks: int, rank: int) -> tuple[int, int]:
     return first, first + share + (rank < rest)
 
 
-def digest(data: Bytes) -> str:
-    """xxh3-128 of contiguous bytes."""
-    return xxhash.xxh3_128_hexdigest(data.data)
+def digest(payload: Payload) -> str:
+    """xxh3-128 of all parts, as if they were one."""
+    hasher = xxhash.xxh3_128()
+    for part in payload:
+        hasher.update(part.data)
+    return hasher.hexdigest()
 
 
 def layout_hash(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> str:
@@ -137,17 +156,19 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
     return hasher.hexdigest()
 
 
-def manifest_of(state: Mapping[str, Tensor], policy_version: int) -> tuple[Manifest, Bytes]:
-    """A manifest of one slice from a state dict of parameters, and its bytes (fp32)."""
+def manifest_of(
+    state: Mapping[str, Tensor], policy_version: int, dtype: torch.dtype = torch.float32
+) -> tuple[Manifest, Payload]:
+    """A manifest of one slice from a state dict of parameters, and its bytes."""
     named = sorted(state.items())
-    payload = torch.cat([t.detach().float().reshape(-1) for _, t in named])
+    payload = torch.cat([t.detach().to(dtype).reshape(-1) for _, t in named])
     data = payload.view(torch.uint8).numpy()
-    layout = layout_hash({name: tuple(t.shape) for name, t in named}, torch.float32)
-    piece = Slice(rank=0, offset=0, length=data.nbytes, digest=digest(data))
+    layout = layout_hash({name: tuple(t.shape) for name, t in named}, dtype)
+    piece = Slice(rank=0, offset=0, length=data.nbytes, digest=digest([data]))
     manifest = Manifest(
         policy_version=policy_version, total=data.nbytes, layout=layout, slices=(piece,)
     )
-    return manifest, data
+    return manifest, [data]
 
 
 def save_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

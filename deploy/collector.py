@@ -101,6 +101,8 @@ class Collector:
         self.weights: Weights | None = None
         self.scored: list[Scored] = []
         self.component_means: dict[str, float] = {}
+        self.score_seconds = 0.0
+        """Time that reward workers spent since it was last set to 0."""
         self.dead_letters: Counter[int] = Counter()
         """Rollouts given up by the reward service, by iteration."""
         self.last_dead_letter = ""
@@ -202,6 +204,7 @@ class Collector:
             self.last_dead_letter = next(iter(facts.dead_letters.values()))
             self.ledger.drop(facts.dead_letters, "dead letter")
         self.component_means = dict(facts.component_means)
+        self.score_seconds += facts.seconds
         if not facts.rollout_ids:
             return
         self.scored.append(

@@ -252,10 +252,12 @@ class Controller:
             "tokens_per_second": self._tokens / max(self._generate_s, 1e-9),
             "generate_seconds": self._generate_s,
             "load_seconds": self._load_s,
+            "score_seconds": self.collector.score_seconds,
             "staleness": float(max(staleness)),
         }
         found |= {f"component/{k}": v for k, v in self.collector.component_means.items()}
         self._tokens, self._generate_s, self._load_s = 0, 0.0, 0.0
+        self.collector.score_seconds = 0.0
         return found
 
     def _observe(self, facts: LeaseFacts) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from actors.prompts import EncodedPrompt, evaluation_requests
 from common.config import RunConfig
 from common.trajectory import Rollout, ScoredTrajectory, from_table
-from common.weights import manifest_of
+from common.weights import manifest_of, torch_dtype
 from deploy.collector import Collector, Weights
 from deploy.ledger import Ledger
 from deploy.pool import Pool
@@ -38,11 +38,11 @@ class Sampled:
     """Response tokens."""
 
 
-def policy_weights(path: Path, version: int) -> Weights:
+def policy_weights(config: RunConfig, path: Path, version: int) -> Weights:
     """A policy file's decoder as weights that actors can load."""
     state = load_file(path)
     palm = {k.removeprefix("palm."): v for k, v in state.items() if k.startswith("palm.")}
-    manifest, payload = manifest_of(palm, version)
+    manifest, payload = manifest_of(palm, version, torch_dtype(config.rollout.precision))
     return Weights(manifest=manifest, payloads=(ray.put(payload),))
 
 

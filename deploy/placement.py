@@ -17,7 +17,8 @@ import ray
 from actors.rollout_actor import RolloutActor
 from common.config import RunConfig
 from common.errors import ClusterError
-from common.logprobs import Sampling
+from common.logprobs import sampling_of
+from common.tokenizer import Tokenizer
 from deploy.pool import MakeWorker, Pool
 from reward_service.service import RewardWorker
 
@@ -86,12 +87,6 @@ def _require_answer(address: str) -> None:
         ) from None
 
 
-def sampling_of(config: RunConfig) -> Sampling:
-    """The sampling distribution of the rollouts."""
-    rollout = config.rollout
-    return Sampling(temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k)
-
-
 def rollout_pool(config: RunConfig, run: str, tokenizer: Path) -> Pool:
     """Rollout actors; elastic, outside any placement group."""
     settings = config.rollout
@@ -109,8 +104,7 @@ def rollout_pool(config: RunConfig, run: str, tokenizer: Path) -> Pool:
                 name,
                 config.model,
                 str(tokenizer),
-                sampling_of(config),
-                settings.max_response_tokens,
+                settings,
                 max(1, int(settings.cpus_per_actor)),
             )
         )
@@ -118,9 +112,12 @@ def rollout_pool(config: RunConfig, run: str, tokenizer: Path) -> Pool:
     return _pool("rollout", make, settings.actors, config)
 
 
-def reward_pool(config: RunConfig, run: str, reference: Path, reward_model: Path | None) -> Pool:
+def reward_pool(
+    config: RunConfig, run: str, tokenizer: Path, reference: Path, reward_model: Path | None
+) -> Pool:
     """Reward workers; elastic, outside any placement group."""
     settings = config.reward_service
+    sampling = sampling_of(config.rollout, Tokenizer.load(tokenizer).eos_id)
 
     def make(name: str) -> Any:
         options: dict[str, Any] = {
@@ -136,7 +133,7 @@ def reward_pool(config: RunConfig, run: str, reference: Path, reward_model: Path
                 config.model,
                 str(reference),
                 str(reward_model) if reward_model else None,
-                sampling_of(config),
+                sampling,
                 max(1, int(settings.cpus_per_replica)),
                 merge=config.train.max_staleness > 0,
             )

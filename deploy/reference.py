@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from common.config import RewardComponent, RunConfig
+from common.config import RunConfig
 from common.model_config import PRESETS, ModelConfig
 from common.recipe import fields
+from common.worker_config import RewardComponent
 
 _HEAD = """\
 # Configuration

@@ -11,17 +11,17 @@ from typing import Any
 import ray
 from rich.console import Console
 
-from actors.engine import Engine
 from actors.prompts import encode_prompts, evaluation_requests
+from actors.rollout_actor import engine_of
 from common.config import RunConfig
 from common.data import Prompt, read_demonstrations
 from common.errors import ConfigError, DataError
 from common.palm import PolicyNetwork
 from common.tokenizer import Tokenizer
-from common.weights import load_weights
+from common.weights import load_weights, torch_dtype
 from deploy.controller import Status
 from deploy.evaluate import Judge, compare, policy_weights, sample_scored
-from deploy.placement import NAMESPACE, sampling_of
+from deploy.placement import NAMESPACE
 from deploy.session import open_session
 from deploy.stages import start_pools
 from reward_service.scorers import FunctionScorer, ScoreRequest
@@ -42,10 +42,13 @@ def evaluate_run(config: RunConfig, console: Console) -> dict[str, float]:
         )
         pools = start_pools(session, config)
         sides = [
-            sample_scored(config, policy_weights(path, version), prompts, *pools, label="eval")
-            for version, path in enumerate((session.sft_weights, session.policy_weights))
+            sample_scored(config, weights, prompts, *pools, label="eval")
+            for weights in (
+                policy_weights(config, session.sft_weights, 0),
+                policy_weights(config, session.policy_weights, 1),
+            )
         ]
-        found = compare([p.text for p in prompts], sides[0], sides[1], judge)
+    found = compare([p.text for p in prompts], sides[0], sides[1], judge)
     path = config.run_dir / "evaluation.json"
     path.write_text(json.dumps(found, indent=1), encoding="utf8")
     return found
@@ -57,7 +60,7 @@ def sample_run(config: RunConfig, texts: Sequence[str], sft: bool, seed: int) ->
     network = PolicyNetwork(config.model)
     folder = "sft" if sft else "policy"
     load_weights(network, config.run_dir / folder / "policy.safetensors")
-    network.eval()
+    network.eval().requires_grad_(False).to(torch_dtype(config.rollout.precision))
     for index, text in enumerate(texts):
         if not text:
             raise DataError(f"prompt {index + 1} is empty; give it at least one character")
@@ -67,14 +70,9 @@ def sample_run(config: RunConfig, texts: Sequence[str], sft: bool, seed: int) ->
         max_tokens=config.max_prompt_tokens,
         too_long="error",
     )
-    engine = Engine(
-        network.palm,
-        eos_id=tokenizer.eos_id,
-        sampling=sampling_of(config),
-        max_tokens=config.rollout.max_response_tokens,
-    )
+    engine = engine_of(network.palm, tokenizer, config.rollout)
     requests = evaluation_requests(prompts, seed=seed, label="sample")
-    return [tokenizer.decode(made.response_ids).strip() for made in engine.generate(requests)]
+    return [engine.text(made).strip() for made in engine.generate(requests)]
 
 
 def status_of(config: RunConfig) -> dict[str, Any]:

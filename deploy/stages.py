@@ -191,7 +191,13 @@ def run_train(
         session.console.print(f"[yellow]{skipped} prompts skipped: too long for the context[/]")
     reward = session.reward_weights if _needs_reward_model(config) else None
     gang = session.gang()
-    gang.call("begin_train", config, str(session.sft_weights), str(reward) if reward else None)
+    gang.call(
+        "begin_train",
+        config,
+        str(session.sft_weights),
+        str(reward) if reward else None,
+        session.tokenizer().eos_id,
+    )
     rollout, scoring = pools or start_pools(session, config)
     controller = start_controller(config.name, config, prompts, gang, rollout, scoring, stop_after)
     run = controller.run.remote()
@@ -217,7 +223,9 @@ def start_pools(session: Session, config: RunConfig) -> tuple[Pool, Pool]:
     reward = session.reward_weights if _needs_reward_model(config) else None
     return (
         session.keep(rollout_pool(config, config.name, session.tokenizer_path)),
-        session.keep(reward_pool(config, config.name, session.sft_weights, reward)),
+        session.keep(
+            reward_pool(config, config.name, session.tokenizer_path, session.sft_weights, reward)
+        ),
     )
 
 

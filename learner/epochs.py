@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from common.config import TrainConfig
-from common.logprobs import Sampling, chosen_logprobs
+from common.logprobs import Sampling, chosen_reader
 from common.metrics import Metrics, mean, require_finite
 from learner import ppo
 from learner.engine import ZeroEngine, all_sum
@@ -67,9 +67,9 @@ def policy_epochs(
             sums = torch.zeros(4, dtype=torch.float64)
             for micro in shards.micro_batches(sequences, rows):
                 loss, found = _policy_loss(engine, micro, targets, train, sampling, normalizer)
-                require_finite("policy loss", float(loss), where)
+                require_finite("policy loss", float(loss.detach()), where)
                 engine.backward(loss, last=micro.last)
-                parts = [loss, found.clipped, found.k3, micro.mask_BR.sum()]
+                parts = [loss.detach(), found.clipped, found.k3, micro.mask_BR.sum()]
                 sums += torch.tensor([float(part) for part in parts], dtype=torch.float64)
             norms += engine.step(lr, where)
             totals, steps = totals + all_sum(sums), steps + 1
@@ -101,10 +101,11 @@ def _policy_loss(
 ) -> tuple[Tensor, ppo.PolicyLoss]:
     """The loss of one micro-batch: clipped objective, entropy bonus, shared value loss."""
     data = micro.data
-    logits_BRV, values_BR = engine(data.tokens_BT, predict_BR=data.predict_BR)
+    read = chosen_reader(data.response_BR, sampling, ppo.entropy if train.entropy_coef else None)
+    found_BRC, values_BR = engine(data.tokens_BT, predict_BR=data.predict_BR, read=read)
     weights = targets.importance_NR
     found = ppo.policy_loss(
-        chosen_logprobs(logits_BRV, data.response_BR, sampling),
+        found_BRC[..., 0],
         micro.cut(targets.proximal_NR),
         micro.cut(targets.advantages_NR),
         micro.mask_BR,
@@ -114,7 +115,7 @@ def _policy_loss(
     )
     loss = found.loss
     if train.entropy_coef:
-        entropy = (ppo.entropy(logits_BRV) * micro.mask_BR).sum() / normalizer
+        entropy = (found_BRC[..., 1] * micro.mask_BR).sum() / normalizer
         loss = loss - train.entropy_coef * entropy
     if train.algorithm == "ppo" and train.value_network == "shared":
         value = ppo.value_loss(
@@ -167,9 +168,9 @@ def value_epochs(
                     value_clip_range=None if old_values_NR is None else clip,
                     normalizer=normalizer,
                 )
-                require_finite("value loss", float(found.loss), where)
+                require_finite("value loss", float(found.loss.detach()), where)
                 engine.backward(found.loss, last=micro.last)
-                totals += torch.tensor([float(found.loss), float(found.clipped)])
+                totals += torch.tensor([float(found.loss.detach()), float(found.clipped)])
             engine.step(lr, where)
             steps += 1
     loss_sum, clipped = all_sum(totals).tolist()

@@ -56,7 +56,7 @@ class Experience:
     scores_N: Tensor
     """float32, before the EOS trick."""
     ended_N: Tensor
-    """bool, the response ended with EOS."""
+    """bool, the response ended by itself, not at the limit."""
     groups_N: Tensor
     """int64, rows of one prompt share it."""
     behavior_NR: Tensor
@@ -83,7 +83,7 @@ def experience(tables: Sequence[pa.Table]) -> Experience:
     return Experience(
         sequences=sequences,
         scores_N=torch.tensor([t.score for t in rows], dtype=torch.float32),
-        ended_N=torch.tensor([t.finish_reason == "eos" for t in rows]),
+        ended_N=torch.tensor([t.finish_reason != "length" for t in rows]),
         groups_N=torch.tensor([t.group for t in rows]),
         behavior_NR=pad_rows([t.behavior_logprobs for t in rows], reach),
         reference_NR=pad_rows([t.ref_logprobs for t in rows], reach),

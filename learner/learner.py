@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from common.config import RunConfig
-from common.logprobs import Sampling, chosen_logprobs
+from common.logprobs import chosen_reader, sampling_of
 from common.metrics import Metric, Metrics, mean
 from common.palm import PolicyNetwork, ScalarNetwork
 from common.trajectory import derive_seed
-from common.weights import Bytes, load_weights
+from common.weights import Payload, load_weights, torch_dtype
 from learner import advantages, gae, ppo, rewards
 from learner.auxiliary import joint_epochs
-from learner.engine import ZeroEngine, all_sum, rank
+from learner.engine import ZeroEngine, rank
 from learner.epochs import Targets, policy_epochs, value_epochs
 from learner.experience import Experience, experience
 from learner.memory import AuxiliaryMemory
@@ -37,14 +37,15 @@ class Learner:
     """One rank's share of policy and value training."""
 
     def __init__(
-        self, config: RunConfig, policy_weights: Path, reward_weights: Path | None
+        self,
+        config: RunConfig,
+        policy_weights: Path,
+        reward_weights: Path | None,
+        eos_id: int,
     ) -> None:
         self.config = config
         self.train = train = config.train
-        rollout = config.rollout
-        self.sampling = Sampling(
-            temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
-        )
+        self.sampling = sampling_of(config.rollout, eos_id)
         policy = PolicyNetwork(config.model)
         load_weights(policy, policy_weights)
         self.value: ZeroEngine | None = None
@@ -72,8 +73,8 @@ class Learner:
             TrainingError: a loss or gradient is not finite.
         """
         batch = experience(tables)
-        proximal_NR, entropy = self._proximal(batch)
-        values_NR = self._values(batch)
+        proximal_NR, entropy, shared_NR = self._proximal(batch)
+        values_NR = self._values(batch, shared_NR)
         rewards_NR, metrics = self._rewards(batch, proximal_NR)
         targets = self._targets(batch, rewards_NR, values_NR, proximal_NR)
         metrics |= {"entropy": entropy}
@@ -126,22 +127,30 @@ class Learner:
 
     # ------------------------------------------------------------------ targets of a phase
 
-    def _proximal(self, batch: Experience) -> tuple[Tensor, Metric]:
-        """Log-probabilities ``[N, R]`` under the policy as it stands, and the mean entropy."""
-        total = torch.zeros(1, dtype=torch.float64)
+    def _proximal(self, batch: Experience) -> tuple[Tensor, Metric, Tensor]:
+        """One pass of the policy as it stands: log-probabilities ``[N, R]``, the mean entropy, and
+        the values ``[N, R]`` by its own head."""
 
         def run(micro: MicroBatch) -> Tensor:
-            logits_BRV, _ = self.policy(micro.data.tokens_BT, predict_BR=micro.data.predict_BR)
-            total.add_((ppo.entropy(logits_BRV) * micro.mask_BR).sum().cpu())
-            return chosen_logprobs(logits_BRV, micro.data.response_BR, self.sampling)
+            data = micro.data
+            read = chosen_reader(data.response_BR, self.sampling, ppo.entropy)
+            found, values = self.policy(data.tokens_BT, predict_BR=data.predict_BR, read=read)
+            return torch.cat((found, values[..., None]), dim=-1)
 
-        proximal_NR = self.shards.gather(batch.sequences, run)
-        return proximal_NR, mean(float(all_sum(total)), float(batch.mask_NR.sum()))
+        found_NRC = self.shards.gather(batch.sequences, run)
+        logprobs_NR, entropy_NR, values_NR = found_NRC.unbind(-1)
+        entropy = mean(float(entropy_NR.sum(dtype=torch.float64)), float(batch.mask_NR.sum()))
+        return logprobs_NR.contiguous(), entropy, values_NR.contiguous()
 
-    def _values(self, batch: Experience) -> Tensor:
-        """Values ``[N, R]`` of the states that response tokens were sampled in."""
+    def _values(self, batch: Experience, shared_NR: Tensor) -> Tensor:
+        """Values ``[N, R]`` of the states that response tokens were sampled in.
+
+        `shared_NR` are those by the policy's head, already computed.
+        """
         if self.train.algorithm != "ppo":
             return torch.zeros_like(batch.reference_NR)
+        if self.value is None:
+            return shared_NR
         return self.shards.gather(batch.sequences, self._value_forward)
 
     def _value_forward(self, micro: MicroBatch) -> Tensor:
@@ -257,9 +266,10 @@ class Learner:
     def _anneal(self, iteration: int) -> float:
         return linear_to_zero(iteration, self.train.iterations)
 
-    def publish(self) -> tuple[Publication, Bytes]:
+    def publish(self) -> tuple[Publication, Payload]:
         """This rank's slice of the policy's decoder: facts and bytes."""
-        return publish(self.policy, prefix="palm.")
+        dtype = torch_dtype(self.config.rollout.precision)
+        return publish(self.policy, prefix="palm.", dtype=dtype)
 
     def state(self) -> dict[str, object]:
         """What a resumed learner needs beside the engines: the KL controller."""

@@ -1,13 +1,15 @@
-"""Publishing: each rank lays its share of the policy in one flat buffer and hashes it."""
+"""Publishing: each rank hashes its share of the policy and hands it out as it lies."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from common.weights import Bytes, Slice, digest, layout_hash, slice_bounds
+from common.weights import Bytes, Payload, Slice, digest, layout_hash, slice_bounds
 from learner.engine import ZeroEngine, rank, world_size
 
 
@@ -22,43 +24,68 @@ class Publication:
     """Hash of names, shapes and dtype."""
 
 
-def publish(
-    engine: ZeroEngine, *, prefix: str, dtype: torch.dtype = torch.float32
-) -> tuple[Publication, Bytes]:
-    """Copy this rank's slice out of the parameters whose names start with `prefix`.
+Gathered = Callable[[list[torch.nn.Parameter]], AbstractContextManager[None]]
+
+
+def publish(engine: ZeroEngine, *, prefix: str, dtype: torch.dtype) -> tuple[Publication, Payload]:
+    """This rank's slice of the parameters whose names start with `prefix`.
 
     Returns facts and bytes apart: the bytes go through the object store to the actors and never
     through the controller.
 
     Under ZeRO 3 parameters are gathered one by one (a collective), never all at once.
     """
-    named = sorted(
+    named = [
         (name.removeprefix(prefix), parameter)
         for name, parameter in engine.network.named_parameters()
         if name.startswith(prefix)
+    ]
+    return slice_of(
+        named,
+        rank=rank(),
+        ranks=world_size(),
+        dtype=dtype,
+        gathered=engine.gathered if engine.zero_stage == 3 else None,
     )
+
+
+def slice_of(
+    named: Sequence[tuple[str, torch.nn.Parameter]],
+    *,
+    rank: int,
+    ranks: int,
+    dtype: torch.dtype,
+    gathered: Gathered | None = None,
+) -> tuple[Publication, Payload]:
+    """A rank's share of all parameters in order of their names, hashed.
+
+    The bytes are the parameters' own where those are on the processor and in `dtype`: they are to
+    be sent before the next optimizer step.
+    """
+    named = sorted(named, key=lambda pair: pair[0])
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named}
     sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
     total = sum(sizes.values())
-    first, last = slice_bounds(total, world_size(), rank())
-    out = torch.empty(last - first, dtype=dtype)
+    first, last = slice_bounds(total, ranks, rank)
+    parts: list[Bytes] = []
     offset = 0
     for name, parameter in named:
-        begin, end = max(first, offset), min(last, offset + sizes[name])
-        with engine.gathered([parameter]):
+        begin, end = max(first, offset) - offset, min(last, offset + sizes[name]) - offset
+        with gathered([parameter]) if gathered else nullcontext():
             if begin < end:
-                flat = parameter.detach().reshape(-1)
-                out[begin - first : end - first] = flat[begin - offset : end - offset]
+                mine = parameter.detach().reshape(-1)[begin:end]
+                # What was gathered goes when the block ends.
+                mine = mine.to("cpu", dtype, copy=gathered is not None)
+                parts.append(mine.contiguous().view(torch.uint8).numpy())
         offset += sizes[name]
-    payload = out.view(torch.uint8).numpy()
     made = Publication(
         piece=Slice(
-            rank=rank(),
+            rank=rank,
             offset=first * dtype.itemsize,
-            length=payload.nbytes,
-            digest=digest(payload),
+            length=sum(part.nbytes for part in parts),
+            digest=digest(parts),
         ),
         total=total * dtype.itemsize,
         layout=layout_hash(shapes, dtype),
     )
-    return made, payload
+    return made, parts

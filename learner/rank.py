@@ -18,7 +18,7 @@ import torch
 
 from common.config import RunConfig
 from common.metrics import read
-from common.weights import Bytes, save_weights, state_hash
+from common.weights import Payload, save_weights, state_hash
 from learner import engine
 from learner.learner import Learner
 from learner.publisher import Publication
@@ -98,10 +98,11 @@ class LearnerRank:
 
     # ---------------------------------------------------------------- policy training
 
-    def begin_train(self, config: RunConfig, policy: str, reward: str | None) -> None:
+    def begin_train(self, config: RunConfig, policy: str, reward: str | None, eos_id: int) -> None:
         """Build policy and value engines."""
         self._stage = None
-        self._learner = Learner(config, Path(policy), Path(reward) if reward else None)
+        weights = Path(reward) if reward else None
+        self._learner = Learner(config, Path(policy), weights, eos_id)
 
     def policy_phase(self, iteration: int, log: str, *tables: pa.Table) -> dict[str, float]:
         """One iteration; rank 0 writes its trajectories to the Parquet file `log`."""
@@ -116,7 +117,7 @@ class LearnerRank:
         """One auxiliary phase."""
         return read(self._train.auxiliary_phase(iteration))
 
-    def publish(self) -> tuple[Publication, Bytes]:
+    def publish(self) -> tuple[Publication, Payload]:
         """This rank's slice of the policy: facts for the controller, bytes for the actors."""
         return self._train.publish()
 

@@ -61,12 +61,18 @@ class Shards:
 
     @torch.no_grad()
     def gather(self, sequences: Sequences, run: Callable[[MicroBatch], Tensor]) -> Tensor:
-        """Run each row on one rank; fp32 ``[N, R]`` on every rank, zeros outside the mask."""
-        out = torch.zeros(sequences.mask_NR.shape)
+        """Run each row on one rank; fp32 ``[N, R, ...]`` on every rank, zeros outside the mask.
+
+        `run` gives ``[B, R, ...]``.
+        """
+        out = torch.zeros(0)
         for micro in self.micro_batches(sequences, range(len(sequences))):
-            found = run(micro).float().masked_fill(~micro.mask_BR, 0.0).cpu()
-            if bool(micro.mask_BR.any()):
-                out[micro.rows, : found.shape[1]] = found
+            found = run(micro).float().cpu()
+            if not len(out):
+                out = torch.zeros(*sequences.mask_NR.shape, *found.shape[2:])
+            hidden = ~micro.mask_BR.cpu().view(*micro.mask_BR.shape, *[1] * (found.dim() - 2))
+            if not bool(hidden.all()):
+                out[micro.rows, : found.shape[1]] = found.masked_fill(hidden, 0.0)
         return all_sum(out)
 
     def _move(self, data: SequenceBatch) -> SequenceBatch:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from common.batching import SequenceBatch, micro_batches, sequence_batch
-from common.logprobs import Sampling, chosen_logprobs
+from common.logprobs import Sampling, chosen_reader
 from common.model_config import ModelConfig
 from common.palm import PolicyNetwork, ScalarNetwork
 from common.trajectory import Rollout
@@ -45,9 +46,10 @@ class ReferencePolicy:
         Under the sampling temperature, but unfiltered: a token outside the reference's nucleus
         would have an infinite KL.
         """
-        logits_BRV, _ = self.network(batch.tokens_BT, predict_BR=batch.predict_BR)
-        plain = Sampling(temperature=self.sampling.temperature)
-        logprobs = chosen_logprobs(logits_BRV, batch.response_BR, plain)
+        plain = replace(self.sampling, top_p=1.0, top_k=0, min_p=0.0)
+        read = chosen_reader(batch.response_BR, plain)
+        found, _ = self.network(batch.tokens_BT, predict_BR=batch.predict_BR, read=read)
+        logprobs: Tensor = found[..., 0]
         return logprobs.masked_fill(~batch.response_mask_BR, 0.0)
 
 

@@ -21,11 +21,11 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 
-from common.config import RewardComponent, RewardServiceConfig
 from common.errors import RewardError
 from common.logprobs import Sampling
 from common.model_config import ModelConfig
 from common.trajectory import Rollout, ScoredTrajectory, extend, from_table, to_table
+from common.worker_config import RewardComponent, RewardServiceConfig
 from reward_service.http_scorer import HttpScorer, HttpScorerSettings
 from reward_service.models import ReferencePolicy, RewardModel, frozen_pass
 from reward_service.scorers import FunctionScorer, Scorer, ScoreRequest
@@ -134,7 +134,7 @@ class RewardWorker:
                 rollout_id=r.rollout_id,
                 prompt_text=r.prompt_text,
                 response_text=r.response_text,
-                finished=r.finish_reason == "eos",
+                finished=r.finish_reason != "length",
             )
             for r in rollouts
         ]

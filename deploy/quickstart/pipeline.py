@@ -49,7 +49,13 @@ def run_quickstart(session: Session) -> dict[str, Any]:
         reward = stages.run_reward(session, config)
     console.print(f"  held-out accuracy {reward['accuracy_heldout']:.1%}")
     scoring = session.keep(
-        reward_pool(config, config.name, session.sft_weights, session.reward_weights)
+        reward_pool(
+            config,
+            config.name,
+            session.tokenizer_path,
+            session.sft_weights,
+            session.reward_weights,
+        )
     )
     with session.stage("train", "trained the policy"):
         trained = stages.run_train(session, config, (rollout, scoring))
@@ -76,8 +82,8 @@ def evaluate_run(
 ) -> dict[str, float]:
     """SFT against policy on held-out signatures; writes samples.jsonl."""
     pairs, prompts = encoded_prompts(session, config, task.held_out[: config.evaluate.prompts])
-    sft = policy_weights(session.sft_weights, 1_000_000)
-    policy = policy_weights(session.policy_weights, 1_000_001)
+    sft = policy_weights(config, session.sft_weights, 1_000_000)
+    policy = policy_weights(config, session.policy_weights, 1_000_001)
     before = sample_scored(config, sft, prompts, *pools, label="eval")
     after = sample_scored(config, policy, prompts, *pools, label="eval")
     found = compare(
@@ -111,7 +117,7 @@ def _make_comparisons(
     settings, seed = config.quickstart, config.seed
     pairs, prompts = encoded_prompts(session, config, task.train[: settings.comparisons])
     kinds = quickstart_task.draw_sides(len(pairs), settings, seed)
-    weights = policy_weights(session.sft_weights, 0)
+    weights = policy_weights(config, session.sft_weights, 0)
 
     def samples(label: str, wanted: Container[str]) -> Iterator[str]:
         some = [prompt for prompt, kind in zip(prompts, kinds, strict=True) if kind in wanted]

@@ -7,7 +7,6 @@ from actors.prompts import EncodedPrompt, evaluation_requests
 from actors.rollout_actor import RolloutActor
 from common.config import RunConfig
 from common.errors import TrainingError
-from common.logprobs import Sampling
 from common.palm import PaLM
 from common.trajectory import Rollout, RolloutRequest, from_table, to_table
 from common.weights import manifest_of
@@ -15,7 +14,7 @@ from common.weights import manifest_of
 
 def actor(config: RunConfig) -> RolloutActor:
     tokenizer = str(config.run_dir / "tokenizer.json")
-    return RolloutActor("rollout-0", config.model, tokenizer, Sampling(), 6, 1)
+    return RolloutActor("rollout-0", config.model, tokenizer, config.rollout, 1)
 
 
 def lease() -> list[RolloutRequest]:
@@ -60,8 +59,8 @@ def test_weights_held_already_are_not_loaded_again(workspace: RunConfig) -> None
 def test_a_flipped_byte_is_found_before_a_token_is_sampled(workspace: RunConfig) -> None:
     made = actor(workspace)
     manifest, payload = manifest_of(weights(workspace, 0), 1)
-    damaged = np.array(payload)
-    damaged[1000] ^= 1
+    damaged = [np.array(payload[0])]
+    damaged[0][1000] ^= 1
     with pytest.raises(TrainingError, match="corrupted"):
         made.generate(to_table(lease(), RolloutRequest), manifest, damaged)
     assert made.policy_version == -1, "it holds no version it could claim"

@@ -1,170 +1,149 @@
-"""``make bench``: hot paths against named baselines measured in the same run.
+"""``make bench``: every hot path against a named baseline measured in the same run.
 
-Prints one table and writes ``benchmarks.json`` into the folder it is told. Every figure is a ratio
-of medians over interleaved repeats, on the same threads; none is asserted on.
+Prints one table, writes ``docs/performance.md`` and, into the folder it is told,
+``benchmarks.json``. Every ratio is of medians over interleaved repeats, on the same threads; none
+is asserted on.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
+import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
 
-import numpy as np
 import torch
-from palm_rlhf_pytorch import PaLM as OtherPaLM
 from rich.console import Console
 from rich.table import Table
 
-from actors.engine import Engine
-from common.logprobs import Sampling, draw, uniforms
-from common.model_config import ModelConfig
-from common.palm import PolicyNetwork
-from common.trajectory import RolloutRequest
-from common.weights import manifest_of
-from learner.supervised import EncodedPair, pack
+from tests.benchmarks import control_plane, decode, learner_step, sync, timeline
+from tests.benchmarks.measure import PROMPT, RESPONSE, SHAPE, THREADS, Result, product_rate
 
-REPEATS = 5
-SHAPE = ModelConfig(vocab_size=2048, dim=256, layers=6, heads=4, head_dim=64, context=112)
-PROMPT, RESPONSE, BATCH = 64, 48, 64
-THREADS = 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """One line of the table."""
-
-    metric: str
-    ours: str
-    baseline: str
-    ratio: float
-
-
-def interleaved(first: Callable[[], float], second: Callable[[], float]) -> tuple[float, float]:
-    """Median of each of two measurements, taken by turns so that noise hits both."""
-    pairs = [(first(), second()) for _ in range(REPEATS)]
-    return median(a for a, _ in pairs), median(b for _, b in pairs)
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """Wall time of a call."""
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
-
-
-def decode() -> Result:
-    """Tokens a second of our engine against palm-rlhf-pytorch's generate (no KV cache)."""
-    network = PolicyNetwork(SHAPE)
-    network.initialise(0)
-    network.eval()
-    never = SHAPE.vocab_size  # no token ends a response: both sides sample the same number
-    sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0)
-    engine = Engine(network.palm, eos_id=never, sampling=sampling, max_tokens=RESPONSE)
-    prompts = torch.randint(0, SHAPE.vocab_size, (BATCH, PROMPT))
-    requests = [
-        RolloutRequest(
-            rollout_id=str(i),
-            group=i,
-            prompt_uid="",
-            prompt_text="",
-            prompt_ids=row.tolist(),
-            seed=i,
-        )
-        for i, row in enumerate(prompts)
-    ]
-    other = OtherPaLM(num_tokens=SHAPE.vocab_size, dim=SHAPE.dim, depth=SHAPE.layers, heads=4)
-    few = prompts[: BATCH // 8]
-
-    def theirs() -> float:
-        took = seconds(
-            lambda: other.generate(
-                PROMPT + RESPONSE, few, use_tqdm=False, return_seq_without_prompt=True
-            )
-        )
-        return len(few) * RESPONSE / took
-
-    def ours() -> float:
-        return BATCH * RESPONSE / seconds(lambda: engine.generate(requests))
-
-    ours_rate, theirs_rate = interleaved(ours, theirs)
-    return Result(
-        metric="decode_vs_palm_rlhf",
-        ours=f"{ours_rate:,.0f} tokens/s",
-        baseline=f"{theirs_rate:,.0f} tokens/s (palm-rlhf-pytorch 0.8.0)",
-        ratio=ours_rate / theirs_rate,
-    )
-
-
-def sampling() -> Result:
-    """One draw for a batch against torch.multinomial on the same probabilities."""
-    logprobs = torch.randn(128, SHAPE.vocab_size).log_softmax(-1)
-    seeds, at = np.arange(128, dtype=np.uint64), np.zeros(128, dtype=np.uint64)
-    ours, theirs = interleaved(
-        lambda: seconds(lambda: draw(logprobs, uniforms(seeds, at))),
-        lambda: seconds(lambda: torch.multinomial(logprobs.exp(), 1)),
-    )
-    return Result(
-        metric="multinomial_vs_draw",
-        ours=f"{ours * 1e6:,.0f} us",
-        baseline=f"{theirs * 1e6:,.0f} us (torch.multinomial)",
-        ratio=theirs / ours,
-    )
-
-
-def weights() -> Result:
-    """Flattening and hashing all weights against a plain copy of the same bytes."""
-    network = PolicyNetwork(SHAPE)
-    network.initialise(0)
-    state = network.palm.state_dict()
-    flat = torch.cat([tensor.flatten() for tensor in state.values()])
-    ours, theirs = interleaved(
-        lambda: seconds(lambda: manifest_of(state, 0)), lambda: seconds(lambda: flat.clone())
-    )
-    return Result(
-        metric="publish_vs_copy",
-        ours=f"{ours * 1e3:.2f} ms",
-        baseline=f"{theirs * 1e3:.2f} ms (torch clone)",
-        ratio=ours / theirs,
-    )
-
-
-def packing() -> Result:
-    """Share of padding in packed supervised batches against one row a document."""
-    rng = np.random.default_rng(0)
-    sizes = rng.integers(8, 90, 4000)
-    pairs = [EncodedPair(prompt=[0] * int(n // 2), response=[0] * int(n - n // 2)) for n in sizes]
-    rows = pack(pairs, SHAPE.context)
-    waste = 1 - sizes.sum() / (len(rows) * SHAPE.context)
-    padded = 1 - sizes.sum() / (len(pairs) * SHAPE.context)
-    return Result(
-        metric="padding_waste",
-        ours=f"{waste:.1%}",
-        baseline=f"{padded:.1%} (one row a document)",
-        ratio=float(waste / padded),
-    )
+_PAGE = Path(__file__).with_name("performance.md")
+_PACKAGES = ("torch", "ray", "deepspeed", "transformers", "palm-rlhf-pytorch", "numpy", "pyarrow")
 
 
 def main(arguments: Sequence[str]) -> None:
     """Measure, print, write."""
-    out = Path(arguments[0])
+    # transformers has no business with the network here.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    begin = time.perf_counter()
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    table = Table(title=f"{THREADS} threads, medians of {REPEATS}", title_justify="left", box=None)
-    for column in ("metric", "ours", "baseline", "ratio"):
+    console = Console()
+    rates = {str(t).split(".")[-1]: product_rate(t) for t in (torch.float32, torch.bfloat16)}
+    results: list[Result] = []
+    with console.status("generation"):
+        found, spent = decode.run()
+        results += found
+    with console.status("learner"):
+        results += learner_step.run()
+    with console.status("weights"):
+        results += sync.run()
+    with console.status("control plane"):
+        results += control_plane.run()
+    with console.status("an iteration"):
+        found, lines = timeline.run()
+        results += found
+    table = Table(title=f"{THREADS} threads, medians", title_justify="left", box=None)
+    for column in ("metric", "ours", "baseline", "value", "of the limit"):
         table.add_column(column)
-    found = {}
-    for measure in (decode, sampling, weights, packing):
-        result = measure()
-        found[result.metric] = result.ratio
-        table.add_row(result.metric, result.ours, result.baseline, f"{result.ratio:.2f}")
-    Console().print(table)
+    for result in results:
+        table.add_row(result.metric, result.ours, result.baseline, value(result), result.limit)
+    console.print(table)
+    out = Path(arguments[0])
     out.mkdir(parents=True, exist_ok=True)
-    (out / "benchmarks.json").write_text(json.dumps(found, indent=1), encoding="utf8")
+    figures = {result.key: result.value for result in results}
+    (out / "benchmarks.json").write_text(json.dumps(figures, indent=1), encoding="utf8")
+    took = time.perf_counter() - begin
+    page = _PAGE.read_text(encoding="utf8")
+    for name, text in {
+        "machine": machine(rates, took),
+        "table": rows(results),
+        "profile": profile(spent),
+        "timeline": bars(lines),
+    }.items():
+        page = page.replace(f"<!-- {name} -->", text)
+    Path("docs/performance.md").write_text(page, encoding="utf8")
+    console.print(f"docs/performance.md and {out / 'benchmarks.json'} written in {took:.0f} s")
+
+
+def value(result: Result) -> str:
+    """A share in percent, a rate without decimals, a ratio with two."""
+    if result.key.endswith(("_share", "_of_limit", "_waste", "_async")):
+        return f"{result.value:.1%}"
+    return f"{result.value:,.0f}" if result.value > 1000 else f"{result.value:.2f}"
+
+
+def rows(results: Sequence[Result]) -> str:
+    """The table in Markdown."""
+    lines = ["| `benchmarks.json` | metric | ours | baseline | value | of the limit |"]
+    lines.append("|---|---|---|---|---:|---:|")
+    lines += [
+        f"| `{r.key}` | {r.metric} | {r.ours} | {r.baseline} | {value(r)} | {r.limit} |"
+        for r in results
+    ]
+    return "\n".join(lines)
+
+
+def machine(rates: Mapping[str, float], took: float) -> str:
+    """What it was measured on."""
+    info = Path("/proc/cpuinfo")
+    names = [x for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
+    name = names[0].split(":")[1].strip() if names else platform.processor()
+    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in _PACKAGES)
+    limits = ", ".join(f"{t} {rate / 1e9:,.0f} GFLOP/s" for t, rate in rates.items())
+    return (
+        f"- Machine: {name}, {os.cpu_count()} cores, {THREADS} threads; products of 2048 x 2048: "
+        f"{limits}.\n"
+        f"- Versions: Python {platform.python_version()}, {versions}.\n"
+        f"- Shape S: vocabulary {SHAPE.vocab_size}, width {SHAPE.dim}, {SHAPE.layers} layers, "
+        f"{SHAPE.heads} heads of {SHAPE.head_dim}, one key and value head; prompts of {PROMPT}, "
+        f"responses of {RESPONSE}, temperature 1.\n"
+        f"- The whole run took {took / 60:.0f} minutes."
+    )
+
+
+def profile(spent: Mapping[str, float]) -> str:
+    """What a generation run is spent on."""
+    total = sum(spent.values())
+    lines = ["| operation | ms | share |", "|---|---:|---:|"]
+    lines += [
+        f"| {name} | {took * 1e3:,.0f} | {took / total:.0%} |"
+        for name, took in sorted(spent.items(), key=lambda item: -item[1])
+    ]
+    return "\n".join(lines)
+
+
+def bars(lines: Mapping[str, Mapping[str, float]]) -> str:
+    """One iteration in both modes: the learner's time as a bar, the workers' as numbers."""
+    out = []
+    for name, spent in lines.items():
+        parts = {
+            "waits for rollouts": spent["collect_seconds"],
+            "learns": spent["learn_seconds"],
+            "publishes": spent["publish_seconds"],
+        }
+        parts["other"] = max(0.0, spent["seconds"] - sum(parts.values()))
+        out.append(f"{name}: an iteration takes {spent['seconds']:.2f} s")
+        at = 0.0
+        for part, took in parts.items():
+            width = round(60 * took / spent["seconds"])
+            out.append(
+                f"  learner {part:<19}|{' ' * round(at)}{'#' * width}".ljust(91)
+                + f"{took:6.2f} s {took / spent['seconds']:4.0%}"
+            )
+            at += 60 * took / spent["seconds"]
+        out.append(
+            f"  meanwhile: two actors generate {spent['generate_seconds']:.2f} s and load weights "
+            f"{spent['load_seconds']:.3f} s, a reward worker scores "
+            f"{spent['score_seconds']:.2f} s\n"
+        )
+    return "```text\n" + "\n".join(out).rstrip() + "\n```"
 
 
 if __name__ == "__main__":

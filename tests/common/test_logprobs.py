@@ -11,7 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.logprobs import Sampling, chosen_logprobs, draw, sampling_logprobs, uniforms
+from common.logprobs import (
+    Sampling,
+    chosen_logprobs,
+    draw,
+    sampling_logits,
+    sampling_logprobs,
+    uniforms,
+)
 
 LOGITS = st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=12)
 
@@ -29,21 +36,29 @@ def literal(logits: list[float], sampling: Sampling) -> list[float]:
             break
         nucleus.append(i)
         reached += weights[i] / total
+    floor = sampling.min_p * max(weights.values())
+    nucleus = [i for i in nucleus if weights[i] >= floor]
     total = sum(weights[i] for i in nucleus)
     return [weights[i] / total if i in nucleus else 0.0 for i in range(len(logits))]
 
 
 @given(
-    LOGITS, st.floats(0.25, 4), st.sampled_from([0, 1, 2, 5]), st.sampled_from([0.31, 0.83, 1.0])
+    LOGITS,
+    st.floats(0.25, 4),
+    st.sampled_from([0, 1, 2, 5]),
+    st.sampled_from([0.31, 0.83, 1.0]),
+    st.sampled_from([0.0, 0.07, 0.6]),
 )
 @settings(max_examples=300)
 def test_the_distribution_is_the_definition(
-    logits: list[float], temperature: float, top_k: int, top_p: float
+    logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
     scaled = sorted((x / temperature for x in logits), reverse=True)
     if any(abs(a - b) < 1e-4 for a, b in itertools.pairwise(scaled)):
         return  # ties may be kept in either order
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    if any(abs(math.exp(x - scaled[0]) - min_p) < 1e-4 for x in scaled) and min_p:
+        return  # rounding decides
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     expected = literal(logits, sampling)
     cumulated = np.cumsum(sorted(expected, reverse=True))
     if np.any(np.abs(cumulated - top_p) < 1e-4) and top_p < 1:
@@ -69,7 +84,8 @@ def test_draws_follow_the_distribution() -> None:
     n = 40_000
     seeds = np.arange(n, dtype=np.uint64)
     u = uniforms(seeds, np.full(n, 3, dtype=np.uint64))
-    drawn = draw(probabilities.log().expand(n, -1), u)
+    drawn, logprobs = draw(probabilities.log().expand(n, -1), u)
+    torch.testing.assert_close(logprobs, probabilities.log()[drawn])
     counts = torch.bincount(drawn, minlength=5).double()
     assert counts[1] == 0
     keep = probabilities > 0
@@ -81,8 +97,35 @@ def test_draws_follow_the_distribution() -> None:
 @given(st.floats(0, 1, exclude_max=True))
 def test_a_draw_never_hits_a_filtered_token(u: float) -> None:
     logits = torch.tensor([[-30.0, 2.0, 1.0, -30.0]])
-    logprobs = sampling_logprobs(logits, Sampling(top_k=2))
-    assert int(draw(logprobs, torch.tensor([u], dtype=torch.float64))) in (1, 2)
+    kept = sampling_logits(logits, Sampling(top_k=2))
+    assert int(draw(kept, torch.tensor([u], dtype=torch.float64))[0]) in (1, 2)
+
+
+@given(st.integers(1, 200), st.floats(0, 1, exclude_max=True), st.integers(0, 2**31))
+def test_a_draw_is_the_first_token_whose_cumulated_probability_passes_the_uniform(
+    vocabulary: int, u: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(1, vocabulary, generator=generator) * 3
+    if seed % 2 and vocabulary > 1:
+        logits[0, ::2] = -math.inf
+    token = int(draw(logits, torch.tensor([u], dtype=torch.float64))[0])
+    cumulated = logits.double().softmax(-1)[0].cumsum(0)
+    before = float(cumulated[token - 1]) if token else 0.0
+    assert logits[0, token] > -math.inf
+    assert before - 1e-6 <= u <= float(cumulated[token]) + 1e-6
+
+
+def test_endings_wait_for_the_minimum_length_in_engine_and_learner_alike() -> None:
+    logits = torch.tensor([[3.0, 1.0, 0.5], [3.0, 1.0, 0.5]])
+    sampling = Sampling(min_tokens=1, endings=(0,))
+    kept = sampling_logits(logits, sampling, positions=torch.tensor([0, 1]))
+    assert kept[0, 0] == -math.inf and kept[1, 0] == 3.0
+    found = chosen_logprobs(logits, torch.tensor([1, 0]), sampling)
+    expected = torch.stack((kept[0].log_softmax(-1)[1], kept[1].log_softmax(-1)[0]))
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match="positions"):
+        sampling_logits(logits, sampling)
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**20))

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from palm_rlhf_pytorch import PaLM as TheirPaLM
 
 from common.errors import CheckpointError
+from common.logprobs import Sampling, chosen_logprobs, chosen_reader
 from common.model_config import PRESETS, ModelConfig
 from common.palm import (
-    KVCache,
     PaLM,
     PolicyNetwork,
     ScalarNetwork,
@@ -63,40 +63,6 @@ def test_initial_logits_are_unit_normal(dim: int, layers: int, vocab: int) -> No
     """ln V + 1/2 at any size, once the input token's own logit (tied embeddings) is left out."""
     config = ModelConfig(vocab_size=vocab, dim=dim, layers=layers, heads=4, head_dim=32, context=64)
     assert abs(random_loss(config, hide_own=True) - initial_loss(config)) < 0.1
-
-
-@pytest.mark.parametrize("xpos", [False, True])
-def test_decoding_with_a_cache_equals_the_full_forward(xpos: bool) -> None:
-    palm = model(SHAPE.model_copy(update={"xpos": xpos}))
-    generator = torch.Generator().manual_seed(3)
-    lengths = torch.tensor([5, 1, 9])
-    tokens = torch.randint(0, 61, (3, 20), generator=generator)
-    cache = KVCache(SHAPE, 3, 20, palm.embedding.weight)
-    prompt = torch.zeros(3, 9, dtype=torch.int64)
-    for row, length in enumerate(lengths.tolist()):
-        prompt[row, :length] = tokens[row, :length]
-    logits = [palm.prefill(prompt, lengths, cache)]
-    for step in range(8):
-        logits.append(palm.decode(tokens[torch.arange(3), lengths + step], cache))
-    with torch.no_grad():
-        full = palm(tokens)
-    for step, found in enumerate(logits):
-        expected = full[torch.arange(3), lengths - 1 + step]
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-
-
-def test_cache_rows_can_leave() -> None:
-    palm = model()
-    tokens = torch.randint(0, 61, (4, 6), generator=torch.Generator().manual_seed(4))
-    cache = KVCache(SHAPE, 4, 10, palm.embedding.weight)
-    palm.prefill(tokens, torch.tensor([6, 3, 5, 2]), cache)
-    keep = torch.tensor([0, 2])
-    cache.select(keep)
-    found = palm.decode(torch.tensor([7, 8]), cache)
-    with torch.no_grad():
-        first = palm(torch.cat((tokens[0], torch.tensor([7])))[None])[0, -1]
-        second = palm(torch.cat((tokens[2, :5], torch.tensor([8])))[None])[0, -1]
-    torch.testing.assert_close(found, torch.stack((first, second)), atol=1e-5, rtol=0)
 
 
 @settings(max_examples=20, deadline=None)
@@ -158,11 +124,37 @@ def test_heads_read_the_positions_asked_for() -> None:
     torch.testing.assert_close(some_values[1], values[1, 7:9])
 
 
-def test_empty_prompt_and_missing_vocabulary_are_refused() -> None:
-    palm = model()
-    cache = KVCache(SHAPE, 1, 4, palm.embedding.weight)
-    with pytest.raises(ValueError, match="at least one token"):
-        palm.prefill(torch.zeros(1, 1, dtype=torch.int64), torch.tensor([0]), cache)
+@pytest.mark.parametrize("logits_mb", [4.0, 0.001])
+def test_logits_read_in_pieces_give_the_same_values_and_gradients(logits_mb: float) -> None:
+    tokens = torch.randint(0, 61, (3, 11), generator=torch.Generator().manual_seed(10))
+    predict = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 0], [9, 0, 0, 0]])
+    sampling = Sampling(temperature=0.8, top_k=7, min_tokens=2, endings=(3,))
+    policy = PolicyNetwork(SHAPE.model_copy(update={"logits_mb": logits_mb}))
+    policy.initialise(0)
+    chosen = tokens.gather(1, predict + 1)
+    chosen[chosen == 3] = 4
+    largest = 0
+
+    def more(logits: torch.Tensor) -> torch.Tensor:
+        nonlocal largest
+        largest = max(largest, len(logits))
+        return logits.logsumexp(-1)
+
+    read = chosen_reader(chosen, sampling, more)
+    found, _ = policy(tokens, predict_BR=predict, read=read)
+    found.square().sum().backward()
+    assert largest == (12 if logits_mb > 1 else 4)
+    gradients = [p.grad.clone() for p in policy.palm.parameters()]
+    policy.zero_grad()
+    logits, _ = policy(tokens, predict_BR=predict)
+    plain = torch.stack((chosen_logprobs(logits, chosen, sampling), logits.logsumexp(-1)), -1)
+    torch.testing.assert_close(found, plain)
+    plain.square().sum().backward()
+    for ours, parameter in zip(gradients, policy.palm.parameters(), strict=True):
+        torch.testing.assert_close(ours, parameter.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_a_missing_vocabulary_is_refused() -> None:
     with pytest.raises(ValueError, match="vocab_size"):
         PaLM(ModelConfig())
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -124,6 +126,30 @@ def test_micro_batches_hold_every_row_once_within_the_budget(
     for group in groups:
         longest = max(lengths[i] for i in group)
         assert len(group) == 1 or len(group) * longest <= budget
+
+
+@given(st.lists(st.integers(1, 900), min_size=1, max_size=7), st.integers(1, 2000))
+def test_micro_batches_are_the_cheapest_grouping(lengths: list[int], budget: int) -> None:
+    """Against every way to cut the sorted lengths; a pass costs 256 padded tokens."""
+
+    def cost(groups: list[list[int]]) -> int:
+        return sum(256 + len(group) * max(lengths[i] for i in group) for group in groups)
+
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    ways = []
+    for cuts in itertools.product([False, True], repeat=len(order) - 1):
+        groups = [[order[0]]]
+        for index, cut in zip(order[1:], cuts, strict=True):
+            groups.append([index]) if cut else groups[-1].append(index)
+        if all(len(g) == 1 or len(g) * lengths[g[0]] <= budget for g in groups):
+            ways.append(cost(groups))
+    assert cost(micro_batches(lengths, budget)) == min(ways)
+
+
+def test_padding_of_uniform_lengths_is_under_a_tenth() -> None:
+    lengths = np.random.default_rng(0).integers(8, 129, 512).tolist()
+    padded = sum(len(g) * max(lengths[i] for i in g) for g in micro_batches(lengths, 8192))
+    assert 1 - sum(lengths) / padded < 0.1
 
 
 def test_rows_are_padded_on_the_right() -> None:

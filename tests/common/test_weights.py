@@ -36,13 +36,14 @@ def palm(seed: int, shape: ModelConfig = SHAPE) -> PaLM:
     return network
 
 
-def in_slices(network: PaLM, ranks: int) -> tuple[Manifest, list[np.ndarray]]:
+def in_slices(network: PaLM, ranks: int) -> tuple[Manifest, list[list[np.ndarray]]]:
     """As a gang of ranks publishes: a slice each."""
-    whole, data = manifest_of(network.state_dict(), 7)
+    whole, (data,) = manifest_of(network.state_dict(), 7)
     pieces, payloads = [], []
     for rank in range(ranks):
         first, last = (4 * bound for bound in slice_bounds(whole.total // 4, ranks, rank))
-        payloads.append(data[first:last].copy())
+        middle = (first + last) // 2
+        payloads.append([data[first:middle].copy(), data[middle:last].copy()])
         pieces.append(
             Slice(rank=rank, offset=first, length=last - first, digest=digest(payloads[-1]))
         )
@@ -52,7 +53,7 @@ def in_slices(network: PaLM, ranks: int) -> tuple[Manifest, list[np.ndarray]]:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_slices_of_any_number_of_ranks_arrive(ranks: int) -> None:
     sender, receiver = palm(1), palm(2)
-    buffer = FlatBuffer(receiver)
+    buffer = FlatBuffer(receiver, torch.float32)
     manifest, payloads = in_slices(sender, ranks)
     assert buffer.load(manifest, payloads) == manifest.fingerprint
     assert state_hash(receiver.state_dict()) == state_hash(sender.state_dict())
@@ -63,25 +64,25 @@ def test_slices_of_any_number_of_ranks_arrive(ranks: int) -> None:
 @given(st.integers(0, 2**31), st.integers(0, 7))
 def test_one_flipped_bit_is_found(position: int, bit: int) -> None:
     manifest, payloads = in_slices(palm(1), 2)
-    where = position % payloads[1].nbytes
-    payloads[1][where] ^= np.uint8(1 << bit)
+    where = position % payloads[1][1].nbytes
+    payloads[1][1][where] ^= np.uint8(1 << bit)
     with pytest.raises(TrainingError, match=r"version 7.*rank 1 arrived corrupted"):
-        FlatBuffer(palm(2)).load(manifest, payloads)
+        FlatBuffer(palm(2), torch.float32).load(manifest, payloads)
 
 
 def test_what_does_not_fit_is_refused() -> None:
     manifest, payloads = in_slices(palm(1), 2)
     wide = dataclasses.replace(manifest, layout="other")
     with pytest.raises(TrainingError, match="another architecture"):
-        FlatBuffer(palm(2)).load(wide, payloads)
+        FlatBuffer(palm(2), torch.float32).load(wide, payloads)
     with pytest.raises(TrainingError, match="does not fit"):
-        FlatBuffer(palm(2)).load(manifest, [payloads[0], payloads[1][:-4]])
+        FlatBuffer(palm(2), torch.float32).load(manifest, [payloads[0], payloads[1][:1]])
     short = dataclasses.replace(manifest, slices=manifest.slices[:1])
     with pytest.raises(TrainingError, match="incomplete"):
-        FlatBuffer(palm(2)).load(short, payloads[:1])
+        FlatBuffer(palm(2), torch.float32).load(short, payloads[:1])
     other = ModelConfig(**{**SHAPE.model_dump(), "layers": 2})
     with pytest.raises(TrainingError, match="another architecture"):
-        FlatBuffer(palm(2, other)).load(manifest, payloads)
+        FlatBuffer(palm(2, other), torch.float32).load(manifest, payloads)
 
 
 @given(st.integers(0, 1000), st.integers(1, 9))

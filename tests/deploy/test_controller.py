@@ -58,7 +58,7 @@ class Run:
         reward = folder / "reward_model" / "reward.safetensors"
         kinds = {c.kind for c in config.reward_service.components.values()}
         model = reward if "model" in kinds else None
-        gang.call("begin_train", config, str(sft), str(model) if model else None)
+        gang.call("begin_train", config, str(sft), str(model) if model else None, 1)
         self.key = (
             f"{config.rollout.actors} {config.train.max_staleness > 0} "
             f"{config.reward_service.model_dump_json()}"
@@ -66,7 +66,7 @@ class Run:
         name = f"run{Run.count}"
         self.pools = _IDLE.pop(self.key, None) or (
             rollout_pool(config, name, folder / "tokenizer.json"),
-            reward_pool(config, name, sft, model),
+            reward_pool(config, name, folder / "tokenizer.json", sft, model),
         )
         self.failures = sum(pool.failures for pool in self.pools)
         self.controller = Controller(config, prompts_of(config), gang, *self.pools, stop_after)

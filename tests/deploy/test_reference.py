@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.config import RewardComponent
 from common.recipe import fields
+from common.worker_config import RewardComponent
 from deploy.reference import reference_page
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"

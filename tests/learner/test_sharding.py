@@ -70,7 +70,7 @@ def train(
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """Weights after some policy phases and an auxiliary one, and the metrics."""
     reward = str(config.run_dir / "reward_model" / "reward.safetensors")
-    gang.call("begin_train", config, str(config.run_dir / "sft" / "policy.safetensors"), reward)
+    gang.call("begin_train", config, str(config.run_dir / "sft" / "policy.safetensors"), reward, 1)
     metrics = []
     for iteration in range(iterations):
         log = str(config.run_dir / f"{iteration}.parquet")
@@ -112,9 +112,19 @@ def test_ranks_micro_batches_and_zero_stages_agree(
         "ZeRO 1": (2, 1, 60),
         "ZeRO 2": (2, 2, 60),
         "ZeRO 3": (2, 3, 60),
+        "ZeRO 2, logits in pieces": (2, 2, 4096),
+        "ZeRO 3, logits in pieces": (2, 3, 4096),
+        "ZeRO 2, activations made again": (2, 2, 4096),
+        "ZeRO 3, activations made again": (2, 3, 4096),
     }
     for name, (ranks, zero, budget) in cases.items():
         config = variant(workspace, tmp_path / name.replace(" ", "-"), zero=zero, budget=budget)
+        if "pieces" in name:
+            model = config.model.model_copy(update={"logits_mb": 0.01})
+            config = config.model_copy(update={"model": model})
+        if "again" in name:
+            model = config.model.model_copy(update={"activation_checkpointing": True})
+            config = config.model_copy(update={"model": model})
         weights, found = train(gangs[ranks], config)
         for ours, theirs in zip(found, metrics, strict=True):
             for key in ("policy_loss", "value_loss", "kl", "auxiliary/value_loss", "score"):

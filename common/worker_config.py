@@ -1,0 +1,123 @@
+"""Settings of the elastic workers: rollout actors and the reward service."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from common.model_config import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+
+
+class RolloutConfig(Section):
+    """Rollout actors and sampling."""
+
+    actors: PositiveInt = 2
+    """Rollout actors to start with."""
+    cpus_per_actor: PositiveFloat = 1.0
+    """Cores each actor asks Ray for; its threads follow."""
+    gpus_per_actor: NonNegativeFloat = 0.0
+    """GPUs each actor asks Ray for."""
+    lease_size: PositiveInt = 64
+    """Rollouts in one lease: the unit of work, of reissue and of batching."""
+    lease_deadline_s: PositiveFloat = 300.0
+    """A worker silent for longer is taken for hung, killed and replaced."""
+    max_response_tokens: PositiveInt = 32
+    """Longest response."""
+    temperature: NonNegativeFloat = 1.0
+    """Sampling temperature; 0 is greedy (evaluation only)."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus: the smallest set of tokens with at least this probability."""
+    top_k: NonNegativeInt = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    min_p: Fraction = 0.0
+    """Keep tokens at least this share as probable as the most probable one."""
+    min_response_tokens: NonNegativeInt = 0
+    """No response ends before it has so many tokens."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a response; the text itself is cut off."""
+    stop_ids: tuple[NonNegativeInt, ...] = ()
+    """Tokens that end a response, beside EOS."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of weights on the wire and of matrix products; softmax and log-probabilities stay fp32."""
+    slots: PositiveInt = 128
+    """Responses in work at once in one actor."""
+    cache_mb: PositiveFloat = 1024.0
+    """Memory of one actor for keys and values, in MiB; fewer slots are used when it is less."""
+    prefill_tokens: PositiveInt = 1024
+    """Prompt tokens that one step computes beside its decodes."""
+    kernels: Literal["auto", "native", "torch"] = "auto"
+    """native: compiled for the processor by gcc; torch: anywhere; auto: native where it can be."""
+
+    @model_validator(mode="after")
+    def _ends(self) -> RolloutConfig:
+        if self.min_response_tokens > self.max_response_tokens:
+            raise ValueError(
+                f"min_response_tokens={self.min_response_tokens} exceeds "
+                f"max_response_tokens={self.max_response_tokens}"
+            )
+        if "" in self.stop:
+            raise ValueError("stop: an empty text would end every response at once")
+        return self
+
+
+class RewardComponent(Section):
+    """One named term of the score."""
+
+    weight: float = 1.0
+    """Factor of this component in the score."""
+    kind: Literal["model", "function", "http"] = "model"
+    """The trained reward model, a Python function, or a remote endpoint."""
+    target: str = ""
+    """``package.module:function`` or the endpoint's URL."""
+    token_env: str = ""
+    """Name of the environment variable that holds the endpoint's bearer token."""
+    timeout_s: PositiveFloat = 10.0
+    """Longest wait for one HTTP request."""
+    max_concurrency: PositiveInt = 8
+    """HTTP requests under way at once."""
+    batch_size: PositiveInt = 32
+    """Responses in one HTTP request."""
+    max_retries: NonNegativeInt = 5
+    """Tries of one HTTP request after its first, before its responses are dead letters."""
+    give_up_after_s: PositiveFloat = 120.0
+    """Longest time that all tries of one HTTP request may take."""
+    dead_letters: str = ""
+    """File that responses given up are appended to, as JSON lines."""
+
+    @model_validator(mode="after")
+    def _target(self) -> RewardComponent:
+        if self.kind != "model" and not self.target:
+            raise ValueError(f"a {self.kind} component needs a target")
+        return self
+
+
+class RewardServiceConfig(Section):
+    """The reward service."""
+
+    replicas: PositiveInt = 1
+    """Reward workers."""
+    cpus_per_replica: PositiveFloat = 1.0
+    """Cores each worker asks Ray for."""
+    gpus_per_replica: NonNegativeFloat = 0.0
+    """GPUs each worker asks Ray for."""
+    micro_batch_tokens: PositiveInt = 8192
+    """Padded tokens of one frozen forward pass."""
+    components: Mapping[str, RewardComponent] = Field(
+        default_factory=lambda: {"reward_model": RewardComponent()}
+    )
+    """The score is the weighted sum of these."""
+
+    @model_validator(mode="after")
+    def _some(self) -> RewardServiceConfig:
+        if not self.components:
+            raise ValueError("at least one component is needed")
+        return self

@@ -1,0 +1,232 @@
+"""Generation: our engine against `transformers` and palm-rlhf-pytorch at the same shape."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from palm_rlhf_pytorch import PaLM as OtherPaLM
+
+from actors.engine import Engine
+from common.logprobs import Sampling
+from common.palm import PaLM
+from common.trajectory import RolloutRequest
+from tests.benchmarks.measure import (
+    PROMPT,
+    RESPONSE,
+    SHAPE,
+    Result,
+    interleaved,
+    product_rate,
+    seconds,
+)
+
+BATCH, MIXED, REPEATS = 128, 512, 5
+
+
+def requests(prompts: torch.Tensor) -> list[RolloutRequest]:
+    return [
+        RolloutRequest(
+            rollout_id=str(i),
+            group=i,
+            prompt_uid="",
+            prompt_text="",
+            prompt_ids=row.tolist(),
+            seed=i,
+        )
+        for i, row in enumerate(prompts)
+    ]
+
+
+def engine(dtype: torch.dtype) -> Engine:
+    palm = PaLM(SHAPE)
+    palm.initialise(0)
+    palm.eval().requires_grad_(False).to(dtype)
+    # No token ends a response: all sides sample the same numbers of tokens.
+    return Engine(palm, eos_id=SHAPE.vocab_size, sampling=Sampling(), max_tokens=RESPONSE)
+
+
+def their_model(dtype: torch.dtype) -> Any:
+    """A model of the same shape in transformers: parallel blocks, one KV head, SwiGLU, tied."""
+    from transformers import CohereConfig, CohereForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    config = CohereConfig(
+        vocab_size=SHAPE.vocab_size,
+        hidden_size=SHAPE.dim,
+        intermediate_size=SHAPE.ff_mult * SHAPE.dim,
+        num_hidden_layers=SHAPE.layers,
+        num_attention_heads=SHAPE.heads,
+        num_key_value_heads=1,
+        max_position_embeddings=SHAPE.context,
+        tie_word_embeddings=True,
+        logit_scale=SHAPE.dim**-0.5,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return CohereForCausalLM(config).eval().to(dtype)
+
+
+def generate(model: Any, prompts: torch.Tensor, length: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=length,
+            min_new_tokens=length,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+        )
+    assert made.shape == (len(prompts), prompts.shape[1] + length)
+
+
+def operations() -> tuple[float, float]:
+    """Floating-point operations of one token: through the blocks, and to the logits."""
+    inner, ff = SHAPE.heads * SHAPE.head_dim, SHAPE.ff_mult * SHAPE.dim
+    block = SHAPE.dim * (inner + 2 * SHAPE.head_dim + 2 * ff) + (inner + ff) * SHAPE.dim
+    return 2.0 * SHAPE.layers * block, 2.0 * SHAPE.dim * SHAPE.vocab_size
+
+
+def profile(made: Engine, asked: list[RolloutRequest]) -> dict[str, float]:
+    """Seconds of one run by what they were spent on."""
+    spent: dict[str, float] = {}
+
+    def timed(owner: Any, name: str, label: str) -> Callable[[], None]:
+        plain = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            found = plain(*args, **kwargs)
+            spent[label] = spent.get(label, 0.0) + time.perf_counter() - begin
+            return found
+
+        setattr(owner, name, call)
+        return lambda: setattr(owner, name, plain)
+
+    kernels = made.decoder.kernels
+    undo = [
+        timed(kernels, "attend", "attention, rotation, cache"),
+        timed(kernels, "activate", "SwiGLU"),
+        timed(kernels, "add_norm", "residual and norms"),
+        timed(made, "_draw", "sampling"),
+        timed(made.decoder, "forward", "forward"),
+    ]
+    total = seconds(lambda: made.generate(asked))
+    for restore in undo:
+        restore()
+    forward = spent.pop("forward")
+    inside = sum(v for k, v in spent.items() if k != "sampling")
+    spent["matrix products"] = forward - inside
+    spent["scheduling"] = total - forward - spent["sampling"]
+    return spent
+
+
+def run() -> tuple[list[Result], dict[str, float]]:
+    """The results, and the seconds of one bf16 run by operation."""
+    torch.manual_seed(0)
+    prompts = torch.randint(1, SHAPE.vocab_size, (MIXED, PROMPT))
+    limits = torch.randint(8, 129, (MIXED,)).tolist()
+    asked, many = requests(prompts[:BATCH]), requests(prompts)
+    ours, exact = engine(torch.bfloat16), engine(torch.float32)
+    theirs = {t: their_model(t) for t in (torch.float32, torch.bfloat16)}
+    found = interleaved(
+        {
+            "bf16": lambda: ours.generate(asked),
+            "fp32": lambda: exact.generate(asked),
+            "hf": lambda: generate(theirs[torch.float32], prompts[:BATCH], RESPONSE),
+            "hf bf16": lambda: generate(theirs[torch.bfloat16], prompts[:BATCH], RESPONSE),
+        },
+        REPEATS,
+    )
+    rate = {name: BATCH * RESPONSE / took for name, took in found.items()}
+
+    def padded() -> None:
+        for at in range(0, MIXED, BATCH):
+            generate(theirs[torch.float32], prompts[at : at + BATCH], max(limits[at : at + BATCH]))
+
+    mixed = interleaved({"ours": lambda: ours.generate(many, limits), "hf": padded}, 3)
+    mixed_rate = {name: sum(limits) / took for name, took in mixed.items()}
+
+    blocks, logits = operations()
+    work = BATCH * ((PROMPT + RESPONSE - 1) * blocks + RESPONSE * logits)
+    share = work / found["bf16"] / product_rate(torch.bfloat16)
+    spent = profile(ours, asked)
+
+    # Without a cache: a minute a run.
+    other = OtherPaLM(
+        num_tokens=SHAPE.vocab_size, dim=SHAPE.dim, depth=SHAPE.layers, heads=4, dim_head=64
+    ).eval()
+    half = BATCH // 2
+    slow = interleaved(
+        {
+            "ours": lambda: ours.generate(asked[:half]),
+            "theirs": lambda: other.generate(
+                PROMPT + RESPONSE, prompts[:half], use_tqdm=False, return_seq_without_prompt=True
+            ),
+        },
+        2,
+    )
+    slow_rate = {name: half * RESPONSE / took for name, took in slow.items()}
+    steps = sum(spent.values())
+    return [
+        Result(
+            key="decode_vs_hf",
+            value=rate["bf16"] / rate["hf"],
+            metric=f"decode, {BATCH} x ({PROMPT} + {RESPONSE}) tokens",
+            ours=f"{rate['bf16']:,.0f} tokens/s",
+            baseline=f"{rate['hf']:,.0f} transformers generate, its default fp32",
+            limit=f"{share:.0%}",
+        ),
+        Result(
+            key="decode_vs_hf_bf16",
+            value=rate["bf16"] / rate["hf bf16"],
+            metric="the same",
+            ours=f"{rate['bf16']:,.0f} tokens/s",
+            baseline=f"{rate['hf bf16']:,.0f} transformers generate, bf16",
+        ),
+        Result(
+            key="decode_fp32_vs_hf",
+            value=rate["fp32"] / rate["hf"],
+            metric="the same, fp32 throughout",
+            ours=f"{rate['fp32']:,.0f} tokens/s",
+            baseline=f"{rate['hf']:,.0f} transformers generate, fp32",
+            limit=f"{work / found['fp32'] / product_rate(torch.float32):.0%}",
+        ),
+        Result(
+            key="decode_mixed_vs_hf",
+            value=mixed_rate["ours"] / mixed_rate["hf"],
+            metric=f"decode, {MIXED} responses of 8 to 128 tokens",
+            ours=f"{mixed_rate['ours']:,.0f} tokens/s",
+            baseline=f"{mixed_rate['hf']:,.0f} transformers generate, batches of {BATCH}",
+        ),
+        Result(
+            key="decode_vs_palm_rlhf",
+            value=slow_rate["ours"] / slow_rate["theirs"],
+            metric=f"decode, batch {half}",
+            ours=f"{slow_rate['ours']:,.0f} tokens/s",
+            baseline=f"{slow_rate['theirs']:,.0f} palm-rlhf-pytorch 0.8.0 generate",
+        ),
+        Result(
+            key="decode_share_of_limit",
+            value=share,
+            metric="decode, share of the matrix-product limit",
+            ours=f"{work / found['bf16'] / 1e9:,.0f} GFLOP/s",
+            baseline=f"{work / found['bf16'] / share / 1e9:,.0f} bf16 product of 2048 x 2048",
+            limit=f"{share:.0%}",
+        ),
+        Result(
+            key="sampling_share",
+            value=spent["sampling"] / steps,
+            metric="sampling, share of a run",
+            ours=f"{spent['sampling'] * 1e3:,.0f} ms",
+            baseline=f"{steps * 1e3:,.0f} ms, all of the run",
+        ),
+    ], spent

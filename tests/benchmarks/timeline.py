@@ -1,0 +1,113 @@
+"""Where an iteration's time goes: two learner ranks, two rollout actors and a reward worker."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import ray
+
+from actors.prompts import EncodedPrompt
+from common.config import RunConfig
+from common.palm import PolicyNetwork, ScalarNetwork
+from common.tokenizer import Tokenizer
+from common.weights import save_weights
+from deploy.controller import Controller
+from deploy.gang import LearnerGang
+from deploy.placement import reward_pool, rollout_pool
+from tests.benchmarks.measure import PROMPT, RESPONSE, SHAPE, Result, start_ray
+
+ITERATIONS = 7
+PARTS = ("wait for rollouts", "learn", "publish", "other")
+
+
+def recipe(folder: Path, staleness: int) -> RunConfig:
+    """Shape S; four policy epochs make learning the longer side."""
+    return RunConfig.model_validate(
+        {
+            "name": f"staleness-{staleness}",
+            "output": str(folder),
+            "model": SHAPE.model_dump(),
+            "learner": {"ranks": 2, "zero_stage": 2, "cpus_per_rank": 0.4, "precision": "bf16"},
+            "rollout": {
+                "actors": 2,
+                "cpus_per_actor": 0.4,
+                "lease_size": 64,
+                "max_response_tokens": RESPONSE,
+                "precision": "bf16",
+            },
+            "reward_service": {"cpus_per_replica": 0.2},
+            "train": {
+                "iterations": ITERATIONS,
+                "prompts_per_iteration": 128,
+                "minibatches": 2,
+                "e_pi": 2,
+                "lr": 1e-5,
+                "stop_kl": None,
+                "ppg": None,
+                "max_staleness": staleness,
+            },
+        }
+    )
+
+
+def seconds(folder: Path, staleness: int) -> dict[str, float]:
+    """Medians over the iterations after warm-up."""
+    config = recipe(folder, staleness)
+    config.run_dir.mkdir(parents=True)
+    tokenizer = Tokenizer.train(["a tokenizer of letters"], 270)
+    tokenizer.save(config.run_dir / "tokenizer.json")
+    policy, reward = PolicyNetwork(config.model), ScalarNetwork(config.model)
+    policy.initialise(0)
+    reward.initialise(1)
+    paths = [config.run_dir / f"{name}.safetensors" for name in ("policy", "reward")]
+    for network, path in zip((policy, reward), paths, strict=True):
+        save_weights(network.state_dict(), path, {})
+    rng = np.random.default_rng(0)
+    prompts = [
+        EncodedPrompt(uid=str(i), text="", ids=rng.integers(2, 2048, PROMPT).tolist())
+        for i in range(128 * ITERATIONS)
+    ]
+    start_ray(2**30)
+    gang = LearnerGang(config, config.name)
+    gang.call("begin_train", config, *(str(path) for path in paths), tokenizer.eos_id)
+    pools = (
+        rollout_pool(config, config.name, config.run_dir / "tokenizer.json"),
+        reward_pool(config, config.name, config.run_dir / "tokenizer.json", *paths),
+    )
+    Controller(config, prompts, gang, *pools).run()
+    for pool in pools:
+        pool.stop()
+    gang.stop()
+    ray.shutdown()
+    lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line)["metrics"] for line in lines][2:]
+    return {
+        key: median(row[key] for row in rows)
+        for key in (
+            *("seconds", "collect_seconds", "learn_seconds", "publish_seconds"),
+            *("generate_seconds", "score_seconds", "load_seconds"),
+        )
+    }
+
+
+def run() -> tuple[list[Result], dict[str, dict[str, float]]]:
+    """The learner's idle share, and both timelines."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = {
+            name: seconds(Path(folder), staleness)
+            for name, staleness in (("synchronous", 0), ("asynchronous", 1))
+        }
+    idle = {name: t["collect_seconds"] / t["seconds"] for name, t in found.items()}
+    return [
+        Result(
+            key="learner_idle_async",
+            value=idle["asynchronous"],
+            metric="learner idle, asynchronous (staleness 1)",
+            ours=f"{idle['asynchronous']:.0%} of an iteration",
+            baseline=f"{idle['synchronous']:.0%} synchronous",
+        )
+    ], found
