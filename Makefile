@@ -44,3 +44,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 $(VENV)/.tested: $(VENV)/.installed requirements-test.lock
 	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.lock
 	@touch $@
+
+$(VENV)/.benched: $(VENV)/.tested requirements-bench.lock
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.lock
+	@touch $@

@@ -60,6 +60,9 @@ class Decoder:
         shape = (config.layers, slots, config.context, config.head_dim)
         self.keys = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self.values = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        inner = config.heads * config.head_dim
+        self._kv = slice(inner, inner + 2 * config.head_dim)
+        """Rows of the input projection that make keys and values."""
         self.kernels = self._choose(kernels)
         self.refresh()
 
@@ -98,12 +101,19 @@ class Decoder:
         both = x.new_empty(len(x), self._layers[0].outward.shape[1], dtype=self.dtype)
         added: Tensor | None = None
         for index, layer in enumerate(self._layers):
-            fused = F.linear(kernels.add_norm(x, added, layer.norm), layer.inward)
+            normed = kernels.add_norm(x, added, layer.norm)
+            if index == len(self._layers) - 1 and step.used < len(x):
+                # Of a prompt's earlier tokens the last layer owes later ones its keys and values,
+                # and nothing else.
+                kernels.store(index, F.linear(normed[step.used :], layer.inward[self._kv]))
+                x, both = x[: step.used], both[: step.used]
+                normed = normed[: step.used]
+            fused = F.linear(normed, layer.inward)
             kernels.attend(index, fused, both)
             kernels.activate(fused, both)
             added = F.linear(both, layer.outward)
         assert added is not None
-        last = kernels.add_norm(x[: step.used], added[: step.used], self._norm)
+        last = kernels.add_norm(x, added, self._norm)
         return F.linear(last, self._embedding)
 
     def move(self, source: int, target: int, positions: int) -> None:

@@ -101,22 +101,30 @@ static void attend_row(const float *q, const real *keys, const real *values, int
     }
 }
 
-/* Rotate, write keys and values, copy shared prefixes, attend.
- * fused [rows, width]: q | k | v | ...; tables [context, HALF]; keys, values [slots, context,
- * HEAD_DIM] of this layer; copies: triples (source, target, positions); out [rows, out_width]. */
-void attend(const real *fused, int64_t width, int64_t rows, const int64_t *slots,
-            const int64_t *positions, const float *cos_q, const float *sin_q, const float *cos_k,
-            const float *sin_k, real *keys, real *values, int64_t context, const int64_t *copies,
-            int64_t copied, real *out, int64_t out_width) {
+/* Rotate keys and write them and values to the cache; kv [rows, width] begins with the key. */
+void store(const real *kv, int64_t width, int64_t rows, const int64_t *slots,
+           const int64_t *positions, const float *cos_k, const float *sin_k, real *keys,
+           real *values, int64_t context) {
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
-        const real *key = fused + row * width + HEADS * HEAD_DIM;
+        const real *key = kv + row * width;
         int64_t at = positions[row], place = (slots[row] * context + at) * HEAD_DIM;
         float turned[HEAD_DIM];
         rotate(key, cos_k + at * HALF, sin_k + at * HALF, turned);
         for (int i = 0; i < HEAD_DIM; i++) keys[place + i] = narrow(turned[i]);
         memcpy(values + place, key + HEAD_DIM, HEAD_DIM * sizeof(real));
     }
+}
+
+/* Store, copy shared prefixes, attend.
+ * fused [rows, width]: q | k | v | ...; tables [context, HALF]; keys, values [slots, context,
+ * HEAD_DIM] of this layer; copies: triples (source, target, positions); out [rows, out_width]. */
+void attend(const real *fused, int64_t width, int64_t rows, const int64_t *slots,
+            const int64_t *positions, const float *cos_q, const float *sin_q, const float *cos_k,
+            const float *sin_k, real *keys, real *values, int64_t context, const int64_t *copies,
+            int64_t copied, real *out, int64_t out_width) {
+    store(fused + HEADS * HEAD_DIM, width, rows, slots, positions, cos_k, sin_k, keys, values,
+          context);
     for (int64_t c = 0; c < copied; c++) { /* in order: a target may be a later source */
         int64_t from = copies[3 * c] * context * HEAD_DIM, to = copies[3 * c + 1] * context * HEAD_DIM;
         size_t bytes = copies[3 * c + 2] * HEAD_DIM * sizeof(real);

@@ -65,8 +65,19 @@ class NativeKernels:
             dtype=torch.int64,
         )
 
+    def store(self, layer: int, kv: Tensor) -> None:
+        """Write keys and values ``[N - used, 2 K]`` of the rows after the newest to the cache."""
+        rows, width = kv.shape
+        step = self._step
+        self._library.store(
+            *(_at(kv), _size(width), _size(rows), _at(step.slots, step.used)),
+            *(_at(step.positions, step.used), *(_at(table) for table in self._tables[2:])),
+            *(_at(self._keys[layer]), _at(self._values[layer]), _size(self._config.context)),
+        )
+
     def attend(self, layer: int, fused: Tensor, out: Tensor) -> None:
-        """Rotate, write the cache, attend: ``fused [N, q + k + v + ...]`` to the left of `out`."""
+        """Rotate, write the cache, attend: ``fused [n, q + k + v + ...]`` of the first n rows, to
+        the left of `out`."""
         rows, width = fused.shape
         self._library.attend(
             *(_at(fused), _size(width), _size(rows), _at(self._step.slots)),

@@ -52,17 +52,26 @@ class TorchKernels:
         self._bias = bias[:, None].expand(-1, self._config.heads, -1)
         self._prefill = _prefill(step.chunks, newest.device) if step.chunks else None
 
+    def store(self, layer: int, kv: Tensor) -> None:
+        """Write keys and values ``[N - used, 2 K]`` of the rows after the newest to the cache."""
+        self._write(layer, kv, slice(self._step.used, None))
+
+    def _write(self, layer: int, kv: Tensor, rows: slice) -> None:
+        slots, at = self._step.slots[rows], self._step.positions[rows]
+        k, v = kv.chunk(2, dim=-1)
+        self._keys[layer][slots, at] = _rotate(k, self._cos_k[at], self._sin_k[at])
+        self._values[layer][slots, at] = v
+
     def attend(self, layer: int, fused: Tensor, out: Tensor) -> None:
-        """Rotate, write the cache, attend: ``fused [N, q + k + v + ...]`` to the left of `out`."""
+        """Rotate, write the cache, attend: ``fused [n, q + k + v + ...]`` of the first n rows, to
+        the left of `out`."""
         step, heads, width = self._step, self._config.heads, self._config.head_dim
-        inner = heads * width
+        inner, rows = heads * width, len(fused)
         keys, values = self._keys[layer], self._values[layer]
-        at = step.positions
-        q = fused[:, :inner].view(len(fused), heads, width)
+        at = step.positions[:rows]
+        q = fused[:, :inner].view(rows, heads, width)
         q = _rotate(q, self._cos_q[at][:, None], self._sin_q[at][:, None])
-        k = _rotate(fused[:, inner : inner + width], self._cos_k[at], self._sin_k[at])
-        keys[step.slots, at] = k
-        values[step.slots, at] = fused[:, inner + width : inner + 2 * width]
+        self._write(layer, fused[:, inner : inner + 2 * width], slice(rows))
         for copy in step.copies:
             keys[copy.targets, : copy.positions] = keys[copy.source, : copy.positions]
             values[copy.targets, : copy.positions] = values[copy.source, : copy.positions]
@@ -71,9 +80,9 @@ class TorchKernels:
         # One key and value head: [S, H, K] x [S, K, reach] in one product, nothing expanded.
         scores = torch.baddbmm(self._bias, q[: step.used], near.transpose(1, 2), alpha=width**-0.5)
         weights = torch.softmax(scores, -1, dtype=torch.float32).to(self._dtype)
-        mixed = out[:, :inner].view(len(fused), heads, width)
+        mixed = out[:, :inner].view(rows, heads, width)
         mixed[: step.used] = torch.bmm(weights, seen)
-        if self._prefill is not None:
+        if self._prefill is not None and rows > step.used:
             mixed[step.used :] = self._attend_prompts(q[step.used :], keys, values, self._prefill)
 
     def activate(self, fused: Tensor, out: Tensor) -> None:

@@ -24,7 +24,7 @@ from tests.benchmarks.measure import (
     seconds,
 )
 
-BATCH, MIXED, REPEATS = 128, 512, 5
+BATCH, MIXED, REPEATS = 128, 1024, 5
 
 
 def requests(prompts: torch.Tensor) -> list[RolloutRequest]:

@@ -111,7 +111,8 @@ def test_tests_and_files_that_are_named_exist(path: Path) -> None:
 
 def test_every_dependency_has_its_reason_and_no_other() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["test"], *extras["bench"]]
     text = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf8")
     listed = re.findall(r"^\| `([\w-]+)(?:\[\w+\])?` \| \S", text, re.MULTILINE)
     assert sorted(listed) == sorted(Requirement(text).name for text in wanted)
