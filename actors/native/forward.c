@@ -1,6 +1,4 @@
 /* One step of all slots: the whole forward in one call, so that nothing waits for Python. */
-#include <omp.h>
-
 #include "attention.c"
 #include "products.c"
 #include "rows.c"

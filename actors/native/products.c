@@ -4,10 +4,12 @@
  * where there is an instruction for pairs), so that the inner loop reads it front to back. Between
  * the two sides of SwiGLU a panel has 32 columns of `up` and the same 32 of `gate`.
  */
+#include <omp.h>
+
 #include "native.h"
 
 #define ROWS 6 /* rows of a tile: 6 x 4 vectors of sums, and the weights, fill the registers */
-#define CHUNK 66
+#define CHUNK 66 /* rows of a task; twice as many where there are panels enough to share out */
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -162,12 +164,14 @@ typedef struct {
 /* a [rows, stride] times the weights of all parts, in one loop: more tasks, better shared out. */
 static void product(const real *a, int64_t stride, int64_t rows, const part *parts, int64_t count,
                     const soon *next) {
-    int64_t chunks = (rows + CHUNK - 1) / CHUNK, panels = 0;
+    int64_t panels = 0;
     for (int64_t i = 0; i < count; i++) panels += parts[i].weights.panels;
+    int64_t size = panels >= 4 * omp_get_max_threads() ? 2 * CHUNK : CHUNK;
+    int64_t chunks = (rows + size - 1) / size;
 #pragma omp parallel for schedule(dynamic, 1)
     for (int64_t task = 0; task < panels * chunks; task++) {
-        int64_t panel = task / chunks, begin = task % chunks * CHUNK;
-        int64_t end = begin + CHUNK < rows ? begin + CHUNK : rows;
+        int64_t panel = task / chunks, begin = task % chunks * size;
+        int64_t end = begin + size < rows ? begin + size : rows;
         const part *p = parts;
         for (; panel >= p->weights.panels; p++) panel -= p->weights.panels;
         int64_t item = p->how == FLOAT || p->how == ADD ? sizeof(float) : sizeof(real);
