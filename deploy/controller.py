@@ -18,6 +18,7 @@ iterations ahead, and rollouts are sampled while the learner trains.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ import ray
 from actors.prompts import EncodedPrompt, PromptStream
 from actors.rollout_actor import LeaseFacts
 from common.config import RunConfig
-from common.errors import RewardError, TrainingError
+from common.errors import RewardError
 from common.weights import Manifest
 from deploy import checkpoints
 from deploy.collector import Collector, Scored, Weights
@@ -203,25 +204,14 @@ class Controller:
     def _collect(self, iteration: int) -> tuple[list[Scored], float]:
         """Every rollout of an iteration, in rollout_id order, and the seconds waited."""
         begin = time.perf_counter()
-        wanted = self.config.train.batch_size
-        while True:
-            mine = [s for s in self.collector.scored if s.iteration == iteration]
-            dead = self.collector.dead_letters[iteration]
-            if sum(len(s.rollout_ids) for s in mine) + dead >= wanted:
-                break
+        train = self.config.train
+        oldest = iteration - train.max_staleness
+        while (mine := self.collector.take(iteration, oldest=oldest, stale=train.stale)) is None:
             self.collector.pump()
         if not mine:
             raise RewardError(
                 f"every rollout of iteration {iteration} was given up by the reward service; "
                 f"the last: {self.collector.last_dead_letter}"
-            )
-        self.collector.scored = [s for s in self.collector.scored if s not in mine]
-        mine.sort(key=lambda s: s.rollout_ids[0])
-        oldest = iteration - min(s.policy_version for s in mine)
-        if oldest > self.config.train.max_staleness:
-            raise TrainingError(
-                f"iteration {iteration}: a rollout is {oldest} versions old, allowed are "
-                f"{self.config.train.max_staleness}"
             )
         return mine, time.perf_counter() - begin
 
@@ -247,7 +237,9 @@ class Controller:
 
     def _statistics(self, batch: Sequence[Scored]) -> dict[str, float]:
         """Rates and means of the rollouts that arrived since the last iteration."""
-        staleness = [self.iteration - s.policy_version for s in batch]
+        staleness: Counter[int] = Counter()
+        for scored in batch:
+            staleness[self.iteration - scored.policy_version] += len(scored.rollout_ids)
         found = {
             "tokens_per_second": self._tokens / max(self._generate_s, 1e-9),
             "generate_seconds": self._generate_s,
@@ -255,6 +247,8 @@ class Controller:
             "score_seconds": self.collector.score_seconds,
             "staleness": float(max(staleness)),
         }
+        found |= {f"staleness/{age}": float(n) for age, n in sorted(staleness.items())}
+        found |= self.collector.counts()
         found |= {f"component/{k}": v for k, v in self.collector.component_means.items()}
         self._tokens, self._generate_s, self._load_s = 0, 0.0, 0.0
         self.collector.score_seconds = 0.0

@@ -36,7 +36,11 @@ class LearnerGang:
         bundle = {"CPU": settings.cpus_per_rank}
         if settings.gpus_per_rank:
             bundle["GPU"] = settings.gpus_per_rank
-        self._group: PlacementGroup = placement_group([bundle] * settings.ranks, strategy="PACK")
+        self._group: PlacementGroup = placement_group(
+            [bundle] * settings.ranks,
+            strategy="PACK",
+            bundle_label_selector=[dict(settings.labels)] * settings.ranks,
+        )
         if not self._group.wait(config.cluster.start_timeout_s):
             remove_placement_group(self._group)
             raise ClusterError(

@@ -253,7 +253,7 @@ def test_a_worker_that_keeps_dying_ends_the_run_with_its_cause(
         controller.collector.rollout.make = lambda name: _Broken.options(num_cpus=0.1).remote()
         controller.collector.rollout.stop()
         controller.collector.rollout.scale(2)
-        with pytest.raises(WorkerError, match=r"rollout workers failed in a row.*rollout-\d"):
+        with pytest.raises(WorkerError, match=r"4 rollout workers failed within.*rollout-\d"):
             controller.run()
 
 
