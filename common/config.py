@@ -56,7 +56,9 @@ class LearnerConfig(Section):
     gpus_per_rank: NonNegativeFloat = 0.0
     """GPUs each rank asks Ray for."""
     deadline_s: PositiveFloat = 600.0
-    """Longest wait for one call to the gang; then the run stops and names the rank."""
+    """Longest wait for one call to the gang; then a silent rank is taken for dead."""
+    max_restarts: NonNegativeInt = 3
+    """Times that one controller builds the gang again after a rank died; then the run stops."""
 
 
 class SftConfig(Section):
@@ -173,8 +175,8 @@ class TrainConfig(Section):
     """Largest global gradient norm."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""
-    checkpoint_every: NonNegativeInt = 0
-    """Iterations between checkpoints; 0 writes one at the end only."""
+    checkpoint_every: NonNegativeInt = 5
+    """Iterations between checkpoints: the most that a death costs. 0 writes one at the end only."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints to keep."""
 
@@ -251,6 +253,8 @@ class ClusterConfig(Section):
     """Longest wait for workers to start."""
     max_restarts: NonNegativeInt = 10
     """Restarts of elastic workers before the run gives up."""
+    stop_timeout_s: PositiveFloat = 60.0
+    """Longest wait of a terminated command for the run to stop with a checkpoint."""
 
 
 class RunConfig(Section):

@@ -54,6 +54,10 @@ class Scored:
     """Iteration that the rollouts were issued for."""
     policy_version: int
     """Oldest version in the table."""
+    newest: int
+    """Newest version in the table."""
+    leases: tuple[Lease, ...]
+    """What the rollouts were leased as; dead letters among them are not in the table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,8 @@ class Collector:
         self._sampling: dict[ray.ObjectRef[Any], _Sampling] = {}
         self._sampled: list[_Sampled] = []
         self._scoring: dict[ray.ObjectRef[Any], _Scoring] = {}
+        self._void: set[ray.ObjectRef[Any]] = set()
+        """Calls of a history that was rolled back: what they bring is thrown away."""
 
     def pump(self, timeout: float = 0.1) -> None:
         """Dispatch what can be dispatched, and take in what has finished."""
@@ -163,10 +169,61 @@ class Collector:
             )
             self._scoring[facts] = _Scoring(scorer.name, part, table, now + self._deadline_s)
 
+    # ------------------------------------------------------------------ the learner's restart
+
+    def rewind(self, ledger: Ledger, version: int, max_staleness: int) -> None:
+        """Go on with the books of an earlier policy version, every request in them queued again.
+
+        Of what was in flight, rollouts sampled from that version or an older one are kept where
+        staleness allows; all others are of a history that is no more. Their workers go on, and what
+        they bring is thrown away.
+        """
+
+        def fits(iteration: int, *sampled_from: int) -> bool:
+            return max(sampled_from) <= version and iteration - min(sampled_from) <= max_staleness
+
+        def fit(*sampled: _Sampled) -> bool:
+            return fits(sampled[0].lease.iteration, *(s.facts.policy_version for s in sampled))
+
+        self.scored = [s for s in self.scored if fits(s.iteration, s.policy_version, s.newest)]
+        self._sampled = [s for s in self._sampled if fit(s)]
+        self._void |= {
+            ref
+            for ref, job in self._sampling.items()
+            if not fits(job.lease.iteration, job.weights.manifest.policy_version)
+        }
+        self._void |= {ref for ref, job in self._scoring.items() if not fit(*job.sampled)}
+        kept = [lease for s in self.scored for lease in s.leases]
+        kept += [s.lease for s in self._sampled]
+        kept += [job.lease for ref, job in self._sampling.items() if ref not in self._void]
+        for ref, job in self._scoring.items():
+            kept += [s.lease for s in job.sampled if ref not in self._void]
+        self.ledger = ledger
+        ledger.adopt(kept)
+        self.dead_letters.clear()
+        for s in self.scored:
+            self._commit_again(s)
+
+    def _commit_again(self, scored: Scored) -> None:
+        """In new books: what a lease has more than the table was a dead letter."""
+        for lease in scored.leases:
+            ids = [request.rollout_id for request in lease.requests]
+            self.ledger.commit(lease.lease_id, ids)
+            dead = set(ids).difference(scored.rollout_ids)
+            self.ledger.drop(dead, "dead letter")
+            self.dead_letters[lease.iteration] += len(dead)
+
+    def _is_void(self, ref: ray.ObjectRef[Any]) -> bool:
+        void = ref in self._void
+        self._void.discard(ref)
+        return void
+
     # ------------------------------------------------------------------ taking in
 
     def _take_sampled(self, ref: ray.ObjectRef[Any], job: _Sampling) -> None:
         facts: LeaseFacts | None = self._result(ref, self.rollout, job.worker)
+        if self._is_void(ref):
+            return
         if facts is None:
             self.ledger.give_back(job.lease.lease_id)
             return
@@ -186,12 +243,16 @@ class Collector:
                     rollout_ids=facts.rollout_ids,
                     iteration=job.lease.iteration,
                     policy_version=facts.policy_version,
+                    newest=facts.policy_version,
+                    leases=(job.lease,),
                 )
             )
 
     def _take_scored(self, ref: ray.ObjectRef[Any], job: _Scoring) -> None:
         assert self.reward is not None
         facts: ScoreFacts | None = self._result(ref, self.reward, job.worker)
+        if self._is_void(ref):
+            return
         if facts is None:
             self._sampled = [*job.sampled, *self._sampled]
             return
@@ -213,6 +274,8 @@ class Collector:
                 rollout_ids=facts.rollout_ids,
                 iteration=iteration,
                 policy_version=min(s.facts.policy_version for s in job.sampled),
+                newest=max(s.facts.policy_version for s in job.sampled),
+                leases=tuple(s.lease for s in job.sampled),
             )
         )
 

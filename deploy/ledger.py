@@ -79,6 +79,23 @@ class Ledger:
         self._leased[lease.lease_id] = lease
         return lease
 
+    def adopt(self, leases: Iterable[Lease]) -> None:
+        """Leases under way take the places of the waiting ones of the same rollouts.
+
+        For books that were rewound: what was in work then, and still is, is not done twice.
+        """
+        under_way = {lease.requests[0].rollout_id: lease for lease in leases}
+        waiting = deque[Lease]()
+        for lease in self._queue:
+            mine = under_way.pop(lease.requests[0].rollout_id, None)
+            if mine is None:
+                waiting.append(lease)
+            else:
+                self._leased[mine.lease_id] = mine
+        if under_way:
+            raise LedgerError(f"{len(under_way)} leases under way are of rollouts never issued")
+        self._queue = waiting
+
     def give_back(self, lease_id: int) -> None:
         """A worker failed: its lease goes to the head of the queue."""
         lease = self._leased.pop(lease_id, None)
@@ -136,6 +153,15 @@ class Ledger:
             "refused": self.refused,
             "next_lease": self._next,
         }
+
+    def rewound(self, state: dict[str, Any] | None) -> Ledger:
+        """Books as `state` gave them (None: empty), with nothing in flight.
+
+        Lease numbers go on where these stand, so that no number ever means two leases.
+        """
+        ledger = Ledger() if state is None else Ledger.restore(state)
+        ledger._next = max(ledger._next, self._next)
+        return ledger
 
     @classmethod
     def restore(cls, state: dict[str, Any]) -> Ledger:

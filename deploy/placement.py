@@ -87,8 +87,11 @@ def _require_answer(address: str) -> None:
         ) from None
 
 
-def rollout_pool(config: RunConfig, run: str, tokenizer: Path) -> Pool:
-    """Rollout actors; elastic, outside any placement group."""
+def rollout_pool(config: RunConfig, run: str, tokenizer: Path, *, start: bool = True) -> Pool:
+    """Rollout actors; elastic, outside any placement group.
+
+    With `start` False the pool is empty: whoever scales it up owns the workers.
+    """
     settings = config.rollout
 
     def make(name: str) -> Any:
@@ -109,13 +112,19 @@ def rollout_pool(config: RunConfig, run: str, tokenizer: Path) -> Pool:
             )
         )
 
-    return _pool("rollout", make, settings.actors, config)
+    return _pool("rollout", make, settings.actors if start else 0, config)
 
 
 def reward_pool(
-    config: RunConfig, run: str, tokenizer: Path, reference: Path, reward_model: Path | None
+    config: RunConfig,
+    run: str,
+    tokenizer: Path,
+    reference: Path,
+    reward_model: Path | None,
+    *,
+    start: bool = True,
 ) -> Pool:
-    """Reward workers; elastic, outside any placement group."""
+    """Reward workers; elastic, outside any placement group. `start` as in `rollout_pool`."""
     settings = config.reward_service
     sampling = sampling_of(config.rollout, Tokenizer.load(tokenizer).eos_id)
 
@@ -139,7 +148,7 @@ def reward_pool(
             )
         )
 
-    return _pool("reward", make, settings.replicas, config)
+    return _pool("reward", make, settings.replicas if start else 0, config)
 
 
 def _pool(kind: str, make: MakeWorker, size: int, config: RunConfig) -> Pool:
