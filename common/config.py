@@ -58,7 +58,9 @@ class LearnerConfig(Section):
     labels: Labels = Field(default_factory=dict)
     """Labels of the nodes that ranks may be on, as in `rollout`."""
     deadline_s: PositiveFloat = 600.0
-    """Longest wait for one call to the gang; then the run stops and names the rank."""
+    """Longest wait for one call to the gang; then a silent rank is taken for dead."""
+    max_restarts: NonNegativeInt = 3
+    """Times that one controller builds the gang again after a rank died; then the run stops."""
 
 
 class SftConfig(Section):
@@ -177,8 +179,8 @@ class TrainConfig(Section):
     """Largest global gradient norm."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""
-    checkpoint_every: NonNegativeInt = 0
-    """Iterations between checkpoints; 0 writes one at the end only."""
+    checkpoint_every: NonNegativeInt = 5
+    """Iterations between checkpoints: the most that a death costs. 0 writes one at the end only."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints to keep."""
 
@@ -258,6 +260,8 @@ class ClusterConfig(Section):
     that the run outlives. Preempted workers do not count."""
     restart_window_s: PositiveFloat = 600.0
     """Failures longer ago are forgotten."""
+    stop_timeout_s: PositiveFloat = 60.0
+    """Longest wait of a terminated command for the run to stop with a checkpoint."""
 
 
 class RunConfig(Section):

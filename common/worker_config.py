@@ -152,3 +152,8 @@ class RewardServiceConfig(Section):
         if not self.components:
             raise ValueError("at least one component is needed")
         return self
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether a component is the trained reward model."""
+        return any(component.kind == "model" for component in self.components.values())

@@ -58,7 +58,6 @@ class Run:
         reward = folder / "reward_model" / "reward.safetensors"
         kinds = {c.kind for c in config.reward_service.components.values()}
         model = reward if "model" in kinds else None
-        gang.call("begin_train", config, str(sft), str(model) if model else None, 1)
         self.key = (
             f"{config.rollout.actors} {config.train.max_staleness > 0} "
             f"{config.reward_service.model_dump_json()}"
