@@ -37,6 +37,7 @@ from common.files import write_atomic
 from common.weights import Manifest
 from deploy import checkpoints
 from deploy.collector import Collector, Scored, Weights
+from deploy.elastic import Elastic, Scaled, WorkerView
 from deploy.gang import LearnerGang, LearnerLost
 from deploy.ledger import Ledger
 from deploy.pool import Pool
@@ -62,6 +63,9 @@ class Status:
     reward_workers: int = 0
     worker_failures: int = 0
     learner_restarts: int = 0
+    counts: dict[str, float]
+    """Losses by cause, reissues, staleness and the like, as in the metrics."""
+    workers: list[WorkerView]
 
 
 class _Stopped(Exception):
@@ -98,6 +102,7 @@ class Controller:
             merge=config.train.max_staleness > 0,
             observe=self._observe,
         )
+        self.elastic = Elastic(config, rollout, reward)
         self.prompts = PromptStream(prompts, seed=config.seed)
         self._encoded = prompts
         self.iteration = 0
@@ -133,6 +138,7 @@ class Controller:
             self._start_workers()
             weights = self._train(log)
         finally:
+            self.elastic.release_room()
             log.close()
         self.ledger.check()
         facts = {
@@ -164,6 +170,7 @@ class Controller:
                     begin = time.perf_counter()
                     self._step()
                     self.metrics["seconds"] = time.perf_counter() - begin
+                    self.elastic.adapt(self.metrics)
                     self.metrics["learner_restarts"] = float(self.learner_restarts)
                     log.write("train", self.iteration, self.metrics)
                     self._checkpoint_if_due()
@@ -250,7 +257,13 @@ class Controller:
             reward_workers=len(reward.workers) if reward else 0,
             worker_failures=rollout.failures + (reward.failures if reward else 0),
             learner_restarts=self.learner_restarts,
+            counts=self.collector.counts(),
+            workers=self.elastic.views(),
         )
+
+    def scale(self, actors: int | None, replicas: int | None) -> list[Scaled]:
+        """Other numbers of workers from now on (None: as it is); safe from another thread."""
+        return self.elastic.scale(actors, replicas)
 
     def stop(self) -> None:
         """End with a checkpoint: after the phase in work, or at once while rollouts are awaited."""
@@ -399,6 +412,7 @@ class Controller:
             if pool is not None and not pool.workers:
                 self._own.append(pool)
                 pool.scale(size)
+        self.elastic.request_room()
         if not self.gang.started:
             self._own.append(self.gang)
             self.gang.start()

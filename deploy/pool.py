@@ -34,8 +34,6 @@ MakeWorker = Callable[[str], Any]
 State = Literal["starting", "working", "draining"]
 Cause = Literal["died", "hung", "unstarted", "preempted", "corrupt"]
 
-_BEAT_S = 5.0
-"""An idle worker is asked this often whether it is there."""
 _LOOK_S = 1.0
 """How often draining nodes are looked for."""
 _LEAVE_S = 2.0
@@ -52,8 +50,13 @@ class Event:
     """Unix seconds."""
     worker: str
     what: str
-    """started, left, waiting, or the cause of its loss."""
+    """started, draining, left, waiting, stopped, scaled (the pool), or the cause of its loss."""
     detail: str = ""
+
+    @classmethod
+    def now(cls, worker: str, what: str, detail: str) -> Event:
+        """An event of this moment."""
+        return cls(time=time.time(), worker=worker, what=what, detail=detail)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,6 +80,8 @@ class Worker:
     """When its node will go."""
     probe: ray.ObjectRef[Any] | None = None
     probe_until: float = math.inf
+    waits: bool = False
+    """It was reported once that it has no place to start at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,9 +113,11 @@ class Pool:
     window_s: float = 600.0
     silence_s: float = 300.0
     """An idle worker that does not answer for so long is hung."""
+    beat_s: float = 5.0
+    """An idle worker is asked this often whether it is there."""
     start_s: float = 120.0
     """A worker that has a place and does not answer for so long is hung; one that has none is
-    reported, and ends the run when no other works."""
+    reported, and ends the run when no other works or may start."""
     around: Surroundings = ALONE
     report: Callable[[Event], None] = _no_report
     workers: dict[str, Worker] = field(default_factory=dict)
@@ -218,7 +225,7 @@ class Pool:
                 self._let_go(worker, now)
             elif worker.probe is not None and now > worker.probe_until:
                 self._silent(worker, now)
-            elif worker.probe is None and not worker.busy and now > worker.heard + _BEAT_S:
+            elif worker.probe is None and not worker.busy and now > worker.heard + self.beat_s:
                 self._ask(worker, now + self.silence_s)
 
     def _ask(self, worker: Worker, until: float) -> None:
@@ -286,8 +293,8 @@ class Pool:
             self.lost(worker.name, "hung", f"has not started within {self.start_s:.0f} s")
             return
         self._say(worker.name, "waiting", why)
-        worker.probe_until = now + self.start_s
-        if not any(w.state == "working" for w in self.workers.values()):
+        worker.waits, worker.probe_until = True, now + self.start_s
+        if all(w.waits and w.state == "starting" for w in self.workers.values()):
             raise ClusterError(
                 f"{worker.name} has not started within {self.start_s:.0f} s "
                 f"(cluster.start_timeout_s), and no {self.kind} worker works: {why}"
@@ -308,7 +315,7 @@ class Pool:
         self._say(name, what, detail)
 
     def _say(self, worker: str, what: str, detail: str) -> None:
-        self.report(Event(time=time.time(), worker=worker, what=what, detail=detail))
+        self.report(Event.now(worker, what, detail))
 
 
 def last_words(error: Exception) -> str:
