@@ -26,16 +26,17 @@ LEASE = 4
 class SleepingActor:
     """The interface of `actors.rollout_actor.RolloutActor`; every response has `TOKENS` tokens."""
 
-    def __init__(self, actor_id: str, seconds_per_token: float) -> None:
+    def __init__(self, actor_id: str, seconds_per_token: float, text: str) -> None:
         self.actor_id = actor_id
         self.seconds_per_token = seconds_per_token
+        self.text = text
 
     def generate(self, requests: pa.Table, manifest: Manifest) -> tuple[LeaseFacts, pa.Table]:
         seconds = TOKENS * self.seconds_per_token
         time.sleep(seconds)
         constant = {
             "response_ids": list(range(TOKENS)),
-            "response_text": "text",
+            "response_text": self.text,
             "behavior_logprobs": [-1.0] * TOKENS,
             "finish_reason": "eos",
             "policy_version": manifest.policy_version,
@@ -67,13 +68,14 @@ class Rig:
         size: int,
         *,
         seconds_per_token: float = 0.005,
+        text: str = "text",
         deadline_s: float = 60.0,
         options: Callable[[str], dict[str, Any]] = lambda name: {},
         **pool: Any,
     ) -> None:
         def make(name: str) -> Any:
             placed = {"num_cpus": 0.1} | options(name)
-            return ray.remote(SleepingActor).options(**placed).remote(name, seconds_per_token)
+            return ray.remote(SleepingActor).options(**placed).remote(name, seconds_per_token, text)
 
         self.events: list[Event] = []
         self.by: Counter[str] = Counter()
