@@ -2,10 +2,9 @@
 
 The rows of a call are flat tokens of many sequences, so that no product is spent on padding:
 first the newest token of each slot, then the earlier tokens of prompts that are being prefilled.
-Linear layers are one matrix product over all rows; what lies between two products (rotation,
-cache, attention, SwiGLU, norms, sampling) is the kernels', native or PyTorch.
 
-`Decoder` is a second implementation of the forward in `common.palm`; a property test holds the two
+Two implementations, `actors.native_forward` for processors and `actors.torch_forward` for any
+device, of the forward that `common.palm` has for training; a property test holds the three
 together (invariant I1).
 
 Shape suffixes: N flat tokens, S slots in use, D width, K head width, V vocabulary.
@@ -15,33 +14,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from actors.kernels import NativeKernels
-from actors.step import Chunk, Copy, Kernels, lay_out
-from actors.torch_kernels import TorchKernels
+from actors.native_forward import NativeForward
+from actors.step import Chunk, Copy, Forward, Layer, lay_out
+from actors.torch_forward import TorchForward
 from common.errors import ClusterError, ConfigError
+from common.logprobs import Sampling
 from common.model_config import ModelConfig
 from common.palm import Block, PaLM
 
 Choice = Literal["auto", "native", "torch"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """One block's weights in the precision of the products."""
-
-    norm: Tensor
-    """fp32 ``[D]``."""
-    inward: Tensor
-    """``[q + k + v + up + gate, D]``."""
-    outward: Tensor
-    """``[D, attention + feed-forward]``: both outputs in one product."""
 
 
 class Decoder:
@@ -54,84 +41,64 @@ class Decoder:
             ClusterError: native kernels were asked for and cannot be had.
         """
         self.palm = palm
-        self.config = config = palm.config
+        self.config = palm.config
         self.device = palm.embedding.weight.device
         self.dtype = palm.embedding.weight.dtype
-        shape = (config.layers, slots, config.context, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        self.values = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        inner = config.heads * config.head_dim
-        self._kv = slice(inner, inner + 2 * config.head_dim)
-        """Rows of the input projection that make keys and values."""
-        self.kernels = self._choose(kernels)
+        self.implementation = self._choose(kernels, slots)
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Take over the weights that `palm` holds now."""
-        self._layers = []
+        layers = []
         for block in self.palm.blocks:
             assert isinstance(block, Block)
             outward = torch.cat((block.attn_out.weight, block.ff_out.weight), dim=1)
-            self._layers.append(
-                _Layer(block.norm.weight.float(), block.fused_in.weight.detach(), outward)
+            layers.append(
+                Layer(
+                    norm=block.norm.weight.float(),
+                    inward=block.fused_in.weight.detach(),
+                    outward=outward,
+                )
             )
         scale = self.config.dim**-0.5 if self.config.scale_logits else 1.0
-        self._norm = self.palm.norm.weight.float() * scale
-        self._embedding = self.palm.embedding.weight.detach()
+        norm = self.palm.norm.weight.float() * scale
+        self.implementation.take(layers, norm, self.palm.embedding.weight.detach())
 
     @torch.no_grad()
     def forward(
         self,
-        newest: Sequence[int],
-        positions: Sequence[int],
+        newest: Sequence[int] | np.ndarray,
+        positions: Sequence[int] | np.ndarray,
         chunks: Sequence[Chunk] = (),
         copies: Sequence[Copy] = (),
     ) -> Tensor:
-        """Logits ``[S, V]``, in the dtype of the products, after the newest token of each slot.
+        """Logits ``[S, V]`` after the newest token of each slot.
 
         Args:
             newest, positions: one entry per slot in use. All earlier positions of a slot are in
                 the cache, in `chunks`, or come by `copies`.
         """
-        step = lay_out(newest, positions, chunks, copies, self.device)
-        kernels = self.kernels
-        kernels.begin(step)
-        x = F.embedding(step.tokens, self._embedding).float()
-        both = x.new_empty(len(x), self._layers[0].outward.shape[1], dtype=self.dtype)
-        added: Tensor | None = None
-        for index, layer in enumerate(self._layers):
-            normed = kernels.add_norm(x, added, layer.norm)
-            if index == len(self._layers) - 1 and step.used < len(x):
-                # Of a prompt's earlier tokens the last layer owes later ones its keys and values,
-                # and nothing else.
-                kernels.store(index, F.linear(normed[step.used :], layer.inward[self._kv]))
-                x, both = x[: step.used], both[: step.used]
-                normed = normed[: step.used]
-            fused = F.linear(normed, layer.inward)
-            kernels.attend(index, fused, both)
-            kernels.activate(fused, both)
-            added = F.linear(both, layer.outward)
-        assert added is not None
-        last = kernels.add_norm(x, added, self._norm)
-        return F.linear(last, self._embedding)
+        return self.implementation.run(lay_out(newest, positions, chunks, copies, self.device))
+
+    def draw(self, logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """As `common.logprobs.draw`, for logits ``[B, V]`` without a filter."""
+        return self.implementation.draw(logits, sampling, uniforms)
 
     def move(self, source: int, target: int, positions: int) -> None:
         """Give a slot another slot's keys and values."""
-        self.keys[:, target, :positions] = self.keys[:, source, :positions]
-        self.values[:, target, :positions] = self.values[:, source, :positions]
+        self.implementation.move(source, target, positions)
 
-    def _choose(self, choice: Choice) -> Kernels:
-        parts = (self.config, self.dtype, self.keys, self.values)
+    def _choose(self, choice: Choice, slots: int) -> Forward:
         if choice == "torch" or (choice == "auto" and self.device.type != "cpu"):
-            return TorchKernels(*parts)
+            return TorchForward(self.config, self.dtype, slots, self.device)
         try:
-            return NativeKernels(*parts)
+            return NativeForward(self.config, self.dtype, slots)
         except ClusterError as error:
             if choice == "native":
                 raise
             logging.getLogger(__name__).warning("%s; generation is slower without", error)
-            return TorchKernels(*parts)
+            return TorchForward(self.config, self.dtype, slots, self.device)
 
 
 def slots_within(config: ModelConfig, budget_mb: float, dtype: torch.dtype) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -54,22 +54,71 @@ class Stops:
     """Ids to text."""
 
 
-@dataclass(slots=True, kw_only=True)
-class _Job:
-    """A request in a slot, or waiting for one."""
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A request without a slot."""
 
     request: RolloutRequest
     limit: int
     """Longest response."""
     uniforms: np.ndarray
-    filled: int = 0
-    """Positions in the cache."""
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    """float64 ``[limit or more]``, one for each token that may be drawn."""
 
-    @property
-    def prompt(self) -> list[int]:
-        return self.request.prompt_ids
+
+class _Slots:
+    """The requests in work, side by side; slots in use are 0 .. S - 1. Nothing here is done token
+    by token in Python: that would take longer than the attention."""
+
+    def __init__(self, slots: int, context: int) -> None:
+        self.requests: list[RolloutRequest] = []
+        self.prompts = np.zeros((slots, context), dtype=np.int32)
+        self.tokens = np.zeros((slots, context), dtype=np.int64)
+        """Responses so far."""
+        self.logprobs = np.zeros((slots, context), dtype=np.float32)
+        self.uniforms = np.zeros((slots, context))
+        self.lengths = np.zeros(slots, dtype=np.int64)
+        """Prompt tokens."""
+        self.filled = np.zeros(slots, dtype=np.int64)
+        """Positions in the cache after the step that is being planned."""
+        self.counts = np.zeros(slots, dtype=np.int64)
+        """Response tokens."""
+        self.limits = np.zeros(slots, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def add(self, waiting: _Waiting) -> int:
+        """Take a request in; its slot."""
+        slot, prompt = len(self), waiting.request.prompt_ids
+        self.requests.append(waiting.request)
+        self.prompts[slot, : len(prompt)] = prompt
+        self.uniforms[slot, : len(waiting.uniforms)] = waiting.uniforms
+        self.lengths[slot], self.limits[slot] = len(prompt), waiting.limit
+        self.filled[slot] = self.counts[slot] = 0
+        return slot
+
+    def remove(self, slot: int) -> bool:
+        """Empty a slot; True when the last one in use has moved into it."""
+        last = len(self) - 1
+        request = self.requests.pop()
+        if slot == last:
+            return False
+        self.requests[slot] = request
+        for column in (self.prompts, self.tokens, self.logprobs, self.uniforms):
+            column[slot] = column[last]
+        for row in (self.lengths, self.filled, self.counts, self.limits):
+            row[slot] = row[last]
+        return True
+
+    def generated(self, slot: int, reason: str) -> Generated:
+        """A slot's response, as it stands."""
+        count = self.counts[slot]
+        return Generated(
+            rollout_id=self.requests[slot].rollout_id,
+            response_ids=self.tokens[slot, :count].tolist(),
+            logprobs=self.logprobs[slot, :count].tolist(),
+            finish_reason=reason,
+        )
 
 
 class Engine:
@@ -110,18 +159,15 @@ class Engine:
         self.prefill_tokens = prefill_tokens
         self.stops = stops or Stops()
         self._plain = sampling == Sampling(temperature=sampling.temperature or 1.0)
-        """Nothing but a temperature: the kernels' own draw will do."""
+        """Nothing but a temperature: the decoder's own draw will do."""
         self._reach = max((len(s.encode()) for s in self.stops.strings), default=0)
-        self._queue: deque[_Job] = deque()
-        self._active: list[_Job] = []
-        """Slot -> job; slots in use are 0 .. S - 1."""
-        self._prompts = np.zeros((slots, palm.config.context), dtype=np.int32)
-        """Prompts in the slots, for the search of common prefixes."""
+        self._queue: deque[_Waiting] = deque()
+        self._work = _Slots(slots, palm.config.context)
 
     @property
     def idle(self) -> bool:
         """Nothing waits and nothing is in work."""
-        return not self._queue and not self._active
+        return not self._queue and not len(self._work)
 
     def refresh(self) -> None:
         """Take over the weights that `palm` holds now.
@@ -160,11 +206,10 @@ class Engine:
             ValueError: an empty prompt, one that leaves no room for its response, a limit under
                 1, or a rollout_id that is here already. Nothing is queued then.
         """
-        known = {job.request.rollout_id for job in (*self._queue, *self._active)}
-        jobs = []
-        for request, limit in zip(
-            requests, limits or [self.max_tokens] * len(requests), strict=True
-        ):
+        limits = limits or [self.max_tokens] * len(requests)
+        known = {job.request.rollout_id for job in self._queue}
+        known |= {request.rollout_id for request in self._work.requests}
+        for request, limit in zip(requests, limits, strict=True):
             room, length = self.palm.config.context - limit, len(request.prompt_ids)
             if limit < 1:
                 raise ValueError(f"rollout {request.rollout_id}: a response needs at least 1 token")
@@ -175,10 +220,10 @@ class Engine:
             if request.rollout_id in known:
                 raise ValueError(f"rollout {request.rollout_id} is here already")
             known.add(request.rollout_id)
-            seeds = np.full(limit, request.seed, dtype=np.uint64)
-            drawn = uniforms(seeds, np.arange(limit, dtype=np.uint64)).numpy()
-            jobs.append(_Job(request=request, limit=limit, uniforms=drawn))
-        self._queue += jobs
+        seeds = np.array([request.seed for request in requests], dtype=np.uint64)
+        places = np.arange(max(limits, default=0), dtype=np.uint64)
+        drawn = uniforms(seeds[:, None], places[None]).numpy()
+        self._queue += map(_Waiting, requests, limits, drawn)
 
     def text(self, made: Generated) -> str:
         """The response in words, without the stop string that ended it."""
@@ -192,8 +237,8 @@ class Engine:
             if job.request.rollout_id == rollout_id:
                 self._queue.remove(job)
                 return True
-        for slot, job in enumerate(self._active):
-            if job.request.rollout_id == rollout_id:
+        for slot, request in enumerate(self._work.requests):
+            if request.rollout_id == rollout_id:
                 self._free([slot])
                 return True
         return False
@@ -201,120 +246,119 @@ class Engine:
     def step(self) -> list[Generated]:
         """Advance every slot by a token, and prompts by a chunk; what has ended."""
         newest, chunks, copies = self._plan()
-        if not newest:
+        work, used = self._work, len(newest)
+        if not used:
             return []
-        positions = [job.filled - 1 for job in self._active]
-        logits_SV = self.decoder.forward(newest, positions, chunks, copies)
-        drawing = [s for s, job in enumerate(self._active) if job.filled >= len(job.prompt)]
-        if len(drawing) < len(self._active):
-            logits_SV = logits_SV[drawing]
-        if not drawing:
+        logits_SV = self.decoder.forward(newest, work.filled[:used] - 1, chunks, copies)
+        drawing = np.flatnonzero(work.filled[:used] >= work.lengths[:used])
+        if not len(drawing):
             return []
-        tokens, logprobs = self._draw(logits_SV, [self._active[slot] for slot in drawing])
-        ended = []
-        for slot, token, logprob in zip(drawing, tokens, logprobs, strict=True):
-            job = self._active[slot]
-            job.ids.append(token)
-            job.logprobs.append(logprob)
-            if reason := self._finish(job, token):
-                ended.append((slot, reason))
-        made = [
-            Generated(
-                rollout_id=self._active[slot].request.rollout_id,
-                response_ids=self._active[slot].ids,
-                logprobs=self._active[slot].logprobs,
-                finish_reason=reason,
-            )
-            for slot, reason in ended
-        ]
+        if len(drawing) < used:
+            logits_SV = logits_SV[torch.from_numpy(drawing).to(logits_SV.device)]
+        counts = work.counts[drawing]
+        tokens, logprobs = self._draw(logits_SV, counts, work.uniforms[drawing, counts])
+        work.tokens[drawing, counts] = tokens
+        work.logprobs[drawing, counts] = logprobs
+        work.counts[drawing] += 1
+        ended = self._ended(drawing, tokens)
+        made = [work.generated(slot, reason) for slot, reason in ended]
         self._free([slot for slot, _ in ended])
         return made
 
     # ------------------------------------------------------------------ parts of a step
 
-    def _plan(self) -> tuple[list[int], list[Chunk], list[Copy]]:
+    def _plan(self) -> tuple[np.ndarray, list[Chunk], list[Copy]]:
         """This step's newest token of every slot, and the prompt tokens before it.
 
         A prompt that does not fit into the step's budget ends the plan, so at most one is ever
         in the middle of its prefill, and every prefix of another slot is whole after this step.
         """
-        budget = self.prefill_tokens
-        newest: list[int] = []
+        work, budget, used = self._work, self.prefill_tokens, len(self._work)
+        counts = work.counts[:used]
+        newest = work.tokens[np.arange(used), counts - 1]
+        work.filled[:used] += counts > 0
         chunks: list[Chunk] = []
         copies: list[Copy] = []
-        for slot, job in enumerate(self._active):
-            if job.ids:
-                newest.append(job.ids[-1])
-                job.filled += 1
-            else:
-                budget -= self._prefill(slot, job, budget, newest, chunks)
-        while self._queue and len(self._active) < self.slots and budget > 0:
-            job, slot = self._queue.popleft(), len(self._active)
-            self._share(slot, job, copies)
-            self._prompts[slot, : len(job.prompt)] = job.prompt
-            self._active.append(job)
-            budget -= self._prefill(slot, job, budget, newest, chunks)
-        return newest, chunks, copies
+        for slot in np.flatnonzero(counts == 0).tolist():
+            newest[slot], taken = self._prefill(slot, budget, chunks)
+            budget -= taken
+        begun = []
+        while self._queue and len(work) < self.slots and budget > 0:
+            slot = work.add(self._queue.popleft())
+            self._share(slot, copies)
+            first, taken = self._prefill(slot, budget, chunks)
+            begun.append(first)
+            budget -= taken
+        return np.concatenate((newest, np.array(begun, dtype=np.int64))), chunks, copies
 
-    def _prefill(
-        self, slot: int, job: _Job, budget: int, newest: list[int], chunks: list[Chunk]
-    ) -> int:
-        """Plan the next tokens of a prompt; how many."""
-        start = job.filled
-        job.filled = min(len(job.prompt), start + max(1, budget))
-        newest.append(job.prompt[job.filled - 1])
-        if job.filled - start > 1:
-            part = job.prompt[start : job.filled - 1]
+    def _prefill(self, slot: int, budget: int, chunks: list[Chunk]) -> tuple[int, int]:
+        """Plan the next tokens of a prompt: the newest of them, and how many there are."""
+        work = self._work
+        start = int(work.filled[slot])
+        end = min(int(work.lengths[slot]), start + max(1, budget))
+        work.filled[slot] = end
+        if end - start > 1:
+            part = work.prompts[slot, start : end - 1]
             chunks.append(Chunk(slot=slot, start=start, tokens=part))
-        return job.filled - start
+        return int(work.prompts[slot, end - 1]), end - start
 
-    def _share(self, slot: int, job: _Job, copies: list[Copy]) -> None:
+    def _share(self, slot: int, copies: list[Copy]) -> None:
         """Take over what another slot's prompt has in common with this one.
 
         The last token is always computed: its logits are wanted.
         """
-        if not slot:
+        work = self._work
+        wanted = work.prompts[slot, : work.lengths[slot] - 1]
+        if len(wanted) < _WORTH_SHARING:
             return
-        wanted = np.array(job.prompt[:-1], dtype=np.int32)
-        same = (self._prompts[:slot, : len(wanted)] == wanted).cumprod(axis=1).sum(axis=1)
-        lengths = np.array([min(len(other.prompt), other.filled) for other in self._active])
-        same = np.minimum(same, lengths)
-        source = int(same.argmax())
-        if same[source] >= _WORTH_SHARING:
-            job.filled = int(same[source])
-            last = copies[-1] if copies else None
-            if last and (last.source, last.positions) == (source, job.filled):
-                copies[-1] = Copy(
-                    source=source, targets=[*last.targets, slot], positions=job.filled
-                )
-            else:
-                copies.append(Copy(source=source, targets=[slot], positions=job.filled))
+        alike = (work.prompts[:slot, :_WORTH_SHARING] == wanted[:_WORTH_SHARING]).all(axis=1)
+        others = np.flatnonzero(alike)
+        if not len(others):
+            return
+        same = (work.prompts[others, : len(wanted)] == wanted).cumprod(axis=1).sum(axis=1)
+        same = np.minimum(same, np.minimum(work.lengths[others], work.filled[others]))
+        best = int(same.argmax())
+        source, shared = int(others[best]), int(same[best])
+        if shared < _WORTH_SHARING:
+            return
+        work.filled[slot] = shared
+        targets = [slot]
+        if copies and (copies[-1].source, copies[-1].positions) == (source, shared):
+            targets = [*copies.pop().targets, slot]
+        copies.append(Copy(source=source, targets=targets, positions=shared))
 
-    def _draw(self, logits: Tensor, jobs: Sequence[_Job]) -> tuple[list[int], list[float]]:
-        """One token for each job, and its log-probability."""
-        at = [len(job.ids) for job in jobs]
-        u = np.array([job.uniforms[place] for job, place in zip(jobs, at, strict=True)])
-        uniforms_B = torch.from_numpy(u).to(logits.device)
+    def _draw(
+        self, logits: Tensor, places: np.ndarray, drawn: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """One token for each row and its log-probability, at these places of the responses."""
+        uniforms_B = torch.from_numpy(drawn).to(logits.device)
         if self._plain:
-            tokens, logprobs = self.decoder.kernels.draw(logits, self.sampling, uniforms_B)
+            tokens, logprobs = self.decoder.draw(logits, self.sampling, uniforms_B)
         else:
-            positions = torch.tensor(at, device=logits.device)
+            positions = torch.from_numpy(places).to(logits.device)
             kept = sampling_logits(logits, self.sampling, positions=positions)
             tokens, logprobs = draw(kept, uniforms_B)
-        return tokens.tolist(), logprobs.tolist()
+        return tokens.cpu().numpy(), logprobs.cpu().numpy()
 
-    def _finish(self, job: _Job, token: int) -> str:
-        """Why the response ends with this token; empty when it goes on."""
-        if token == self.eos_id:
-            return "eos"
-        if token in self.stops.ids:
-            return "stop"
+    def _ended(self, slots: np.ndarray, tokens: np.ndarray) -> list[tuple[int, str]]:
+        """Slots whose response ends with these tokens, and why."""
+        work = self._work
+        eos, stop = tokens == self.eos_id, np.zeros(len(tokens), dtype=bool)
+        for token in self.stops.ids:
+            stop |= tokens == token
         if self.stops.strings:
-            # Every token is at least a byte of the string that the last one completes.
-            tail = job.ids[-self._reach :]
-            if len(job.ids) >= self.min_tokens and self._stop_at(tail) is not None:
-                return "stop"
-        return "length" if len(job.ids) >= job.limit else ""
+            stop |= [self._completes_a_stop(slot) for slot in slots.tolist()]
+        done = eos | stop | (work.counts[slots] >= work.limits[slots])
+        return [
+            (int(slots[i]), "eos" if eos[i] else "stop" if stop[i] else "length")
+            for i in np.flatnonzero(done)
+        ]
+
+    def _completes_a_stop(self, slot: int) -> bool:
+        count = int(self._work.counts[slot])
+        # Every token is at least a byte of the string that the last one completes.
+        tail = self._work.tokens[slot, max(0, count - self._reach) : count].tolist()
+        return count >= self.min_tokens and self._stop_at(tail) is not None
 
     def _stop_at(self, ids: Sequence[int]) -> int | None:
         """Where in the text the stop string begins that the last token completes, if one does."""
@@ -326,9 +370,6 @@ class Engine:
     def _free(self, slots: Sequence[int]) -> None:
         """Empty slots; the last in use move into them, so that slots in use stay together."""
         for slot in sorted(slots, reverse=True):
-            last = len(self._active) - 1
-            if slot != last:
-                self._active[slot] = self._active[last]
-                self._prompts[slot] = self._prompts[last]
-                self.decoder.move(last, slot, self._active[slot].filled)
-            self._active.pop()
+            last = len(self._work) - 1
+            if self._work.remove(slot):
+                self.decoder.move(last, slot, int(self._work.filled[slot]))

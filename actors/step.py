@@ -1,4 +1,4 @@
-"""What one call of the decoder computes, and the tables both kinds of kernels share."""
+"""What one call of the decoder computes, and what both implementations of its forward share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ class Chunk:
     slot: int
     start: int
     """Position of the first token."""
-    tokens: Sequence[int]
+    tokens: Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,40 +52,63 @@ class Step:
 
 
 def lay_out(
-    newest: Sequence[int],
-    positions: Sequence[int],
+    newest: Sequence[int] | np.ndarray,
+    positions: Sequence[int] | np.ndarray,
     chunks: Sequence[Chunk],
     copies: Sequence[Copy],
     device: torch.device,
 ) -> Step:
     """The rows of a step; `newest` and `positions` have one entry per slot in use."""
-    flat, slots, at = list(newest), list(range(len(newest))), list(positions)
-    for chunk in chunks:
-        flat += chunk.tokens
-        slots += [chunk.slot] * len(chunk.tokens)
-        at += range(chunk.start, chunk.start + len(chunk.tokens))
-    rows = torch.tensor([flat, slots, at], device=device)
+    sizes = [len(chunk.tokens) for chunk in chunks]
+    rows = np.empty((3, len(newest) + sum(sizes)), dtype=np.int64)
+    end = len(newest)
+    rows[0, :end], rows[1, :end], rows[2, :end] = newest, np.arange(end), positions
+    for chunk, size in zip(chunks, sizes, strict=True):
+        begin, end = end, end + size
+        places = np.arange(chunk.start, chunk.start + size)
+        rows[0, begin:end], rows[1, begin:end], rows[2, begin:end] = (
+            chunk.tokens,
+            chunk.slot,
+            places,
+        )
+    tokens, slots, at = torch.from_numpy(rows).to(device)
     return Step(
-        tokens=rows[0],
-        slots=rows[1],
-        positions=rows[2],
+        tokens=tokens,
+        slots=slots,
+        positions=at,
         used=len(newest),
         chunks=chunks,
         copies=copies,
     )
 
 
-class Kernels(Protocol):
-    """The work between two matrix products."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One block's weights in the precision of the products."""
 
-    def begin(self, step: Step) -> None: ...
-    def store(self, layer: int, kv: Tensor) -> None: ...
-    def attend(self, layer: int, fused: Tensor, out: Tensor) -> None: ...
-    def activate(self, fused: Tensor, out: Tensor) -> None: ...
-    def add_norm(self, x: Tensor, y: Tensor | None, weight: Tensor) -> Tensor: ...
-    def draw(
-        self, logits: Tensor, sampling: Sampling, uniforms: Tensor
-    ) -> tuple[Tensor, Tensor]: ...
+    norm: Tensor
+    """fp32 ``[D]``."""
+    inward: Tensor
+    """``[q + k + v + up + gate, D]``."""
+    outward: Tensor
+    """``[D, attention + feed-forward]``: both outputs in one product."""
+
+
+class Forward(Protocol):
+    """Weights, keys and values of all slots, and the pass over them."""
+
+    def take(self, layers: Sequence[Layer], norm: Tensor, embedding: Tensor) -> None:
+        """Run with these weights from now on; `norm` is the last LayerNorm's, ``[D]`` fp32, with
+        the scale of the logits in it, and `embedding` ``[V, D]``."""
+
+    def run(self, step: Step) -> Tensor:
+        """Logits ``[S, V]`` after the newest token of each slot."""
+
+    def move(self, source: int, target: int, positions: int) -> None:
+        """Give a slot another slot's keys and values."""
+
+    def draw(self, logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """As `common.logprobs.draw`, for logits ``[B, V]`` without a filter."""
 
 
 def rope_tables(config: ModelConfig, device: torch.device | None = None) -> tuple[Tensor, ...]:

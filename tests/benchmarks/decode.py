@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from palm_rlhf_pytorch import PaLM as OtherPaLM
 
 from actors.engine import Engine
+from actors.native_forward import NativeForward
 from common.logprobs import Sampling
 from common.palm import PaLM
 from common.trajectory import RolloutRequest
@@ -97,36 +98,30 @@ def operations() -> tuple[float, float]:
 
 def profile(made: Engine, asked: list[RolloutRequest]) -> dict[str, float]:
     """Seconds of one run by what they were spent on."""
-    spent: dict[str, float] = {}
+    native = made.decoder.implementation
+    assert isinstance(native, NativeForward)
+    before, drawing = native.seconds(), 0.0
+    plain = made.decoder.draw
 
-    def timed(owner: Any, name: str, label: str) -> Callable[[], None]:
-        plain = getattr(owner, name)
+    def draw(*args: Any) -> Any:
+        nonlocal drawing
+        begin = time.perf_counter()
+        found = plain(*args)
+        drawing += time.perf_counter() - begin
+        return found
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            begin = time.perf_counter()
-            found = plain(*args, **kwargs)
-            spent[label] = spent.get(label, 0.0) + time.perf_counter() - begin
-            return found
-
-        setattr(owner, name, call)
-        return lambda: setattr(owner, name, plain)
-
-    kernels = made.decoder.kernels
-    undo = [
-        timed(kernels, "attend", "attention, rotation, cache"),
-        timed(kernels, "activate", "SwiGLU"),
-        timed(kernels, "add_norm", "residual and norms"),
-        timed(made, "_draw", "sampling"),
-        timed(made.decoder, "forward", "forward"),
-    ]
-    total = seconds(lambda: made.generate(asked))
-    for restore in undo:
-        restore()
-    forward = spent.pop("forward")
-    inside = sum(v for k, v in spent.items() if k != "sampling")
-    spent["matrix products"] = forward - inside
-    spent["scheduling"] = total - forward - spent["sampling"]
-    return spent
+    with mock.patch.object(made.decoder, "draw", draw):
+        total = seconds(lambda: made.generate(asked))
+    spent = {name: took - before[name] for name, took in native.seconds().items()}
+    named = {
+        "products into a block, with SwiGLU": spent["inward"],
+        "products out of a block": spent["outward"],
+        "logits": spent["logits"],
+        "attention, rotation, cache": spent["attention"],
+        "embedding and norms": spent["norms"],
+        "sampling": drawing,
+    }
+    return named | {"scheduling": total - sum(named.values())}
 
 
 def run() -> tuple[list[Result], dict[str, float]]:

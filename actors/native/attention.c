@@ -1,0 +1,270 @@
+/* Rotation, the cache and attention. One key and value head serves all query heads.
+ *
+ * The cache of a slot lies so that attention reads it front to back: keys in blocks of 16
+ * positions, all 16 for one dimension (one pair of dimensions, where there is an instruction for
+ * pairs) after another; values position by position (in pairs of positions).
+ */
+#include "native.h"
+
+#if defined(DOT) && HEAD_DIM % 16 == 0
+#define PAIRS
+#endif
+
+#if HEADS % 4 == 0
+#define GROUP 4 /* query heads at once */
+#elif HEADS % 3 == 0
+#define GROUP 3
+#elif HEADS % 2 == 0
+#define GROUP 2
+#else
+#define GROUP 1
+#endif
+
+static inline int64_t key_at(int64_t position, int64_t i) {
+#ifdef PAIRS
+    return position / 16 * 16 * HEAD_DIM + i / 2 * 32 + position % 16 * 2 + i % 2;
+#else
+    return position / 16 * 16 * HEAD_DIM + i * 16 + position % 16;
+#endif
+}
+
+static inline int64_t value_at(int64_t position, int64_t i) {
+#ifdef PAIRS
+    return position / 2 * 2 * HEAD_DIM + i * 2 + position % 2;
+#else
+    return position * HEAD_DIM + i;
+#endif
+}
+
+static inline void rotate(const real *in, const float *cosine, const float *sine, float *out) {
+    for (int i = 0; i < HALF; i++) {
+        float left = wide(in[i]), right = wide(in[i + HALF]);
+        out[i] = left * cosine[i] - right * sine[i];
+        out[i + HALF] = right * cosine[i] + left * sine[i];
+    }
+}
+
+/* Rotate keys and write them and values to the cache; kv [rows, stride] begins with the key. */
+void store(const model *m, const layer *at, const real *kv, int64_t stride, int64_t rows,
+           const int64_t *slots, const int64_t *positions) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        const real *key = kv + row * stride, *value = key + HEAD_DIM;
+        int64_t position = positions[row], slot = slots[row] * m->context * HEAD_DIM;
+        float turned[HEAD_DIM];
+        rotate(key, m->cos_k + position * HALF, m->sin_k + position * HALF, turned);
+#ifdef PAIRS
+        real pairs[HEAD_DIM];
+        for (int i = 0; i < HEAD_DIM; i++) pairs[i] = narrow(turned[i]);
+        for (int i = 0; i < HEAD_DIM; i += 2) /* two dimensions in one write */
+            memcpy(at->keys + slot + key_at(position, i), pairs + i, 2 * sizeof(real));
+#else
+        for (int i = 0; i < HEAD_DIM; i++)
+            at->keys[slot + key_at(position, i)] = narrow(turned[i]);
+#endif
+        for (int i = 0; i < HEAD_DIM; i++) at->values[slot + value_at(position, i)] = value[i];
+    }
+}
+
+/* Give a slot the first positions of another; what the target has behind them stays. */
+void copy_slot(const model *m, const layer *at, int64_t source, int64_t target,
+               int64_t positions) {
+    int64_t from = source * m->context * HEAD_DIM, to = target * m->context * HEAD_DIM;
+    int64_t whole = positions / 16 * 16; /* of keys and of values */
+    size_t bytes = whole * HEAD_DIM * sizeof(real);
+    memcpy(at->keys + to, at->keys + from, bytes);
+    memcpy(at->values + to, at->values + from, bytes);
+    for (int64_t p = whole; p < positions; p++)
+        for (int i = 0; i < HEAD_DIM; i++) {
+            at->keys[to + key_at(p, i)] = at->keys[from + key_at(p, i)];
+            at->values[to + value_at(p, i)] = at->values[from + value_at(p, i)];
+        }
+}
+
+#ifdef PAIRS
+#if HEAD_DIM <= 64
+#define WIDTH HEAD_DIM /* dimensions of the mixed values in registers at once */
+#elif HEAD_DIM % 64 == 0
+#define WIDTH 64
+#else
+#define WIDTH 16
+#endif
+
+static inline __m512bh broadcast(const real *pair) {
+    int32_t both;
+    memcpy(&both, pair, 4);
+    return (__m512bh)_mm512_set1_epi32(both);
+}
+
+/* scores [HEADS, reach] of 16 x blocks positions from t; `ahead` is what the next row will read. */
+static inline __attribute__((always_inline)) void score_blocks(const int blocks, const real *q,
+                                                               const real *keys, int64_t t,
+                                                               int64_t reach, const real *ahead,
+                                                               float *scores) {
+    for (int h = 0; h < HEADS; h += GROUP) {
+        __m512 sum[2][GROUP]; /* enough sums that none waits for its last addition */
+#pragma GCC unroll 2
+        for (int b = 0; b < blocks; b++)
+#pragma GCC unroll 4
+            for (int g = 0; g < GROUP; g++) sum[b][g] = _mm512_setzero_ps();
+#pragma GCC unroll 4
+        for (int i = 0; i < HEAD_DIM; i += 2) {
+            __m512bh key[2];
+#pragma GCC unroll 2
+            for (int b = 0; b < blocks; b++) {
+                int64_t at = (t + 16 * b) * HEAD_DIM + i * 16;
+                key[b] = (__m512bh)_mm512_loadu_si512(keys + at);
+                if (h == 0) __builtin_prefetch(ahead + at);
+            }
+#pragma GCC unroll 4
+            for (int g = 0; g < GROUP; g++) {
+                __m512bh pair = broadcast(q + (h + g) * HEAD_DIM + i);
+#pragma GCC unroll 2
+                for (int b = 0; b < blocks; b++)
+                    sum[b][g] = _mm512_dpbf16_ps(sum[b][g], key[b], pair);
+            }
+        }
+#pragma GCC unroll 4
+        for (int g = 0; g < GROUP; g++)
+#pragma GCC unroll 2
+            for (int b = 0; b < blocks; b++)
+                _mm512_storeu_ps(scores + (h + g) * reach + t + 16 * b, sum[b][g]);
+    }
+}
+
+/* scores [HEADS, reach] of a query [HEADS, HEAD_DIM] against the keys of a slot. */
+static inline void score(const real *q, const real *keys, int64_t reach, const real *ahead,
+                         float *scores) {
+    int64_t t = 0;
+    for (; t + 32 <= reach; t += 32) score_blocks(2, q, keys, t, reach, ahead, scores);
+    if (t < reach) score_blocks(1, q, keys, t, reach, ahead, scores);
+}
+
+/* mixed [HEADS, HEAD_DIM]: values weighted by weights [HEADS, reach]. */
+static inline void mix(const real *weights, const real *values, int64_t length, int64_t reach,
+                       const real *ahead, float *mixed) {
+    for (int h = 0; h < HEADS; h += GROUP)
+        for (int i = 0; i < HEAD_DIM; i += WIDTH) {
+            __m512 sum[GROUP][WIDTH / 16];
+#pragma GCC unroll 4
+            for (int g = 0; g < GROUP; g++)
+#pragma GCC unroll 4
+                for (int j = 0; j < WIDTH / 16; j++) sum[g][j] = _mm512_setzero_ps();
+            for (int64_t t = 0; t < length; t += 2) {
+                __m512i value[WIDTH / 16];
+#pragma GCC unroll 4
+                for (int j = 0; j < WIDTH / 16; j++) {
+                    int64_t at = t * HEAD_DIM + (i + 16 * j) * 2;
+                    value[j] = _mm512_loadu_si512(values + at);
+                    if (h == 0) __builtin_prefetch(ahead + at);
+                }
+                if (t + 1 == length) /* the other of the pair is what another text left there */
+#pragma GCC unroll 4
+                    for (int j = 0; j < WIDTH / 16; j++)
+                        value[j] = _mm512_and_si512(value[j], _mm512_set1_epi32(0xffff));
+#pragma GCC unroll 4
+                for (int g = 0; g < GROUP; g++) {
+                    __m512bh weight = broadcast(weights + (h + g) * reach + t);
+#pragma GCC unroll 4
+                    for (int j = 0; j < WIDTH / 16; j++)
+                        sum[g][j] = _mm512_dpbf16_ps(sum[g][j], weight, (__m512bh)value[j]);
+                }
+            }
+#pragma GCC unroll 4
+            for (int g = 0; g < GROUP; g++)
+#pragma GCC unroll 4
+                for (int j = 0; j < WIDTH / 16; j++)
+                    _mm512_storeu_ps(mixed + (h + g) * HEAD_DIM + i + 16 * j, sum[g][j]);
+        }
+}
+typedef real query;
+#else
+static inline void score(const float *q, const real *keys, int64_t reach, const real *ahead,
+                         float *scores) {
+    (void)ahead;
+    for (int64_t t = 0; t < reach; t += 16)
+        for (int h = 0; h < HEADS; h += GROUP) {
+            float sum[GROUP][16] = {{0.0f}};
+            for (int i = 0; i < HEAD_DIM; i++)
+                for (int g = 0; g < GROUP; g++)
+                    for (int l = 0; l < 16; l++)
+                        sum[g][l] += q[(h + g) * HEAD_DIM + i] *
+                                     wide(keys[t * HEAD_DIM + i * 16 + l]);
+            for (int g = 0; g < GROUP; g++)
+                memcpy(scores + (h + g) * reach + t, sum[g], sizeof sum[g]);
+        }
+}
+
+static inline void mix(const real *weights, const real *values, int64_t length, int64_t reach,
+                       const real *ahead, float *mixed) {
+    (void)ahead;
+    memset(mixed, 0, HEADS * HEAD_DIM * sizeof(float));
+    for (int64_t t = 0; t < length; t++)
+        for (int h = 0; h < HEADS; h++) {
+            float weight = wide(weights[h * reach + t]);
+            for (int i = 0; i < HEAD_DIM; i++)
+                mixed[h * HEAD_DIM + i] += weight * wide(values[value_at(t, i)]);
+        }
+}
+typedef float query;
+#endif
+
+/* weights [reach] = exp(scores - the largest), zero from `length` on; the inverse of their sum. */
+static inline float soften(float *scores, int64_t length, int64_t reach, real *weights) {
+    float top = -FLT_MAX, total = 0.0f;
+    for (int64_t t = length; t < reach; t++) scores[t] = -FLT_MAX;
+#pragma omp simd reduction(max : top)
+    for (int64_t t = 0; t < reach; t++) top = scores[t] > top ? scores[t] : top;
+    for (int64_t block = 0; block < reach; block += 16)
+        for (int64_t t = block; t < block + 16; t++) weights[t] = narrow(fast_exp(scores[t] - top));
+    for (int64_t t = length; t < reach; t++) weights[t] = narrow(0.0f);
+    /* The sum is of the weights as they are used: rounded. */
+#pragma omp simd reduction(+ : total)
+    for (int64_t t = 0; t < reach; t++) total += wide(weights[t]);
+    return 1.0f / total;
+}
+
+/* Attention of one row over the first `length` positions of its slot; the next row reads what lies
+ * `ahead` of its keys and values, in elements. */
+static void attend_row(const float *q, const real *keys, const real *values, int64_t length,
+                       int64_t ahead, real *out) {
+    int64_t reach = (length + 15) / 16 * 16;
+    query asked[HEADS * HEAD_DIM];
+    float scores[HEADS * reach], inverse[HEADS], mixed[HEADS * HEAD_DIM];
+    real weights[HEADS * reach];
+    for (int i = 0; i < HEADS * HEAD_DIM; i++)
+#ifdef PAIRS
+        asked[i] = narrow(q[i]);
+#else
+        asked[i] = q[i];
+#endif
+    score(asked, keys, reach, keys + ahead, scores);
+    for (int h = 0; h < HEADS; h++)
+        inverse[h] = soften(scores + h * reach, length, reach, weights + h * reach);
+    mix(weights, values, length, reach, values + ahead, mixed);
+    for (int h = 0; h < HEADS; h++)
+        for (int i = 0; i < HEAD_DIM; i++)
+            out[h * HEAD_DIM + i] = narrow(mixed[h * HEAD_DIM + i] * inverse[h]);
+}
+
+/* Store, copy shared prefixes, attend: fused [rows, stride] to out [rows, out_stride]; keys and
+ * values stand at `kv` in a fused row. */
+void attend(const model *m, const layer *at, const step *s, int64_t rows, const real *fused,
+            int64_t stride, int64_t kv, real *out, int64_t out_stride) {
+    store(m, at, fused + kv, stride, rows, s->slots, s->positions);
+    for (int64_t c = 0; c < s->copies; c++) /* in order: a target may be a later source */
+        copy_slot(m, at, s->copy[3 * c], s->copy[3 * c + 1], s->copy[3 * c + 2]);
+    float scale = 1.0f / sqrtf(HEAD_DIM);
+#pragma omp parallel for schedule(dynamic, 4)
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t position = s->positions[row], slot = s->slots[row] * m->context * HEAD_DIM;
+        float q[HEADS * HEAD_DIM];
+        for (int h = 0; h < HEADS; h++)
+            rotate(fused + row * stride + h * HEAD_DIM, m->cos_q + position * HALF,
+                   m->sin_q + position * HALF, q + h * HEAD_DIM);
+        for (int i = 0; i < HEADS * HEAD_DIM; i++) q[i] *= scale;
+        int64_t next = s->slots[row + 1 < rows ? row + 1 : row] * m->context * HEAD_DIM;
+        attend_row(q, at->keys + slot, at->values + slot, position + 1, next - slot,
+                   out + row * out_stride);
+    }
+}

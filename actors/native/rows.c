@@ -1,0 +1,73 @@
+/* What is done to rows one by one: embedding, LayerNorm, drawing a token. */
+#include "native.h"
+
+#define BLOCK 64 /* as in common.logprobs.draw */
+
+/* x [rows, dim] = the tokens' embeddings. */
+void embed(const real *embedding, const int64_t *tokens, int64_t rows, int64_t dim, float *x) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = 0; i < dim; i++)
+            x[row * dim + i] = wide(embedding[tokens[row] * dim + i]);
+}
+
+/* out [rows, stride] = LayerNorm(x [rows, dim]) * weight. */
+void layer_norm(const float *x, const float *weight, int64_t rows, int64_t dim, real *out,
+                int64_t stride) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        const float *at = x + row * dim;
+        float sum = 0.0f, squares = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < dim; i++) sum += at[i];
+        float mean = sum / dim;
+#pragma omp simd reduction(+ : squares)
+        for (int64_t i = 0; i < dim; i++) squares += (at[i] - mean) * (at[i] - mean);
+        float scale = 1.0f / sqrtf(squares / dim + 1e-5f);
+        for (int64_t i = 0; i < dim; i++)
+            out[row * stride + i] = narrow((at[i] - mean) * scale * weight[i]);
+    }
+}
+
+/* Inverse-CDF sampling as common.logprobs.draw, for logits without a filter. */
+void draw(const float *logits, int64_t rows, int64_t vocabulary, float temperature,
+          const double *uniforms, int64_t *tokens, float *logprobs) {
+    int64_t blocks = (vocabulary + BLOCK - 1) / BLOCK;
+#pragma omp parallel
+    {
+        float *weights = calloc(blocks * BLOCK, sizeof(float));
+        double *sums = malloc(blocks * sizeof(double));
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; row++) {
+            const float *at = logits + row * vocabulary;
+            float top = -FLT_MAX, inverse = 1.0f / temperature;
+#pragma omp simd reduction(max : top)
+            for (int64_t i = 0; i < vocabulary; i++) {
+                weights[i] = at[i] * inverse;
+                top = weights[i] > top ? weights[i] : top;
+            }
+            for (int64_t i = 0; i < vocabulary; i++) weights[i] = fast_exp(weights[i] - top);
+            double total = 0.0;
+            for (int64_t b = 0; b < blocks; b++) {
+                float part = 0.0f;
+#pragma omp simd reduction(+ : part)
+                for (int i = 0; i < BLOCK; i++) part += weights[b * BLOCK + i];
+                sums[b] = part;
+                total += part;
+            }
+            double rest = uniforms[row] * total;
+            int64_t block = 0;
+            while (block < blocks - 1 && rest >= sums[block]) rest -= sums[block++];
+            double inner = 0.0;
+            int64_t token = block * BLOCK, last = vocabulary - 1;
+            for (; token < last; token++) {
+                inner += weights[token];
+                if (inner > rest) break;
+            }
+            tokens[row] = token;
+            logprobs[row] = at[token] * inverse - top - (float)log(total);
+        }
+        free(weights);
+        free(sums);
+    }
+}

@@ -1,0 +1,304 @@
+"""The forward for processors: `native/*.c`, compiled for this machine, head shape and precision.
+
+Compilation takes some seconds, happens once per machine and shape, and is kept in the user's cache
+folder. On a GPU `actors.torch_forward` runs instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from actors.step import Layer, Step, rope_tables
+from common.errors import ClusterError
+from common.logprobs import Sampling
+from common.model_config import ModelConfig
+
+_FOLDER = Path(__file__).with_name("native")
+_FLAGS = [
+    *("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-ffp-contract=fast"),
+    # Sums may be reordered into vector lanes; the order is fixed by the binary, not by the batch.
+    *("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"),
+    *("-freciprocal-math", "-ffinite-math-only"),
+]
+_PANEL = 64
+"""Columns of a panel of packed weights, as in native.h."""
+_BLOCK = 16
+"""Positions of a block of keys, as in attention.c."""
+
+
+class NativeForward:
+    """Weights, keys and values of all slots, on the processor."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, slots: int) -> None:
+        """Products and cache in `dtype`.
+
+        Raises:
+            ClusterError: there is no C compiler, or it fails.
+        """
+        begin = time.perf_counter()
+        self._library = _library(compiled(config, dtype))
+        self.build_seconds = time.perf_counter() - begin
+        self._config = config
+        self._dtype = dtype
+        self._packed_dtype = dtype if self._library.weight_bytes() == 2 else torch.float32
+        context = _up(config.context, _BLOCK)
+        shape = (config.layers, slots, context, config.head_dim)
+        self._keys, self._values = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+        self._tables = rope_tables(config)
+        self._inner = config.heads * config.head_dim
+        self._ff = config.ff_mult * config.dim
+        self._strides = _up(config.dim, 2), _up(self._inner + self._ff, 2)
+        self._columns = self._sections()
+        self._model = _Model(
+            layers=config.layers,
+            dim=config.dim,
+            inner=self._inner,
+            ff=self._ff,
+            vocabulary=config.vocab_size,
+            context=context,
+            dim_stride=self._strides[0],
+            both_stride=self._strides[1],
+            **dict(zip(("cos_q", "sin_q", "cos_k", "sin_k"), map(_at, self._tables), strict=True)),
+        )
+        self._room_rows = 0
+        self._room: list[Tensor] = []
+        self._weights: list[Tensor] = []
+        self._spent = _Spent()
+
+    def take(self, layers: Sequence[Layer], norm: Tensor, embedding: Tensor) -> None:
+        """Run with these weights from now on."""
+        query, keyvalue, forward = self._columns
+        made = (_Layer * len(layers))()
+        # C holds addresses: whatever they point to must live as long as these weights are in use.
+        self._weights = [norm, embedding]
+        for index, layer in enumerate(layers):
+            self._weights.append(layer.norm)
+            made[index] = _Layer(
+                norm=_at(layer.norm),
+                query=self._packed(layer.inward, query),
+                keyvalue=self._packed(layer.inward, keyvalue),
+                forward=self._packed(layer.inward, forward),
+                outward=self._packed(layer.outward, _padded(0, self._config.dim)),
+                keys=_at(self._keys[index]),
+                values=_at(self._values[index]),
+            )
+        self._layers = made
+        self._model.layer = ctypes.cast(made, ctypes.POINTER(_Layer))
+        self._model.norm, self._model.embedding = _at(norm), _at(embedding)
+        self._model.logits = self._packed(embedding, _padded(0, len(embedding)))
+
+    def run(self, step: Step) -> Tensor:
+        """fp32 logits ``[S, V]`` after the newest token of each slot."""
+        copies = torch.tensor(
+            [
+                number
+                for copy in step.copies
+                for target in copy.targets
+                for number in (copy.source, target, copy.positions)
+            ],
+            dtype=torch.int64,
+        )
+        asked = _Step(
+            rows=len(step.tokens),
+            used=step.used,
+            tokens=_at(step.tokens),
+            slots=_at(step.slots),
+            positions=_at(step.positions),
+            copies=len(copies) // 3,
+            copy=_at(copies),
+        )
+        logits = torch.empty(step.used, self._config.vocab_size)
+        room = self._scratch(len(step.tokens))
+        self._library.forward(self._model, asked, room, _at(logits), self._spent)
+        return logits
+
+    def move(self, source: int, target: int, positions: int) -> None:
+        """Give a slot another slot's keys and values."""
+        self._library.move(self._model, source, target, positions)
+
+    def draw(self, logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """As `common.logprobs.draw`, for fp32 logits ``[B, V]`` without a filter."""
+        rows, vocabulary = logits.shape
+        tokens = torch.empty(rows, dtype=torch.int64)
+        logprobs = torch.empty(rows, dtype=torch.float32)
+        self._library.draw(
+            *(_at(logits), rows, vocabulary, sampling.temperature),
+            *(_at(uniforms), _at(tokens), _at(logprobs)),
+        )
+        return tokens, logprobs
+
+    def seconds(self) -> dict[str, float]:
+        """Time spent so far, by kind of work."""
+        return {name: float(getattr(self._spent, name)) for name in _KINDS}
+
+    def _sections(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of the input projection in the order of the panels: queries, keys and values, and
+        the two sides of SwiGLU side by side."""
+        inner, kv, ff, half = self._inner, 2 * self._config.head_dim, self._ff, _PANEL // 2
+        up = _padded(inner + kv, ff, half).view(-1, half)
+        gate = _padded(inner + kv + ff, ff, half).view(-1, half)
+        both = torch.stack((up, gate), dim=1).flatten()
+        return _padded(0, inner), _padded(inner, kv), both
+
+    def _packed(self, weight: Tensor, columns: Tensor) -> _Packed:
+        """Weights ``[any, length]`` as panels of the columns asked for."""
+        weight = weight.contiguous()
+        panels, inner = len(columns) // _PANEL, _up(weight.shape[1], 2)
+        made = torch.empty(panels * inner * _PANEL, dtype=self._packed_dtype)
+        self._library.pack(_at(weight), weight.shape[1], inner, _at(columns), panels, _at(made))
+        self._weights.append(made)
+        return _Packed(data=_at(made), panels=panels)
+
+    def _scratch(self, rows: int) -> _Scratch:
+        """Room for the activations of so many rows; kept, because fresh pages cost time."""
+        if rows > self._room_rows:
+            self._room_rows = rows
+            fused = sum(len(columns) for columns in self._columns[:2])
+            self._room = [torch.zeros(rows, self._config.dim)] + [
+                torch.zeros(rows, width, dtype=self._dtype)
+                for width in (self._strides[0], fused, self._strides[1])
+            ]
+        return _Scratch(*map(_at, self._room))
+
+
+def compiled(config: ModelConfig, dtype: torch.dtype) -> Path:
+    """The shared library for a head shape and precision, compiled unless it is there already.
+
+    Raises:
+        ClusterError: there is no C compiler, or it fails.
+    """
+    compiler = shutil.which(os.environ.get("CC", "gcc"))
+    if compiler is None:
+        raise ClusterError(
+            "native kernels need a C compiler: install gcc, or set rollout.kernels=torch"
+        )
+    shape = [f"-DHEADS={config.heads}", f"-DHEAD_DIM={config.head_dim}"]
+    shape += ["-DBF16"] if dtype == torch.bfloat16 else []
+    wide = ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
+    flags = [*_FLAGS, *wide, *shape]
+    sources = [path.read_text() for path in sorted(_FOLDER.iterdir())]
+    key = hashlib.sha256(
+        "\n".join([*sources, _processor(), compiler, *flags]).encode()
+    ).hexdigest()[:24]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "talipot"
+    target = cache / f"kernels-{key}.so"
+    if not target.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        # Workers start together: each compiles for itself, and the renames are of equal files.
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            built = Path(folder) / "kernels.so"
+            done = subprocess.run(
+                [compiler, *flags, str(_FOLDER / "forward.c"), "-o", str(built), "-lm"],
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode:
+                raise ClusterError(
+                    f"{compiler} cannot compile the native kernels: "
+                    f"{done.stderr.strip().splitlines()[-1]}; or set rollout.kernels=torch"
+                )
+            built.replace(target)
+    return target
+
+
+def _library(path: Path) -> ctypes.CDLL:
+    """The functions of forward.c with their arguments' types."""
+    library = ctypes.CDLL(str(path))
+    number, address, at = ctypes.c_int64, ctypes.c_void_p, ctypes.POINTER
+    library.weight_bytes.argtypes = []
+    library.pack.argtypes = [address, number, number, address, number, address]
+    library.forward.argtypes = [at(_Model), at(_Step), at(_Scratch), address, at(_Spent)]
+    library.move.argtypes = [at(_Model), number, number, number]
+    library.draw.argtypes = [address, number, number, ctypes.c_float, address, address, address]
+    for name in ("pack", "forward", "move", "draw"):
+        getattr(library, name).restype = None
+    library.weight_bytes.restype = number
+    return library
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text().split("flags", 1)[-1].split("\n", 1)[0] if info.exists() else ""
+    return platform.machine() + flags
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _padded(first: int, count: int, multiple: int = _PANEL) -> Tensor:
+    """Numbers from `first`, then -1 up to a multiple."""
+    out = torch.full((_up(count, multiple),), -1)
+    out[:count] = torch.arange(first, first + count)
+    return out
+
+
+def _at(tensor: Tensor) -> int:
+    """Address of a contiguous tensor's first element."""
+    return tensor.data_ptr()
+
+
+# The structures of native.h.
+
+
+class _Packed(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("panels", ctypes.c_int64))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("norm", ctypes.c_void_p),
+        *((name, _Packed) for name in ("query", "keyvalue", "forward", "outward")),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, ctypes.c_int64)
+            for name in ("layers", "dim", "inner", "ff", "vocabulary", "context")
+        ),
+        ("dim_stride", ctypes.c_int64),
+        ("both_stride", ctypes.c_int64),
+        ("layer", ctypes.POINTER(_Layer)),
+        ("norm", ctypes.c_void_p),
+        ("embedding", ctypes.c_void_p),
+        ("logits", _Packed),
+        *((name, ctypes.c_void_p) for name in ("cos_q", "sin_q", "cos_k", "sin_k")),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("used", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("tokens", "slots", "positions")),
+        ("copies", ctypes.c_int64),
+        ("copy", ctypes.c_void_p),
+    )
+
+
+class _Scratch(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("x", "normed", "fused", "both"))
+
+
+_KINDS = ("inward", "attention", "outward", "norms", "logits")
+
+
+class _Spent(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_double) for name in _KINDS)
