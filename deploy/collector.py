@@ -117,8 +117,9 @@ class Collector:
         self._sampling: dict[ray.ObjectRef[Any], _Sampling] = {}
         self._sampled: list[_Sampled] = []
         self._scoring: dict[ray.ObjectRef[Any], _Scoring] = {}
-        self._void: set[ray.ObjectRef[Any]] = set()
-        """Calls of a history that was rolled back: what they bring is thrown away."""
+        self._void: dict[ray.ObjectRef[Any], float] = {}
+        """Calls of a history that was rolled back, and their deadlines: what they bring is thrown
+        away."""
 
     def pump(self, timeout: float = 0.1) -> None:
         """Dispatch what can be dispatched, and take in what has finished.
@@ -176,19 +177,21 @@ class Collector:
         return sorted(fresh, key=lambda s: s.rollout_ids[0])
 
     def counts(self) -> dict[str, float]:
-        """What happened since the run began (or was resumed), as metrics."""
+        """What happened since the run began (or was resumed), as metrics; from any thread."""
         ledger = self.ledger
         found: dict[str, float] = {
             "leases_reissued": ledger.reissued,
             "late_commits": ledger.refused,
             "weights_reloaded": self.weights_reloaded,
         }
-        found |= {f"dropped/{reason}": n for reason, n in ledger.dropped.items()}
-        found |= {f"resampled/{reason}": n for reason, n in ledger.resampled.items()}
+        found |= {f"dropped/{reason}": n for reason, n in dict(ledger.dropped).items()}
+        found |= {f"resampled/{reason}": n for reason, n in dict(ledger.resampled).items()}
         for pool in self._pools():
             found[f"workers/{pool.kind}"] = len(pool.workers)
             found[f"workers_lost/{pool.kind}"] = pool.failures
-            found |= {f"workers_lost/{pool.kind}/{cause}": n for cause, n in pool.losses.items()}
+            found |= {
+                f"workers_lost/{pool.kind}/{cause}": n for cause, n in dict(pool.losses).items()
+            }
             if pool.left:
                 found[f"workers_drained/{pool.kind}"] = pool.left
             if pool.scale_seconds:
@@ -221,18 +224,16 @@ class Collector:
             if fits(sampling.lease.iteration, sampling.weights.manifest.policy_version):
                 ledger.adopt(sampling.lease, sampling.worker, until)
             else:
-                self._void.add(ref)
+                self._void[ref] = until
         for ref, scoring in self._scoring.items():
             if not fits(scoring.sampled[0].lease.iteration, scoring.sampled[0].version):
-                self._void.add(ref)
+                self._void[ref] = until
                 continue
             for sampled in scoring.sampled:
                 ledger.adopt(sampled.lease, scoring.worker, until)
 
     def _is_void(self, ref: ray.ObjectRef[Any]) -> bool:
-        void = ref in self._void
-        self._void.discard(ref)
-        return void
+        return self._void.pop(ref, None) is not None
 
     # ------------------------------------------------------------------ dispatch
 
@@ -361,7 +362,11 @@ class Collector:
 
     def _overdue(self) -> None:
         """Find hung workers by their deadlines; their calls then fail like a death."""
-        for _, holder in self.ledger.overdue(time.monotonic()):
+        now = time.monotonic()
+        holders = [holder for _, holder in self.ledger.overdue(now)]
+        jobs: dict[ray.ObjectRef[Any], _Sampling | _Scoring] = {**self._sampling, **self._scoring}
+        holders += [jobs[ref].worker for ref, until in self._void.items() if until < now]
+        for holder in holders:
             for pool in self._pools():
                 pool.lost(holder, "hung", f"no answer within {self._deadline_s:.0f} s")
 
@@ -378,6 +383,7 @@ class Collector:
                 started.add(job.worker)
                 continue
             del self._sampling[ref]
+            self._void.pop(ref, None)
             leaving[job.worker].busy -= 1
             self.ledger.give_back(job.lease.lease_id, job.worker)
 

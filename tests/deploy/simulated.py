@@ -96,14 +96,14 @@ class Rig:
             observe=self._observe,
         )
         self.publish(0)
-        self._prompts = PromptStream([EncodedPrompt(uid="p", text="a", ids=[1])], seed=0)
+        self.prompts = PromptStream([EncodedPrompt(uid="p", text="a", ids=[1])], seed=0)
 
     def publish(self, version: int) -> None:
         manifest = Manifest(policy_version=version, total=0, layout="", slices=())
         self.collector.weights = Weights(manifest=manifest, payloads=())
 
     def issue(self, iteration: int, count: int) -> None:
-        self.ledger.issue(iteration, self._prompts.requests(iteration, count, 1), LEASE)
+        self.ledger.issue(iteration, self.prompts.requests(iteration, count, 1), LEASE)
 
     def pump_until(self, condition: Callable[[], bool], within_s: float = 60.0) -> float:
         """Turn the loop until a condition holds; seconds it took."""

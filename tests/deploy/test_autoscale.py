@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -16,7 +17,9 @@ from common.errors import ConfigError
 from common.recipe import load_config
 from common.worker_config import ActorBounds
 from deploy.autoscale import Load, Trend, decide
+from deploy.elastic import Elastic
 from deploy.placement import release_room, request_room, room
+from deploy.pool import Pool
 
 BOUNDS = ActorBounds(min=2, max=9)
 SHORT = Load(learner_waits=0.6, actors_busy=0.55)
@@ -84,6 +87,23 @@ def test_a_recipe_gives_a_number_or_bounds() -> None:
     for wrong in ("{min: 3, max: 2}", "{min: 0, max: 2}", "{min: 1}", "many"):
         with pytest.raises(ConfigError, match=r"rollout\.actors"):
             load_config(None, [f"rollout.actors={wrong}"])
+
+
+def test_a_run_between_bounds_scales_itself(tmp_path: Path) -> None:
+    overrides = [f"output={tmp_path}", "name=x", "rollout.actors={min: 2, max: 3}"]
+    config = load_config(None, overrides)
+    config.run_dir.mkdir()
+    pool = Pool(kind="rollout", make=lambda name: None, max_failures=0)
+    pool.scale(2)
+    elastic = Elastic(config, pool, None)
+    busy = {"seconds": 10.0, "collect_seconds": 6.0, "generate_seconds": 11.0, "load_seconds": 1.0}
+    sizes = []
+    for _ in range(7):
+        elastic.adapt(busy)
+        sizes.append(pool.target)
+    assert sizes == [2, 2, 3, 3, 3, 3, 3]
+    (line,) = (config.run_dir / "events.jsonl").read_text(encoding="utf8").splitlines()
+    assert '"from 2 to 3"' in line
 
 
 @pytest.mark.parametrize(
