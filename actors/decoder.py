@@ -79,7 +79,7 @@ class Decoder:
             newest, positions: one entry per slot in use. All earlier positions of a slot are in
                 the cache, in `chunks`, or come by `copies`.
         """
-        return self.implementation.run(lay_out(newest, positions, chunks, copies, self.device))
+        return self.implementation.run(lay_out(newest, positions, chunks, copies))
 
     def draw(self, logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """As `common.logprobs.draw`, for logits ``[B, V]`` without a filter."""

@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,6 +75,7 @@ class NativeForward:
         )
         self._room_rows = 0
         self._room: list[Tensor] = []
+        self._scratch = _Scratch()
         self._weights: list[Tensor] = []
         self._spent = _Spent()
 
@@ -101,27 +103,18 @@ class NativeForward:
 
     def run(self, step: Step) -> Tensor:
         """fp32 logits ``[S, V]`` after the newest token of each slot."""
-        copies = torch.tensor(
-            [
-                number
-                for copy in step.copies
-                for target in copy.targets
-                for number in (copy.source, target, copy.positions)
-            ],
-            dtype=torch.int64,
-        )
-        asked = _Step(
-            rows=len(step.tokens),
-            used=step.used,
-            tokens=_at(step.tokens),
-            slots=_at(step.slots),
-            positions=_at(step.positions),
-            copies=len(copies) // 3,
-            copy=_at(copies),
-        )
+        numbers = [
+            number
+            for copy in step.copies
+            for target in copy.targets
+            for number in (copy.source, target, copy.positions)
+        ]
+        copies = np.array(numbers, dtype=np.int64)
+        places = (rows.ctypes.data for rows in (step.tokens, step.slots, step.positions))
+        asked = _Step(len(step.tokens), step.used, *places, len(copies) // 3, copies.ctypes.data)
         logits = torch.empty(step.used, self._config.vocab_size)
-        room = self._scratch(len(step.tokens))
-        self._library.forward(self._model, asked, room, _at(logits), self._spent)
+        self._make_room(len(step.tokens))
+        self._library.forward(self._model, asked, self._scratch, _at(logits), self._spent)
         return logits
 
     def move(self, source: int, target: int, positions: int) -> None:
@@ -161,16 +154,17 @@ class NativeForward:
         self._weights.append(made)
         return _Packed(data=_at(made), panels=panels)
 
-    def _scratch(self, rows: int) -> _Scratch:
+    def _make_room(self, rows: int) -> None:
         """Room for the activations of so many rows; kept, because fresh pages cost time."""
-        if rows > self._room_rows:
-            self._room_rows = rows
-            fused = sum(len(columns) for columns in self._columns[:2])
-            self._room = [torch.zeros(rows, self._config.dim)] + [
-                torch.zeros(rows, width, dtype=self._dtype)
-                for width in (self._strides[0], fused, self._strides[1])
-            ]
-        return _Scratch(*map(_at, self._room))
+        if rows <= self._room_rows:
+            return
+        self._room_rows = rows
+        fused = sum(len(columns) for columns in self._columns[:2])
+        self._room = [torch.zeros(rows, self._config.dim)] + [
+            torch.zeros(rows, width, dtype=self._dtype)
+            for width in (self._strides[0], fused, self._strides[1])
+        ]
+        self._scratch = _Scratch(*map(_at, self._room))
 
 
 def compiled(config: ModelConfig, dtype: torch.dtype) -> Path:

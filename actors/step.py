@@ -40,11 +40,11 @@ class Copy:
 class Step:
     """Flat rows: the newest token of slots 0 .. used - 1, then the tokens of the chunks."""
 
-    tokens: Tensor
+    tokens: np.ndarray
     """int64 ``[N]``."""
-    slots: Tensor
+    slots: np.ndarray
     """int64 ``[N]``."""
-    positions: Tensor
+    positions: np.ndarray
     """int64 ``[N]``."""
     used: int
     chunks: Sequence[Chunk]
@@ -56,7 +56,6 @@ def lay_out(
     positions: Sequence[int] | np.ndarray,
     chunks: Sequence[Chunk],
     copies: Sequence[Copy],
-    device: torch.device,
 ) -> Step:
     """The rows of a step; `newest` and `positions` have one entry per slot in use."""
     sizes = [len(chunk.tokens) for chunk in chunks]
@@ -71,11 +70,10 @@ def lay_out(
             chunk.slot,
             places,
         )
-    tokens, slots, at = torch.from_numpy(rows).to(device)
     return Step(
-        tokens=tokens,
-        slots=slots,
-        positions=at,
+        tokens=rows[0],
+        slots=rows[1],
+        positions=rows[2],
         used=len(newest),
         chunks=chunks,
         copies=copies,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +13,16 @@ from torch import Tensor
 from actors.step import Chunk, Layer, Step, rope_tables
 from common.logprobs import Sampling, draw, sampling_logits
 from common.model_config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where in the cache the rows of a step belong, on its device."""
+
+    slots: Tensor
+    """int64 ``[N]``."""
+    positions: Tensor
+    """int64 ``[N]``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +75,22 @@ class TorchForward:
 
     def run(self, step: Step) -> Tensor:
         """Logits ``[S, V]``, in the dtype of the products, after the newest token of each slot."""
-        seen = _reach(step, self._config.heads, self._dtype)
-        x = F.embedding(step.tokens, self._embedding).float()
+        device = self._keys.device
+        rows = np.stack((step.tokens, step.slots, step.positions))
+        tokens, slots, positions = torch.from_numpy(rows).to(device)
+        at = _Places(slots, positions)
+        seen = _reach(step, positions, self._config.heads, self._dtype)
+        x = F.embedding(tokens, self._embedding).float()
         for index, layer in enumerate(self._layers):
             normed = self._normed(x, layer.norm)
             if index == len(self._layers) - 1 and step.used < len(x):
                 # Of a prompt's earlier tokens the last layer owes later ones its keys and values,
                 # and nothing else.
                 kv = F.linear(normed[step.used :], layer.inward[self._kv])
-                self._write(index, kv, step, slice(step.used, None))
+                self._write(index, kv, at, slice(step.used, None))
                 x, normed = x[: step.used], normed[: step.used]
             fused = F.linear(normed, layer.inward)
-            mixed = self._attend(index, fused, step, seen)
+            mixed = self._attend(index, fused, step, at, seen)
             up, gate = fused[:, self._kv.stop :].chunk(2, dim=-1)
             both = torch.cat((mixed, F.silu(gate) * up), dim=-1)
             x = x + F.linear(both, layer.outward)
@@ -93,22 +108,24 @@ class TorchForward:
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.layer_norm(x, (x.shape[-1],), weight).to(self._dtype)
 
-    def _write(self, layer: int, kv: Tensor, step: Step, rows: slice) -> None:
+    def _write(self, layer: int, kv: Tensor, places: _Places, rows: slice) -> None:
         """Rotate keys and write them and values to the cache, ``[n, 2 K]``."""
-        slots, at = step.slots[rows], step.positions[rows]
+        slots, at = places.slots[rows], places.positions[rows]
         k, v = kv.chunk(2, dim=-1)
         self._keys[layer][slots, at] = _rotate(k, self._cos_k[at], self._sin_k[at])
         self._values[layer][slots, at] = v
 
-    def _attend(self, layer: int, fused: Tensor, step: Step, seen: _Reach) -> Tensor:
+    def _attend(
+        self, layer: int, fused: Tensor, step: Step, places: _Places, seen: _Reach
+    ) -> Tensor:
         """Write the cache, copy shared prefixes, attend: ``[n, q + k + v + ...]`` of the first n
         rows to ``[n, H K]``."""
         heads, width, rows = self._config.heads, self._config.head_dim, len(fused)
         keys, values = self._keys[layer], self._values[layer]
-        at = step.positions[:rows]
+        at = places.positions[:rows]
         q = fused[:, : self._inner].view(rows, heads, width)
         q = _rotate(q, self._cos_q[at][:, None], self._sin_q[at][:, None])
-        self._write(layer, fused[:, self._kv], step, slice(rows))
+        self._write(layer, fused[:, self._kv], places, slice(rows))
         for copy in step.copies:
             keys[copy.targets, : copy.positions] = keys[copy.source, : copy.positions]
             values[copy.targets, : copy.positions] = values[copy.source, : copy.positions]
@@ -134,8 +151,8 @@ class TorchForward:
         return out.transpose(1, 2)[prefill.rows, prefill.columns]
 
 
-def _reach(step: Step, heads: int, dtype: torch.dtype) -> _Reach:
-    newest = step.positions[: step.used]
+def _reach(step: Step, positions: Tensor, heads: int, dtype: torch.dtype) -> _Reach:
+    newest = positions[: step.used]
     reach = int(newest.max()) + 1
     hidden = torch.arange(reach, device=newest.device) > newest[:, None]
     bias = torch.zeros(hidden.shape, dtype=dtype, device=newest.device)
