@@ -24,7 +24,7 @@ from common.model_config import ModelConfig
 from common.palm import PaLM
 from common.tokenizer import Tokenizer
 from common.trajectory import Rollout, RolloutRequest, extend, from_table, to_table
-from common.weights import FlatBuffer, Manifest, Payload, torch_dtype
+from common.weights import CorruptSliceError, FlatBuffer, Manifest, Payload, torch_dtype
 from common.worker_config import RolloutConfig
 
 
@@ -41,6 +41,12 @@ class LeaseFacts:
     """Time spent generating."""
     load_seconds: float
     """Time spent loading weights; 0 when they were held already."""
+    reloads: int
+    """Times that a slice arrived corrupted and was read again."""
+
+
+_LOADS = 3
+"""Readings of the weights before a corrupted slice is taken for what was published."""
 
 
 def engine_of(palm: PaLM, tokenizer: Tokenizer, rollout: RolloutConfig) -> Engine:
@@ -83,15 +89,30 @@ class RolloutActor:
         self.engine = engine_of(palm, self.tokenizer, rollout)
         self.policy_version = -1
         self.fingerprint = ""
+        self.reloads = 0
+        """Corrupted slices found over the actor's life."""
 
     def ping(self) -> str:
         """Answer once the worker has started."""
         return self.actor_id
 
     def load(self, manifest: Manifest, payloads: Sequence[Payload]) -> str:
-        """Hold these weights; returns the fingerprint of what is now held."""
+        """Hold these weights; returns the fingerprint of what is now held.
+
+        A corrupted slice is found before anything is sampled, and everything is read again.
+
+        Raises:
+            CorruptSliceError: a slice stays corrupted; names its rank.
+        """
         self.policy_version, self.fingerprint = -1, ""
-        self.fingerprint = self.buffer.load(manifest, payloads)
+        for left in reversed(range(_LOADS)):
+            try:
+                self.fingerprint = self.buffer.load(manifest, payloads)
+                break
+            except CorruptSliceError as error:
+                self.reloads += 1
+                if not left:
+                    raise CorruptSliceError(f"{error} at {self.actor_id}, {_LOADS} times") from None
         self.engine.refresh()
         self.policy_version = manifest.policy_version
         return self.fingerprint
@@ -100,7 +121,7 @@ class RolloutActor:
         self, requests: pa.Table, manifest: Manifest, *payloads: Payload
     ) -> tuple[LeaseFacts, pa.Table]:
         """Sample every request of a lease from the weights the manifest names."""
-        begin = time.perf_counter()
+        begin, reloads = time.perf_counter(), self.reloads
         if self.fingerprint != manifest.fingerprint:
             self.load(manifest, payloads)
         # A version may be republished with the same content (a resumed run).
@@ -131,5 +152,6 @@ class RolloutActor:
             response_tokens=sum(len(g.response_ids) for g in generated),
             seconds=time.perf_counter() - loaded,
             load_seconds=loaded - begin,
+            reloads=self.reloads - reloads,
         )
         return facts, to_table(rollouts, Rollout)

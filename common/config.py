@@ -22,7 +22,7 @@ from common.model_config import (
     Section,
     TokenizerConfig,
 )
-from common.worker_config import RewardServiceConfig, RolloutConfig
+from common.worker_config import Labels, RewardServiceConfig, RolloutConfig
 
 
 class DataConfig(Section):
@@ -55,8 +55,12 @@ class LearnerConfig(Section):
     """Cores each rank asks Ray for; its threads follow."""
     gpus_per_rank: NonNegativeFloat = 0.0
     """GPUs each rank asks Ray for."""
+    labels: Labels = Field(default_factory=dict)
+    """Labels of the nodes that ranks may be on, as in `rollout`."""
     deadline_s: PositiveFloat = 600.0
-    """Longest wait for one call to the gang; then the run stops and names the rank."""
+    """Longest wait for one call to the gang; then a silent rank is taken for dead."""
+    max_restarts: NonNegativeInt = 3
+    """Times that one controller builds the gang again after a rank died; then the run stops."""
 
 
 class SftConfig(Section):
@@ -165,6 +169,8 @@ class TrainConfig(Section):
     """Separate beats shared (Stiennon 2020, appendix G.1)."""
     max_staleness: NonNegativeInt = 0
     """0 is synchronous and deterministic; k lets rollouts be k versions old."""
+    stale: Literal["wait", "drop"] = "wait"
+    """Rollouts that are too old when their turn comes: sample them again, or train without them."""
     behavior_cap: PositiveFloat = 2.0
     """Truncation of proximal/behaviour importance weights (asynchronous mode)."""
     ppg: PpgConfig | None = PpgConfig()
@@ -173,8 +179,8 @@ class TrainConfig(Section):
     """Largest global gradient norm."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""
-    checkpoint_every: NonNegativeInt = 0
-    """Iterations between checkpoints; 0 writes one at the end only."""
+    checkpoint_every: NonNegativeInt = 5
+    """Iterations between checkpoints: the most that a death costs. 0 writes one at the end only."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints to keep."""
 
@@ -248,9 +254,14 @@ class ClusterConfig(Section):
     autoscales: bool = False
     """The cluster adds nodes when asked: a recipe that is too large for it as it is may wait."""
     start_timeout_s: PositiveFloat = 120.0
-    """Longest wait for workers to start."""
+    """Longest wait for workers to start, and for any of a kind to be there."""
     max_restarts: NonNegativeInt = 10
-    """Restarts of elastic workers before the run gives up."""
+    """Failures of one kind of elastic worker within `restart_window_s`, beside one for each worker,
+    that the run outlives. Preempted workers do not count."""
+    restart_window_s: PositiveFloat = 600.0
+    """Failures longer ago are forgotten."""
+    stop_timeout_s: PositiveFloat = 60.0
+    """Longest wait of a terminated command for the run to stop with a checkpoint."""
 
 
 class RunConfig(Section):

@@ -8,13 +8,16 @@
     ├── TrainingError            6   the optimisation broke (NaN, mismatched weights)
     ├── RewardError              7   a scorer that cannot score
     ├── StorageError             8   a run directory that cannot be written
-    └── WorkerError              9   a worker that failed too often or outran its deadline
+    ├── WorkerError              9   a worker that failed too often or outran its deadline
+    └── Interrupted        130, 143  Ctrl-C or SIGTERM: the run stopped with a checkpoint
 
 The number is the process's exit code. The command line prints the message on one line and
-nothing else; 130 is Ctrl-C and 1 is reserved for a bug of ours (which shows a traceback).
+nothing else; 1 is reserved for a bug of ours (which shows a traceback).
 """
 
 from __future__ import annotations
+
+import signal
 
 
 class TalipotError(Exception):
@@ -69,3 +72,12 @@ class WorkerError(TalipotError):
     """A worker that failed too often or outran its deadline."""
 
     exit_code = 9
+
+
+class Interrupted(TalipotError):
+    """A signal stopped the run; the exit code is the shell's for it."""
+
+    def __init__(self, sent: signal.Signals, message: str) -> None:
+        word = "interrupted" if sent == signal.SIGINT else "terminated"
+        super().__init__(f"{word}: {message}")
+        self.exit_code = 128 + sent

@@ -126,6 +126,8 @@ def _explain(error: ValidationError) -> str:
 
 
 def _section_of(annotation: Any) -> type[Section] | None:
+    if any(arg in (int, str) or get_args(arg)[:1] == (int,) for arg in get_args(annotation)):
+        return None  # A section in place of a plain value is one field, written on one line.
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, Section):
             # A mapping of sections is one field: its keys are the user's own names.

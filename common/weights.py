@@ -26,6 +26,11 @@ Bytes = npt.NDArray[np.uint8]
 Payload = Sequence[Bytes]
 """A slice's bytes in consecutive parts, so that no copy is needed to lay them together."""
 
+
+class CorruptSliceError(TrainingError):
+    """A slice of weights is not what its rank published."""
+
+
 _PIECE = 2**20
 """Bytes copied and hashed at a time: few enough to be in the processor's cache for the hash."""
 
@@ -88,7 +93,8 @@ class FlatBuffer:
         """Copy slices in, hash what is now held, and return its fingerprint.
 
         Raises:
-            TrainingError: a slice is missing, of another layout, or arrived corrupted.
+            TrainingError: a slice is missing or of another layout.
+            CorruptSliceError: a slice is not what its hash says.
         """
         if manifest.layout != self.layout or manifest.total != self.total:
             raise TrainingError(
@@ -111,7 +117,7 @@ class FlatBuffer:
                     held.update(ours.data)
                     reached += some.nbytes
             if held.hexdigest() != piece.digest:
-                raise TrainingError(
+                raise CorruptSliceError(
                     f"weights version {manifest.policy_version}: slice of rank {piece.rank} "
                     "arrived corrupted"
                 )

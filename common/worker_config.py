@@ -16,12 +16,36 @@ from common.model_config import (
     Section,
 )
 
+Labels = Mapping[
+    Annotated[str, Field(min_length=1)],
+    Annotated[str, Field(pattern=r"^!?([\w.-]+|in\([\w.-]+(, ?[\w.-]+)*\))$")],
+]
+"""Node label -> what it must be: ``spot``, ``!spot``, ``in(a, b)`` or ``!in(a, b)``, as in Ray."""
+
+
+class ActorBounds(Section):
+    """Bounds within which a run chooses its own number of rollout actors."""
+
+    min: PositiveInt
+    """Actors to start with, and the fewest."""
+    max: PositiveInt
+    """The most."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ActorBounds:
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} exceeds max={self.max}")
+        return self
+
 
 class RolloutConfig(Section):
     """Rollout actors and sampling."""
 
-    actors: PositiveInt = 2
-    """Rollout actors to start with."""
+    actors: PositiveInt | ActorBounds = 2
+    """Rollout actors to start with; or ``{min: 2, max: 8}``: the run adds and takes away actors
+    between these, by who waits for whom."""
+    labels: Labels = Field(default_factory=dict)
+    """Labels of the nodes that actors may be on, as ``ray.io/market-type: spot``; none = any."""
     cpus_per_actor: PositiveFloat = 1.0
     """Cores each actor asks Ray for; its threads follow."""
     gpus_per_actor: NonNegativeFloat = 0.0
@@ -56,6 +80,11 @@ class RolloutConfig(Section):
     """Prompt tokens that one step computes beside its decodes."""
     kernels: Literal["auto", "native", "torch"] = "auto"
     """native: compiled for the processor by gcc; torch: anywhere; auto: native where it can be."""
+
+    @property
+    def actors_at_start(self) -> int:
+        """Rollout actors to start with."""
+        return self.actors if isinstance(self.actors, int) else self.actors.min
 
     @model_validator(mode="after")
     def _ends(self) -> RolloutConfig:
@@ -109,6 +138,8 @@ class RewardServiceConfig(Section):
     """Cores each worker asks Ray for."""
     gpus_per_replica: NonNegativeFloat = 0.0
     """GPUs each worker asks Ray for."""
+    labels: Labels = Field(default_factory=dict)
+    """Labels of the nodes that workers may be on, as in `rollout`."""
     micro_batch_tokens: PositiveInt = 8192
     """Padded tokens of one frozen forward pass."""
     components: Mapping[str, RewardComponent] = Field(
@@ -121,3 +152,8 @@ class RewardServiceConfig(Section):
         if not self.components:
             raise ValueError("at least one component is needed")
         return self
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether a component is the trained reward model."""
+        return any(component.kind == "model" for component in self.components.values())

@@ -1,13 +1,17 @@
-"""Checkpoints: written beside their final name, checksummed, renamed at the end.
+"""Checkpoints: written beside their final name, checksummed, made durable, renamed at the end.
 
 ``checkpoints/step-000010/`` holds the engines' state, the auxiliary memory and ``state.json``
 (iteration, versions, prompt cursor, ledger, KL controller), and ``checksums.json`` over all files.
 A torn checkpoint never has its final name; a damaged one is recognised and the one before is used.
+
+Names: ``step-N.partial`` is being written, or was when its writer died; ``step-N.replaced`` is a
+``step-N`` that another one takes the place of, and stays usable until that one has its name.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +20,7 @@ from typing import Any
 import xxhash
 
 from common.errors import CheckpointError, StorageError
+from common.files import one_line
 
 _SUMS = "checksums.json"
 
@@ -23,24 +28,39 @@ _SUMS = "checksums.json"
 def write(run_dir: Path, step: int, fill: Callable[[Path], dict[str, Any]], *, keep: int) -> Path:
     """Write a checkpoint; `fill` writes tensors into a folder and returns the JSON state.
 
+    Killed at any point, it leaves at least the whole ones that were there. Afterwards the newest
+    `keep` up to this step are left: one of a later step was damaged, or the run would stand there.
+
     Raises:
         StorageError: the disk is full or not writable; older checkpoints stay.
     """
-    final = run_dir / "checkpoints" / f"step-{step:06d}"
+    folder = run_dir / "checkpoints"
+    final = folder / f"step-{step:06d}"
     partial = final.with_suffix(".partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in folder.glob("step-*.partial"):
+            shutil.rmtree(leftover)
         partial.mkdir(parents=True)
         state = fill(partial)
         (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf8")
         sums = {str(p.relative_to(partial)): _checksum(p) for p in _files(partial)}
         (partial / _SUMS).write_text(json.dumps(sums, indent=1), encoding="utf8")
-        shutil.rmtree(final, ignore_errors=True)
+        for path in (*partial.rglob("*"), partial):
+            _sync(path)
+        if final.exists():
+            final.replace(final.with_suffix(".replaced"))
         partial.rename(final)
-    except OSError as error:
-        raise StorageError(f"{final}: checkpoint could not be written: {error}") from None
-    for old in _finished(run_dir)[:-keep]:
-        shutil.rmtree(old)
+        _sync(folder)
+    except (OSError, StorageError) as error:
+        shutil.rmtree(partial, ignore_errors=True)  # what fills the disk is of no use
+        raise StorageError(
+            f"{final}: checkpoint could not be written ({one_line(error)}); free space or mend "
+            f"rights, then `talipot train --resume {run_dir}`"
+        ) from None
+    whole = [p for p in _finished(run_dir) if not p.suffix and p.name <= final.name]
+    for path in _finished(run_dir):
+        if path not in whole[-keep:]:
+            shutil.rmtree(path)
     return final
 
 
@@ -70,12 +90,22 @@ def is_whole(folder: Path) -> bool:
 
 
 def _finished(run_dir: Path) -> list[Path]:
-    found = (run_dir / "checkpoints").glob("step-*")
-    return sorted(p for p in found if p.is_dir() and p.suffix != ".partial")
+    """Oldest first; of one step, the replaced one first."""
+    found = [p for p in (run_dir / "checkpoints").glob("step-*") if p.suffix != ".partial"]
+    return sorted(found, key=lambda path: (path.stem, path.suffix != ".replaced"))
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _SUMS)
+
+
+def _sync(path: Path) -> None:
+    """Make a file, or a folder's list of names, outlast a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _checksum(path: Path) -> str:

@@ -134,6 +134,20 @@ def status(run: RunArgument, address: AddressOption = None) -> None:
 
 
 @app.command()
+def scale(
+    run: RunArgument,
+    actors: Annotated[int | None, typer.Option(min=1, help="Rollout actors.")] = None,
+    reward_replicas: Annotated[int | None, typer.Option(min=1, help="Reward workers.")] = None,
+    address: AddressOption = None,
+) -> None:
+    """Change the number of workers of a run while it runs; returns at once."""
+    from deploy.run_tools import scale_run
+
+    for change in scale_run(_of_run(run, None, address), actors, reward_replicas):
+        console.print(f"{change.kind} workers: {change.was} -> {change.will_be}", highlight=False)
+
+
+@app.command()
 def report(run: RunArgument) -> None:
     """Write a run's report.html."""
     from deploy.report import write_report

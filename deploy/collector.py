@@ -1,4 +1,4 @@
-"""From leases to scored trajectories, across workers that may die.
+"""From leases to scored trajectories, across workers that may come, go and die.
 
 ::
 
@@ -6,34 +6,37 @@
 
 `pump` is the one loop. It consumes: finished calls of either pool. Produces: commits in the ledger
 and references to tables of ScoredTrajectory. Waits for: any outstanding call, at most a moment.
-Unblocked by: a finished, failed or overdue call.
+Unblocked by: a finished, failed or overdue call, or a worker that has started.
 
 A lease stays leased until its rollouts are *scored*; whatever dies before, the lease is given back
 and sampled again, and comes out the same (randomness is counter-based). A reward worker's death
-loses nothing: the rollouts are still in the object store and go to its replacement.
+loses nothing: the rollouts are still in the object store and go to its replacement. Rollouts whose
+table went down with a node, or which are too old to be trained, are sampled again too.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ray
 
 from actors.rollout_actor import LeaseFacts
-from common.errors import TalipotError, TrainingError
+from common.errors import TrainingError
 from common.trajectory import RolloutRequest, to_table
-from common.weights import Manifest
-from deploy.gang import plain
-from deploy.ledger import Lease, Ledger, LedgerError
+from common.weights import CorruptSliceError, Manifest
+from deploy.calls import ArgumentLost, gone, result
+from deploy.ledger import Lease, Ledger
 from deploy.pool import Pool
 from reward_service.service import ScoreFacts
 
 _LEASES_PER_ACTOR = 2
 """One in work and one waiting, so that an actor never idles."""
+
+Stale = Literal["drop", "wait"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +56,9 @@ class Scored:
     iteration: int
     """Iteration that the rollouts were issued for."""
     policy_version: int
-    """Oldest version in the table."""
+    """Version that sampled every one of them."""
+    leases: tuple[Lease, ...]
+    """What they were leased as; dead letters among them are not in the table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +67,12 @@ class _Sampling:
     lease: Lease
     weights: Weights
     table: ray.ObjectRef[Any]
-    deadline: float
 
 
 @dataclass(frozen=True, slots=True)
 class _Sampled:
     lease: Lease
-    facts: LeaseFacts
+    version: int
     table: ray.ObjectRef[Any]
 
 
@@ -77,7 +81,6 @@ class _Scoring:
     worker: str
     sampled: tuple[_Sampled, ...]
     table: ray.ObjectRef[Any]
-    deadline: float
 
 
 class Collector:
@@ -103,33 +106,134 @@ class Collector:
         self.component_means: dict[str, float] = {}
         self.score_seconds = 0.0
         """Time that reward workers spent since it was last set to 0."""
-        self.dead_letters: Counter[int] = Counter()
-        """Rollouts given up by the reward service, by iteration."""
         self.last_dead_letter = ""
+        self.weights_reloaded = 0
+        """Times that a slice of weights arrived corrupted and was read again."""
+        self._corrupt_at = -1
+        """Version of which a worker could not get an intact slice."""
         self._deadline_s = deadline_s
         self._merge = merge
         self._observe = observe
         self._sampling: dict[ray.ObjectRef[Any], _Sampling] = {}
         self._sampled: list[_Sampled] = []
         self._scoring: dict[ray.ObjectRef[Any], _Scoring] = {}
+        self._void: dict[ray.ObjectRef[Any], float] = {}
+        """Calls of a history that was rolled back, and their deadlines: what they bring is thrown
+        away."""
 
     def pump(self, timeout: float = 0.1) -> None:
-        """Dispatch what can be dispatched, and take in what has finished."""
+        """Dispatch what can be dispatched, and take in what has finished.
+
+        Raises:
+            TalipotError: a worker cannot do its work, or too many were lost.
+        """
+        for pool in self._pools():
+            pool.tend()
         self._dispatch()
         outstanding = [*self._sampling, *self._scoring]
-        if not outstanding:
+        waited = [*outstanding, *(ref for pool in self._pools() for ref in pool.probes())]
+        if not waited:
             time.sleep(timeout)
             return
-        ready, _ = ray.wait(outstanding, num_returns=len(outstanding), timeout=0)
+        ready, _ = ray.wait(waited, num_returns=len(waited), timeout=0)
         if not ready:
-            ready, _ = ray.wait(outstanding, num_returns=1, timeout=timeout)
+            ready, _ = ray.wait(waited, num_returns=1, timeout=timeout)
         for ref in ready:
             if ref in self._sampling:
                 self._take_sampled(ref, self._sampling.pop(ref))
             elif ref in self._scoring:
                 self._take_scored(ref, self._scoring.pop(ref))
         self._overdue()
+        self._hand_back()
         self._dispatch()
+
+    def take(self, iteration: int, *, oldest: int, stale: Stale) -> list[Scored] | None:
+        """All of an iteration in rollout_id order, once nothing of it is under way; None before.
+
+        Rollouts of versions before `oldest` are never among them (invariant I7): they are dropped,
+        or sampled again when `stale` is "wait" or nothing else would be left. Those whose table
+        went down with its node are sampled again.
+        """
+        if self.ledger.pending(iteration):
+            return None
+        mine = [s for s in self.scored if s.iteration == iteration]
+        lost = [s for s in mine if gone(s.table)]
+        old = [s for s in mine if s not in lost and s.policy_version < oldest]
+        fresh = [s for s in mine if s not in lost and s not in old]
+        if old and self.weights and self.weights.manifest.policy_version < oldest:
+            raise TrainingError(
+                f"iteration {iteration}: actors hold version "
+                f"{self.weights.manifest.policy_version}, and {oldest} is the oldest that may be "
+                "trained"
+            )
+        self._forget(lost, "lost")
+        if stale == "drop" and fresh:
+            self._forget(old, "stale", drop=True)
+        else:
+            self._forget(old, "stale")
+        if self.ledger.pending(iteration):
+            return None
+        self.scored = [s for s in self.scored if s not in fresh]
+        return sorted(fresh, key=lambda s: s.rollout_ids[0])
+
+    def counts(self) -> dict[str, float]:
+        """What happened since the run began (or was resumed), as metrics; from any thread."""
+        ledger = self.ledger
+        found: dict[str, float] = {
+            "leases_reissued": ledger.reissued,
+            "late_commits": ledger.refused,
+            "weights_reloaded": self.weights_reloaded,
+        }
+        found |= {f"dropped/{reason}": n for reason, n in dict(ledger.dropped).items()}
+        found |= {f"resampled/{reason}": n for reason, n in dict(ledger.resampled).items()}
+        for pool in self._pools():
+            found[f"workers/{pool.kind}"] = len(pool.workers)
+            found[f"workers_lost/{pool.kind}"] = pool.failures
+            found |= {
+                f"workers_lost/{pool.kind}/{cause}": n for cause, n in dict(pool.losses).items()
+            }
+            if pool.left:
+                found[f"workers_drained/{pool.kind}"] = pool.left
+            if pool.scale_seconds:
+                found[f"scale_seconds/{pool.kind}"] = pool.scale_seconds
+        return found
+
+    # ------------------------------------------------------------------ the learner's restart
+
+    def rewind(self, ledger: Ledger, version: int, max_staleness: int) -> None:
+        """Go on with the books of an earlier policy version, every request in them queued again.
+
+        Of what was in flight, rollouts sampled from that version or an older one are kept where
+        staleness allows; all others are of a history that is no more. Their workers go on, and what
+        they bring is thrown away.
+        """
+
+        def fits(iteration: int, sampled_from: int) -> bool:
+            return sampled_from <= version and iteration - sampled_from <= max_staleness
+
+        self.ledger = ledger
+        self.scored = [s for s in self.scored if fits(s.iteration, s.policy_version)]
+        self._sampled = [s for s in self._sampled if fits(s.lease.iteration, s.version)]
+        for scored in self.scored:
+            mine = ledger.commit(i for lease in scored.leases for i in lease.rollout_ids)
+            ledger.drop(set(mine).difference(scored.rollout_ids), "dead letter")
+        for sampled in self._sampled:
+            ledger.adopt(sampled.lease, "", math.inf)
+        until = time.monotonic() + self._deadline_s * _LEASES_PER_ACTOR
+        for ref, sampling in self._sampling.items():
+            if fits(sampling.lease.iteration, sampling.weights.manifest.policy_version):
+                ledger.adopt(sampling.lease, sampling.worker, until)
+            else:
+                self._void[ref] = until
+        for ref, scoring in self._scoring.items():
+            if not fits(scoring.sampled[0].lease.iteration, scoring.sampled[0].version):
+                self._void[ref] = until
+                continue
+            for sampled in scoring.sampled:
+                ledger.adopt(sampled.lease, scoring.worker, until)
+
+    def _is_void(self, ref: ray.ObjectRef[Any]) -> bool:
+        return self._void.pop(ref, None) is not None
 
     # ------------------------------------------------------------------ dispatch
 
@@ -138,37 +242,48 @@ class Collector:
         while (
             self.ledger.queued and self.weights and (worker := self.rollout.free(_LEASES_PER_ACTOR))
         ):
-            lease = self.ledger.lease()
-            table = to_table(lease.requests, RolloutRequest)
             worker.busy += 1
+            lease = self.ledger.lease(worker.name, now + self._deadline_s * worker.busy)
+            table = to_table(lease.requests, RolloutRequest)
             facts, rollouts = worker.handle.generate.options(num_returns=2).remote(
                 table, self.weights.manifest, *self.weights.payloads
             )
-            self._sampling[facts] = _Sampling(
-                worker.name,
-                lease,
-                self.weights,
-                rollouts,
-                now + self._deadline_s * worker.busy,
-            )
+            self._sampling[facts] = _Sampling(worker.name, lease, self.weights, rollouts)
         while self._sampled and self.reward and (scorer := self.reward.free(1)):
-            first = self._sampled[0].lease.iteration
-            part = tuple(
-                s for s in self._sampled if self._merge and s.lease.iteration == first
-            ) or (self._sampled[0],)
+            part = self._next_to_score()
             self._sampled = [s for s in self._sampled if s not in part]
             scorer.busy += 1
+            for sampled in part:
+                lease_id = sampled.lease.lease_id
+                self.ledger.pass_on(lease_id, scorer.name, now + self._deadline_s)
             facts, table = scorer.handle.score.options(num_returns=2).remote(
                 *(s.table for s in part)
             )
-            self._scoring[facts] = _Scoring(scorer.name, part, table, now + self._deadline_s)
+            self._scoring[facts] = _Scoring(scorer.name, part, table)
+
+    def _next_to_score(self) -> tuple[_Sampled, ...]:
+        """Tables for one call; of one version, so that a scored table is stale as a whole."""
+        first = self._sampled[0]
+        if not self._merge:
+            return (first,)
+        key = (first.lease.iteration, first.version)
+        return tuple(s for s in self._sampled if (s.lease.iteration, s.version) == key)
 
     # ------------------------------------------------------------------ taking in
 
     def _take_sampled(self, ref: ray.ObjectRef[Any], job: _Sampling) -> None:
-        facts: LeaseFacts | None = self._result(ref, self.rollout, job.worker)
+        facts: LeaseFacts | None = None
+        try:
+            facts = result(ref, self.rollout, job.worker)
+        except CorruptSliceError as error:
+            self._corrupt(job, error)
+        except ArgumentLost:
+            pass  # A slice of the weights went down with a learner's node: the gang will tell.
+        if self._is_void(ref):
+            return
+        lease = job.lease
         if facts is None:
-            self.ledger.give_back(job.lease.lease_id)
+            self.ledger.give_back(lease.lease_id, job.worker)
             return
         expected = job.weights.manifest
         if facts.weights_fingerprint != expected.fingerprint:
@@ -176,72 +291,108 @@ class Collector:
                 f"{facts.actor_id} sampled from weights {facts.weights_fingerprint[:12]}, not "
                 f"from version {expected.policy_version} ({expected.fingerprint[:12]})"
             )
+        self.weights_reloaded += facts.reloads
         self._observe(facts)
-        if self.reward is not None:
-            self._sampled.append(_Sampled(job.lease, facts, job.table))
-        elif self.ledger.commit(job.lease.lease_id, facts.rollout_ids):
-            self.scored.append(
-                Scored(
-                    table=job.table,
-                    rollout_ids=facts.rollout_ids,
-                    iteration=job.lease.iteration,
-                    policy_version=facts.policy_version,
-                )
-            )
+        sampled = _Sampled(lease, facts.policy_version, job.table)
+        if self.reward is None:
+            self._commit(job.table, facts.rollout_ids, (), (sampled,))
+        else:
+            self.ledger.pass_on(lease.lease_id, "", math.inf)  # A scorer may be long in coming.
+            self._sampled.append(sampled)
+
+    def _corrupt(self, job: _Sampling, error: CorruptSliceError) -> None:
+        """One worker may have a bad copy; when its successor has one too, the source is bad."""
+        version = job.weights.manifest.policy_version
+        if self._corrupt_at == version:
+            raise error from None
+        self._corrupt_at = version
+        self.weights_reloaded += 1
+        self.rollout.lost(job.worker, "corrupt", str(error))
 
     def _take_scored(self, ref: ray.ObjectRef[Any], job: _Scoring) -> None:
         assert self.reward is not None
-        facts: ScoreFacts | None = self._result(ref, self.reward, job.worker)
-        if facts is None:
-            self._sampled = [*job.sampled, *self._sampled]
+        facts: ScoreFacts | None = None
+        lost = False
+        try:
+            facts = result(ref, self.reward, job.worker)
+        except ArgumentLost:
+            lost = True
+        if self._is_void(ref):
             return
-        for sampled in job.sampled:
-            if not self.ledger.commit(sampled.lease.lease_id, sampled.facts.rollout_ids):
-                raise LedgerError(f"lease {sampled.lease.lease_id} was scored twice")
-        iteration = job.sampled[0].lease.iteration
+        if facts is None:
+            for sampled in job.sampled:
+                if lost:
+                    self.ledger.give_back(sampled.lease.lease_id, job.worker)
+                else:
+                    self.ledger.pass_on(sampled.lease.lease_id, "", math.inf)
+            self._sampled = self._sampled if lost else [*job.sampled, *self._sampled]
+            return
         if facts.dead_letters:
-            self.dead_letters[iteration] += len(facts.dead_letters)
             self.last_dead_letter = next(iter(facts.dead_letters.values()))
-            self.ledger.drop(facts.dead_letters, "dead letter")
         self.component_means = dict(facts.component_means)
         self.score_seconds += facts.seconds
-        if not facts.rollout_ids:
-            return
-        self.scored.append(
-            Scored(
-                table=job.table,
-                rollout_ids=facts.rollout_ids,
-                iteration=iteration,
-                policy_version=min(s.facts.policy_version for s in job.sampled),
-            )
-        )
+        self._commit(job.table, facts.rollout_ids, tuple(facts.dead_letters), job.sampled)
 
-    def _result(self, ref: ray.ObjectRef[Any], pool: Pool, worker: str) -> Any:
-        """A call's result, or None when its worker was lost and has been replaced."""
-        try:
-            result = ray.get(ref)
-        except ray.exceptions.RayTaskError as error:
-            found = plain(error)
-            if isinstance(found, TalipotError):
-                raise found from None
-            if not isinstance(getattr(error, "cause", None), ray.exceptions.RayError):
-                raise
-            # An argument of the call was lost with its node: the worker itself is well.
-            pool.succeeded(worker)
-            return None
-        except ray.exceptions.RayError as error:
-            pool.replace(worker, str(error).strip().splitlines()[0])
-            return None
-        pool.succeeded(worker)
-        return result
+    def _commit(
+        self,
+        table: ray.ObjectRef[Any],
+        rollout_ids: tuple[str, ...],
+        dead: tuple[str, ...],
+        sampled: tuple[_Sampled, ...],
+    ) -> None:
+        """Enter a table's rollouts in the books, and keep it to be trained."""
+        accepted = self.ledger.commit([*rollout_ids, *dead])
+        if len(accepted) < len(rollout_ids) + len(dead):
+            # Others came first. A table is used as a whole, so the rest of this one is not.
+            self.ledger.resample(accepted, "late")
+            return
+        self.ledger.drop(dead, "dead letter")
+        if rollout_ids:
+            self.scored.append(
+                Scored(
+                    table=table,
+                    rollout_ids=rollout_ids,
+                    iteration=sampled[0].lease.iteration,
+                    policy_version=sampled[0].version,
+                    leases=tuple(s.lease for s in sampled),
+                )
+            )
+
+    # ------------------------------------------------------------------ what takes too long
 
     def _overdue(self) -> None:
         """Find hung workers by their deadlines; their calls then fail like a death."""
         now = time.monotonic()
-        for pool, jobs in (
-            (self.rollout, self._sampling),
-            (self.reward, self._scoring),
-        ):
-            for job in jobs.values():
-                if pool is not None and now > job.deadline:
-                    pool.replace(job.worker, f"no answer within {self._deadline_s:.0f} s")
+        holders = [holder for _, holder in self.ledger.overdue(now)]
+        jobs: dict[ray.ObjectRef[Any], _Sampling | _Scoring] = {**self._sampling, **self._scoring}
+        holders += [jobs[ref].worker for ref, until in self._void.items() if until < now]
+        for holder in holders:
+            for pool in self._pools():
+                pool.lost(holder, "hung", f"no answer within {self._deadline_s:.0f} s")
+
+    def _hand_back(self) -> None:
+        """Of a draining worker's leases all but the one in work go to others."""
+        leaving = {w.name: w for w in self.rollout.workers.values() if w.state == "draining"}
+        if not any(worker.busy > 1 for worker in leaving.values()):
+            return
+        started = set()
+        for ref, job in list(self._sampling.items()):  # in the order of their submission
+            if job.worker not in leaving:
+                continue
+            if job.worker not in started:
+                started.add(job.worker)
+                continue
+            del self._sampling[ref]
+            self._void.pop(ref, None)
+            leaving[job.worker].busy -= 1
+            self.ledger.give_back(job.lease.lease_id, job.worker)
+
+    def _forget(self, some: Sequence[Scored], reason: str, *, drop: bool = False) -> None:
+        """Take tables out of what is to be trained, to be sampled again or dropped."""
+        ids = [rollout_id for scored in some for rollout_id in scored.rollout_ids]
+        if ids:
+            (self.ledger.drop if drop else self.ledger.resample)(ids, reason)
+            self.scored = [s for s in self.scored if s not in some]
+
+    def _pools(self) -> list[Pool]:
+        return [self.rollout] if self.reward is None else [self.rollout, self.reward]

@@ -13,29 +13,38 @@ with a deadline. Unblocked by: finished calls. Moves references and facts, never
 Synchronous mode (`max_staleness = 0`): an iteration is issued once its weights are published, and
 ends in the same weights for any number of workers. Asynchronous mode issues `max_staleness`
 iterations ahead, and rollouts are sampled while the learner trains.
+
+A learner rank that dies takes the run back to its newest whole checkpoint (or its start): another
+gang is built, everything the checkpoint holds is restored, and what is in flight is kept where the
+restored weights allow it. The surviving history trains every rollout once.
 """
 
 from __future__ import annotations
 
+import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from actors.prompts import EncodedPrompt, PromptStream
 from actors.rollout_actor import LeaseFacts
 from common.config import RunConfig
-from common.errors import RewardError, TrainingError
+from common.errors import RewardError, WorkerError
+from common.files import write_atomic
 from common.weights import Manifest
 from deploy import checkpoints
 from deploy.collector import Collector, Scored, Weights
-from deploy.gang import LearnerGang
+from deploy.elastic import Elastic, Scaled, WorkerView
+from deploy.gang import LearnerGang, LearnerLost
 from deploy.ledger import Ledger
 from deploy.pool import Pool
 from deploy.run_log import RunLog
+
+RESULT = "result.json"
+"""A finished run's facts, the hash of its weights among them."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,6 +62,14 @@ class Status:
     rollout_workers: int = 0
     reward_workers: int = 0
     worker_failures: int = 0
+    learner_restarts: int = 0
+    counts: dict[str, float]
+    """Losses by cause, reissues, staleness and the like, as in the metrics."""
+    workers: list[WorkerView]
+
+
+class _Stopped(Exception):
+    """The run was asked to stop: the iteration that is being collected is abandoned."""
 
 
 class Controller:
@@ -67,7 +84,11 @@ class Controller:
         reward: Pool,
         stop_after: int | None = None,
     ) -> None:
-        """`stop_after` ends the run after that many iterations, with a checkpoint."""
+        """`stop_after` ends the run after that many iterations, with a checkpoint.
+
+        Workers that were not started when `run` begins are started by it, belong to this process
+        and end with it.
+        """
         self.config = config
         self.run_dir = config.run_dir
         self.gang = gang
@@ -81,6 +102,7 @@ class Controller:
             merge=config.train.max_staleness > 0,
             observe=self._observe,
         )
+        self.elastic = Elastic(config, rollout, reward)
         self.prompts = PromptStream(prompts, seed=config.seed)
         self._encoded = prompts
         self.iteration = 0
@@ -93,6 +115,14 @@ class Controller:
         self._tokens = 0
         self._generate_s = 0.0
         self._load_s = 0.0
+        self._own: list[Pool | LearnerGang] = []
+        """Workers that this controller started."""
+        self._batch: list[Scored] = []
+        """What the learner is training on."""
+        self._saved = -1
+        """Iteration of the newest checkpoint written."""
+        self.learner_restarts = 0
+        self._restarts_left = config.learner.max_restarts
         self._stop = False
 
     # ------------------------------------------------------------------ the loop
@@ -105,29 +135,78 @@ class Controller:
         """
         log = RunLog(self.run_dir)
         try:
-            self._resume()
-            while self.iteration < self.config.train.iterations and not self._stop:
-                begin = time.perf_counter()
-                self._step()
-                self.metrics["seconds"] = time.perf_counter() - begin
-                log.write("train", self.iteration, self.metrics)
-                self._checkpoint_if_due()
+            self._start_workers()
+            weights = self._train(log)
         finally:
+            self.elastic.release_room()
             log.close()
-        finished = self.iteration >= self.config.train.iterations
-        weights = self.gang.call("export_policy", str(self.run_dir / "policy")) if finished else ""
         self.ledger.check()
-        return {
-            "finished": finished,
+        facts = {
+            "finished": bool(weights),
+            "iterations": self.iteration,
             "weights_hash": weights,
             "rollouts_issued": self.ledger.issued,
             "rollouts_trained": self.ledger.trained,
             "rollouts_dropped": sum(self.ledger.dropped.values()),
             "rollouts_in_flight": self.ledger.in_flight,
             "worker_failures": self.status().worker_failures,
+            "learner_restarts": self.learner_restarts,
             "leases_reissued": self.ledger.reissued,
             "train_kl": self.metrics.get("kl", 0.0),
         }
+        if weights:
+            write_atomic(self.run_dir / RESULT, [json.dumps(facts, indent=1).encode()])
+        return facts
+
+    def _train(self, log: RunLog) -> str:
+        """All iterations, over deaths of the learner; the final weights' hash, "" when stopped."""
+        ready = False
+        while True:
+            try:
+                if not ready:
+                    self._restore()
+                    ready = True
+                while self.iteration < self.config.train.iterations and not self._stop:
+                    begin = time.perf_counter()
+                    self._step()
+                    self.metrics["seconds"] = time.perf_counter() - begin
+                    self.elastic.adapt(self.metrics)
+                    self.metrics["learner_restarts"] = float(self.learner_restarts)
+                    log.write("train", self.iteration, self.metrics)
+                    self._checkpoint_if_due()
+                if self.iteration < self.config.train.iterations:
+                    return ""
+                exported: str = self.gang.call("export_policy", str(self.run_dir / "policy"))
+                return exported
+            except _Stopped:
+                self._checkpoint()
+                return ""
+            except LearnerLost as error:
+                ready = False
+                self._restart_learner(error)
+
+    def _restart_learner(self, error: LearnerLost) -> None:
+        """Build another gang in place of one that is lost, a bounded number of times.
+
+        Raises:
+            WorkerError: it was lost once too often, with the rank and the cause.
+        """
+        while True:
+            if not self._restarts_left:
+                raise WorkerError(
+                    f"{error}; the learner was restarted {self.learner_restarts} times in this "
+                    "run, and learner.max_restarts allows no more; carry on with "
+                    f"`talipot train --resume {self.run_dir}`"
+                ) from None
+            self._restarts_left -= 1
+            self.learner_restarts += 1
+            if error.data_lost:  # trained on again, it would be lost again
+                self._batch = []
+            try:
+                self.gang.restart()
+                return
+            except LearnerLost as again:
+                error = again
 
     def _step(self) -> None:
         """One iteration: collect, policy phase, auxiliary phase when due, publish."""
@@ -136,6 +215,7 @@ class Controller:
         ahead = train.max_staleness > 0
         self._issue(iteration + train.max_staleness)
         batch, waited = self._collect(iteration)
+        self._batch = batch
         self.metrics = {"collect_seconds": waited} | self._statistics(batch)
         begin = time.perf_counter()
         self.metrics |= self._learn(
@@ -155,6 +235,7 @@ class Controller:
             self._publish(iteration + 1)
         self.ledger.train(i for s in batch for i in s.rollout_ids)
         self.ledger.check()
+        self._batch = []
         self._positions.pop(iteration)
         self.iteration += 1
 
@@ -175,10 +256,17 @@ class Controller:
             rollout_workers=len(rollout.workers),
             reward_workers=len(reward.workers) if reward else 0,
             worker_failures=rollout.failures + (reward.failures if reward else 0),
+            learner_restarts=self.learner_restarts,
+            counts=self.collector.counts(),
+            workers=self.elastic.views(),
         )
 
+    def scale(self, actors: int | None, replicas: int | None) -> list[Scaled]:
+        """Other numbers of workers from now on (None: as it is); safe from another thread."""
+        return self.elastic.scale(actors, replicas)
+
     def stop(self) -> None:
-        """End after the iteration in work."""
+        """End with a checkpoint: after the phase in work, or at once while rollouts are awaited."""
         self._stop = True
 
     def worker_pids(self) -> list[tuple[str, str]]:
@@ -203,32 +291,23 @@ class Controller:
     def _collect(self, iteration: int) -> tuple[list[Scored], float]:
         """Every rollout of an iteration, in rollout_id order, and the seconds waited."""
         begin = time.perf_counter()
-        wanted = self.config.train.batch_size
-        while True:
-            mine = [s for s in self.collector.scored if s.iteration == iteration]
-            dead = self.collector.dead_letters[iteration]
-            if sum(len(s.rollout_ids) for s in mine) + dead >= wanted:
-                break
+        train = self.config.train
+        oldest = iteration - train.max_staleness
+        while (mine := self.collector.take(iteration, oldest=oldest, stale=train.stale)) is None:
+            if self._stop:
+                raise _Stopped
             self.collector.pump()
         if not mine:
             raise RewardError(
                 f"every rollout of iteration {iteration} was given up by the reward service; "
                 f"the last: {self.collector.last_dead_letter}"
             )
-        self.collector.scored = [s for s in self.collector.scored if s not in mine]
-        mine.sort(key=lambda s: s.rollout_ids[0])
-        oldest = iteration - min(s.policy_version for s in mine)
-        if oldest > self.config.train.max_staleness:
-            raise TrainingError(
-                f"iteration {iteration}: a rollout is {oldest} versions old, allowed are "
-                f"{self.config.train.max_staleness}"
-            )
         return mine, time.perf_counter() - begin
 
-    def _learn(self, method: str, *args: Any) -> dict[str, float]:
+    def _learn(self, method: str, *args: Any) -> dict[str, Any]:
         """Run a phase on the gang; in asynchronous mode rollouts keep moving meanwhile."""
         refs = self.gang.submit(method, *args)
-        found: dict[str, float] = self.gang.finish(refs, method, lambda: self.collector.pump(0.0))
+        found: dict[str, Any] = self.gang.finish(refs, method, lambda: self.collector.pump(0.0))
         return found
 
     def _publish(self, version: int) -> None:
@@ -247,7 +326,9 @@ class Controller:
 
     def _statistics(self, batch: Sequence[Scored]) -> dict[str, float]:
         """Rates and means of the rollouts that arrived since the last iteration."""
-        staleness = [self.iteration - s.policy_version for s in batch]
+        staleness: Counter[int] = Counter()
+        for scored in batch:
+            staleness[self.iteration - scored.policy_version] += len(scored.rollout_ids)
         found = {
             "tokens_per_second": self._tokens / max(self._generate_s, 1e-9),
             "generate_seconds": self._generate_s,
@@ -255,6 +336,8 @@ class Controller:
             "score_seconds": self.collector.score_seconds,
             "staleness": float(max(staleness)),
         }
+        found |= {f"staleness/{age}": float(n) for age, n in sorted(staleness.items())}
+        found |= self.collector.counts()
         found |= {f"component/{k}": v for k, v in self.collector.component_means.items()}
         self._tokens, self._generate_s, self._load_s = 0, 0.0, 0.0
         self.collector.score_seconds = 0.0
@@ -274,43 +357,67 @@ class Controller:
         every, last = self.config.train.checkpoint_every, self.config.train.iterations
         if self.stop_after is not None and self.iteration >= self.stop_after:
             self._stop = True
-        due = bool(every) and self.iteration % every == 0
-        if due or self._stop or self.iteration == last:
-            checkpoints.write(
-                self.run_dir,
-                self.iteration,
-                self._fill,
-                keep=self.config.train.keep_checkpoints,
-            )
+        if (every and self.iteration % every == 0) or self._stop or self.iteration == last:
+            self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        """Write what the run is after `iteration` iterations, unless that is written already."""
+        if self._saved != self.iteration:
+            keep = self.config.train.keep_checkpoints
+            checkpoints.write(self.run_dir, self.iteration, self._fill, keep=keep)
+            self._saved = self.iteration
 
     def _fill(self, folder: Path) -> dict[str, Any]:
-        learner = self.gang.call("save", str(folder.absolute()))
+        learner = self._learn("save", str(folder.absolute()))
         return {
             "iteration": self.iteration,
             "prompt_position": self._positions.get(self.iteration, self.prompts.position),
             "ledger": self.ledger.state(),
             "learner": learner,
+            "learner_restarts": self.learner_restarts,
         }
 
-    def _resume(self) -> None:
-        """Carry on from the newest whole checkpoint, if there is one; publish what is held."""
+    def _restore(self) -> None:
+        """Stand where the newest whole checkpoint stands, or at the start; publish its weights.
+
+        What was issued beyond is issued again, less what is in flight and still of use.
+        """
         found = checkpoints.newest(self.run_dir)
+        self.gang.begin_train(self.config)
+        state: dict[str, Any] = {}
         if found is not None:
             folder, state = found
             self.gang.call("load", str(folder.absolute()), state["learner"])
-            self.iteration = self._issued_until = state["iteration"]
-            self.prompts = PromptStream(
-                self._encoded, seed=self.config.seed, position=state["prompt_position"]
-            )
-            self.ledger = self.collector.ledger = Ledger.restore(state["ledger"])
+        issued = self._issued_until
+        self.iteration = self._issued_until = self._saved = state.get("iteration", 0)
+        self.learner_restarts = max(self.learner_restarts, state.get("learner_restarts", 0))
+        self.prompts = PromptStream(
+            self._encoded, seed=self.config.seed, position=state.get("prompt_position", 0)
+        )
+        self._positions = {}
+        self.ledger = self.ledger.rewound(state.get("ledger"))
+        ahead = self.iteration + self.config.train.max_staleness
+        self._issue(min(issued - 1, ahead))
+        self.collector.scored += self._batch
+        self._batch = []
+        self.collector.rewind(self.ledger, self.iteration, self.config.train.max_staleness)
+        self.ledger.check()
         self._publish(self.iteration)
 
+    def _start_workers(self) -> None:
+        """Start what was not started yet: those workers are this process's own."""
+        sizes = self.config.rollout.actors_at_start, self.config.reward_service.replicas
+        pools = self.collector.rollout, self.collector.reward
+        for pool, size in zip(pools, sizes, strict=True):
+            if pool is not None and not pool.workers:
+                self._own.append(pool)
+                pool.scale(size)
+        self.elastic.request_room()
+        if not self.gang.started:
+            self._own.append(self.gang)
+            self.gang.start()
 
-def start_controller(run: str, *args: Any) -> Any:
-    """The controller as a named Ray actor; `status` and `stop` answer while `run` works."""
-    options: dict[str, Any] = {
-        "name": f"{run}:controller",
-        "num_cpus": 0,
-        "max_concurrency": 4,
-    }
-    return ray.remote(Controller).options(**options).remote(*args)
+    def end_workers(self) -> None:
+        """End the workers that this controller started."""
+        while self._own:
+            self._own.pop().stop()

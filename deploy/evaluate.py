@@ -145,10 +145,8 @@ def _run(
         observe=lambda _: None,
     )
     collector.weights = weights
-    done = 0
-    while done < len(requests):
+    while ledger.pending(0):
         collector.pump()
-        done = sum(len(s.rollout_ids) for s in collector.scored) + collector.dead_letters[0]
     return [s.table for s in collector.scored]
 
 

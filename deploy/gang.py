@@ -1,10 +1,13 @@
 """The learner gang: W ranks in one placement group, called together, each wait with a deadline.
 
-The gang never joins a collective with elastic workers: a dying receiver cannot hang it.
+The gang never joins a collective with elastic workers: a dying receiver cannot hang it. A rank that
+dies or falls silent is `LearnerLost`: the others wait for it in a collective, so the gang is of no
+more use, and `restart` makes another one in its place.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +21,21 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from common.config import RunConfig
 from common.errors import ClusterError, TalipotError, WorkerError
+from common.files import one_line
+from common.tokenizer import Tokenizer
 from learner.rank import LearnerRank
+
+_GRACE_S = 15.0
+"""After a rank failed: how long the others have to show who died. A collective breaks for the
+survivors a moment before Ray notices the death."""
+_WAIT_S, _PUMP_S = 1.0, 0.02
+
+
+class LearnerLost(WorkerError):
+    """A rank died or outran its deadline; only a new gang can go on."""
+
+    data_lost: bool = False
+    """What the ranks were given went with its node: it cannot be given to them again."""
 
 
 def plain(error: ray.exceptions.RayError) -> Exception:
@@ -30,41 +47,96 @@ def plain(error: ray.exceptions.RayError) -> Exception:
 class LearnerGang:
     """Handles to all ranks."""
 
-    def __init__(self, config: RunConfig, run: str) -> None:
-        settings = config.learner
-        self.deadline_s = settings.deadline_s
+    def __init__(self, config: RunConfig, run: str, *, start: bool = True) -> None:
+        """With `start` False this is a plan only: whoever starts it owns the ranks."""
+        self.config, self.run = config, run
+        self.deadline_s = config.learner.deadline_s
+        self.ranks: list[Any] = []
+        self._group: PlacementGroup | None = None
+        self._generation = 0
+        if start:
+            self.start()
+
+    @property
+    def started(self) -> bool:
+        """Whether ranks were started and not stopped."""
+        return bool(self.ranks)
+
+    def start(self) -> None:
+        """Place all ranks and let them meet; nothing to do when they are there.
+
+        Raises:
+            ClusterError: no room for all of them.
+            LearnerLost: one died on the way.
+        """
+        if self.started:
+            return
+        settings, timeout_s = self.config.learner, self.config.cluster.start_timeout_s
         bundle = {"CPU": settings.cpus_per_rank}
         if settings.gpus_per_rank:
             bundle["GPU"] = settings.gpus_per_rank
-        self._group: PlacementGroup = placement_group([bundle] * settings.ranks, strategy="PACK")
-        if not self._group.wait(config.cluster.start_timeout_s):
-            remove_placement_group(self._group)
+        group = self._group = placement_group(
+            [bundle] * settings.ranks,
+            strategy="PACK",
+            bundle_label_selector=[dict(settings.labels)] * settings.ranks,
+        )
+        if not group.wait(timeout_s):
+            self.stop()
             raise ClusterError(
                 f"the cluster has no room for {settings.ranks} learner ranks of {bundle} within "
-                f"{config.cluster.start_timeout_s:.0f} s; run `talipot preflight` to see why"
+                f"{timeout_s:.0f} s; run `talipot preflight` to see why"
             )
-        actor = ray.remote(LearnerRank)
-        self.ranks: list[Any] = [
-            actor.options(
-                name=f"{run}:learner-{rank}",
+        # Ray gives a name free only once its holder is buried: a successor gets another.
+        suffix = f".{self._generation}" if self._generation else ""
+        self.ranks = [
+            ray.remote(LearnerRank)
+            .options(
+                name=f"{self.run}:learner-{rank}{suffix}",
                 num_cpus=settings.cpus_per_rank,
                 num_gpus=settings.gpus_per_rank,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    self._group, placement_group_bundle_index=rank
+                    group, placement_group_bundle_index=rank
                 ),
-            ).remote(rank, settings.ranks, max(1, int(settings.cpus_per_rank)))
+            )
+            .remote(rank, settings.ranks, max(1, int(settings.cpus_per_rank)))
             for rank in range(settings.ranks)
         ]
-        address, port = self._get([self.ranks[0].address.remote()], "address")[0]
+        address, port = self._results([self.ranks[0].address.remote()], "address")[0]
         self.call("connect", address, port, settings.deadline_s)
+
+    def stop(self) -> None:
+        """End all ranks and free their resources."""
+        for rank in self.ranks:
+            ray.kill(rank)
+        if self._group is not None:
+            remove_placement_group(self._group)
+        self.ranks, self._group = [], None
+
+    def restart(self) -> None:
+        """End what is left of this gang and start another; raises what `start` raises."""
+        self.stop()
+        self._generation += 1
+        self.start()
+
+    def begin_train(self, config: RunConfig) -> None:
+        """Build policy and value engines from the weights in the run's folder."""
+        folder = config.run_dir.absolute()
+        reward = folder / "reward_model" / "reward.safetensors"
+        self.call(
+            "begin_train",
+            config,
+            str(folder / "sft" / "policy.safetensors"),
+            str(reward) if config.reward_service.needs_model else None,
+            Tokenizer.load(folder / "tokenizer.json").eos_id,
+        )
 
     def call(self, method: str, *args: Any) -> Any:
         """Call a method on every rank together; rank 0's answer.
 
         Raises:
-            WorkerError: a rank died or outran its deadline; the error names it.
+            LearnerLost: a rank died or outran its deadline; the error names it.
         """
-        return self._get(self.submit(method, *args), method)[0]
+        return self._results(self.submit(method, *args), method)[0]
 
     def submit(self, method: str, *args: Any) -> list[ray.ObjectRef[Any]]:
         """Start a call on every rank."""
@@ -74,37 +146,61 @@ class LearnerGang:
         self, refs: Sequence[ray.ObjectRef[Any]], method: str, pump: Callable[[], None]
     ) -> Any:
         """Wait for a started call while `pump` keeps other work moving."""
-        waiting = list(refs)
-        while waiting:
-            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0.02)
-            pump()
-        return self._get(refs, method)[0]
+        return self._results(refs, method, pump)[0]
 
     def publish(self) -> tuple[list[Any], list[ray.ObjectRef[Any]]]:
         """Every rank's facts, and references to the bytes (which stay in the object store)."""
         pairs = [rank.publish.options(num_returns=2).remote() for rank in self.ranks]
-        return self._get([facts for facts, _ in pairs], "publish"), [ref for _, ref in pairs]
+        return self._results([facts for facts, _ in pairs], "publish"), [ref for _, ref in pairs]
 
-    def stop(self) -> None:
-        """End all ranks and free their resources."""
-        for rank in self.ranks:
-            ray.kill(rank)
-        remove_placement_group(self._group)
+    def _results(
+        self,
+        refs: Sequence[ray.ObjectRef[Any]],
+        method: str,
+        pump: Callable[[], None] | None = None,
+    ) -> list[Any]:
+        """Every rank's answer, or the failure that explains those of the others."""
+        names = {ref: f"learner-{rank}" for rank, ref in enumerate(refs)}
+        waiting, found = list(refs), dict[ray.ObjectRef[Any], Any]()
+        deadline, broken = time.monotonic() + self.deadline_s, list[tuple[str, Exception]]()
+        while waiting:
+            ready, waiting = ray.wait(waiting, timeout=_PUMP_S if pump else _WAIT_S)
+            for ref in ready:
+                try:
+                    found[ref] = ray.get(ref)
+                except ray.exceptions.RayActorError as error:
+                    raise LearnerLost(f"{names[ref]} died in {method}: {_ends(error)}") from None
+                except ray.exceptions.RayTaskError as error:
+                    cause = _explained(error, names[ref], method)
+                    if isinstance(cause, TalipotError):
+                        raise cause from None
+                    broken.append((names[ref], cause))
+                    deadline = min(deadline, time.monotonic() + _GRACE_S)
+            if waiting and not ready and time.monotonic() > deadline:
+                raise self._late([names[ref] for ref in waiting], method, broken)
+            if pump:
+                pump()
+        if broken:  # and nobody died: it is not the gang that failed
+            raise broken[0][1] from None
+        return [found[ref] for ref in refs]
 
-    def _get(self, refs: Sequence[ray.ObjectRef[Any]], method: str) -> list[Any]:
-        try:
-            return ray.get(list(refs), timeout=self.deadline_s)
-        except ray.exceptions.GetTimeoutError:
-            ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=0)
-            late = [f"learner-{i}" for i, ref in enumerate(refs) if ref not in ready]
-            raise WorkerError(
-                f"{', '.join(late)} did not finish {method} within {self.deadline_s:.0f} s "
-                "(learner.deadline_s)"
-            ) from None
-        except ray.exceptions.RayActorError as error:
-            raise WorkerError(f"a learner rank died in {method}: {_ends(error)}") from None
-        except ray.exceptions.RayTaskError as error:
-            raise plain(error) from None
+    def _late(self, late: list[str], method: str, broken: list[tuple[str, Exception]]) -> Exception:
+        who = ", ".join(late)
+        if broken:
+            name, error = broken[0]
+            return LearnerLost(f"{who} fell silent in {method}; {name} said: {one_line(error)}")
+        return LearnerLost(
+            f"{who} did not finish {method} within {self.deadline_s:.0f} s (learner.deadline_s)"
+        )
+
+
+def _explained(error: ray.exceptions.RayTaskError, name: str, method: str) -> Exception:
+    """What a rank raised; an error of ours when no other rank can explain it better."""
+    if isinstance(getattr(error, "cause", None), ray.exceptions.RayError):
+        lost = LearnerLost(f"what {name} needs for {method} was lost: {_ends(error)}")
+        lost.data_lost = True
+        return lost
+    return plain(error)
 
 
 def _ends(error: Exception) -> str:

@@ -39,7 +39,7 @@ def demands(config: RunConfig) -> list[Demand]:
         ),
         Demand(
             what="rollout actors",
-            count=rollout.actors,
+            count=rollout.actors_at_start,
             cpus=rollout.cpus_per_actor,
             gpus=rollout.gpus_per_actor,
             gang=False,

@@ -1,4 +1,4 @@
-"""What can be asked of a run that exists: evaluate, sample, status."""
+"""What can be asked of a run that exists: evaluate, sample, status, scale."""
 
 from __future__ import annotations
 
@@ -15,16 +15,22 @@ from actors.prompts import encode_prompts, evaluation_requests
 from actors.rollout_actor import engine_of
 from common.config import RunConfig
 from common.data import Prompt, read_demonstrations
-from common.errors import ConfigError, DataError
+from common.errors import ClusterError, ConfigError, DataError
 from common.palm import PolicyNetwork
 from common.tokenizer import Tokenizer
 from common.weights import load_weights, torch_dtype
 from deploy.controller import Status
+from deploy.driver import controller_name
+from deploy.elastic import Scaled
 from deploy.evaluate import Judge, compare, policy_weights, sample_scored
 from deploy.placement import NAMESPACE
+from deploy.preflight import explain
 from deploy.session import open_session
 from deploy.stages import start_pools
 from reward_service.scorers import FunctionScorer, ScoreRequest
+
+_ANSWER_S = 30.0
+_WORKERS_SHOWN = 32
 
 
 def evaluate_run(config: RunConfig, console: Console) -> dict[str, float]:
@@ -77,6 +83,64 @@ def sample_run(config: RunConfig, texts: Sequence[str], sft: bool, seed: int) ->
 
 def status_of(config: RunConfig) -> dict[str, Any]:
     """Live status from the run's controller, else the last lines of its log."""
+    controller = _controller(config)
+    if controller is None:
+        return {"running": False} | _logged(config.run_dir)
+    reference: ray.ObjectRef[Status] = controller.status.remote()
+    status = ray.get(reference, timeout=_ANSWER_S)
+    found = {
+        "running": True,
+        "iteration": f"{status.iteration}/{status.iterations}",
+        "issued": status.issued,
+        "trained": status.trained,
+        "dropped": status.dropped,
+        "in_flight": status.in_flight,
+        "rollout_workers": status.rollout_workers,
+        "reward_workers": status.reward_workers,
+        "worker_failures": status.worker_failures,
+        "learner_restarts": status.learner_restarts,
+        **status.metrics,
+        **status.counts,
+    }
+    for worker in status.workers[:_WORKERS_SHOWN]:
+        place = f" · node {worker.node[:8]} · process {worker.pid}" if worker.pid else ""
+        found[worker.name] = f"{worker.state}, {worker.calls} under way{place}"
+    if len(status.workers) > _WORKERS_SHOWN:
+        found["more workers"] = len(status.workers) - _WORKERS_SHOWN
+    return found
+
+
+def scale_run(config: RunConfig, actors: int | None, replicas: int | None) -> list[Scaled]:
+    """Change a running run's numbers of workers; returns at once with what was and what will be.
+
+    Raises:
+        ConfigError: neither number is given.
+        ClusterError: the run is not running, or its cluster does not grow and has no room.
+    """
+    if actors is None and replicas is None:
+        raise ConfigError("give --actors, --reward-replicas or both")
+    controller = _controller(config)
+    if controller is None:
+        raise ClusterError(
+            f"{config.run_dir} is not running here; `talipot train --resume {config.run_dir}` "
+            "carries on with it, and --address names its cluster"
+        )
+    if not config.cluster.autoscales:
+        rollout: dict[str, Any] = {"actors": actors} if actors else {}
+        reward: dict[str, Any] = {"replicas": replicas} if replicas else {}
+        wanted = config.model_copy(
+            update={
+                "rollout": config.rollout.model_copy(update=rollout),
+                "reward_service": config.reward_service.model_copy(update=reward),
+            }
+        )
+        explain(wanted, ray.cluster_resources())  # type: ignore[no-untyped-call]
+    reference: ray.ObjectRef[list[Scaled]] = controller.scale.remote(actors, replicas)
+    return ray.get(reference, timeout=_ANSWER_S)
+
+
+def _controller(config: RunConfig) -> Any:
+    """The run's controller, if it works on the cluster that is named or on this machine."""
     try:
         ray.init(
             address=config.cluster.address or "auto",
@@ -85,21 +149,12 @@ def status_of(config: RunConfig) -> dict[str, Any]:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-        controller = ray.get_actor(f"{config.name}:controller")
-    except (ConnectionError, ValueError):
-        return {"running": False} | _logged(config.run_dir)
-    reference: ray.ObjectRef[Status] = controller.status.remote()
-    status = ray.get(reference, timeout=30)
-    return {"running": True, "iteration": f"{status.iteration}/{status.iterations}"} | {
-        "issued": status.issued,
-        "trained": status.trained,
-        "dropped": status.dropped,
-        "in_flight": status.in_flight,
-        "rollout_workers": status.rollout_workers,
-        "reward_workers": status.reward_workers,
-        "worker_failures": status.worker_failures,
-        **status.metrics,
-    }
+        controller = ray.get_actor(controller_name(config), namespace=NAMESPACE)
+        outcome: ray.ObjectRef[Any] = controller.outcome.remote(0.0)
+        ended = ray.get(outcome, timeout=_ANSWER_S)
+    except (ConnectionError, ValueError, ray.exceptions.RayActorError, ray.exceptions.RayTaskError):
+        return None  # none there, one that dies, or one that keeps what ended its run
+    return controller if ended is None else None
 
 
 def _logged(run_dir: Path) -> dict[str, Any]:

@@ -78,6 +78,10 @@ class Session:
             self._gang = LearnerGang(self.config, self.config.name)
         return self._gang
 
+    def started_gang(self) -> LearnerGang | None:
+        """The learner gang if an earlier stage started it."""
+        return self._gang
+
     def keep(self, pool: Pool) -> Pool:
         """Take charge of a pool's end."""
         self._pools.append(pool)

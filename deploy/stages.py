@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,18 +23,16 @@ from common.data import (
     read_demonstrations,
     read_prompts,
 )
-from common.errors import ConfigError, DataError, WorkerError
+from common.errors import ConfigError, DataError
 from common.tokenizer import Tokenizer
 from common.trajectory import derive_seed
-from deploy.controller import start_controller
-from deploy.gang import plain
+from deploy.controller import Status
+from deploy.driver import controller_name, follow, living_controller, start_controller
+from deploy.gang import LearnerGang
 from deploy.placement import reward_pool, rollout_pool
 from deploy.pool import Pool
 from deploy.session import Session
 from learner.supervised import EncodedComparison, EncodedPair
-
-_POLL_S = 0.25
-
 
 # -------------------------------------------------------------------------- tokenizer and encoding
 
@@ -189,43 +188,51 @@ def run_train(
     prompts, skipped = read_encoded_prompts(config.data.prompts, session.tokenizer(), config)
     if skipped:
         session.console.print(f"[yellow]{skipped} prompts skipped: too long for the context[/]")
-    reward = session.reward_weights if _needs_reward_model(config) else None
-    gang = session.gang()
-    gang.call(
-        "begin_train",
+    # A controller outlives its driver, and may be looked at from another folder.
+    config = config.model_copy(update={"output": str(Path(config.output).absolute())})
+    controller = living_controller(config)
+    if controller is not None:
+        session.console.print(f"[dim]attached to {controller_name(config)}[/]")
+    else:
+        controller = _start(session, config, prompts, pools, stop_after)
+    with session.progress("policy", config.train.iterations) as bar:
+        return follow(controller, config, lambda status: _show(bar.update, status))
+
+
+def _start(
+    session: Session,
+    config: RunConfig,
+    prompts: list[EncodedPrompt],
+    pools: tuple[Pool, Pool] | None,
+    stop_after: int | None,
+) -> Any:
+    """A controller with the session's workers where it has some, with its own where not."""
+    # Workers of a controller that was killed a moment ago may still hold the plain names.
+    name = f"{config.name}-{secrets.token_hex(2)}"
+    started = session.started_gang()
+    return start_controller(
         config,
-        str(session.sft_weights),
-        str(reward) if reward else None,
-        session.tokenizer().eos_id,
+        prompts,
+        started or LearnerGang(config, name, start=False),
+        pools or make_pools(session, config, name, start=False),
+        stop_after,
+        detached=started is None and pools is None,
     )
-    rollout, scoring = pools or start_pools(session, config)
-    controller = start_controller(config.name, config, prompts, gang, rollout, scoring, stop_after)
-    run = controller.run.remote()
-    try:
-        with session.progress("policy", config.train.iterations) as bar:
-            while not ray.wait([run], timeout=_POLL_S)[0]:
-                _show(bar.update, controller)
-        facts: dict[str, Any] = ray.get(run)
-    except ray.exceptions.RayActorError as error:
-        raise WorkerError(
-            f"the controller died: {str(error).splitlines()[0]}; "
-            f"carry on with `talipot train --resume {config.run_dir}`"
-        ) from None
-    except ray.exceptions.RayTaskError as error:
-        raise plain(error) from None
-    finally:
-        ray.kill(controller)
-    return facts
 
 
 def start_pools(session: Session, config: RunConfig) -> tuple[Pool, Pool]:
-    """Rollout actors and reward workers."""
-    reward = session.reward_weights if _needs_reward_model(config) else None
+    """Rollout actors and reward workers that end with the session."""
+    rollout, reward = make_pools(session, config, config.name, start=True)
+    return session.keep(rollout), session.keep(reward)
+
+
+def make_pools(session: Session, config: RunConfig, name: str, *, start: bool) -> tuple[Pool, Pool]:
+    """Pools of rollout actors and reward workers, filled when `start` is True."""
+    tokenizer = session.tokenizer_path
+    reward = session.reward_weights if config.reward_service.needs_model else None
     return (
-        session.keep(rollout_pool(config, config.name, session.tokenizer_path)),
-        session.keep(
-            reward_pool(config, config.name, session.tokenizer_path, session.sft_weights, reward)
-        ),
+        rollout_pool(config, name, tokenizer, start=start),
+        reward_pool(config, name, tokenizer, session.sft_weights, reward, start=start),
     )
 
 
@@ -236,20 +243,12 @@ def with_log(session: Session, stage: str, step: int, metrics: dict[str, float])
     log.close()
 
 
-def _show(update: Callable[[int, str], None], controller: Any) -> None:
-    try:
-        status = ray.get(controller.status.remote(), timeout=5)
-    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
-        return  # The run's own reference tells what happened.
+def _show(update: Callable[[int, str], None], status: Status) -> None:
     metrics = status.metrics
     note = "  ".join(
         f"{name} {metrics[name]:.2f}" for name in ("score", "kl", "entropy") if name in metrics
     )
     update(status.iteration, note)
-
-
-def _needs_reward_model(config: RunConfig) -> bool:
-    return any(c.kind == "model" for c in config.reward_service.components.values())
 
 
 def _require(paths: Sequence[str], field: str, stage: str) -> None:

@@ -230,10 +230,18 @@ def test_the_recipe_fits_and_keeps_learner_and_elastic_workers_apart(
     learner, elastic = cores(groups["learner"]), cores(groups["elastic"])
     most = learner + groups["elastic"]["maxReplicas"] * elastic
     explain(recipe, {"CPU": most})
-    assert recipe.learner.cpus_per_rank > elastic
     assert recipe.learner.ranks * recipe.learner.cpus_per_rank == learner
     for share in (recipe.rollout.cpus_per_actor, recipe.reward_service.cpus_per_replica):
         assert share <= elastic
+
+
+def test_the_recipe_chooses_nodes_by_labels_that_the_groups_have(
+    groups: dict[str, Manifest], recipe: RunConfig
+) -> None:
+    assert dict(recipe.learner.labels) == groups["learner"]["labels"]
+    assert dict(recipe.rollout.labels) == groups["elastic"]["labels"]
+    assert dict(recipe.reward_service.labels) == groups["elastic"]["labels"]
+    assert recipe.cluster.autoscales
 
 
 def test_the_recipe_lives_on_the_shared_folder_and_can_carry_on(recipe: RunConfig) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,6 @@ class Run:
         reward = folder / "reward_model" / "reward.safetensors"
         kinds = {c.kind for c in config.reward_service.components.values()}
         model = reward if "model" in kinds else None
-        gang.call("begin_train", config, str(sft), str(model) if model else None, 1)
         self.key = (
             f"{config.rollout.actors} {config.train.max_staleness > 0} "
             f"{config.reward_service.model_dump_json()}"
@@ -125,6 +125,7 @@ def test_a_run_trains_every_rollout_once_and_logs_it(
     assert versions == {f"{i:06d}": i for i in range(4)}, "synchronous: no rollout is stale"
     metrics = (config.run_dir / "metrics.jsonl").read_text().splitlines()
     assert len(metrics) == 4
+    assert all('"staleness/0": 16.0' in line and "staleness/1" not in line for line in metrics)
     assert '"auxiliary/clone_kl_first": 0.0' in metrics[1]
 
 
@@ -245,6 +246,33 @@ def test_sigkill_of_a_worker_loses_and_doubles_nothing(
     assert facts["weights_hash"] == reference[1]["weights_hash"]
 
 
+def test_scaling_live_with_a_sigkill_changes_no_result(
+    workspace: RunConfig,
+    gang: LearnerGang,
+    reference: tuple[RunConfig, dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    """Invariant I5: 2 -> 4 -> 1 actors while the run goes on, and one of them killed."""
+    config = run_copy(workspace, tmp_path)
+    with Run(config, gang) as controller:
+        # Each in an iteration of its own: the loop works on while these act.
+        threads = [
+            when(lambda: controller.iteration >= 1, lambda: controller.scale(4, None)),
+            when(lambda: controller.iteration >= 2, lambda: kill_worker(controller, "rollout")),
+            when(lambda: controller.iteration >= 3, lambda: controller.scale(1, None)),
+        ]
+        facts = controller.run()
+        for thread in threads:
+            thread.join()
+        controller.collector.rollout.tend()
+        assert controller.collector.rollout.target == 1
+    assert facts["rollouts_issued"] == facts["rollouts_trained"] == 64
+    assert facts["weights_hash"] == reference[1]["weights_hash"]
+    said = [json.loads(x) for x in (config.run_dir / "events.jsonl").read_text().splitlines()]
+    assert [x["detail"] for x in said if x["what"] == "scaled"] == ["from 2 to 4", "from 4 to 1"]
+    assert [x["what"] for x in said].count("died") == 1
+
+
 def test_a_worker_that_keeps_dying_ends_the_run_with_its_cause(
     workspace: RunConfig, gang: LearnerGang, tmp_path: Path
 ) -> None:
@@ -253,7 +281,7 @@ def test_a_worker_that_keeps_dying_ends_the_run_with_its_cause(
         controller.collector.rollout.make = lambda name: _Broken.options(num_cpus=0.1).remote()
         controller.collector.rollout.stop()
         controller.collector.rollout.scale(2)
-        with pytest.raises(WorkerError, match=r"rollout workers failed in a row.*rollout-\d"):
+        with pytest.raises(WorkerError, match=r"4 rollout workers failed within.*rollout-\d"):
             controller.run()
 
 
@@ -290,6 +318,55 @@ def _lie(actor: Any) -> None:
     actor.buffer.load = lambda manifest, payloads: "0" * 32
 
 
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_flipped_byte_is_read_again_and_counted(
+    workspace: RunConfig,
+    gang: LearnerGang,
+    reference: tuple[RunConfig, dict[str, Any]],
+    tmp_path: Path,
+    times: int,
+) -> None:
+    """Invariant I6: once, and the actor reads again; for good at one actor, and it is replaced."""
+    config = run_copy(workspace, tmp_path)
+    with Run(config, gang) as controller:
+        victim = next(iter(controller.collector.rollout.workers.values()))
+        ray.get(victim.handle.__ray_call__.remote(_flip, times))
+        facts = controller.run()
+        assert controller.collector.rollout.losses["corrupt"] == (times > 1)
+    assert facts["weights_hash"] == reference[1]["weights_hash"]
+    last = json.loads((config.run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["metrics"]["weights_reloaded"] == 1
+
+
+def test_a_slice_that_is_corrupt_wherever_it_arrives_is_named(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path
+) -> None:
+    with Run(run_copy(workspace, tmp_path), gang) as controller:
+        for worker in controller.collector.rollout.workers.values():
+            ray.get(worker.handle.__ray_call__.remote(_flip, 3))
+        with pytest.raises(
+            TrainingError, match=r"version 0: slice of rank 1 arrived corrupted at rollout-\d, 3"
+        ):
+            controller.run()
+
+
+def _flip(actor: Any, times: int) -> None:
+    """Flip a byte of what an actor receives from rank 1, so many times."""
+    load, left = actor.buffer.load, times
+
+    def flipped(manifest: Any, payloads: Any) -> str:
+        nonlocal left
+        if left:
+            left -= 1
+            damaged = [part.copy() for part in payloads[1]]
+            damaged[0][100] ^= 1
+            payloads = [payloads[0], damaged]
+        found: str = load(manifest, payloads)
+        return found
+
+    actor.buffer.load = flipped
+
+
 def test_asynchronous_mode_bounds_staleness_and_trains_everything(
     workspace: RunConfig, gang: LearnerGang, tmp_path: Path
 ) -> None:
@@ -303,6 +380,12 @@ def test_asynchronous_mode_bounds_staleness_and_trains_everything(
             stale.append(int(row.rollout_id[:6]) - row.policy_version)
     assert max(stale) <= 2
     assert max(stale) >= 1, "rollouts are generated ahead"
+    shown: Counter[int] = Counter()
+    for line in (config.run_dir / "metrics.jsonl").read_text().splitlines():
+        for name, value in json.loads(line)["metrics"].items():
+            if name.startswith("staleness/"):
+                shown[int(name.removeprefix("staleness/"))] += int(value)
+    assert shown == Counter(stale), "the metrics are a histogram of all that was trained"
 
 
 def test_function_rewards_need_no_reward_model(

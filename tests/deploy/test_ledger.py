@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from common.trajectory import RolloutRequest
 from deploy.ledger import Lease, Ledger, LedgerError
+from deploy.settled import Ranges, Settled
 
 
 def requests(iteration: int, count: int) -> list[RolloutRequest]:
@@ -26,90 +29,121 @@ def requests(iteration: int, count: int) -> list[RolloutRequest]:
     ]
 
 
-def ids(lease: Lease) -> list[str]:
-    return [request.rollout_id for request in lease.requests]
-
-
 class Books(RuleBasedStateMachine):
-    """Random operations against plain sets that are kept beside the ledger."""
+    """Random operations against a plain table of every rollout's state, kept beside the ledger."""
 
     def __init__(self) -> None:
         super().__init__()
         self.ledger = Ledger()
         self.iteration = 0
-        self.held: dict[int, Lease] = {}
-        self.gone: list[Lease] = []
-        self.committed: set[str] = set()
-        self.every: set[str] = set()
-        self.trained: set[str] = set()
-        self.dropped: set[str] = set()
+        self.now = 0.0
+        self.state: dict[str, str] = {}
+        self.held: dict[int, tuple[Lease, str, float]] = {}
+        self.seen: list[Lease] = []
         self.refused = 0
+        self.count = 0
+
+    def those(self, *states: str) -> list[str]:
+        return sorted(r for r, state in self.state.items() if state in states)
 
     @rule(count=st.integers(1, 7), size=st.integers(1, 4))
     def issue(self, count: int, size: int) -> None:
         made = requests(self.iteration, count)
         self.ledger.issue(self.iteration, made, size)
-        self.every |= {request.rollout_id for request in made}
+        self.state |= {request.rollout_id: "queued" for request in made}
         self.iteration += 1
 
     @precondition(lambda self: self.ledger.queued)
-    @rule()
-    def lease(self) -> None:
-        lease = self.ledger.lease()
-        self.held[lease.lease_id] = lease
+    @rule(time=st.integers(1, 5))
+    def lease(self, time: int) -> None:
+        self.count += 1
+        holder = f"worker-{self.count}"
+        lease = self.ledger.lease(holder, self.now + time)
+        self.held[lease.lease_id] = (lease, holder, self.now + time)
+        self.seen.append(lease)
+        for rollout_id in lease.rollout_ids:
+            if self.state[rollout_id] != "dropped":  # alone, of a lease parted or sampled again
+                assert self.state[rollout_id] == "queued"
+                self.state[rollout_id] = "leased"
 
     @precondition(lambda self: self.held)
-    @rule(data=st.data())
-    def worker_dies(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), right=st.booleans())
+    def give_back(self, data: st.DataObject, right: bool) -> None:
         lease_id = data.draw(st.sampled_from(sorted(self.held)))
-        self.gone.append(self.held.pop(lease_id))
-        self.ledger.give_back(lease_id)
+        lease, holder, _ = self.held[lease_id]
+        self.ledger.give_back(lease_id, holder if right else "somebody else")
+        if right:
+            del self.held[lease_id]
+            self.state |= {i: "queued" for i in lease.rollout_ids if self.state[i] == "leased"}
 
     @precondition(lambda self: self.held)
+    @rule(data=st.data(), time=st.integers(1, 5))
+    def pass_on(self, data: st.DataObject, time: int) -> None:
+        lease_id = data.draw(st.sampled_from(sorted(self.held)))
+        self.ledger.pass_on(lease_id, "scorer", self.now + time)
+        self.held[lease_id] = (self.held[lease_id][0], "scorer", self.now + time)
+
+    @rule(time=st.integers(1, 9))
+    def time_passes(self, time: int) -> None:
+        self.now += time
+        late = {i: (lease, who) for i, (lease, who, until) in self.held.items() if until < self.now}
+        found = {lease.lease_id: (lease, who) for lease, who in self.ledger.overdue(self.now)}
+        assert found == late
+        for lease, holder in found.values():
+            self.ledger.give_back(lease.lease_id, holder)
+            del self.held[lease.lease_id]
+            self.state |= {i: "queued" for i in lease.rollout_ids if self.state[i] == "leased"}
+
+    @precondition(lambda self: self.seen)
     @rule(data=st.data())
     def commit(self, data: st.DataObject) -> None:
-        lease = self.held.pop(data.draw(st.sampled_from(sorted(self.held))))
-        assert self.ledger.commit(lease.lease_id, ids(lease))
-        self.committed |= set(ids(lease))
-        self.gone.append(lease)
+        """By whoever ever held the lease, however late: the first counts."""
+        lease = data.draw(st.sampled_from(self.seen))
+        first = [i for i in lease.rollout_ids if self.state[i] in ("queued", "leased")]
+        assert self.ledger.commit(lease.rollout_ids) == first
+        self.refused += len(lease.rollout_ids) - len(first)
+        self.state |= dict.fromkeys(first, "committed")
+        self.held.pop(lease.lease_id, None)
 
-    @precondition(lambda self: self.gone)
-    @rule(data=st.data())
-    def late_commit(self, data: st.DataObject) -> None:
-        lease = data.draw(st.sampled_from(self.gone))
-        if lease.lease_id in self.held:
-            return  # leased again meanwhile: that is the first commit, not a late one
-        assert not self.ledger.commit(lease.lease_id, ids(lease))
-        self.refused += len(lease.requests)
-
-    @precondition(lambda self: self.committed)
+    @precondition(lambda self: self.those("committed"))
     @rule(data=st.data(), drop=st.booleans())
     def consume(self, data: st.DataObject, drop: bool) -> None:
-        some = data.draw(st.sets(st.sampled_from(sorted(self.committed)), min_size=1))
+        some = data.draw(st.sets(st.sampled_from(self.those("committed")), min_size=1))
         if drop:
             self.ledger.drop(some, "test")
-            self.dropped |= some
         else:
             self.ledger.train(some)
-            self.trained |= some
-        self.committed -= some
+        self.state |= dict.fromkeys(some, "dropped" if drop else "trained")
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def drop_what_is_leased(self, data: st.DataObject) -> None:
+        lease, _, _ = self.held.pop(data.draw(st.sampled_from(sorted(self.held))))
+        open_ = [i for i in lease.rollout_ids if self.state[i] == "leased"]
+        self.ledger.drop(open_, "given up")
+        self.state |= dict.fromkeys(open_, "dropped")
 
     @invariant()
     def books_balance(self) -> None:
         self.ledger.check()
-        assert self.ledger.issued == len(self.every)
-        assert self.ledger.trained == len(self.trained)
-        assert sum(self.ledger.dropped.values()) == len(self.dropped)
+        assert self.ledger.issued == len(self.state)
+        assert self.ledger.trained == len(self.those("trained"))
+        assert sum(self.ledger.dropped.values()) == len(self.those("dropped"))
         assert self.ledger.refused == self.refused
-        assert self.ledger.in_flight == len(self.every - self.trained - self.dropped)
-        assert not self.trained & self.dropped
+        for state in ("queued", "leased", "committed"):
+            assert self.ledger.count(state) == len(self.those(state)), state
+        assert self.ledger.in_flight == len(self.those("queued", "leased", "committed"))
+        for iteration in range(self.iteration):
+            waiting = [i for i in self.those("queued", "leased") if int(i[:6]) == iteration]
+            assert self.ledger.pending(iteration) == len(waiting)
 
     @invariant()
-    def a_restored_ledger_counts_what_is_settled(self) -> None:
+    def a_restored_ledger_knows_what_is_settled(self) -> None:
         restored = Ledger.restore(json.loads(json.dumps(self.ledger.state())))
-        restored.check()
-        assert restored.trained == self.ledger.trained
-        assert restored.in_flight == 0
+        assert (restored.trained, restored.in_flight) == (self.ledger.trained, 0)
+        settled = self.those("trained", "dropped")
+        assert restored.commit(settled) == []
+        assert restored.refused == self.refused + len(settled)
 
 
 TestBooks = Books.TestCase
@@ -118,24 +152,110 @@ TestBooks = Books.TestCase
 def test_a_lease_given_back_is_the_next_one() -> None:
     ledger = Ledger()
     ledger.issue(0, requests(0, 6), 2)
-    first = ledger.lease()
-    ledger.give_back(first.lease_id)
-    assert ledger.lease() == first
+    first = ledger.lease("a", 1.0)
+    ledger.give_back(first.lease_id, "a")
+    assert ledger.lease("b", 1.0) == first
     assert ledger.reissued == 1
+
+
+def test_the_first_commit_counts_whoever_makes_it() -> None:
+    ledger = Ledger()
+    ledger.issue(0, requests(0, 2), 2)
+    slow = ledger.lease("slow", 1.0)
+    assert ledger.overdue(2.0) == [(slow, "slow")]
+    ledger.give_back(slow.lease_id, "slow")
+    again = ledger.lease("quick", 9.0)
+    assert ledger.commit(slow.rollout_ids) == list(slow.rollout_ids), "late, and the first"
+    assert ledger.commit(again.rollout_ids) == []
+    ledger.train(slow.rollout_ids)
+    assert ledger.commit(again.rollout_ids) == [], "trained: still known"
+    assert (ledger.trained, ledger.refused, ledger.in_flight) == (2, 4, 0)
+    assert not ledger.queued
+
+
+def test_committed_rollouts_may_be_sampled_again() -> None:
+    ledger = Ledger()
+    ledger.issue(3, requests(3, 4), 2)
+    ids = [i for _ in range(2) for i in ledger.lease("a", 1.0).rollout_ids]
+    ledger.commit(ids)
+    ledger.drop(ids[:1], "dead letter")
+    with pytest.raises(LedgerError, match="in part only"):
+        ledger.resample(ids[2:3], "stale")
+    ledger.resample(ids[1:], "stale")
+    assert ledger.resampled == {"stale": 3}
+    assert ledger.pending(3) == 3
+    again = [i for _ in range(2) for i in ledger.lease("b", 1.0).rollout_ids]
+    assert sorted(again) == sorted(ids[1:]), "what was dropped stays dropped"
+    assert ledger.commit(ids) == ids[1:]
+
+
+def test_rollouts_that_outlived_a_failure_are_kept() -> None:
+    ledger = Ledger()
+    ledger.issue(0, requests(0, 4), 2)
+    ledger.issue(1, requests(1, 4), 2)
+    for _ in range(3):
+        ledger.commit(ledger.lease("a", 1.0).rollout_ids)
+    ledger.drop(["000001-000000"], "dead letter")
+    books = json.loads(json.dumps(ledger.state()))
+    assert books["in_flight"] == {"committed": 5, "leased": 0, "queued": 2}
+
+    after = Ledger.restore(books)
+    for iteration in (0, 1):
+        after.issue(iteration, requests(iteration, 4), 2)
+    assert after.issued == 8, "the dead letter stays dropped and is not issued again"
+    kept = ["000000-000000", "000000-000001", "000000-000003", "000001-000001"]
+    assert after.commit(kept) == kept
+    rest = [after.lease("b", 1.0).rollout_ids for _ in range(after.queued)]
+    assert sorted(i for ids in rest for i in ids) == [
+        "000000-000002",
+        "000001-000002",
+        "000001-000003",
+    ]
+    after.check()
 
 
 def test_what_cannot_be_is_refused() -> None:
     ledger = Ledger()
     ledger.issue(0, requests(0, 2), 2)
     with pytest.raises(LedgerError, match="issued twice"):
-        Ledger.issue(ledger, 0, requests(0, 1), 1)
-    lease = ledger.lease()
+        ledger.issue(0, requests(0, 1), 1)
+    lease = ledger.lease("a", 1.0)
+    with pytest.raises(LedgerError, match="never issued"):
+        ledger.commit(["000009-000000"])
     with pytest.raises(LedgerError, match="other rollouts"):
-        ledger.commit(lease.lease_id, ["nobody"])
+        ledger.commit(lease.rollout_ids[:1])
     with pytest.raises(LedgerError, match="without a commit"):
-        ledger.train(["nobody"])
-    with pytest.raises(LedgerError, match="without a commit"):
-        ledger.drop(["nobody"], "test")
+        ledger.train(lease.rollout_ids)
+    with pytest.raises(LedgerError, match="in part only"):
+        ledger.drop(lease.rollout_ids[:1], "test")
+    ledger.commit(lease.rollout_ids)
+    ledger.train(lease.rollout_ids)
+    with pytest.raises(LedgerError, match="issued twice"):
+        ledger.issue(0, requests(0, 1), 1)
     ledger.trained += 1
     with pytest.raises(LedgerError, match="accounted for"):
         ledger.check()
+
+
+def test_a_million_trained_rollouts_take_no_room() -> None:
+    settled = Settled()
+    for iteration in range(1000):
+        ids = [f"{iteration:06d}-{i:06d}" for i in range(1000)]
+        settled.expect(ids)
+        for rollout_id in ids:
+            settled.add(rollout_id)
+    assert len(settled) == 1
+    assert len(json.dumps(settled.state())) < 100
+    assert "000999-000999" in settled
+    assert "001000-000000" not in settled
+
+
+@given(st.sets(st.integers(0, 60)), st.randoms(use_true_random=False))
+def test_ranges_are_the_set_they_stand_for(values: set[int], shuffle: random.Random) -> None:
+    order = sorted(values)
+    shuffle.shuffle(order)
+    ranges = Ranges()
+    for value in [*order, *order[:3]]:
+        ranges.add(value)
+    assert {v for v in range(-1, 62) if v in ranges} == values
+    assert len(ranges) == sum(v - 1 not in values for v in values), "no two of them touch"

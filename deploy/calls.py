@@ -1,0 +1,50 @@
+"""What came of a call to a worker, and of the object that it left behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+
+from common.errors import TalipotError
+from deploy.gang import plain
+from deploy.pool import Pool, last_words
+
+_INLINE = 100 * 1024
+"""Ray keeps smaller objects with their owner, out of any node's object store."""
+
+
+class ArgumentLost(Exception):
+    """A call could not begin: what it was to work on went down with a node."""
+
+
+def result(ref: ray.ObjectRef[Any], pool: Pool, worker: str) -> Any:
+    """A finished call's result, or None when its worker was lost; the pool is told either way.
+
+    Raises:
+        ArgumentLost: what it was to work on is no more; the worker itself is well.
+        TalipotError: what the worker raised.
+    """
+    try:
+        found = ray.get(ref)
+    except (ray.exceptions.RayTaskError, ray.exceptions.ObjectLostError) as error:
+        pool.succeeded(worker)
+        ours = plain(error)
+        if isinstance(ours, TalipotError):
+            raise ours from None
+        causes = (error, getattr(error, "cause", None))
+        if any(isinstance(cause, ray.exceptions.ObjectLostError) for cause in causes):
+            raise ArgumentLost from None
+        raise
+    except ray.exceptions.RayError as error:
+        pool.lost(worker, "died", last_words(error))
+        return None
+    pool.succeeded(worker)
+    return found
+
+
+def gone(ref: ray.ObjectRef[Any]) -> bool:
+    """Whether the only copies of an object of ours went down with their nodes."""
+    (facts,) = ray.experimental.get_object_locations([ref]).values()
+    held = facts["node_ids"] or facts["did_spill"]
+    return not held and (facts["object_size"] or 0) > _INLINE

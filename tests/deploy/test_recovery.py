@@ -1,0 +1,115 @@
+"""A learner rank that dies: SIGKILL inside a phase and inside a checkpoint's write."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from common.config import RunConfig
+from common.errors import WorkerError
+from common.trajectory import ScoredTrajectory, from_table
+from deploy.gang import LearnerGang
+from learner.engine import ZeroEngine
+from tests.conftest import run_copy
+from tests.deploy.test_controller import Run, _stop_idle_pools, finish
+
+pytestmark = pytest.mark.usefixtures("cluster", _stop_idle_pools.__name__)
+
+
+@pytest.fixture(scope="module")
+def gang(workspace: RunConfig, cluster: None) -> Iterator[LearnerGang]:
+    made = LearnerGang(workspace, "recovery-tests")
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    workspace: RunConfig, gang: LearnerGang, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """Weights' hash of a synchronous run that nothing happened to."""
+    found: str = finish(run_copy(workspace, tmp_path_factory.mktemp("whole")), gang)["weights_hash"]
+    return found
+
+
+def arm(gang: LearnerGang, method: str, call: int) -> None:
+    """Rank 1 kills itself with SIGKILL as it enters the call-th call of an engine's method."""
+    gang.start()
+    ray.get(gang.ranks[1].__ray_call__.remote(_arm, method, call))
+
+
+def _arm(_: object, method: str, call: int) -> None:
+    whole, count = getattr(ZeroEngine, method), 0
+
+    def mortal(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*args, **kwargs)
+
+    setattr(ZeroEngine, method, mortal)
+
+
+# An iteration takes 4 optimizer steps (2 of each network), the phase after the second 4 more.
+@pytest.mark.parametrize(
+    ("method", "call", "every"),
+    [
+        pytest.param("step", 6, 0, id="policy phase, no checkpoint yet"),
+        pytest.param("step", 10, 1, id="auxiliary phase"),
+        pytest.param("save", 4, 1, id="inside a checkpoint's write"),
+    ],
+)
+def test_sigkill_of_a_rank_changes_no_weight(
+    workspace: RunConfig,
+    gang: LearnerGang,
+    undisturbed: str,
+    tmp_path: Path,
+    method: str,
+    call: int,
+    every: int,
+) -> None:
+    config = run_copy(workspace, tmp_path, train={"checkpoint_every": every})
+    arm(gang, method, call)
+    facts = finish(config, gang)
+    assert facts["learner_restarts"] == 1
+    assert facts["weights_hash"] == undisturbed
+    assert facts["rollouts_trained"] == facts["rollouts_issued"] == 64
+    assert not list((config.run_dir / "checkpoints").glob("*.partial"))
+
+
+def test_an_asynchronous_run_goes_on_within_its_bounds(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path
+) -> None:
+    train = {"max_staleness": 2, "iterations": 6, "checkpoint_every": 2}
+    config = run_copy(workspace, tmp_path, train=train)
+    arm(gang, "step", 18)  # in iteration 3, of which 2 is the newest checkpoint
+    facts = finish(config, gang)
+    assert facts["learner_restarts"] == 1
+    assert facts["rollouts_trained"] == 6 * 16
+    rows = [
+        row
+        for path in sorted((config.run_dir / "trajectories").glob("*.parquet"))
+        for row in from_table(pq.read_table(path), ScoredTrajectory)
+    ]
+    assert len({row.rollout_id for row in rows}) == len(rows) == 6 * 16
+    assert {int(row.rollout_id[:6]) - row.policy_version for row in rows} <= {0, 1, 2}
+
+
+def test_a_rank_that_keeps_dying_ends_the_run_and_is_named(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path
+) -> None:
+    config = run_copy(workspace, tmp_path, learner={"max_restarts": 0})
+    arm(gang, "step", 3)
+    with (
+        Run(config, gang) as controller,
+        pytest.raises(WorkerError, match=r"learner-1 died in policy_phase.*max_restarts"),
+    ):
+        controller.run()
