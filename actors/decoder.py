@@ -73,7 +73,7 @@ class Decoder:
         chunks: Sequence[Chunk] = (),
         copies: Sequence[Copy] = (),
     ) -> Tensor:
-        """Logits ``[S, V]`` after the newest token of each slot.
+        """Logits ``[S, V]`` after the newest token of each slot, good until the next call.
 
         Args:
             newest, positions: one entry per slot in use. All earlier positions of a slot are in

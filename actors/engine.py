@@ -132,7 +132,7 @@ class Engine:
         sampling: Sampling,
         max_tokens: int,
         slots: int = 128,
-        prefill_tokens: int = 1024,
+        prefill_tokens: int = 2048,
         stops: Stops | None = None,
         kernels: Choice = "auto",
     ) -> None:

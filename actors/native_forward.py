@@ -73,6 +73,7 @@ class NativeForward:
             both_stride=self._strides[1],
             **dict(zip(("cos_q", "sin_q", "cos_k", "sin_k"), map(_at, self._tables), strict=True)),
         )
+        self._logits = torch.empty(slots, config.vocab_size)
         self._room_rows = 0
         self._room: list[Tensor] = []
         self._scratch = _Scratch()
@@ -102,7 +103,8 @@ class NativeForward:
         self._model.logits = self._packed(embedding, _padded(0, len(embedding)))
 
     def run(self, step: Step) -> Tensor:
-        """fp32 logits ``[S, V]`` after the newest token of each slot."""
+        """fp32 logits ``[S, V]`` after the newest token of each slot, until the next call: fresh
+        pages for them would cost a fiftieth of a step."""
         numbers = [
             number
             for copy in step.copies
@@ -112,7 +114,7 @@ class NativeForward:
         copies = np.array(numbers, dtype=np.int64)
         places = (rows.ctypes.data for rows in (step.tokens, step.slots, step.positions))
         asked = _Step(len(step.tokens), step.used, *places, len(copies) // 3, copies.ctypes.data)
-        logits = torch.empty(step.used, self._config.vocab_size)
+        logits = self._logits[: step.used]
         self._make_room(len(step.tokens))
         self._library.forward(self._model, asked, self._scratch, _at(logits), self._spent)
         return logits

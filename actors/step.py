@@ -100,7 +100,7 @@ class Forward(Protocol):
         the scale of the logits in it, and `embedding` ``[V, D]``."""
 
     def run(self, step: Step) -> Tensor:
-        """Logits ``[S, V]`` after the newest token of each slot."""
+        """Logits ``[S, V]`` after the newest token of each slot, good until the next call."""
 
     def move(self, source: int, target: int, positions: int) -> None:
         """Give a slot another slot's keys and values."""

@@ -76,7 +76,7 @@ class RolloutConfig(Section):
     """Responses in work at once in one actor."""
     cache_mb: PositiveFloat = 1024.0
     """Memory of one actor for keys and values, in MiB; fewer slots are used when it is less."""
-    prefill_tokens: PositiveInt = 1024
+    prefill_tokens: PositiveInt = 2048
     """Prompt tokens that one step computes beside its decodes."""
     kernels: Literal["auto", "native", "torch"] = "auto"
     """native: compiled for the processor by gcc; torch: anywhere; auto: native where it can be."""

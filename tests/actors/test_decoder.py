@@ -106,7 +106,7 @@ def test_bf16_is_near_the_full_forward_in_bf16(choice: Choice) -> None:
 def test_new_weights_count_after_a_refresh() -> None:
     palm = model()
     decoder = Decoder(palm, slots=1)
-    before = decoder.forward([5], [0])
+    before = decoder.forward([5], [0]).clone()
     for parameter in palm.parameters():
         parameter.mul_(0.5)
     decoder.refresh()
