@@ -75,7 +75,9 @@ class WorkerError(TalipotError):
 
 
 class Interrupted(TalipotError):
-    """A signal stopped the run; the exit code is the shell's for it."""
+    """A signal stopped the run; the exit code is the shell's for it: 143 for SIGTERM."""
+
+    exit_code = 130
 
     def __init__(self, sent: signal.Signals, message: str) -> None:
         word = "interrupted" if sent == signal.SIGINT else "terminated"

@@ -39,7 +39,7 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 160 else text[:157] + "..."
 
 
-def write_atomic(path: str | os.PathLike[str], chunks: Iterable[bytes]) -> None:
+def write_atomic(path: str | os.PathLike[str], chunks: Iterable[bytes | memoryview]) -> None:
     """Write `chunks` to `path` so that a reader sees the old file or the whole new one.
 
     Local: temporary file beside it, fsync, rename, fsync of the folder. Elsewhere: temporary
@@ -70,7 +70,7 @@ def write_atomic(path: str | os.PathLike[str], chunks: Iterable[bytes]) -> None:
         ) from error
 
 
-def _write_local(target: Path, temporary: Path, chunks: Iterable[bytes]) -> None:
+def _write_local(target: Path, temporary: Path, chunks: Iterable[bytes | memoryview]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with temporary.open("xb") as stream:

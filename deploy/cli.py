@@ -87,16 +87,20 @@ def train(
     if resume is not None:
         from deploy.stages import folder_of
 
-        folder = folder_of(resume)
-        if overrides or config:
-            raise ConfigError(
-                "--resume takes its config from the run: leave --config and overrides out"
-            )
-        if (folder / "policy" / "policy.safetensors").exists():
-            console.print(f"{folder} is finished; nothing to train")
-            return
+        if config:
+            raise ConfigError("--resume takes its recipe from the run: leave --config out")
+        folder = folder_of(resume).absolute()
         config = str(folder / "config.yaml")
+        overrides = [*(overrides or []), f"output={folder.parent}", f"name={folder.name}"]
     _stage("train", config, overrides, address, stop_after)
+
+
+@app.command()
+def replay(run: RunArgument, address: AddressOption = None) -> None:
+    """Train again on a finished run's trajectory log; the weights must come out the same."""
+    from deploy.replay import replay_run
+
+    _print_numbers("replay", replay_run(_of_run(run, None, address), console))
 
 
 @app.command()
@@ -239,7 +243,10 @@ def _stage(
     from deploy.session import open_session
 
     resolved = _load(config, overrides, address)
-    with open_session(resolved, console) as session:
+    # A recipe that is refused leaves the run's own in place: training writes it down once accepted.
+    if name == "train" and stages.resumable(resolved, console) is not None:
+        return
+    with open_session(resolved, console, record=name != "train") as session:
         with session.stage("tokenizer", "tokenizer"):
             resolved = stages.prepare_tokenizer(session, resolved)
         with session.stage(name, name):

@@ -32,7 +32,7 @@ from typing import Any
 from actors.prompts import EncodedPrompt, PromptStream
 from actors.rollout_actor import LeaseFacts
 from common.config import RunConfig
-from common.errors import RewardError, WorkerError
+from common.errors import DataError, RewardError, WorkerError
 from common.files import write_atomic
 from common.weights import Manifest
 from deploy import checkpoints
@@ -42,6 +42,7 @@ from deploy.gang import LearnerGang, LearnerLost
 from deploy.ledger import Ledger
 from deploy.pool import Pool
 from deploy.run_log import RunLog
+from learner.log import log_path
 
 RESULT = "result.json"
 """A finished run's facts, the hash of its weights among them."""
@@ -221,7 +222,7 @@ class Controller:
         self.metrics |= self._learn(
             "policy_phase",
             iteration,
-            str(self._log_path(iteration)),
+            str(log_path(self.run_dir, iteration)),
             *(s.table for s in batch),
         )
         self.metrics["learn_seconds"] = time.perf_counter() - begin
@@ -348,9 +349,6 @@ class Controller:
         self._generate_s += facts.seconds
         self._load_s += facts.load_seconds
 
-    def _log_path(self, iteration: int) -> Path:
-        return self.run_dir / "trajectories" / f"iteration-{iteration:06d}.parquet"
-
     # ------------------------------------------------------------------ checkpoints
 
     def _checkpoint_if_due(self) -> None:
@@ -371,6 +369,7 @@ class Controller:
         learner = self._learn("save", str(folder.absolute()))
         return {
             "iteration": self.iteration,
+            "config": self.config.model_dump(mode="json"),
             "prompt_position": self._positions.get(self.iteration, self.prompts.position),
             "ledger": self.ledger.state(),
             "learner": learner,
@@ -421,3 +420,15 @@ class Controller:
         """End the workers that this controller started."""
         while self._own:
             self._own.pop().stop()
+
+
+def recorded_facts(run_dir: Path) -> dict[str, Any] | None:
+    """The facts of a finished run; None when it has not finished."""
+    path = run_dir / RESULT
+    if not path.exists():
+        return None
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
+        return facts
+    except ValueError:
+        raise DataError(f"{path}: damaged; remove it and resume the run, which writes it") from None

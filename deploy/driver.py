@@ -27,6 +27,7 @@ import ray
 from actors.prompts import EncodedPrompt
 from common.config import RunConfig
 from common.errors import ConfigError, Interrupted, WorkerError
+from deploy.changes import changes
 from deploy.controller import Controller, Status
 from deploy.gang import LearnerGang, plain
 from deploy.placement import NAMESPACE
@@ -37,6 +38,8 @@ LINGER_S = 600.0
 _POLL_S = 0.25
 _ANSWER_S = 30.0
 _NAME_FREE_S = 60.0
+_ELSEWHERE = ("name", "output", "cluster.")
+"""Fields that say where a run is looked at from."""
 
 Show = Callable[[Status], None]
 
@@ -129,6 +132,13 @@ def living_controller(config: RunConfig) -> Any:
         facts = ray.get(controller.outcome.remote(0.0), timeout=_ANSWER_S)
     except ray.exceptions.RayError:
         facts = {"finished": False}
+    if facts is None:
+        found = [c for c in changes(recipe, config, 0) if not c.field.startswith(_ELSEWHERE)]
+        if found:
+            raise ConfigError(
+                f"{config.run_dir} is at work under another recipe: {'; '.join(map(str, found))}; "
+                "stop it first, or attach to it with what it was started with"
+            )
     if facts is None or facts["finished"]:
         return controller
     ray.kill(controller)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from rich.console import Console
 
 from actors.prompts import EncodedPrompt, encode_prompts
 from common.config import RunConfig
@@ -24,9 +25,12 @@ from common.data import (
     read_prompts,
 )
 from common.errors import ConfigError, DataError
+from common.recipe import save_config
 from common.tokenizer import Tokenizer
 from common.trajectory import derive_seed
-from deploy.controller import Status
+from deploy import checkpoints
+from deploy.changes import require_resumable
+from deploy.controller import Status, recorded_facts
 from deploy.driver import controller_name, follow, living_controller, start_controller
 from deploy.gang import LearnerGang
 from deploy.placement import reward_pool, rollout_pool
@@ -185,6 +189,9 @@ def run_train(
     Returns the controller's facts. Raises whatever stopped the run.
     """
     _require(config.data.prompts, "data.prompts", "train")
+    facts = resumable(config, session.console)
+    if facts is not None:
+        return facts
     prompts, skipped = read_encoded_prompts(config.data.prompts, session.tokenizer(), config)
     if skipped:
         session.console.print(f"[yellow]{skipped} prompts skipped: too long for the context[/]")
@@ -194,9 +201,33 @@ def run_train(
     if controller is not None:
         session.console.print(f"[dim]attached to {controller_name(config)}[/]")
     else:
+        save_config(config, config.run_dir / "config.yaml")
         controller = _start(session, config, prompts, pools, stop_after)
     with session.progress("policy", config.train.iterations) as bar:
         return follow(controller, config, lambda status: _show(bar.update, status))
+
+
+def resumable(config: RunConfig, console: Console) -> dict[str, Any] | None:
+    """Compare with the run's newest checkpoint, if it has one, and show what has changed.
+
+    Returns the facts of a run that is finished already: then there is nothing to train.
+
+    Raises:
+        ConfigError: a field changed that cannot; each is named with both values.
+    """
+    found = checkpoints.newest(config.run_dir)
+    if found is None:
+        return None
+    state = found[1]
+    saved = RunConfig.model_validate(state["config"])
+    for change in require_resumable(saved, config, state["iteration"], config.run_dir):
+        if change.field not in ("name", "output"):
+            console.print(f"changed: {change}", highlight=False, markup=False)
+    facts = recorded_facts(config.run_dir)
+    if facts is None or facts["iterations"] < config.train.iterations:
+        return None
+    console.print(f"{config.run_dir} is finished; nothing to train")
+    return facts
 
 
 def _start(

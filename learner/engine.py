@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,6 +82,25 @@ def all_sum(tensor: Tensor) -> Tensor:
     """Sum over ranks, in place."""
     dist.all_reduce(tensor)
     return tensor
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fragment:
+    """This rank's part of one parameter's training state. Reading and writing are through it."""
+
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
+    offset: int
+    """First element of the flattened parameter that is held here."""
+    tensors: dict[str, Tensor]
+    """float32 views ``[elements held]``: master, exp_avg, exp_avg_sq. ZeRO 3 pads them."""
+    step: Tensor
+    """float32 scalar: AdamW's steps on it."""
+    replicated: bool = False
+    """Every rank holds all of it."""
 
 
 class ZeroEngine:
@@ -200,14 +220,88 @@ class ZeroEngine:
                 state[name] = parameter.detach().float().cpu().clone()
         return state
 
-    def save(self, folder: Path) -> None:
-        """Write network, optimizer and ZeRO state (a collective)."""
-        self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
-        dist.barrier()
+    # ------------------------------------------------------------------ state, for `learner.saved`
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote (a collective)."""
-        self._engine.load_checkpoint(str(folder), tag="state")
+    def fragments(self) -> Iterator[tuple[str, Fragment]]:
+        """What this rank holds of every parameter's fp32 master and AdamW moments, as views."""
+        for index, (name, parameter) in enumerate(self._trainable()):
+            yield name, self._fragment(index, parameter)
+
+    def make_optimizer_state(self) -> None:
+        """Zero moments of every parameter, as the optimizer's first step would make them."""
+        for flat in self._flats():
+            self._adam.state[flat] = {
+                "step": torch.zeros((), dtype=torch.float32),
+                "exp_avg": torch.zeros_like(flat),
+                "exp_avg_sq": torch.zeros_like(flat),
+            }
+
+    def set_weights(self, name: str, master: Tensor) -> None:
+        """Let the network compute with a master, rounded to its precision (a collective)."""
+        parameter = self.network.get_parameter(name)
+        if self.zero_stage < 3:
+            with torch.no_grad():
+                parameter.copy_(master)
+            return
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+            if rank() == 0:
+                parameter.copy_(master)
+
+    def _trainable(self) -> list[tuple[str, nn.Parameter]]:
+        return [(n, p) for n, p in self.network.named_parameters() if p.requires_grad]
+
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        """The optimizer itself, out of the wrapper that DeepSpeed puts around it."""
+        outer = self._engine.optimizer
+        inner: torch.optim.Optimizer = getattr(outer, "optimizer", outer)
+        return inner
+
+    def _flats(self) -> list[Tensor]:
+        """The tensors that the optimizer itself steps on."""
+        outer = self._engine.optimizer
+        if self.zero_stage == 3:
+            return list(outer.fp32_partitioned_groups_flat)
+        if self.zero_stage > 0:
+            return list(outer.single_partition_of_fp32_groups)
+        return [p for group in self._adam.param_groups for p in group["params"]]
+
+    def _fragment(self, index: int, parameter: nn.Parameter) -> Fragment:
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        outer, offset = self._engine.optimizer, 0
+        if self.zero_stage == 3:
+            group, start, size = outer.grad_position[outer.get_param_id(parameter)]
+            flat, offset = outer.fp32_partitioned_groups_flat[group], rank() * size
+        elif self.zero_stage > 0:
+            held: Any = getattr(parameter, "_hp_mapping", None)
+            if held is None:  # all of this parameter is on other ranks
+                nothing = torch.zeros(0, device=self.device)
+                tensors = dict.fromkeys((*_MOMENTS, "master"), nothing)
+                step = self._state_of(self._flats()[0])["step"]
+                return Fragment(shape=shape, offset=0, tensors=tensors, step=step)
+            flat, offset = self._flats()[held.param_group_index], held.lp_fragment_address.start
+            start, size = held.hp_fragment_address.start, held.hp_fragment_address.numel
+        else:
+            flat = self._flats()[index]
+            start, size = 0, flat.numel()
+        state = self._state_of(flat)
+        tensors = {kind: state[kind].flatten()[start : start + size] for kind in _MOMENTS}
+        tensors["master"] = flat.detach().flatten()[start : start + size]
+        return Fragment(
+            shape=shape,
+            offset=offset,
+            tensors=dict(sorted(tensors.items())),
+            step=state["step"],
+            replicated=self.zero_stage == 0,
+        )
+
+    def _state_of(self, flat: Tensor) -> dict[str, Tensor]:
+        """AdamW's state; zeros for what it has not stepped on yet."""
+        if not self._adam.state[flat]:
+            zeros = torch.zeros_like(flat, requires_grad=False)
+            return {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+        state: dict[str, Tensor] = self._adam.state[flat]
+        return state
 
 
 def disconnect() -> None:

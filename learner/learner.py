@@ -22,7 +22,7 @@ from common.metrics import Metric, Metrics, mean
 from common.palm import PolicyNetwork, ScalarNetwork
 from common.trajectory import derive_seed
 from common.weights import Payload, load_weights, torch_dtype
-from learner import advantages, gae, ppo, rewards
+from learner import advantages, gae, ppo, rewards, saved
 from learner.auxiliary import joint_epochs
 from learner.engine import ZeroEngine, rank
 from learner.epochs import Targets, policy_epochs, value_epochs
@@ -277,16 +277,16 @@ class Learner:
 
     def save(self, folder: Path) -> None:
         """Write both engines (a collective) and the memory."""
-        self.policy.save(folder / "policy")
+        saved.save(self.policy, folder / "policy")
         if self.value is not None:
-            self.value.save(folder / "value")
+            saved.save(self.value, folder / "value")
         if rank() == 0:
             self.memory.save(folder / "memory.parquet")
 
     def load(self, folder: Path, state: dict[str, object]) -> None:
         """Read what `save` and `state` gave (a collective)."""
-        self.policy.load(folder / "policy")
+        saved.load(self.policy, folder / "policy")
         if self.value is not None:
-            self.value.load(folder / "value")
+            saved.load(self.value, folder / "value")
         self.memory = AuxiliaryMemory.load(folder / "memory.parquet")
         self.kl.load_state_dict(state)

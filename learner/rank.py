@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from common.config import RunConfig
+from common.errors import StorageError
+from common.files import one_line
 from common.metrics import read
 from common.weights import Payload, save_weights, state_hash
 from learner import engine
 from learner.learner import Learner
+from learner.log import write_log
 from learner.publisher import Publication
 from learner.supervised import EncodedComparison, EncodedPair, RewardStage, SftStage
 
@@ -104,13 +106,10 @@ class LearnerRank:
         weights = Path(reward) if reward else None
         self._learner = Learner(config, Path(policy), weights, eos_id)
 
-    def policy_phase(self, iteration: int, log: str, *tables: pa.Table) -> dict[str, float]:
-        """One iteration; rank 0 writes its trajectories to the Parquet file `log`."""
-        if self.rank == 0:
-            partial = Path(log).with_suffix(".partial")
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            pq.write_table(pa.concat_tables(tables).sort_by("rollout_id"), partial)
-            partial.rename(log)
+    def policy_phase(self, iteration: int, log: str | None, *tables: pa.Table) -> dict[str, float]:
+        """One iteration; rank 0 first writes its trajectories to the Parquet file `log`, if any."""
+        if self.rank == 0 and log is not None:
+            write_log(Path(log), pa.concat_tables(tables), iteration, self._train.config)
         return read(self._train.policy_phase(tables, iteration))
 
     def auxiliary_phase(self, iteration: int) -> dict[str, float]:
@@ -123,7 +122,10 @@ class LearnerRank:
 
     def save(self, folder: str) -> dict[str, Any]:
         """Write a checkpoint's tensors; returns the state that belongs into its JSON."""
-        self._train.save(Path(folder))
+        try:
+            self._train.save(Path(folder))
+        except OSError as error:
+            raise StorageError(f"{folder}: cannot be written ({one_line(error)})") from None
         return self._train.state()
 
     def load(self, folder: str, state: dict[str, Any]) -> None:

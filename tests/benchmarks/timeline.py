@@ -63,8 +63,10 @@ def seconds(folder: Path, staleness: int) -> dict[str, float]:
     policy, reward = PolicyNetwork(config.model), ScalarNetwork(config.model)
     policy.initialise(0)
     reward.initialise(1)
-    paths = [config.run_dir / f"{name}.safetensors" for name in ("policy", "reward")]
+    names = ("sft/policy.safetensors", "reward_model/reward.safetensors")
+    paths = [config.run_dir / name for name in names]
     for network, path in zip((policy, reward), paths, strict=True):
+        path.parent.mkdir()
         save_weights(network.state_dict(), path, {})
     rng = np.random.default_rng(0)
     prompts = [
@@ -73,7 +75,6 @@ def seconds(folder: Path, staleness: int) -> dict[str, float]:
     ]
     start_ray(2**30)
     gang = LearnerGang(config, config.name)
-    gang.call("begin_train", config, *(str(path) for path in paths), tokenizer.eos_id)
     pools = (
         rollout_pool(config, config.name, config.run_dir / "tokenizer.json"),
         reward_pool(config, config.name, config.run_dir / "tokenizer.json", *paths),

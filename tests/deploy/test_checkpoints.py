@@ -75,3 +75,35 @@ def test_a_write_that_fails_leaves_the_older_one(tmp_path: Path) -> None:
     assert found[1] == {"iteration": 1}
     checkpoints.write(tmp_path, 2, filler(2), keep=1)
     assert steps(tmp_path) == ["step-000002"]
+
+
+def test_a_kill_at_any_rename_leaves_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same step is written again, and the writer dies before each of its renames."""
+    checkpoints.write(tmp_path, 1, filler(1), keep=1)
+    for method in ("replace", "rename"):
+        with monkeypatch.context() as killed:
+            killed.setattr(Path, method, _die)
+            with pytest.raises(KeyboardInterrupt):
+                checkpoints.write(tmp_path, 1, filler(2), keep=1)
+        found = checkpoints.newest(tmp_path)
+        assert found is not None
+        assert found[1] == {"iteration": 1}
+    checkpoints.write(tmp_path, 1, filler(2), keep=1)
+    assert steps(tmp_path) == ["step-000001"]
+    found = checkpoints.newest(tmp_path)
+    assert found is not None
+    assert found[1] == {"iteration": 2}
+
+
+def _die(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_damaged_later_steps_never_displace_a_whole_one(tmp_path: Path) -> None:
+    for step in (1, 9):
+        checkpoints.write(tmp_path, step, filler(step), keep=2)
+    (tmp_path / "checkpoints" / "step-000009" / "state.json").write_text("{", encoding="utf8")
+    checkpoints.write(tmp_path, 2, filler(2), keep=1)
+    assert steps(tmp_path) == ["step-000002"]

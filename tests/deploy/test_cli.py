@@ -22,6 +22,7 @@ import yaml
 
 from common.config import RunConfig
 from common.errors import ClusterError
+from deploy import checkpoints
 from deploy.cli import main
 from learner.rank import LearnerRank
 from tests.conftest import run_copy
@@ -216,11 +217,24 @@ def test_what_is_no_run(run: Run, tmp_path: Path, command: list[str]) -> None:
     refused(run(*command, str(tmp_path)), 3, str(tmp_path), "not a run")
 
 
-def test_resume_takes_no_settings(run: Run, recipe: Callable[..., str], tmp_path: Path) -> None:
-    recipe()
-    folder = tmp_path / "run"
-    (folder / "config.yaml").write_text("name: run\n", encoding="utf8")
-    refused(run("train", "--resume", str(folder), "train.lr=1"), 2, "--resume")
+def test_a_resumed_run_keeps_what_cannot_change(
+    run: Run, recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    path, folder = recipe(), tmp_path / "run"
+    kept = Path(path).read_bytes()
+    (folder / "config.yaml").write_bytes(kept)
+    state = {"iteration": 3, "config": yaml.safe_load(kept)}
+    checkpoints.write(folder, 3, lambda _: state, keep=2)
+    refused(
+        run("train", "--resume", str(folder), "train.lr=1", "seed=5", "rollout.actors=3"),
+        2,
+        "train.lr: 0.0003 -> 1.0",
+        "seed: 0 -> 5",
+    )
+    refused(run("train", "--config", path, "model.dim=48"), 2, "model.dim: 32 -> 48")
+    refused(run("train", "--config", path, "train.iterations=2"), 2, "3 are trained already")
+    refused(run("train", "--resume", str(folder), "--config", path), 2, "leave --config out")
+    assert (folder / "config.yaml").read_bytes() == kept
 
 
 def test_an_empty_prompt(run: Run, recipe: Callable[..., str], tmp_path: Path) -> None:
@@ -287,30 +301,72 @@ def test_a_port_in_use(cluster: None) -> None:
         ray.kill(rank)
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interruption(
-    recipe: Callable[..., str], tmp_path: Path, sent: signal.Signals, code: int
-) -> None:
-    path = recipe(sft={"epochs": 1000})
-    options = ["cluster.dashboard=false", "learner.ranks=1"]
-    started = subprocess.Popen(
-        [sys.executable, "-m", "deploy.cli", "sft", "--config", path, *options],
+def start(command: str, path: str, *options: str, address: str = "") -> subprocess.Popen[str]:
+    """A real command of its own process."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "deploy.cli", command, "--config", path, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[2],
-        env={**os.environ, "RAY_ADDRESS": ""},
+        env={**os.environ, "RAY_ADDRESS": address},
         # A shell may have started the tests with Ctrl-C ignored, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    log = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 100
-    while not (log.exists() and log.stat().st_size) and started.poll() is None:
+
+
+def until_logged(started: subprocess.Popen[str], log: Path) -> None:
+    """Wait for the first line of a run's log."""
+    deadline = time.monotonic() + 150
+    while not (log.exists() and log.stat().st_size):
+        assert started.poll() is None, started.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+@pytest.mark.parametrize(
+    ("command", "sent", "code"),
+    [("sft", signal.SIGINT, 130), ("train", signal.SIGTERM, 143)],
+)
+def test_interruption(
+    recipe: Callable[..., str], tmp_path: Path, command: str, sent: signal.Signals, code: int
+) -> None:
+    path = recipe(sft={"epochs": 1000}, train={"iterations": 1000, "checkpoint_every": 0})
+    options = ["cluster.dashboard=false", "learner.ranks=1"]
+    options += ["rollout.cpus_per_actor=0.1", "reward_service.cpus_per_replica=0.1"]
+    started = start(command, path, *options)
+    log = tmp_path / "run" / "metrics.jsonl"
+    until_logged(started, log)
     started.send_signal(sent)
-    out, error = started.communicate(timeout=60)
+    out, error = started.communicate(timeout=100)
     assert started.returncode == code, error
     assert ("interrupted" if sent == signal.SIGINT else "terminated") in error
     assert "Traceback" not in out + error
-    assert json.loads(log.read_text(encoding="utf8").splitlines()[0])["stage"] == "sft"
+    assert json.loads(log.read_text(encoding="utf8").splitlines()[0])["stage"] == command
+    found = checkpoints.newest(tmp_path / "run")
+    if command == "train":
+        assert found is not None
+        assert f"stopped after iteration {found[1]['iteration']} with a checkpoint" in error
+
+
+def test_a_run_outlives_its_driver_and_can_be_attached_to(
+    run: Run, recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    path = recipe(train={"iterations": 40, "ppg": None})
+    driver = start("train", path, address=ray.get_runtime_context().gcs_address)
+    until_logged(driver, tmp_path / "run" / "metrics.jsonl")
+    driver.kill()
+    driver.communicate(timeout=30)
+    folder = str(tmp_path / "run")
+    refused(run("train", "--resume", folder, "rollout.actors=1"), 2, "at work", "rollout.actors")
+    attached = run("train", "--resume", folder)
+    assert attached.code == 0, attached
+    assert "attached to run:controller" in attached.out
+    facts = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf8"))
+    assert facts["finished"]
+    assert facts["rollouts_trained"] == facts["rollouts_issued"] == 40 * 16
+    again = run("train", "--resume", folder)
+    assert again.code == 0
+    assert "nothing to train" in " ".join(again.out.split())
+    with pytest.raises(ValueError, match="Failed to look up actor"):
+        ray.get_actor("run:controller", namespace="talipot")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 from collections.abc import Iterator
@@ -11,11 +12,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import ray
+from rich.console import Console
 
 from common.config import RunConfig
-from common.errors import WorkerError
+from common.errors import DataError, WorkerError
 from common.trajectory import ScoredTrajectory, from_table
 from deploy.gang import LearnerGang
+from deploy.replay import replay_run
 from learner.engine import ZeroEngine
 from tests.conftest import run_copy
 from tests.deploy.test_controller import Run, _stop_idle_pools, finish
@@ -64,7 +67,7 @@ def _arm(_: object, method: str, call: int) -> None:
     [
         pytest.param("step", 6, 0, id="policy phase, no checkpoint yet"),
         pytest.param("step", 10, 1, id="auxiliary phase"),
-        pytest.param("save", 4, 1, id="inside a checkpoint's write"),
+        pytest.param("fragments", 4, 1, id="inside a checkpoint's write"),
     ],
 )
 def test_sigkill_of_a_rank_changes_no_weight(
@@ -85,7 +88,7 @@ def test_sigkill_of_a_rank_changes_no_weight(
     assert not list((config.run_dir / "checkpoints").glob("*.partial"))
 
 
-def test_an_asynchronous_run_goes_on_within_its_bounds(
+def test_an_asynchronous_run_goes_on_within_its_bounds_and_can_be_replayed(
     workspace: RunConfig, gang: LearnerGang, tmp_path: Path
 ) -> None:
     train = {"max_staleness": 2, "iterations": 6, "checkpoint_every": 2}
@@ -101,6 +104,22 @@ def test_an_asynchronous_run_goes_on_within_its_bounds(
     ]
     assert len({row.rollout_id for row in rows}) == len(rows) == 6 * 16
     assert {int(row.rollout_id[:6]) - row.policy_version for row in rows} <= {0, 1, 2}
+
+    before = {path: path.read_bytes() for path in config.run_dir.rglob("*") if path.is_file()}
+    console = Console(file=io.StringIO())
+    assert replay_run(config, console)["replayed_hash"] == facts["weights_hash"]
+    assert before == {p: p.read_bytes() for p in config.run_dir.rglob("*") if p.is_file()}
+    log = config.run_dir / "trajectories" / "iteration-000002.parquet"
+    log.write_bytes(log.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"iteration-000002\.parquet: damaged"):
+        replay_run(config, console)
+    log.unlink()
+    with pytest.raises(DataError, match=r"iteration-000002\.parquet: no such"):
+        replay_run(config, console)
+    other = config.run_dir / "trajectories" / "iteration-000001.parquet"
+    log.write_bytes(other.read_bytes())
+    with pytest.raises(DataError, match=r"iteration-000002\.parquet: .*iteration 1"):
+        replay_run(config, console)
 
 
 def test_a_rank_that_keeps_dying_ends_the_run_and_is_named(
