@@ -4,8 +4,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= build
+SEED ?= 0
 
-.PHONY: run test check bench results clean help
+.PHONY: run test check bench chaos soak results clean help
 
 help:            ## Show the targets.
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -24,6 +25,12 @@ check: $(VENV)/.tested   ## Lint, format and type checks.
 
 bench: $(VENV)/.benched   ## Run the benchmarks; figures go to docs/performance.md and OUT=build.
 	@$(BIN)/python -m tests.benchmarks.run $(OUT)
+
+chaos: $(VENV)/.tested   ## Kill, stop and corrupt what a run consists of; loses nothing (a quarter of an hour).
+	@$(BIN)/python -m tests.chaos.run $(SEED)
+
+soak: $(VENV)/.tested   ## Hundreds of iterations; memory must stay flat (some minutes).
+	@$(BIN)/python -m tests.chaos.soak
 
 results: $(VENV)/.tested   ## Run every experiment behind docs/results.md (hours).
 	@$(BIN)/python -m tests.benchmarks.experiments $(OUT)/results

@@ -50,7 +50,11 @@ def cluster() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A run folder with data, tokenizer, random policy and reward weights; its config."""
-    root = tmp_path_factory.mktemp("workspace")
+    return make_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+def make_workspace(root: Path) -> RunConfig:
+    """As the fixture `workspace`, in this folder."""
     rng = np.random.default_rng(0)
 
     def phrase(low: int, high: int) -> str:

@@ -1,0 +1,157 @@
+"""What can go wrong: each fault is done to a run at work and returns when it has struck."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import ray
+
+from learner.engine import ZeroEngine
+from tests.chaos.arena import Campaign
+
+Fault = Callable[[Campaign, random.Random], None]
+
+TITLES = {
+    "rollout": "RolloutActor",
+    "reward": "RewardWorker",
+    "learner": "LearnerRank",
+    "controller": "ControllerActor",
+}
+
+
+def pick(campaign: Campaign, kind: str, rng: random.Random) -> psutil.Process:
+    """A process of this kind, as soon as there is one."""
+    campaign.until(lambda: bool(campaign.arena.processes(TITLES[kind])))
+    return rng.choice(campaign.arena.processes(TITLES[kind]))
+
+
+def killed(kind: str) -> Fault:
+    """SIGKILL a worker's process at whatever it does."""
+
+    def strike(campaign: Campaign, rng: random.Random) -> None:
+        pick(campaign, kind, rng).kill()
+
+    return strike
+
+
+def driver(campaign: Campaign, rng: random.Random) -> None:
+    """SIGKILL the command; the run goes on, and the next command attaches to it."""
+    campaign.process.kill()
+    campaign.process.wait()
+
+
+def hung(kind: str) -> Fault:
+    """SIGSTOP for ever: found by a deadline, ended and replaced."""
+
+    def strike(campaign: Campaign, rng: random.Random) -> None:
+        victim = pick(campaign, kind, rng)
+        victim.suspend()
+        campaign.until(lambda: not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE)
+
+    return strike
+
+
+def slow(kind: str) -> Fault:
+    """SIGSTOP for a second, under every deadline: nobody may be replaced for that."""
+
+    def strike(campaign: Campaign, rng: random.Random) -> None:
+        victim = pick(campaign, kind, rng)
+        victim.suspend()
+        time.sleep(1.0)
+        victim.resume()
+        before = campaign.lines()
+        campaign.until(lambda: campaign.lines() > before)
+        if not victim.is_running():
+            raise AssertionError(f"{kind} {victim.pid} was only slow, and was replaced")
+
+    return strike
+
+
+def node(campaign: Campaign, rng: random.Random) -> None:
+    """SIGKILL a raylet, and with it all workers of its node; another node joins later."""
+    arena = campaign.arena
+    lost = rng.choice(arena.cluster.worker_nodes)
+    arena.cluster.remove_node(lost, allow_graceful=False)
+    arena.add_node()
+
+
+def corrupted_slice(campaign: Campaign, rng: random.Random) -> None:
+    """Flip a byte of the next weights that one actor receives."""
+    actor = campaign.arena.named(r"run:rollout-\d+")
+    before = campaign.lines()
+    ray.get(actor.__ray_call__.remote(_flip, rng.randrange(1000)))
+    campaign.until(lambda: campaign.lines() > before)
+
+
+def _flip(actor: Any, place: int) -> None:
+    load = actor.buffer.load
+
+    def flipped(manifest: Any, payloads: Any) -> str:
+        actor.buffer.load = load
+        damaged = [part.copy() for part in payloads[0]]
+        whole = max(range(len(damaged)), key=lambda i: damaged[i].nbytes)
+        damaged[whole][place % damaged[whole].nbytes] ^= 1
+        found: str = load(manifest, [damaged, *payloads[1:]])
+        return found
+
+    actor.buffer.load = flipped
+
+
+def corrupted_checkpoint(campaign: Campaign, rng: random.Random) -> None:
+    """Damage the newest checkpoint, then SIGKILL the controller, so that it is wanted."""
+    folder = campaign.run_dir / "checkpoints"
+    campaign.until(lambda: len(list(folder.glob("step-??????"))) > 1)
+    newest = sorted(folder.glob("step-??????"))[-1]
+    victim = rng.choice(sorted(p for p in newest.rglob("*") if p.is_file() and p.stat().st_size))
+    data = bytearray(victim.read_bytes())
+    data[rng.randrange(len(data))] ^= 1
+    victim.write_bytes(data)
+    pick(campaign, "controller", rng).kill()
+
+
+def full_disk(campaign: Campaign, rng: random.Random) -> None:
+    """Fill the run's disk until the command has given up, then make room again."""
+    filler = campaign.run_dir / "filler"
+    with filler.open("wb") as file:
+        try:
+            while True:
+                file.write(bytes(2**20))
+                file.flush()
+        except OSError:
+            pass
+    campaign.until(lambda: campaign.process.poll() is not None, resume=False)
+    filler.unlink()
+
+
+def at_a_moment(kind: str, method: str, call: int) -> Fault:
+    """SIGKILL inside an optimizer step or a checkpoint's write: rank 1 of the learner kills the
+    controller, or itself, as it enters the call-th call from now of its engine's method."""
+
+    def strike(campaign: Campaign, rng: random.Random) -> None:
+        campaign.until(lambda: len(campaign.arena.processes(TITLES["learner"])) > 1)
+        rank = campaign.arena.named(r"run:learner-1(\.\d+)?")
+        victim = pick(campaign, "controller", rng) if kind == "controller" else None
+        pid = ray.get(rank.__ray_call__.remote(_arm, method, call, victim and victim.pid))
+        campaign.until(lambda: not psutil.pid_exists(pid), resume=False)
+
+    return strike
+
+
+def _arm(_: object, method: str, call: int, pid: int | None) -> int:
+    whole, count, target = getattr(ZeroEngine, method), 0, pid or os.getpid()
+
+    def mortal(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == call:
+            os.kill(target, signal.SIGKILL)
+        return whole(*args, **kwargs)
+
+    setattr(ZeroEngine, method, mortal)
+    return target

@@ -1,0 +1,272 @@
+"""``make chaos``: faults by a seeded schedule upon real runs; a table, and a verdict.
+
+Every run but the asynchronous one must end in the weights, bit for bit, of a run that nothing
+happened to. The asynchronous one has no such twin: its log, trained again, must end in its weights.
+
+The last line is JSON, and the exit code 0 only when nothing was lost, doubled, unequal or hung::
+
+    python -m tests.chaos.run [SEED]
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from common.config import RunConfig
+from tests.chaos.arena import Arena, Campaign, Hung, Unattributed, small_disk
+from tests.chaos.faults import (
+    Fault,
+    at_a_moment,
+    corrupted_checkpoint,
+    corrupted_slice,
+    driver,
+    full_disk,
+    hung,
+    killed,
+    node,
+    slow,
+)
+from tests.conftest import make_workspace
+
+# The tests' model takes 4 optimizer steps an iteration, 2 for each network, and 4 more in the
+# auxiliary phase after every second one; a checkpoint saves both networks.
+ITERATIONS = 30
+DEADLINES: dict[str, dict[str, object]] = {
+    "learner": {"deadline_s": 30, "max_restarts": 20},
+    "rollout": {"lease_deadline_s": 8},
+    "cluster": {"dashboard": False, "start_timeout_s": 60, "max_restarts": 20},
+}
+FAULTS: dict[str, Fault] = {
+    "rollout actor killed": killed("rollout"),
+    "reward worker killed": killed("reward"),
+    "learner rank killed": killed("learner"),
+    "learner rank killed in a policy phase": at_a_moment("learner", "step", 2),
+    "learner rank killed in an auxiliary phase": at_a_moment("learner", "step", 6),
+    "learner rank killed in a checkpoint's write": at_a_moment("learner", "save", 2),
+    "controller killed": killed("controller"),
+    "controller killed in an auxiliary phase": at_a_moment("controller", "step", 6),
+    "controller killed in a checkpoint's write": at_a_moment("controller", "save", 1),
+    "driver killed": driver,
+    "node killed": node,
+    "rollout actor hangs": hung("rollout"),
+    "reward worker hangs": hung("reward"),
+    "learner rank hangs": hung("learner"),
+    "rollout actor slow": slow("rollout"),
+    "reward worker slow": slow("reward"),
+    "slice of weights corrupted": corrupted_slice,
+    "checkpoint corrupted": corrupted_checkpoint,
+    "disk full": full_disk,
+}
+POINTS = [
+    "learner rank killed in a policy phase",
+    "controller killed in an auxiliary phase",
+    "learner rank killed in a checkpoint's write",
+    "driver killed",
+    "controller killed in a checkpoint's write",
+]
+"""Seeded points at which any of the three is killed, for every ZeRO stage (invariant I4)."""
+
+
+@dataclass(slots=True)
+class Count:
+    """What became of one kind of fault."""
+
+    injected: int = 0
+    seconds: list[float] = field(default_factory=list)
+    """From the strike to the end of the next iteration."""
+    lost: int = 0
+    doubled: int = 0
+    unequal: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One run and what is done to it, in this order."""
+
+    name: str
+    faults: Sequence[str]
+    sections: dict[str, dict[str, object]]
+    twin: str | None
+    """The undisturbed run that it must equal; None: its own replay."""
+
+
+def plans() -> list[Plan]:
+    """Every run of a session."""
+    made = [
+        Plan(f"ZeRO {stage}", POINTS, {"learner": {"zero_stage": stage}}, f"ZeRO {stage}")
+        for stage in (1, 2, 3)
+    ]
+    elastic = [
+        *("rollout actor killed", "reward worker killed", "slice of weights corrupted"),
+        *("rollout actor hangs", "rollout actor slow", "reward worker killed"),
+        *("rollout actor killed", "reward worker slow", "slice of weights corrupted"),
+        *("reward worker hangs", "rollout actor killed"),
+    ]
+    made.append(Plan("elastic workers", elastic, {}, "ZeRO 2"))
+    harsh = [
+        *("node killed", "disk full", "checkpoint corrupted", "learner rank hangs"),
+        *("node killed", "disk full", "checkpoint corrupted"),
+    ]
+    made.append(Plan("nodes, disks, checkpoints", harsh, {}, "ZeRO 2"))
+    everything = [
+        *("rollout actor killed", "learner rank killed", "reward worker killed"),
+        *("controller killed", "learner rank killed in an auxiliary phase", "driver killed"),
+    ]
+    made.append(Plan("asynchronous", everything, {"train": {"max_staleness": 2}}, None))
+    return made
+
+
+class Session:
+    """One round of all plans; books of what happened."""
+
+    def __init__(self, seed: int, console: Console) -> None:
+        self.rng = random.Random(seed)
+        self.console = console
+        self.counts = {name: Count() for name in FAULTS}
+        self.hung = 0
+        self.ended: list[str] = []
+        self._hashes: dict[str, str] = {}
+
+    def run(self, arena: Arena, workspace: RunConfig, root: Path) -> None:
+        """All plans, one after another."""
+        for number, plan in enumerate(plans()):
+            with ExitStack() as stack:
+                disk = root / f"disk-{number}"
+                if "disk full" in plan.faults:
+                    stack.enter_context(small_disk(disk, 64))
+                campaign = Campaign(arena, workspace, disk, **_sections(plan.sections))
+                if plan.twin is not None and plan.twin not in self._hashes:
+                    self._hashes[plan.twin] = self._undisturbed(arena, workspace, root, plan)
+                self._one(plan, campaign)
+
+    def _undisturbed(self, arena: Arena, workspace: RunConfig, root: Path, plan: Plan) -> str:
+        folder = root / f"whole-{len(self._hashes)}"
+        campaign = Campaign(arena, workspace, folder, **_sections(plan.sections))
+        campaign.start()
+        found: str = campaign.finish()["weights_hash"]
+        self.console.print(f"{plan.twin}, undisturbed: {found}", highlight=False)
+        return found
+
+    def _one(self, plan: Plan, campaign: Campaign) -> None:
+        begin = time.monotonic()
+        struck: list[str] = []
+        try:
+            campaign.start()
+            for index, name in enumerate(plan.faults):
+                # Spread over the run, so that every fault meets a run that has recovered.
+                target = 2 + index * (ITERATIONS - 6) // len(plan.faults) + self.rng.randrange(2)
+                campaign.until(lambda target=target: campaign.iteration() >= target)
+                struck.append(name)
+                self._strike(name, campaign)
+            facts = campaign.finish()
+            equal = (
+                campaign.replayed()
+                if plan.twin is None
+                else facts["weights_hash"] == self._hashes[plan.twin]
+            )
+            lost, doubled = campaign.accounts(facts)
+            for name in set(struck):
+                self.counts[name].lost += lost
+                self.counts[name].doubled += doubled
+                self.counts[name].unequal += not equal
+            self.console.print(
+                f"{plan.name}: {len(struck)} faults, {lost} lost, {doubled} doubled, "
+                f"weights {'equal' if equal else 'UNEQUAL'}, {time.monotonic() - begin:.0f} s",
+                highlight=False,
+            )
+        except (Hung, Unattributed, AssertionError) as error:
+            self.hung += 1
+            self.console.print(f"[red]{plan.name}[/] after {struck}: {error}", highlight=False)
+            campaign.process.kill()
+            raise
+        finally:
+            self.ended += campaign.ended
+
+    def _strike(self, name: str, campaign: Campaign) -> None:
+        count = self.counts[name]
+        count.injected += 1
+        FAULTS[name](campaign, self.rng)
+        begin, before = time.monotonic(), campaign.lines()
+        campaign.until(lambda: campaign.lines() > before or campaign.process.poll() == 0)
+        count.seconds.append(time.monotonic() - begin)
+
+    def table(self) -> Table:
+        """One line a fault."""
+        shown = Table("fault", "injected", "recovered", "median s", "max s", "lost", "doubled")
+        shown.add_column("weights")
+        for name, count in self.counts.items():
+            seconds = count.seconds or [float("nan")]
+            numbers = f"{median(seconds):.1f}", f"{max(seconds):.1f}"
+            equal = "equal" if not count.unequal else f"{count.unequal} UNEQUAL"
+            cells = (count.injected, len(count.seconds), *numbers, count.lost, count.doubled, equal)
+            shown.add_row(name, *map(str, cells))
+        return shown
+
+    def verdict(self) -> dict[str, Any]:
+        """The last line."""
+        counts = self.counts.values()
+        seconds = [s for count in counts for s in count.seconds]
+        return {
+            "faults": sum(count.injected for count in counts),
+            "kinds": sum(count.injected > 0 for count in counts),
+            "lost": sum(count.lost for count in counts),
+            "doubled": sum(count.doubled for count in counts),
+            "unequal": sum(count.unequal for count in counts),
+            "hung": self.hung,
+            "median_recovery_s": round(median(seconds), 2) if seconds else None,
+        }
+
+
+def _sections(own: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
+    train: dict[str, object] = {"iterations": ITERATIONS, "checkpoint_every": 2}
+    made = {**DEADLINES, "train": train}
+    return made | {name: {**made.get(name, {}), **values} for name, values in own.items()}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run it all; the exit code."""
+    seed = int(arguments[0]) if arguments else 0
+    console = Console(width=120)
+    root = Path(tempfile.mkdtemp(prefix="talipot-chaos-"))
+    session, begin = Session(seed, console), time.monotonic()
+    console.print(f"seed {seed}, runs in {root}", highlight=False)
+    arena = Arena()
+    whole = False
+    try:
+        workspace = root / "workspace"
+        workspace.mkdir()
+        session.run(arena, make_workspace(workspace), root)
+        whole = True
+    except (Hung, Unattributed, AssertionError) as error:
+        console.print(f"ended early: {error}", highlight=False)
+    finally:
+        arena.close()
+    console.print(session.table())
+    for how in sorted(set(session.ended)):
+        console.print(f"commands that ended by {how}: {session.ended.count(how)}", highlight=False)
+    console.print(f"{time.monotonic() - begin:.0f} s", highlight=False)
+    found = session.verdict()
+    print(json.dumps(found), flush=True)
+    wrong = any(found[name] for name in ("lost", "doubled", "unequal", "hung"))
+    if whole and not wrong:
+        shutil.rmtree(root)
+        return 0
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
