@@ -27,6 +27,7 @@ bench: $(VENV)/.benched   ## Run the benchmarks; figures go to docs/performance.
 	@$(BIN)/python -m tests.benchmarks.run $(OUT)
 
 chaos: $(VENV)/.tested   ## Kill, stop and corrupt what a run consists of; loses nothing (a quarter of an hour).
+	@$(BIN)/python -m pytest -m chaos
 	@$(BIN)/python -m tests.chaos.run $(SEED)
 
 soak: $(VENV)/.tested   ## Hundreds of iterations; memory must stay flat (some minutes).

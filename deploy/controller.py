@@ -21,52 +21,26 @@ restored weights allow it. The surviving history trains every rollout once.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from actors.prompts import EncodedPrompt, PromptStream
 from actors.rollout_actor import LeaseFacts
 from common.config import RunConfig
-from common.errors import DataError, RewardError, WorkerError
-from common.files import write_atomic
+from common.errors import RewardError, WorkerError
 from common.weights import Manifest
 from deploy import checkpoints
 from deploy.collector import Collector, Scored, Weights
-from deploy.elastic import Elastic, Scaled, WorkerView
+from deploy.elastic import Elastic, Scaled
+from deploy.facts import Status, record
 from deploy.gang import LearnerGang, LearnerLost
 from deploy.ledger import Ledger
 from deploy.pool import Pool
 from deploy.run_log import RunLog
 from learner.log import log_path
-
-RESULT = "result.json"
-"""A finished run's facts, the hash of its weights among them."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Status:
-    """How far a run is; what `talipot status` shows."""
-
-    iteration: int = 0
-    iterations: int = 0
-    policy_version: int = 0
-    metrics: dict[str, float]
-    issued: int = 0
-    trained: int = 0
-    dropped: int = 0
-    in_flight: int = 0
-    rollout_workers: int = 0
-    reward_workers: int = 0
-    worker_failures: int = 0
-    learner_restarts: int = 0
-    counts: dict[str, float]
-    """Losses by cause, reissues, staleness and the like, as in the metrics."""
-    workers: list[WorkerView]
 
 
 class _Stopped(Exception):
@@ -156,7 +130,7 @@ class Controller:
             "train_kl": self.metrics.get("kl", 0.0),
         }
         if weights:
-            write_atomic(self.run_dir / RESULT, [json.dumps(facts, indent=1).encode()])
+            record(self.run_dir, facts)
         return facts
 
     def _train(self, log: RunLog) -> str:
@@ -420,15 +394,3 @@ class Controller:
         """End the workers that this controller started."""
         while self._own:
             self._own.pop().stop()
-
-
-def recorded_facts(run_dir: Path) -> dict[str, Any] | None:
-    """The facts of a finished run; None when it has not finished."""
-    path = run_dir / RESULT
-    if not path.exists():
-        return None
-    try:
-        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
-        return facts
-    except ValueError:
-        raise DataError(f"{path}: damaged; remove it and resume the run, which writes it") from None

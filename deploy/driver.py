@@ -28,7 +28,8 @@ from actors.prompts import EncodedPrompt
 from common.config import RunConfig
 from common.errors import ConfigError, Interrupted, WorkerError
 from deploy.changes import changes
-from deploy.controller import Controller, Status
+from deploy.controller import Controller
+from deploy.facts import Status
 from deploy.gang import LearnerGang, plain
 from deploy.placement import NAMESPACE
 from deploy.pool import Pool

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from common.config import RunConfig
 from common.errors import DataError, TrainingError
-from deploy.controller import recorded_facts
+from deploy.facts import recorded_facts
 from deploy.gang import LearnerGang
 from deploy.session import open_session
 from learner.log import read_log

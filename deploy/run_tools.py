@@ -19,10 +19,10 @@ from common.errors import ClusterError, ConfigError, DataError
 from common.palm import PolicyNetwork
 from common.tokenizer import Tokenizer
 from common.weights import load_weights, torch_dtype
-from deploy.controller import Status
 from deploy.driver import controller_name
 from deploy.elastic import Scaled
 from deploy.evaluate import Judge, compare, policy_weights, sample_scored
+from deploy.facts import Status
 from deploy.placement import NAMESPACE
 from deploy.preflight import explain
 from deploy.session import open_session

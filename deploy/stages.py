@@ -30,8 +30,8 @@ from common.tokenizer import Tokenizer
 from common.trajectory import derive_seed
 from deploy import checkpoints
 from deploy.changes import require_resumable
-from deploy.controller import Status, recorded_facts
 from deploy.driver import controller_name, follow, living_controller, start_controller
+from deploy.facts import Status, recorded_facts
 from deploy.gang import LearnerGang
 from deploy.placement import reward_pool, rollout_pool
 from deploy.pool import Pool

@@ -97,6 +97,7 @@ def test_a_worker_on_its_way_out_is_taken_back(rig: Callable[..., Rig]) -> None:
     here.everything_once(32)
 
 
+@pytest.mark.chaos
 def test_a_stopped_process_is_found_by_its_deadline_and_really_ended(
     rig: Callable[..., Rig],
 ) -> None:
@@ -182,6 +183,7 @@ class _Unstartable:
         raise FileNotFoundError("no such file: weights")
 
 
+@pytest.mark.chaos
 def test_failures_end_the_run_by_their_number_in_a_window(rig: Callable[..., Rig]) -> None:
     here = rig(1, max_failures=1, window_s=0.0)
     for _ in range(2):  # long past, as far as the window goes
@@ -195,6 +197,7 @@ def test_failures_end_the_run_by_their_number_in_a_window(rig: Callable[..., Rig
         here.pool.lost(here.working()[0], "died", "a test")
 
 
+@pytest.mark.chaos
 def test_losses_at_one_time_are_one_wait_and_later_ones_wait_longer(
     rig: Callable[..., Rig],
 ) -> None:

@@ -17,7 +17,7 @@ from deploy import placement
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_nodes_come_and_go_and_nothing_is_lost() -> None:
     # A folder of its own: Ray notes the machine's newest cluster in its temporary folder.
     with tempfile.TemporaryDirectory(prefix="ray") as folder:

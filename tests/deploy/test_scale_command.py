@@ -12,8 +12,8 @@ import ray
 
 from common.config import RunConfig
 from common.recipe import save_config
-from deploy.controller import Status
 from deploy.driver import start_controller
+from deploy.facts import Status
 from deploy.gang import LearnerGang
 from deploy.placement import reward_pool, rollout_pool
 from tests.conftest import run_copy
