@@ -32,6 +32,7 @@ from tests.conftest import run_copy
 
 HANG_S = 180.0
 """A run without progress for longer is hung: over every deadline of the recipe and a restart."""
+_ANSWER_S = 30.0
 _CODES = {8: "StorageError", 9: "WorkerError"}
 """How a command may end by a fault; it must say so in a line of its own."""
 _ROOT = Path(__file__).parents[2]
@@ -79,12 +80,20 @@ class Arena:
                                 found.append(child)
         return sorted(found, key=lambda process: process.create_time())
 
-    def named(self, pattern: str) -> Any:
-        """The newest living actor whose name matches."""
+    def ask(self, pattern: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a function in the first living actor whose name matches.
+
+        Raises:
+            LookupError: none answers.
+        """
         names = [n["name"] for n in ray.util.list_named_actors(all_namespaces=True)]
-        matching = [n for n in names if re.fullmatch(pattern, n)]
-        newest = max(matching, key=lambda n: [int(d) for d in re.findall(r"\d+", n)])
-        return ray.get_actor(newest, namespace=NAMESPACE)
+        for name in sorted(n for n in names if re.fullmatch(pattern, n)):
+            # One that is about to end with its controller may still be listed.
+            with contextlib.suppress(ValueError, ray.exceptions.RayError):
+                actor = ray.get_actor(name, namespace=NAMESPACE)
+                call = actor.__ray_call__.remote(function, *arguments)
+                return ray.get(call, timeout=_ANSWER_S)
+        raise LookupError(f"no actor that matches {pattern} answers; there are {names}")
 
     def close(self) -> None:
         ray.shutdown()

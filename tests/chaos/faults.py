@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import psutil
-import ray
 
 from learner.engine import ZeroEngine
 from tests.chaos.arena import Campaign
@@ -83,9 +82,8 @@ def node(campaign: Campaign, rng: random.Random) -> None:
 
 def corrupted_slice(campaign: Campaign, rng: random.Random) -> None:
     """Flip a byte of the next weights that one actor receives."""
-    actor = campaign.arena.named(r"run:rollout-\d+")
     before = campaign.lines()
-    ray.get(actor.__ray_call__.remote(_flip, rng.randrange(1000)))
+    campaign.arena.ask(r"run-\w+:rollout-\d+", _flip, rng.randrange(1000))
     campaign.until(lambda: campaign.lines() > before)
 
 
@@ -135,9 +133,9 @@ def at_a_moment(kind: str, method: str, call: int) -> Fault:
 
     def strike(campaign: Campaign, rng: random.Random) -> None:
         campaign.until(lambda: len(campaign.arena.processes(TITLES["learner"])) > 1)
-        rank = campaign.arena.named(r"run:learner-1(\.\d+)?")
         victim = pick(campaign, "controller", rng) if kind == "controller" else None
-        pid = ray.get(rank.__ray_call__.remote(_arm, method, call, victim and victim.pid))
+        rank = r"run-\w+:learner-1(\.\d+)?"
+        pid = campaign.arena.ask(rank, _arm, method, call, victim and victim.pid)
         campaign.until(lambda: not psutil.pid_exists(pid), resume=False)
 
     return strike

@@ -188,7 +188,7 @@ class Session:
                 f"weights {'equal' if equal else 'UNEQUAL'}, {time.monotonic() - begin:.0f} s",
                 highlight=False,
             )
-        except (Hung, Unattributed, AssertionError) as error:
+        except (Hung, Unattributed, AssertionError, LookupError) as error:
             self.hung += 1
             self.console.print(f"[red]{plan.name}[/] after {struck}: {error}", highlight=False)
             campaign.process.kill()
@@ -251,7 +251,7 @@ def main(arguments: Sequence[str]) -> int:
         workspace.mkdir()
         session.run(arena, make_workspace(workspace), root)
         whole = True
-    except (Hung, Unattributed, AssertionError) as error:
+    except (Hung, Unattributed, AssertionError, LookupError) as error:
         console.print(f"ended early: {error}", highlight=False)
     finally:
         arena.close()
