@@ -27,6 +27,7 @@ import yaml
 from ray.cluster_utils import Cluster
 
 from common.config import RunConfig
+from common.files import one_line
 from deploy.placement import NAMESPACE
 from tests.conftest import run_copy
 
@@ -86,14 +87,19 @@ class Arena:
         Raises:
             LookupError: none answers.
         """
-        names = [n["name"] for n in ray.util.list_named_actors(all_namespaces=True)]
-        for name in sorted(n for n in names if re.fullmatch(pattern, n)):
-            # One that is about to end with its controller may still be listed.
-            with contextlib.suppress(ValueError, ray.exceptions.RayError):
-                actor = ray.get_actor(name, namespace=NAMESPACE)
-                call = actor.__ray_call__.remote(function, *arguments)
-                return ray.get(call, timeout=_ANSWER_S)
-        raise LookupError(f"no actor that matches {pattern} answers; there are {names}")
+        deadline, why = time.monotonic() + 2 * _ANSWER_S, "none has such a name"
+        while time.monotonic() < deadline:
+            names = [n["name"] for n in ray.util.list_named_actors(all_namespaces=True)]
+            for name in sorted(n for n in names if re.fullmatch(pattern, n)):
+                # One that ended with its controller may still be listed.
+                try:
+                    actor = ray.get_actor(name, namespace=NAMESPACE)
+                    call = actor.__ray_call__.remote(function, *arguments)
+                    return ray.get(call, timeout=_ANSWER_S)
+                except (ValueError, ray.exceptions.RayError) as error:
+                    why = f"{name}: {type(error).__name__} {one_line(error)}"
+            time.sleep(0.2)
+        raise LookupError(f"no actor that matches {pattern} answers; {why}")
 
     def close(self) -> None:
         ray.shutdown()
