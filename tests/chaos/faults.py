@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from learner.engine import ZeroEngine
+from learner.learner import Learner
 from tests.chaos.arena import Campaign
 
 Fault = Callable[[Campaign, random.Random], None]
@@ -127,29 +128,47 @@ def full_disk(campaign: Campaign, rng: random.Random) -> None:
     filler.unlink()
 
 
-def at_a_moment(kind: str, method: str, call: int) -> Fault:
-    """SIGKILL inside an optimizer step or a checkpoint's write: rank 1 of the learner kills the
-    controller, or itself, as it enters the call-th call from now of its engine's method."""
+MOMENTS = {
+    "a policy phase": (Learner.policy_phase, ZeroEngine.step),
+    "an auxiliary phase": (Learner.auxiliary_phase, ZeroEngine.step),
+    "a checkpoint's write": (Learner.save, ZeroEngine.fragments),
+}
+"""Where a rank is, and what it is about to do there."""
+
+
+def in_the_midst_of(moment: str, kind: str) -> Fault:
+    """SIGKILL inside a phase or a checkpoint's write: rank 1 of the learner kills the controller, or
+    itself, as it is there for the second time from now."""
 
     def strike(campaign: Campaign, rng: random.Random) -> None:
         campaign.until(lambda: len(campaign.arena.processes(TITLES["learner"])) > 1)
         victim = pick(campaign, "controller", rng) if kind == "controller" else None
         rank = r"run-\w+:learner-1(\.\d+)?"
-        pid = campaign.arena.ask(rank, _arm, method, call, victim and victim.pid)
+        pid = campaign.arena.ask(rank, _arm, moment, victim and victim.pid)
         campaign.until(lambda: not psutil.pid_exists(pid), resume=False)
 
     return strike
 
 
-def _arm(_: object, method: str, call: int, pid: int | None) -> int:
-    whole, count, target = getattr(ZeroEngine, method), 0, pid or os.getpid()
+def _arm(_: object, moment: str, pid: int | None) -> int:
+    (around, inside), target = MOMENTS[moment], pid or os.getpid()
+    there, count = False, 0
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        nonlocal there
+        there = True
+        try:
+            return around(*args, **kwargs)
+        finally:
+            there = False
 
     def mortal(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
-        count += 1
-        if count == call:
+        count += there
+        if there and count == 2:
             os.kill(target, signal.SIGKILL)
-        return whole(*args, **kwargs)
+        return inside(*args, **kwargs)
 
-    setattr(ZeroEngine, method, mortal)
+    setattr(Learner, around.__name__, watched)
+    setattr(ZeroEngine, inside.__name__, mortal)
     return target

@@ -30,20 +30,18 @@ from common.config import RunConfig
 from tests.chaos.arena import Arena, Campaign, Hung, Unattributed, small_disk
 from tests.chaos.faults import (
     Fault,
-    at_a_moment,
     corrupted_checkpoint,
     corrupted_slice,
     driver,
     full_disk,
     hung,
+    in_the_midst_of,
     killed,
     node,
     slow,
 )
 from tests.conftest import make_workspace
 
-# The tests' model takes 4 optimizer steps an iteration, 2 for each network, and 4 more in the
-# auxiliary phase after every second one; a checkpoint saves both networks.
 ITERATIONS = 30
 DEADLINES: dict[str, dict[str, object]] = {
     "learner": {"deadline_s": 30, "max_restarts": 20},
@@ -54,12 +52,16 @@ FAULTS: dict[str, Fault] = {
     "rollout actor killed": killed("rollout"),
     "reward worker killed": killed("reward"),
     "learner rank killed": killed("learner"),
-    "learner rank killed in a policy phase": at_a_moment("learner", "step", 2),
-    "learner rank killed in an auxiliary phase": at_a_moment("learner", "step", 6),
-    "learner rank killed in a checkpoint's write": at_a_moment("learner", "save", 2),
+    "learner rank killed in a policy phase": in_the_midst_of("a policy phase", "learner"),
+    "learner rank killed in an auxiliary phase": in_the_midst_of("an auxiliary phase", "learner"),
+    "learner rank killed in a checkpoint's write": in_the_midst_of(
+        "a checkpoint's write", "learner"
+    ),
     "controller killed": killed("controller"),
-    "controller killed in an auxiliary phase": at_a_moment("controller", "step", 6),
-    "controller killed in a checkpoint's write": at_a_moment("controller", "save", 1),
+    "controller killed in an auxiliary phase": in_the_midst_of("an auxiliary phase", "controller"),
+    "controller killed in a checkpoint's write": in_the_midst_of(
+        "a checkpoint's write", "controller"
+    ),
     "driver killed": driver,
     "node killed": node,
     "rollout actor hangs": hung("rollout"),
