@@ -137,8 +137,8 @@ MOMENTS = {
 
 
 def in_the_midst_of(moment: str, kind: str) -> Fault:
-    """SIGKILL inside a phase or a checkpoint's write: rank 1 of the learner kills the controller, or
-    itself, as it is there for the second time from now."""
+    """SIGKILL inside a phase or a checkpoint's write: rank 1 of the learner kills the controller,
+    or itself, as it is there for the second time from now."""
 
     def strike(campaign: Campaign, rng: random.Random) -> None:
         campaign.until(lambda: len(campaign.arena.processes(TITLES["learner"])) > 1)
