@@ -161,6 +161,7 @@ class ZeroEngine:
                 "wall_clock_breakdown": False,
             },
         )[0]
+        self._forget_gradients()  # before the first one: what memory held
 
     @property
     def network(self) -> nn.Module:
@@ -194,14 +195,26 @@ class ZeroEngine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         norm: float | None = None
-        if self.zero_stage == 0:  # DeepSpeed clips there too, but in fp32 it keeps no norm
-            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        if self.zero_stage == 0:
+            # What no loss reached steps on a gradient of 0, as under the other stages.
+            for _, parameter in self._trainable():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            # DeepSpeed clips there too, but in fp32 it keeps no norm.
+            gradients = [p.grad for _, p in self._trainable() if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(gradients))
             require_finite("gradient norm", norm, where)
         self._engine.step()
+        self._forget_gradients()
         if norm is None:
             norm = float(self._engine.get_global_grad_norm())
         return require_finite("gradient norm", norm, where)
+
+    def _forget_gradients(self) -> None:
+        """DeepSpeed's ZeRO 3 keeps the last gradient of a parameter that a loss does not reach, as
+        the auxiliary head in a policy phase, and steps on it again."""
+        if self.zero_stage == 3:
+            self._engine.optimizer.grad_partitions_flat_buffer.zero_()
 
     @contextmanager
     def gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:

@@ -32,6 +32,7 @@ WORDS = ["open", "close", "read", "write", "the", "file", "name", "list", "of", 
 def cluster() -> Iterator[None]:
     """A local Ray cluster of more logical than real cores."""
     ray.init(
+        address="local",
         num_cpus=32,
         include_dashboard=False,
         namespace="talipot",

@@ -162,6 +162,8 @@ class Campaign:
         while not condition():
             if self.lines() != seen:
                 moved, seen = time.monotonic(), self.lines()
+            if self.process.poll() == 0 and not condition():
+                raise Unattributed("the run ended before everything had struck: too few iterations")
             if time.monotonic() - moved > HANG_S:
                 raise Hung(f"{self.run_dir}: nothing for {HANG_S:.0f} s; see {self.output}")
             if resume and self.process.poll() not in (None, 0):

@@ -42,7 +42,6 @@ from tests.chaos.faults import (
 )
 from tests.conftest import make_workspace
 
-ITERATIONS = 30
 DEADLINES: dict[str, dict[str, object]] = {
     "learner": {"deadline_s": 30, "max_restarts": 20},
     "rollout": {"lease_deadline_s": 8},
@@ -102,34 +101,37 @@ class Plan:
     name: str
     faults: Sequence[str]
     sections: dict[str, dict[str, object]]
-    twin: str | None
-    """The undisturbed run that it must equal; None: its own replay."""
+    iterations: int
+    """Enough that every fault strikes before the end."""
+    alone: bool = False
+    """Equal to its own replay, not to a run that nothing happened to."""
 
 
 def plans() -> list[Plan]:
     """Every run of a session."""
-    made = [
-        Plan(f"ZeRO {stage}", POINTS, {"learner": {"zero_stage": stage}}, f"ZeRO {stage}")
-        for stage in (1, 2, 3)
-    ]
     elastic = [
         *("rollout actor killed", "reward worker killed", "slice of weights corrupted"),
         *("rollout actor hangs", "rollout actor slow", "reward worker killed"),
         *("rollout actor killed", "reward worker slow", "slice of weights corrupted"),
         *("reward worker hangs", "rollout actor killed"),
     ]
-    made.append(Plan("elastic workers", elastic, {}, "ZeRO 2"))
     harsh = [
         *("node killed", "disk full", "checkpoint corrupted", "learner rank hangs"),
         *("node killed", "disk full", "checkpoint corrupted"),
     ]
-    made.append(Plan("nodes, disks, checkpoints", harsh, {}, "ZeRO 2"))
     everything = [
         *("rollout actor killed", "learner rank killed", "reward worker killed"),
         *("controller killed", "learner rank killed in an auxiliary phase", "driver killed"),
     ]
-    made.append(Plan("asynchronous", everything, {"train": {"max_staleness": 2}}, None))
-    return made
+    return [
+        Plan("elastic workers", elastic, {}, 120),
+        Plan("nodes, disks, checkpoints", harsh, {}, 120),
+        Plan("asynchronous", everything, {"train": {"max_staleness": 2}}, 100, alone=True),
+        *(
+            Plan(f"ZeRO {stage}", POINTS, {"learner": {"zero_stage": stage}}, 40)
+            for stage in (1, 2, 3)
+        ),
+    ]
 
 
 class Session:
@@ -150,36 +152,35 @@ class Session:
                 disk = root / f"disk-{number}"
                 if "disk full" in plan.faults:
                     stack.enter_context(small_disk(disk, 64))
-                campaign = Campaign(arena, workspace, disk, **_sections(plan.sections))
-                if plan.twin is not None and plan.twin not in self._hashes:
-                    self._hashes[plan.twin] = self._undisturbed(arena, workspace, root, plan)
-                self._one(plan, campaign)
+                campaign = Campaign(arena, workspace, disk, **_sections(plan))
+                whole = "" if plan.alone else self._undisturbed(arena, workspace, root, plan)
+                self._one(plan, campaign, whole)
 
     def _undisturbed(self, arena: Arena, workspace: RunConfig, root: Path, plan: Plan) -> str:
-        folder = root / f"whole-{len(self._hashes)}"
-        campaign = Campaign(arena, workspace, folder, **_sections(plan.sections))
-        campaign.start()
-        found: str = campaign.finish()["weights_hash"]
-        self.console.print(f"{plan.twin}, undisturbed: {found}", highlight=False)
-        return found
+        """The weights' hash of the same run without a fault."""
+        key = f"{plan.sections} {plan.iterations}"
+        if key not in self._hashes:
+            folder = root / f"whole-{len(self._hashes)}"
+            campaign = Campaign(arena, workspace, folder, **_sections(plan))
+            campaign.start()
+            self._hashes[key] = campaign.finish()["weights_hash"]
+        return self._hashes[key]
 
-    def _one(self, plan: Plan, campaign: Campaign) -> None:
+    def _one(self, plan: Plan, campaign: Campaign, whole: str) -> None:
         begin = time.monotonic()
         struck: list[str] = []
         try:
             campaign.start()
             for index, name in enumerate(plan.faults):
                 # Spread over the run, so that every fault meets a run that has recovered.
-                target = 2 + index * (ITERATIONS - 6) // len(plan.faults) + self.rng.randrange(2)
+                target = (
+                    2 + index * (plan.iterations - 8) // len(plan.faults) + self.rng.randrange(3)
+                )
                 campaign.until(lambda target=target: campaign.iteration() >= target)
                 struck.append(name)
                 self._strike(name, campaign)
             facts = campaign.finish()
-            equal = (
-                campaign.replayed()
-                if plan.twin is None
-                else facts["weights_hash"] == self._hashes[plan.twin]
-            )
+            equal = campaign.replayed() if plan.alone else facts["weights_hash"] == whole
             lost, doubled = campaign.accounts(facts)
             for name in set(struck):
                 self.counts[name].lost += lost
@@ -233,10 +234,10 @@ class Session:
         }
 
 
-def _sections(own: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
-    train: dict[str, object] = {"iterations": ITERATIONS, "checkpoint_every": 2}
+def _sections(plan: Plan) -> dict[str, dict[str, object]]:
+    train: dict[str, object] = {"iterations": plan.iterations, "checkpoint_every": 2}
     made = {**DEADLINES, "train": train}
-    return made | {name: {**made.get(name, {}), **values} for name, values in own.items()}
+    return made | {name: {**made.get(name, {}), **own} for name, own in plan.sections.items()}
 
 
 def main(arguments: Sequence[str]) -> int:
