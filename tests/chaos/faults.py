@@ -76,7 +76,8 @@ def slow(kind: str) -> Fault:
 def node(campaign: Campaign, rng: random.Random) -> None:
     """SIGKILL a raylet, and with it all workers of its node; another node joins later."""
     arena = campaign.arena
-    lost = rng.choice(arena.cluster.worker_nodes)
+    nodes = sorted(arena.cluster.worker_nodes, key=lambda node: str(node.unique_id))
+    lost = rng.choice(nodes)
     arena.cluster.remove_node(lost, allow_graceful=False)
     arena.add_node()
 

@@ -5,7 +5,7 @@ happened to. The asynchronous one has no such twin: its log, trained again, must
 
 The last line is JSON, and the exit code 0 only when nothing was lost, doubled, unequal or hung::
 
-    python -m tests.chaos.run [SEED]
+    python -m tests.chaos.run [SEED [RUN ...]]          # all runs, or those of these names
 """
 
 from __future__ import annotations
@@ -145,9 +145,9 @@ class Session:
         self.ended: list[str] = []
         self._hashes: dict[str, str] = {}
 
-    def run(self, arena: Arena, workspace: RunConfig, root: Path) -> None:
-        """All plans, one after another."""
-        for number, plan in enumerate(plans()):
+    def run(self, arena: Arena, workspace: RunConfig, root: Path, names: Sequence[str]) -> None:
+        """All plans, or those of these names, one after another."""
+        for number, plan in enumerate(p for p in plans() if not names or p.name in names):
             with ExitStack() as stack:
                 disk = root / f"disk-{number}"
                 if "disk full" in plan.faults:
@@ -252,7 +252,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         workspace = root / "workspace"
         workspace.mkdir()
-        session.run(arena, make_workspace(workspace), root)
+        session.run(arena, make_workspace(workspace), root, arguments[1:])
         whole = True
     except (Hung, Unattributed, AssertionError, LookupError) as error:
         console.print(f"ended early: {error}", highlight=False)
