@@ -118,7 +118,7 @@ class _Pieces(torch.autograd.Function):
     def forward(ctx: Any, states: Tensor, weight: Tensor, read: Reader, rows: int) -> Tensor:
         ctx.save_for_backward(states, weight)
         ctx.read, ctx.parts = read, _parts(len(states), rows)
-        return torch.cat([read(F.linear(states[p], weight).float(), p) for p in ctx.parts])
+        return _read_pieces(states, weight, read, ctx.parts)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -133,6 +133,22 @@ class _Pieces(torch.autograd.Function):
             states_gradient[part] = inner @ weight
             weight_gradient.addmm_(inner.T, states[part])
         return states_gradient, weight_gradient, None, None
+
+
+def _read_pieces(states: Tensor, weight: Tensor, read: Reader, parts: list[slice]) -> Tensor:
+    """All that a reader makes of the logits, in one tensor.
+
+    Written into as it comes: small tensors that were kept would lie between the blocks that logits
+    leave behind, none of which would then be large enough for the next, and the heap would grow to
+    the size of all logits.
+    """
+    out = torch.empty(0)
+    for part in parts:
+        found = read(F.linear(states[part], weight).float(), part)
+        if not out.numel():
+            out = found.new_empty(len(states), found.shape[-1])
+        out[part] = found
+    return out
 
 
 def _parts(length: int, rows: int) -> list[slice]:
@@ -158,9 +174,9 @@ class TiedEmbedding(nn.Embedding):
         if len(x) > rows and torch.is_grad_enabled():
             found: Tensor = _Pieces.apply(x, self.weight, read, rows)  # type: ignore[no-untyped-call]
             return found
-        return torch.cat(
-            [read(F.linear(x[p], self.weight).float(), p) for p in _parts(len(x), rows)]
-        )
+        if len(x) > rows:
+            return _read_pieces(x, self.weight, read, _parts(len(x), rows))
+        return read(F.linear(x, self.weight).float(), slice(0, len(x)))
 
 
 class PaLM(nn.Module):
