@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import ray
@@ -29,14 +30,14 @@ from tests.conftest import make_workspace
 
 LIMIT_MB = 1.0
 """Per 100 iterations."""
-WARM_UP = 0.4
+WARM_UP = 0.5
 """Share of the iterations in which memory may grow: allocators and caches fill."""
 
 
 def memory(arena: Arena) -> dict[str, float]:
-    """MiB by kind of process (the sum over its processes), and of the object store."""
+    """MiB by kind of process (the mean over its processes), and of the object store."""
     found = {
-        kind: sum(p.memory_full_info().uss for p in arena.processes(title)) / 2**20
+        kind: mean(p.memory_full_info().uss for p in arena.processes(title)) / 2**20
         for kind, title in TITLES.items()
     }
     stats = [
@@ -56,7 +57,7 @@ def slope(readings: Sequence[tuple[int, float]]) -> float:
 
 def main(arguments: Sequence[str]) -> int:
     """Run it; the exit code."""
-    iterations = int(arguments[0]) if arguments else 300
+    iterations = int(arguments[0]) if arguments else 400
     console, root, begin = Console(width=100), Path(tempfile.mkdtemp()), time.monotonic()
     (root / "workspace").mkdir()
     arena = Arena()
