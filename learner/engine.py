@@ -8,6 +8,8 @@ gives the global gradient, however it was sharded (invariant I3).
 from __future__ import annotations
 
 import datetime
+import fcntl
+import hashlib
 import logging
 import os
 import sys
@@ -27,6 +29,7 @@ os.environ.setdefault("DS_LOG_LEVEL", "error")
 import deepspeed
 import deepspeed.comm
 import torch.distributed as dist
+from deepspeed.comm.torch import build_shm_op
 from torch import Tensor, nn
 
 from common.errors import ClusterError
@@ -65,7 +68,30 @@ def connect(*, rank: int, world: int, address: str, port: int, timeout_s: float)
             f"learner-{rank} cannot meet the others at {address}:{port}: "
             f"{one_line(error)}; free the port or start again, which picks another"
         ) from None
+    if backend == "gloo":
+        _compile_collectives()
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+def _compile_collectives() -> None:
+    """DeepSpeed's collectives for processors, compiled once per environment and machine.
+
+    torch guards a compilation by a lock file that outlives whoever made it: a rank that is killed
+    meanwhile would hang every later one for ever. So ranks compile in a folder of ours, one by one
+    under a lock that ends with its holder, where a lock file of torch's can only be left over.
+    """
+    if "TORCH_EXTENSIONS_DIR" not in os.environ:
+        where = f"{sys.prefix} {torch.__version__} {deepspeed.__version__}"
+        key = hashlib.sha256(where.encode()).hexdigest()[:16]
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "talipot"
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(cache / f"deepspeed-{key}")
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "talipot.flock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for left in folder.glob("*/lock"):
+            left.unlink(missing_ok=True)
+        build_shm_op()
 
 
 def world_size() -> int:
