@@ -118,7 +118,8 @@ class Campaign:
         self.recipe = folder / "recipe.yaml"
         text = yaml.safe_dump(self.config.model_dump(mode="json"))
         self.recipe.write_text(text, encoding="utf8")
-        self.output = folder / "output.txt"
+        # Beside the folder: on a disk that is full a command could not even say so.
+        self.output = folder.with_name(f"{folder.name}.txt")
         self.process: subprocess.Popen[bytes]
         self.ended: list[str] = []
         """Errors that commands ended with and that a fault explains."""
