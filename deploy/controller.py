@@ -244,11 +244,6 @@ class Controller:
         """End with a checkpoint: after the phase in work, or at once while rollouts are awaited."""
         self._stop = True
 
-    def worker_pids(self) -> list[tuple[str, str]]:
-        """Names of the living elastic workers with their Ray actor ids (for operators)."""
-        pools = [self.collector.rollout, self.collector.reward]
-        return [(w.name, w.handle._actor_id.hex()) for p in pools if p for w in p.workers.values()]
-
     # ------------------------------------------------------------------ parts of a step
 
     def _issue(self, until: int) -> None:
