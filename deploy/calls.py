@@ -12,6 +12,7 @@ from deploy.pool import Pool, last_words
 
 _INLINE = 100 * 1024
 """Ray keeps smaller objects with their owner, out of any node's object store."""
+_ANSWER_S = 10.0
 
 
 class ArgumentLost(Exception):
@@ -44,7 +45,20 @@ def result(ref: ray.ObjectRef[Any], pool: Pool, worker: str) -> Any:
 
 
 def gone(ref: ray.ObjectRef[Any]) -> bool:
-    """Whether the only copies of an object of ours went down with their nodes."""
+    """Whether the only copies of an object of ours went down with their nodes.
+
+    A moment after Ray has noticed it tries to make the object again, and what it lays in its place,
+    on our own node, is the error of not being able to.
+    """
     (facts,) = ray.experimental.get_object_locations([ref]).values()
-    held = facts["node_ids"] or facts["did_spill"]
-    return not held and (facts["object_size"] or 0) > _INLINE
+    if (facts["object_size"] or 0) <= _INLINE or facts["did_spill"]:
+        return False
+    if ray.get_runtime_context().get_node_id() not in facts["node_ids"]:
+        return not facts["node_ids"]
+    try:
+        ray.get(ref, timeout=_ANSWER_S)  # what lies here is mapped, not copied
+    except ray.exceptions.ObjectLostError:
+        return True
+    except ray.exceptions.GetTimeoutError:
+        pass  # evicted from here meanwhile: the next look will tell
+    return False

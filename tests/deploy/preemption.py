@@ -71,6 +71,7 @@ def work_that_takes_too_long_is_handed_back() -> dict[str, Any]:
 
 
 def a_table_that_dies_with_its_node_is_sampled_again(cluster: Cluster) -> dict[str, Any]:
+    """Looked for only after Ray has given the tables up and laid errors in their place."""
     here = rig(1, text="x" * 100_000)
     here.issue(0, 8)
     here.pump_until(lambda: here.ledger.pending(0) == 0)
@@ -78,8 +79,10 @@ def a_table_that_dies_with_its_node_is_sampled_again(cluster: Cluster) -> dict[s
     node = next(n for n in cluster.worker_nodes if n.node_id == worker.node)
     cluster.add_node(num_cpus=1, labels=SPOT)
     cluster.remove_node(node, allow_graceful=False)
-    batch = None
     begin = time.monotonic()
+    tables = [scored.table for scored in here.collector.scored]
+    here.pump_until(lambda: all(map(laid_in_its_place, tables)), within_s=120)
+    batch = None
     while batch is None or not here.ledger.resampled:
         assert time.monotonic() < begin + 120, here.events
         here.collector.scored += batch or []
@@ -90,6 +93,11 @@ def a_table_that_dies_with_its_node_is_sampled_again(cluster: Cluster) -> dict[s
     here.ledger.check()
     found = {"rows": rows, "resampled": dict(here.ledger.resampled)}
     return found | {"trained": here.ledger.trained, "seconds": time.monotonic() - begin}
+
+
+def laid_in_its_place(table: Any) -> bool:
+    (facts,) = ray.experimental.get_object_locations([table]).values()
+    return facts["node_ids"] == [ray.get_runtime_context().get_node_id()]
 
 
 def main() -> None:
