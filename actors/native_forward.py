@@ -7,12 +7,7 @@ folder. On a GPU `actors.torch_forward` runs instead.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
 import platform
-import shutil
-import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,10 +20,11 @@ from actors.step import Layer, Step, rope_tables
 from common.errors import ClusterError
 from common.logprobs import Sampling
 from common.model_config import ModelConfig
+from common.native_code import shared_library
 
 _FOLDER = Path(__file__).with_name("native")
 _FLAGS = [
-    *("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-ffp-contract=fast"),
+    *("-fopenmp", "-ffp-contract=fast"),
     # Sums may be reordered into vector lanes; the order is fixed by the binary, not by the batch.
     *("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"),
     *("-freciprocal-math", "-ffinite-math-only"),
@@ -175,38 +171,16 @@ def compiled(config: ModelConfig, dtype: torch.dtype) -> Path:
     Raises:
         ClusterError: there is no C compiler, or it fails.
     """
-    compiler = shutil.which(os.environ.get("CC", "gcc"))
-    if compiler is None:
-        raise ClusterError(
-            "native kernels need a C compiler: install gcc, or set rollout.kernels=torch"
-        )
     shape = [f"-DHEADS={config.heads}", f"-DHEAD_DIM={config.head_dim}"]
     shape += ["-DBF16"] if dtype == torch.bfloat16 else []
     wide = ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
-    flags = [*_FLAGS, *wide, *shape]
-    sources = [path.read_text() for path in sorted(_FOLDER.iterdir())]
-    key = hashlib.sha256(
-        "\n".join([*sources, _processor(), compiler, *flags]).encode()
-    ).hexdigest()[:24]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "talipot"
-    target = cache / f"kernels-{key}.so"
-    if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        # Workers start together: each compiles for itself, and the renames are of equal files.
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            built = Path(folder) / "kernels.so"
-            done = subprocess.run(
-                [compiler, *flags, str(_FOLDER / "forward.c"), "-o", str(built), "-lm"],
-                capture_output=True,
-                text=True,
-            )
-            if done.returncode:
-                raise ClusterError(
-                    f"{compiler} cannot compile the native kernels: "
-                    f"{done.stderr.strip().splitlines()[-1]}; or set rollout.kernels=torch"
-                )
-            built.replace(target)
-    return target
+    included = sorted(_FOLDER.iterdir())
+    try:
+        return shared_library(
+            "native kernels", _FOLDER / "forward.c", [*_FLAGS, *wide, *shape], included
+        )
+    except ClusterError as error:
+        raise ClusterError(f"{error}, or set rollout.kernels=torch") from None
 
 
 def _library(path: Path) -> ctypes.CDLL:
@@ -222,13 +196,6 @@ def _library(path: Path) -> ctypes.CDLL:
         getattr(library, name).restype = None
     library.weight_bytes.restype = number
     return library
-
-
-def _processor() -> str:
-    """What -march=native depends on."""
-    info = Path("/proc/cpuinfo")
-    flags = info.read_text().split("flags", 1)[-1].split("\n", 1)[0] if info.exists() else ""
-    return platform.machine() + flags
 
 
 def _up(size: int, multiple: int) -> int:

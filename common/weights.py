@@ -1,8 +1,9 @@
 """Weights on the wire: one flat buffer, cut into hashed slices, never a call per tensor.
 
 A publisher lays its share of the parameters in a flat buffer; a manifest lists the slices and
-their hashes; a receiver copies them into its own flat buffer, hashes what it then holds and
-compares (invariant I6). The hash is xxh3-128: a cryptographic one would cost more than the copy.
+their hashes; a receiver copies them into its own flat buffer, hashes what it stores there as it
+stores it and compares (invariant I6). The hash is xxh3-128: a cryptographic one would cost more
+than the copy.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import xxhash
 from safetensors import SafetensorError
@@ -21,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.errors import CheckpointError, TrainingError
+from common.hashing import Bytes, hasher
 
-Bytes = npt.NDArray[np.uint8]
 Payload = Sequence[Bytes]
 """A slice's bytes in consecutive parts, so that no copy is needed to lay them together."""
 
@@ -31,8 +30,8 @@ class CorruptSliceError(TrainingError):
     """A slice of weights is not what its rank published."""
 
 
-_PIECE = 2**20
-"""Bytes copied and hashed at a time: few enough to be in the processor's cache for the hash."""
+_BEYOND_CACHES = 64 * 2**20
+"""Bytes of a buffer that is written around the processor's caches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +89,7 @@ class FlatBuffer:
         return self._flat.view(torch.uint8).numpy()
 
     def load(self, manifest: Manifest, payloads: Sequence[Payload]) -> str:
-        """Copy slices in, hash what is now held, and return its fingerprint.
+        """Copy slices in, hash what is stored, and return its fingerprint.
 
         Raises:
             TrainingError: a slice is missing or of another layout.
@@ -101,21 +100,18 @@ class FlatBuffer:
                 f"weights version {manifest.policy_version} are of another architecture "
                 f"(layout {manifest.layout[:8]}, ours {self.layout[:8]})"
             )
-        reached = 0
+        into, reached = self.bytes, 0
         for piece, payload in zip(manifest.slices, payloads, strict=True):
             if piece.offset != reached or sum(part.nbytes for part in payload) != piece.length:
                 raise TrainingError(
                     f"weights version {manifest.policy_version}: slice of rank {piece.rank} "
                     f"does not fit at byte {reached}"
                 )
-            held = xxhash.xxh3_128()
+            held = hasher()
             for part in payload:
-                for begin in range(0, part.nbytes, _PIECE):
-                    some = part[begin : begin + _PIECE]
-                    ours = self.bytes[reached : reached + some.nbytes]
-                    ours[:] = some
-                    held.update(ours.data)
-                    reached += some.nbytes
+                ours = into[reached : reached + part.nbytes]
+                held.copy(part, ours, around_caches=self.total > _BEYOND_CACHES)
+                reached += part.nbytes
             if held.hexdigest() != piece.digest:
                 raise CorruptSliceError(
                     f"weights version {manifest.policy_version}: slice of rank {piece.rank} "
@@ -140,10 +136,10 @@ def slice_bounds(total_elements: int, ranks: int, rank: int) -> tuple[int, int]:
 
 def digest(payload: Payload) -> str:
     """xxh3-128 of all parts, as if they were one."""
-    hasher = xxhash.xxh3_128()
+    hashed = hasher()
     for part in payload:
-        hasher.update(part.data)
-    return hasher.hexdigest()
+        hashed.update(part)
+    return hashed.hexdigest()
 
 
 def layout_hash(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> str:
@@ -154,12 +150,12 @@ def layout_hash(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> str:
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
     """Content hash of a state dict, independent of how it was sharded."""
-    hasher = xxhash.xxh3_128()
+    hashed = hasher()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
-        hasher.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return hasher.hexdigest()
+        hashed.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        hashed.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return hashed.hexdigest()
 
 
 def manifest_of(

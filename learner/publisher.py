@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from common.weights import Bytes, Payload, Slice, digest, layout_hash, slice_bounds
+from common.hashing import Bytes
+from common.weights import Payload, Slice, digest, layout_hash, slice_bounds
 from learner.engine import ZeroEngine, rank, world_size
 
 
@@ -64,7 +65,7 @@ def slice_of(
     """
     named = sorted(named, key=lambda pair: pair[0])
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named}
-    sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     total = sum(sizes.values())
     first, last = slice_bounds(total, ranks, rank)
     parts: list[Bytes] = []
