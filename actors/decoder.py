@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from actors.native_forward import NativeForward
-from actors.step import Chunk, Copy, Forward, Layer, lay_out
+from actors.step import Chunk, Copy, Delta, Forward, Layer, Product, lay_out
 from actors.torch_forward import TorchForward
 from common.errors import ClusterError, ConfigError
 from common.logprobs import Sampling
+from common.lora import OFF, Adapted, adapter_names
 from common.model_config import ModelConfig
 from common.palm import Block, PaLM
 
@@ -34,13 +35,25 @@ Choice = Literal["auto", "native", "torch"]
 class Decoder:
     """Weights, keys and values of all slots."""
 
-    def __init__(self, palm: PaLM, *, slots: int, kernels: Choice = "auto") -> None:
+    def __init__(
+        self, palm: PaLM, *, slots: int, kernels: Choice = "auto", merged: str | None = OFF
+    ) -> None:
         """Products run in the dtype of `palm`; norms, softmax and the residual stream in fp32.
+
+        Args:
+            merged: the adapter to put into the weights, where it costs nothing at a token, and to
+                run every slot with. None merges none: each slot runs with an adapter of its own,
+                or with none, over the one copy of the weights that `palm` holds.
 
         Raises:
             ClusterError: native kernels were asked for and cannot be had.
+            ConfigError: they were asked for and nothing is to be merged.
+            ValueError: `palm` has no such adapter.
         """
         self.palm = palm
+        self.merged = merged
+        self.adapters: list[str] = []
+        """What slots can run with; a slot names its adapter by its index here."""
         self.config = palm.config
         self.device = palm.embedding.weight.device
         self.dtype = palm.embedding.weight.dtype
@@ -49,16 +62,24 @@ class Decoder:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the weights that `palm` holds now."""
+        """Take over the weights that `palm` holds now.
+
+        Raises:
+            TrainingError: an adapter is not finite.
+        """
+        names = [OFF, *adapter_names(self.palm)]
+        if self.merged not in (None, *names):
+            raise ValueError(f"no adapter '{self.merged}' among {names}")
+        self.adapters = names if self.merged is None else [self.merged]
         layers = []
         for block in self.palm.blocks:
             assert isinstance(block, Block)
-            outward = torch.cat((block.attn_out.weight, block.ff_out.weight), dim=1)
             layers.append(
                 Layer(
                     norm=block.norm.weight.float(),
-                    inward=block.fused_in.weight.detach(),
-                    outward=outward,
+                    inward=self._product(block.fused_in),
+                    attn_out=self._product(block.attn_out),
+                    ff_out=self._product(block.ff_out),
                 )
             )
         scale = self.config.dim**-0.5 if self.config.scale_logits else 1.0
@@ -72,14 +93,16 @@ class Decoder:
         positions: Sequence[int] | np.ndarray,
         chunks: Sequence[Chunk] = (),
         copies: Sequence[Copy] = (),
+        adapters: Sequence[int] | np.ndarray | int = 0,
     ) -> Tensor:
         """Logits ``[S, V]`` after the newest token of each slot, good until the next call.
 
         Args:
             newest, positions: one entry per slot in use. All earlier positions of a slot are in
                 the cache, in `chunks`, or come by `copies`.
+            adapters: likewise, or one index for all.
         """
-        return self.implementation.run(lay_out(newest, positions, chunks, copies))
+        return self.implementation.run(lay_out(newest, positions, chunks, copies, adapters))
 
     def draw(self, logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """As `common.logprobs.draw`, for logits ``[B, V]`` without a filter."""
@@ -89,8 +112,28 @@ class Decoder:
         """Give a slot another slot's keys and values."""
         self.implementation.move(source, target, positions)
 
+    def _product(self, module: Adapted) -> Product:
+        """A projection, with the adapter in its weights or the adapters beside them."""
+        if self.merged is not None:
+            return Product(weight=module.merged(self.merged))
+        carried = [(i, n) for i, n in enumerate(self.adapters) if n in module.settings]
+        if not carried:
+            return Product(weight=module.weight.detach())
+        As, Bs = zip(*(module.factors(name) for _, name in carried), strict=True)
+        owners = [torch.full((len(A),), i) for (i, _), A in zip(carried, As, strict=True)]
+        delta = Delta(
+            A=torch.cat(As), B=torch.cat(Bs, dim=1), owners=torch.cat(owners).to(self.device)
+        )
+        return Product(weight=module.weight.detach(), delta=delta)
+
     def _choose(self, choice: Choice, slots: int) -> Forward:
-        if choice == "torch" or (choice == "auto" and self.device.type != "cpu"):
+        if self.merged is None and choice == "native":
+            raise ConfigError(
+                "native kernels compute no adapter beside the weights: set rollout.lora=merged, or "
+                "rollout.kernels to auto or torch"
+            )
+        anywhere = self.merged is None or self.device.type != "cpu"
+        if choice == "torch" or (choice == "auto" and anywhere):
             return TorchForward(self.config, self.dtype, slots, self.device)
         try:
             return NativeForward(self.config, self.dtype, slots)

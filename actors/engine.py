@@ -2,7 +2,8 @@
 
 Continuous batching over a fixed set of slots: a response that ends frees its slot at once for the
 next request, whatever its length; prompts are prefilled in chunks beside running decodes, so that a
-long one does not stall the others; samples of one prompt prefill it once.
+long one does not stall the others; samples of one prompt prefill it once. Where adapters are not
+merged, each request is sampled with its own, side by side with others.
 
 `generate` runs a lease to its end, so that its result is a function of the lease and the weights
 alone: not of the actor it ran on, nor of what else is running (invariant I5). `submit`, `step` and
@@ -22,6 +23,7 @@ from torch import Tensor
 from actors.decoder import Choice, Decoder
 from actors.step import Chunk, Copy
 from common.logprobs import Sampling, draw, sampling_logits, uniforms
+from common.lora import OFF
 from common.palm import PaLM
 from common.trajectory import RolloutRequest
 
@@ -63,6 +65,8 @@ class _Waiting:
     """Longest response."""
     uniforms: np.ndarray
     """float64 ``[limit or more]``, one for each token that may be drawn."""
+    adapter: int
+    """Index in `Decoder.adapters`."""
 
 
 class _Slots:
@@ -83,6 +87,7 @@ class _Slots:
         self.counts = np.zeros(slots, dtype=np.int64)
         """Response tokens."""
         self.limits = np.zeros(slots, dtype=np.int64)
+        self.adapters = np.zeros(slots, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -95,6 +100,7 @@ class _Slots:
         self.uniforms[slot, : len(waiting.uniforms)] = waiting.uniforms
         self.lengths[slot], self.limits[slot] = len(prompt), waiting.limit
         self.filled[slot] = self.counts[slot] = 0
+        self.adapters[slot] = waiting.adapter
         return slot
 
     def remove(self, slot: int) -> bool:
@@ -106,7 +112,7 @@ class _Slots:
         self.requests[slot] = request
         for column in (self.prompts, self.tokens, self.logprobs, self.uniforms):
             column[slot] = column[last]
-        for row in (self.lengths, self.filled, self.counts, self.limits):
+        for row in (self.lengths, self.filled, self.counts, self.limits, self.adapters):
             row[slot] = row[last]
         return True
 
@@ -135,6 +141,7 @@ class Engine:
         prefill_tokens: int = 2048,
         stops: Stops | None = None,
         kernels: Choice = "auto",
+        merged: str | None = OFF,
     ) -> None:
         """Runs in the dtype and on the device of `palm`'s parameters.
 
@@ -142,15 +149,18 @@ class Engine:
             max_tokens: longest response, when a request does not name its own.
             slots: sequences in work at once; the cache holds each in a full context.
             prefill_tokens: prompt tokens that one step may compute beside its decodes.
+            merged: the adapter that every request is sampled with; None: each with its own (see
+                `Decoder`).
 
         Raises:
-            ValueError: a size under 1.
+            ValueError: a size under 1, or `palm` has no such adapter.
             ClusterError: native kernels were asked for and cannot be had.
+            ConfigError: they were asked for and nothing is to be merged.
         """
         if min(max_tokens, slots, prefill_tokens) < 1:
             raise ValueError("max_tokens, slots and prefill_tokens must be at least 1")
         self.palm = palm
-        self.decoder = Decoder(palm, slots=slots, kernels=kernels)
+        self.decoder = Decoder(palm, slots=slots, kernels=kernels, merged=merged)
         self.eos_id = eos_id
         self.sampling = sampling
         self.max_tokens = max_tokens
@@ -163,6 +173,11 @@ class Engine:
         self._reach = max((len(s.encode()) for s in self.stops.strings), default=0)
         self._queue: deque[_Waiting] = deque()
         self._work = _Slots(slots, palm.config.context)
+
+    @property
+    def merged(self) -> str | None:
+        """The one adapter that requests may name; None: whichever `palm` has, and none."""
+        return self.decoder.merged
 
     @property
     def idle(self) -> bool:
@@ -204,11 +219,13 @@ class Engine:
 
         Raises:
             ValueError: an empty prompt, one that leaves no room for its response, a limit under
-                1, or a rollout_id that is here already. Nothing is queued then.
+                1, an adapter that is not here, or a rollout_id that is here already. Nothing is
+                queued then.
         """
         limits = limits or [self.max_tokens] * len(requests)
         known = {job.request.rollout_id for job in self._queue}
         known |= {request.rollout_id for request in self._work.requests}
+        here = {name: index for index, name in enumerate(self.decoder.adapters)}
         for request, limit in zip(requests, limits, strict=True):
             room, length = self.palm.config.context - limit, len(request.prompt_ids)
             if limit < 1:
@@ -217,13 +234,18 @@ class Engine:
                 raise ValueError(
                     f"rollout {request.rollout_id}: prompt of {length} tokens; 1 to {room} fit"
                 )
+            if request.adapter not in here:
+                raise ValueError(
+                    f"rollout {request.rollout_id}: no adapter '{request.adapter}' among {[*here]}"
+                )
             if request.rollout_id in known:
                 raise ValueError(f"rollout {request.rollout_id} is here already")
             known.add(request.rollout_id)
         seeds = np.array([request.seed for request in requests], dtype=np.uint64)
         places = np.arange(max(limits, default=0), dtype=np.uint64)
         drawn = uniforms(seeds[:, None], places[None]).numpy()
-        self._queue += map(_Waiting, requests, limits, drawn)
+        adapters = [here[request.adapter] for request in requests]
+        self._queue += map(_Waiting, requests, limits, drawn, adapters)
 
     def text(self, made: Generated) -> str:
         """The response in words, without the stop string that ended it."""
@@ -249,7 +271,9 @@ class Engine:
         work, used = self._work, len(newest)
         if not used:
             return []
-        logits_SV = self.decoder.forward(newest, work.filled[:used] - 1, chunks, copies)
+        logits_SV = self.decoder.forward(
+            newest, work.filled[:used] - 1, chunks, copies, work.adapters[:used]
+        )
         drawing = np.flatnonzero(work.filled[:used] >= work.lengths[:used])
         if not len(drawing):
             return []
@@ -303,7 +327,8 @@ class Engine:
         return int(work.prompts[slot, end - 1]), end - start
 
     def _share(self, slot: int, copies: list[Copy]) -> None:
-        """Take over what another slot's prompt has in common with this one.
+        """Take over what another slot's prompt has in common with this one, computed with the same
+        adapter.
 
         The last token is always computed: its logits are wanted.
         """
@@ -312,7 +337,7 @@ class Engine:
         if len(wanted) < _WORTH_SHARING:
             return
         alike = (work.prompts[:slot, :_WORTH_SHARING] == wanted[:_WORTH_SHARING]).all(axis=1)
-        others = np.flatnonzero(alike)
+        others = np.flatnonzero(alike & (work.adapters[:slot] == work.adapters[slot]))
         if not len(others):
             return
         same = (work.prompts[others, : len(wanted)] == wanted).cumprod(axis=1).sum(axis=1)

@@ -1,5 +1,7 @@
 """The forward for processors: `native/*.c`, compiled for this machine, head shape and precision.
 
+Weights are packed for it, so adapters are merged into them: it computes none beside them.
+
 Compilation takes some seconds, happens once per machine and shape, and is kept in the user's cache
 folder. On a GPU `actors.torch_forward` runs instead.
 """
@@ -84,12 +86,14 @@ class NativeForward:
         self._weights = [norm, embedding]
         for index, layer in enumerate(layers):
             self._weights.append(layer.norm)
+            inward = layer.inward.weight
+            outward = torch.cat((layer.attn_out.weight, layer.ff_out.weight), dim=1)
             made[index] = _Layer(
                 norm=_at(layer.norm),
-                query=self._packed(layer.inward, query),
-                keyvalue=self._packed(layer.inward, keyvalue),
-                forward=self._packed(layer.inward, forward),
-                outward=self._packed(layer.outward, _padded(0, self._config.dim)),
+                query=self._packed(inward, query),
+                keyvalue=self._packed(inward, keyvalue),
+                forward=self._packed(inward, forward),
+                outward=self._packed(outward, _padded(0, self._config.dim)),
                 keys=_at(self._keys[index]),
                 values=_at(self._values[index]),
             )

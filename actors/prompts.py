@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -58,7 +59,16 @@ def encode_prompts(
 class PromptStream:
     """Endless requests, epoch by epoch in seeded order. Consumed by the controller."""
 
-    def __init__(self, prompts: Sequence[EncodedPrompt], *, seed: int, position: int = 0) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        *,
+        seed: int,
+        position: int = 0,
+        adapter: str = "",
+    ) -> None:
+        """`adapter` is what all of them are to be sampled from."""
+        self._adapter = adapter
         self._prompts = prompts
         self._seed = seed
         self._order = ShuffledIndex(len(prompts), derive_seed(seed, "prompts") >> 1, position)
@@ -83,24 +93,35 @@ class PromptStream:
                         prompt_text=prompt.text,
                         prompt_ids=prompt.ids,
                         seed=derive_seed(self._seed, rollout_id),
+                        adapter=self._adapter,
                     )
                 )
         return made
 
 
 def evaluation_requests(
-    prompts: Sequence[EncodedPrompt], *, seed: int, label: str, samples: int = 1
+    prompts: Sequence[EncodedPrompt],
+    *,
+    seed: int,
+    label: str,
+    samples: int = 1,
+    adapters: Sequence[str] = ("",),
 ) -> list[RolloutRequest]:
-    """One pass over prompts in their order, for evaluation and for sampling comparisons."""
+    """One pass over prompts in their order, for evaluation and for sampling comparisons.
+
+    Each sample is made with each of the adapters, side by side and from the same seed, which does
+    not depend on what else is sampled beside it.
+    """
+    wanted = itertools.product(enumerate(prompts), range(samples), adapters)
     return [
         RolloutRequest(
-            rollout_id=f"{label}-{group * samples + sample:06d}",
+            rollout_id=f"{label}-{number:06d}",
             group=group,
             prompt_uid=prompt.uid,
             prompt_text=prompt.text,
             prompt_ids=prompt.ids,
             seed=derive_seed(seed, label, prompt.uid, sample),
+            adapter=adapter,
         )
-        for group, prompt in enumerate(prompts)
-        for sample in range(samples)
+        for number, ((group, prompt), sample, adapter) in enumerate(wanted)
     ]

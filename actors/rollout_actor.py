@@ -11,8 +11,10 @@ with its first lease, because every lease names the version it must be sampled f
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import pyarrow as pa
 import torch
@@ -20,11 +22,19 @@ import torch
 from actors.decoder import slots_within
 from actors.engine import Engine, Stops
 from common.logprobs import sampling_of
-from common.model_config import ModelConfig
+from common.lora import OFF, adapter_tensors, add_adapter, base_fingerprint
+from common.model_config import LoraConfig, ModelConfig
 from common.palm import PaLM
 from common.tokenizer import Tokenizer
 from common.trajectory import Rollout, RolloutRequest, extend, from_table, to_table
-from common.weights import CorruptSliceError, FlatBuffer, Manifest, Payload, torch_dtype
+from common.weights import (
+    CorruptSliceError,
+    FlatBuffer,
+    Manifest,
+    Payload,
+    load_weights,
+    torch_dtype,
+)
 from common.worker_config import RolloutConfig
 
 
@@ -49,11 +59,26 @@ _LOADS = 3
 """Readings of the weights before a corrupted slice is taken for what was published."""
 
 
-def engine_of(palm: PaLM, tokenizer: Tokenizer, rollout: RolloutConfig) -> Engine:
-    """The engine that settings describe.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapted:
+    """What an actor needs to sample from adapters."""
+
+    name: str
+    """Of the adapter on the wire."""
+    lora: LoraConfig
+    base: str
+    """Weights of the supervised policy, which the adapters are trained on; a file that every node
+    can read."""
+
+
+def engine_of(
+    palm: PaLM, tokenizer: Tokenizer, rollout: RolloutConfig, *, merged: str | None = OFF
+) -> Engine:
+    """The engine that settings describe; `merged` as in `Engine`.
 
     Raises:
-        ConfigError: the cache does not hold one sequence.
+        ConfigError: the cache does not hold one sequence, or native kernels were asked for and
+            nothing is to be merged.
         ClusterError: native kernels were asked for and cannot be had.
     """
     within = slots_within(palm.config, rollout.cache_mb, torch_dtype(rollout.precision))
@@ -66,6 +91,7 @@ def engine_of(palm: PaLM, tokenizer: Tokenizer, rollout: RolloutConfig) -> Engin
         prefill_tokens=rollout.prefill_tokens,
         stops=Stops(ids=rollout.stop_ids, strings=rollout.stop, decode=tokenizer.decode),
         kernels=rollout.kernels,
+        merged=merged,
     )
 
 
@@ -79,14 +105,25 @@ class RolloutActor:
         tokenizer_path: str,
         rollout: RolloutConfig,
         threads: int,
+        adapted: Adapted | None = None,
     ) -> None:
+        """With `adapted`, weights on the wire are an adapter's, for one base that stays here."""
         torch.set_num_threads(threads)
         self.actor_id = actor_id
         self.tokenizer = Tokenizer.load(tokenizer_path)
         dtype = torch_dtype(rollout.precision)
-        palm = PaLM(model).eval().requires_grad_(False).to(dtype)
-        self.buffer = FlatBuffer(palm, dtype)
-        self.engine = engine_of(palm, self.tokenizer, rollout)
+        palm, base, on_wire = PaLM(model), "", OFF
+        if adapted is not None:
+            on_wire = adapted.name
+            load_weights(palm, Path(adapted.base), prefix="palm.")
+            base = base_fingerprint(palm.state_dict())
+            add_adapter(palm, on_wire, adapted.lora, seed=0)
+        palm = palm.eval().requires_grad_(False).to(dtype)
+        wire = adapter_tensors(palm, on_wire) if on_wire else palm.named_parameters()
+        self.buffer = FlatBuffer(wire, dtype, base)
+        self._merges = adapted is None or rollout.lora == "merged"
+        self._engine_of = partial(engine_of, palm, self.tokenizer, rollout)
+        self.engine = self._engine_of(merged=on_wire if self._merges else None)
         self.policy_version = -1
         self.fingerprint = ""
         self.reloads = 0
@@ -128,6 +165,7 @@ class RolloutActor:
         self.policy_version = manifest.policy_version
         loaded = time.perf_counter()
         leased = from_table(requests, RolloutRequest)
+        self._serve({request.adapter for request in leased})
         generated = self.engine.generate(leased)
         texts = [self.engine.text(g) for g in generated]
         rollouts = [
@@ -155,3 +193,11 @@ class RolloutActor:
             reloads=self.reloads - reloads,
         )
         return facts, to_table(rollouts, Rollout)
+
+    def _serve(self, adapters: Set[str]) -> None:
+        """Have the engine that a lease needs: with its one adapter merged, or, where it names
+        several or is not to merge any, with all of them beside the weights that are here."""
+        merged = next(iter(adapters)) if self._merges and len(adapters) == 1 else None
+        if merged != self.engine.merged:
+            del self.engine  # Before the other comes: `rollout.cache_mb` is planned for one.
+            self.engine = self._engine_of(merged=merged)

@@ -46,6 +46,8 @@ class Step:
     """int64 ``[N]``."""
     positions: np.ndarray
     """int64 ``[N]``."""
+    adapters: np.ndarray
+    """int64 ``[N]``, as `Delta.owners`; a row's slot decides it."""
     used: int
     chunks: Sequence[Chunk]
     copies: Sequence[Copy]
@@ -56,12 +58,15 @@ def lay_out(
     positions: Sequence[int] | np.ndarray,
     chunks: Sequence[Chunk],
     copies: Sequence[Copy],
+    adapters: Sequence[int] | np.ndarray | int,
 ) -> Step:
-    """The rows of a step; `newest` and `positions` have one entry per slot in use."""
+    """The rows of a step; `newest`, `positions` and `adapters`, where it is not one for all, have
+    one entry per slot in use."""
     sizes = [len(chunk.tokens) for chunk in chunks]
-    rows = np.empty((3, len(newest) + sum(sizes)), dtype=np.int64)
+    rows = np.empty((4, len(newest) + sum(sizes)), dtype=np.int64)
     end = len(newest)
     rows[0, :end], rows[1, :end], rows[2, :end] = newest, np.arange(end), positions
+    rows[3, :end] = adapters
     for chunk, size in zip(chunks, sizes, strict=True):
         begin, end = end, end + size
         places = np.arange(chunk.start, chunk.start + size)
@@ -70,10 +75,12 @@ def lay_out(
             chunk.slot,
             places,
         )
+        rows[3, begin:end] = rows[3, chunk.slot]
     return Step(
         tokens=rows[0],
         slots=rows[1],
         positions=rows[2],
+        adapters=rows[3],
         used=len(newest),
         chunks=chunks,
         copies=copies,
@@ -81,15 +88,40 @@ def lay_out(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """What adapters add to a product: ``B (own * (A x))``, all of them side by side, where `own` is
+    1 in the directions of the row's own adapter and 0 in all others. Rows of one batch need not be
+    sorted by their adapters, and the cost grows with the ranks R of all together."""
+
+    A: Tensor
+    """``[R, in]``."""
+    B: Tensor
+    """``[out, R]``, times the adapters' scales."""
+    owners: Tensor
+    """int64 ``[R]``: whose direction it is, by index in `Decoder.adapters`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Product:
+    """Weights in the precision of the products, and adapters that are not merged into them."""
+
+    weight: Tensor
+    """``[out, in]``."""
+    delta: Delta | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """One block's weights in the precision of the products."""
+    """One block's weights."""
 
     norm: Tensor
     """fp32 ``[D]``."""
-    inward: Tensor
-    """``[q + k + v + up + gate, D]``."""
-    outward: Tensor
-    """``[D, attention + feed-forward]``: both outputs in one product."""
+    inward: Product
+    """Of ``[q + k + v + up + gate, D]``."""
+    attn_out: Product
+    """Of ``[D, H K]``."""
+    ff_out: Product
+    """Of ``[D, feed-forward]``."""
 
 
 class Forward(Protocol):

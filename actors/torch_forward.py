@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from actors.step import Chunk, Layer, Step, rope_tables
+from actors.step import Chunk, Layer, Product, Step, rope_tables
 from common.logprobs import Sampling, draw, sampling_logits
 from common.model_config import ModelConfig
 
@@ -76,8 +76,8 @@ class TorchForward:
     def run(self, step: Step) -> Tensor:
         """Logits ``[S, V]``, in the dtype of the products, after the newest token of each slot."""
         device = self._keys.device
-        rows = np.stack((step.tokens, step.slots, step.positions))
-        tokens, slots, positions = torch.from_numpy(rows).to(device)
+        rows = np.stack((step.tokens, step.slots, step.positions, step.adapters))
+        tokens, slots, positions, adapters = torch.from_numpy(rows).to(device)
         at = _Places(slots, positions)
         seen = _reach(step, positions, self._config.heads, self._dtype)
         x = F.embedding(tokens, self._embedding).float()
@@ -86,14 +86,14 @@ class TorchForward:
             if index == len(self._layers) - 1 and step.used < len(x):
                 # Of a prompt's earlier tokens the last layer owes later ones its keys and values,
                 # and nothing else.
-                kv = F.linear(normed[step.used :], layer.inward[self._kv])
+                kv = _product(layer.inward, normed[step.used :], adapters[step.used :], self._kv)
                 self._write(index, kv, at, slice(step.used, None))
-                x, normed = x[: step.used], normed[: step.used]
-            fused = F.linear(normed, layer.inward)
+                x, normed, adapters = x[: step.used], normed[: step.used], adapters[: step.used]
+            fused = _product(layer.inward, normed, adapters)
             mixed = self._attend(index, fused, step, at, seen)
             up, gate = fused[:, self._kv.stop :].chunk(2, dim=-1)
-            both = torch.cat((mixed, F.silu(gate) * up), dim=-1)
-            x = x + F.linear(both, layer.outward)
+            x = x + _product(layer.attn_out, mixed, adapters)
+            x = x + _product(layer.ff_out, F.silu(gate) * up, adapters)
         return F.linear(self._normed(x, self._norm), self._embedding)
 
     def move(self, source: int, target: int, positions: int) -> None:
@@ -149,6 +149,16 @@ class TorchForward:
         k, v = (t.expand(-1, self._config.heads, -1, -1) for t in seen)
         out = F.scaled_dot_product_attention(padded.transpose(1, 2), k, v, attn_mask=prefill.mask)
         return out.transpose(1, 2)[prefill.rows, prefill.columns]
+
+
+def _product(product: Product, x: Tensor, adapters: Tensor, rows: slice = slice(None)) -> Tensor:
+    """Some rows of a product ``[n, in] -> [n, out]``, and what each x's adapter adds."""
+    y = F.linear(x, product.weight[rows])
+    delta = product.delta
+    if delta is None:
+        return y
+    inner = F.linear(x, delta.A).masked_fill_(delta.owners != adapters[:, None], 0)
+    return y.addmm_(inner, delta.B[rows].T)
 
 
 def _reach(step: Step, positions: Tensor, heads: int, dtype: torch.dtype) -> _Reach:

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from common.model_config import (
     PRESETS,
     Fraction,
+    LoraConfig,
     ModelConfig,
     NonNegativeFloat,
     NonNegativeInt,
@@ -84,6 +85,16 @@ class SftConfig(Section):
     """bf16 keeps fp32 master weights in DeepSpeed."""
     clip: PositiveFloat = 1.0
     """Largest global gradient norm."""
+    start: str | None = None
+    """Weights of a policy (safetensors) to start from; null starts from random ones."""
+    lora: LoraConfig | None = None
+    """Train adapters on the weights of `start` instead of all of them; needs `start`."""
+
+    @model_validator(mode="after")
+    def _something_to_adapt(self) -> SftConfig:
+        if self.lora is not None and self.start is None:
+            raise ValueError("lora adapts weights that are there: set start to a policy's weights")
+        return self
 
 
 class RewardModelConfig(Section):
@@ -107,6 +118,8 @@ class RewardModelConfig(Section):
     """bf16 keeps fp32 master weights in DeepSpeed."""
     clip: PositiveFloat = 1.0
     """Largest global gradient norm."""
+    lora: LoraConfig | None = None
+    """Train adapters on the supervised policy instead of all weights."""
 
 
 class PpgConfig(Section):
@@ -183,6 +196,10 @@ class TrainConfig(Section):
     """Iterations between checkpoints: the most that a death costs. 0 writes one at the end only."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints to keep."""
+    lora: LoraConfig | None = None
+    """Train adapters of policy and value network on the supervised policy, one frozen base for
+    both, instead of all weights. The value network takes over the reward model's adapter when that
+    was trained with one."""
 
     @model_validator(mode="after")
     def _possible(self) -> TrainConfig:
@@ -195,12 +212,21 @@ class TrainConfig(Section):
             raise ValueError(
                 f"{self.algorithm} has no value function for an auxiliary phase: set ppg to null"
             )
+        if self.lora is not None and self.lora.dropout:
+            raise ValueError(
+                f"lora.dropout={self.lora.dropout} would make the ratio of PPO noise: set it to 0"
+            )
         if self.batch_size % self.minibatches:
             raise ValueError(
                 f"batch of {self.batch_size} rollouts is not divisible by "
                 f"minibatches={self.minibatches}"
             )
         return self
+
+    @property
+    def adapter(self) -> str:
+        """Name of the adapter that is trained; empty where all weights are."""
+        return "policy" if self.lora else ""
 
     @property
     def batch_size(self) -> int:

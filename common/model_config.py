@@ -54,6 +54,39 @@ class ModelConfig(Section):
         return self
 
 
+Projection = Literal["q", "k", "v", "attn_out", "up", "gate", "ff_out"]
+"""A projection of a block; `up`, `gate` and `ff_out` are the MLP's."""
+
+
+class LoraConfig(Section):
+    """Adapters on a frozen base (Hu 2021, arXiv 2106.09685)."""
+
+    rank: PositiveInt = 8
+    """Inner width r of every adapter."""
+    alpha: PositiveFloat = 16.0
+    """Strength of the adapters, divided by the rank or its root."""
+    scaling: Literal["plain", "rank_stabilised"] = "plain"
+    """plain: alpha / r (Hu 2021); rank_stabilised: alpha / sqrt(r), whose updates do not shrink as
+    the rank grows (Kalajdzievski 2023, arXiv 2312.03732)."""
+    targets: Annotated[tuple[Projection, ...], Field(min_length=1)] = (
+        "q",
+        "k",
+        "v",
+        "attn_out",
+        "up",
+        "gate",
+        "ff_out",
+    )
+    """Projections with an adapter; each segment of the fused input projection has its own."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs that are left out, in supervised stages."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of B A x."""
+        return self.alpha / (self.rank if self.scaling == "plain" else self.rank**0.5)
+
+
 PRESETS: Mapping[str, ModelConfig] = {
     "tiny": ModelConfig(dim=64, layers=2, heads=2, head_dim=32),
     "small": ModelConfig(),

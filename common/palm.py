@@ -28,6 +28,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from common.lora import OFF, Adapted, Selection
 from common.model_config import ModelConfig
 
 Reader = Callable[[Tensor, slice], Tensor]
@@ -79,23 +80,32 @@ class Block(nn.Module):
             config.heads * config.head_dim,
             config.ff_mult * config.dim,
         )
-        self.splits = (inner, config.head_dim, config.head_dim, ff, ff)
+        segments = {"q": inner, "k": config.head_dim, "v": config.head_dim, "up": ff, "gate": ff}
+        self.splits = tuple(segments.values())
         self.norm = nn.LayerNorm(d, bias=False)
-        self.fused_in = nn.Linear(d, sum(self.splits), bias=False)
-        self.attn_out = nn.Linear(inner, d, bias=False)
-        self.ff_out = nn.Linear(ff, d, bias=False)
+        self.fused_in = Adapted(d, segments)
+        self.attn_out = Adapted(inner, {"attn_out": d})
+        self.ff_out = Adapted(ff, {"ff_out": d})
 
-    def project(self, x_BTD: Tensor, rope: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def project(
+        self, x_BTD: Tensor, rope: tuple[Tensor, ...], adapter: Selection
+    ) -> tuple[Tensor, ...]:
         """Rotated queries ``[B, H, T, K]`` and keys, values ``[B, T, K]``, and the MLP's output."""
         cos_q, sin_q, cos_k, sin_k = rope
-        q, k, v, up, gate = self.fused_in(self.norm(x_BTD)).split(self.splits, dim=-1)
+        q, k, v, up, gate = self.fused_in(self.norm(x_BTD), adapter).split(self.splits, dim=-1)
         q = rearrange(q, "b t (h k) -> b h t k", h=self.config.heads)
         q = rotate(q, cos_q.unsqueeze(-3), sin_q.unsqueeze(-3))
-        return q, rotate(k, cos_k, sin_k), v, self.ff_out(F.silu(gate) * up)
+        return q, rotate(k, cos_k, sin_k), v, self.ff_out(F.silu(gate) * up, adapter)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, ...],
+        mask: Tensor | None,
+        adapter: Selection = OFF,
+    ) -> Tensor:
         """Full forward; mask is a boolean ``[B, 1, T, T]`` (True = may attend) or None (causal)."""
-        q, k, v, mlp = self.project(x_BTD, rope)
+        q, k, v, mlp = self.project(x_BTD, rope, adapter)
         k, v = (t.unsqueeze(1).expand(-1, self.config.heads, -1, -1) for t in (k, v))
         dtype = q.dtype
         if q.device.type == "cpu":
@@ -103,7 +113,8 @@ class Block(nn.Module):
             q, k, v = q.float(), k.float(), v.float()
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         out = out.to(dtype)
-        out_BTD: Tensor = x_BTD + mlp + self.attn_out(rearrange(out, "b h t k -> b t (h k)"))
+        mixed = rearrange(out, "b h t k -> b t (h k)")
+        out_BTD: Tensor = x_BTD + mlp + self.attn_out(mixed, adapter)
         return out_BTD
 
 
@@ -123,7 +134,8 @@ class _Pieces(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         states, weight = ctx.saved_tensors
-        states_gradient, weight_gradient = torch.empty_like(states), torch.zeros_like(weight)
+        states_gradient = torch.empty_like(states)
+        weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for part in ctx.parts:
             logits = F.linear(states[part], weight).float().requires_grad_()
             with torch.enable_grad():
@@ -131,7 +143,8 @@ class _Pieces(torch.autograd.Function):
             (inner,) = torch.autograd.grad(found, logits, gradient[part])
             inner = inner.to(weight.dtype)
             states_gradient[part] = inner @ weight
-            weight_gradient.addmm_(inner.T, states[part])
+            if weight_gradient is not None:
+                weight_gradient.addmm_(inner.T, states[part])
         return states_gradient, weight_gradient, None, None
 
 
@@ -209,6 +222,7 @@ class PaLM(nn.Module):
         *,
         positions_BT: Tensor | None = None,
         segments_BT: Tensor | None = None,
+        adapter: Selection = OFF,
     ) -> Tensor:
         """Final normalised states ``[B, T, D]``.
 
@@ -216,6 +230,7 @@ class PaLM(nn.Module):
             tokens_BT: int64; rows are left-aligned, padding on the right may hold any id.
             positions_BT: int64; default 0, 1, 2, ... per row. Packed rows restart per segment.
             segments_BT: int64; positions attend only inside their own segment (packing).
+            adapter: name of the adapter to run with, or one for each row.
         """
         length = tokens_BT.shape[1]
         mask = None
@@ -228,9 +243,9 @@ class PaLM(nn.Module):
         x = self.embedding(tokens_BT)
         for block in self.blocks:
             if self.config.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, mask, use_reentrant=False)
+                x = checkpoint(block, x, rope, mask, adapter, use_reentrant=False)
             else:
-                x = block(x, rope, mask)
+                x = block(x, rope, mask, adapter)
         return self.norm(x)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -290,6 +305,8 @@ class PolicyNetwork(nn.Module):
         super().__init__()
         self.palm = PaLM(config)
         self.value = ScalarHead(config.dim)
+        self.adapter = OFF
+        """What a forward runs with that names no adapter."""
 
     def initialise(self, seed: int) -> None:
         """Draw all weights from a seed."""
@@ -305,11 +322,13 @@ class PolicyNetwork(nn.Module):
         predict_BR: Tensor | None = None,
         predict_BT: Tensor | None = None,
         read: Reader | None = None,
+        adapter: Selection | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logits and auxiliary values at the positions asked for.
 
         Args:
-            tokens_BT, positions_BT, segments_BT: as in `PaLM.hidden`.
+            tokens_BT, positions_BT, segments_BT, adapter: as in `PaLM.hidden`; without `adapter`
+                the network's own.
             predict_BR: int64 positions to read; default all. Logits of a vocabulary are large:
                 asking only for the positions that predict a response token saves the others.
             predict_BT: bool, the same wish as a mask (packed rows); the result is flat.
@@ -320,7 +339,12 @@ class PolicyNetwork(nn.Module):
             fp32 logits ``[B, R, V]``, or what `read` made of them ``[B, R, C]``, and values
             ``[B, R]``; ``[N, V]`` and ``[N]`` by a mask of N positions.
         """
-        hidden = self.palm.hidden(tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT)
+        hidden = self.palm.hidden(
+            tokens_BT,
+            positions_BT=positions_BT,
+            segments_BT=segments_BT,
+            adapter=self.adapter if adapter is None else adapter,
+        )
         if predict_BT is not None:
             hidden = hidden[predict_BT]
         if predict_BR is not None:
@@ -341,6 +365,8 @@ class ScalarNetwork(nn.Module):
         super().__init__()
         self.palm = PaLM(config)
         self.head = ScalarHead(config.dim)
+        self.adapter = OFF
+        """What its forward runs with."""
 
     def initialise(self, seed: int) -> None:
         """Draw all weights from a seed."""
@@ -349,7 +375,7 @@ class ScalarNetwork(nn.Module):
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """fp32 ``[B, T]``."""
-        values: Tensor = self.head(self.palm.hidden(tokens_BT))
+        values: Tensor = self.head(self.palm.hidden(tokens_BT, adapter=self.adapter))
         return values
 
 

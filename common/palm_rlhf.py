@@ -9,9 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
+from common.adapter_files import Adapter
 from common.errors import CheckpointError
+from common.lora import base_fingerprint
+from common.model_config import LoraConfig
 
 _NAMES = {
     "norm.gamma": "norm.weight",
@@ -24,15 +28,19 @@ _DERIVED = ("beta", "inv_freq", "rotary_emb.scale", "to_logits.weight", "pos_emb
 """Buffers, and the output embedding, which is the input's."""
 
 
+_ADAPTERS = "finetune_modules."
+
+
 def from_palm_rlhf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A `PaLM` state dict. The fused projection has the same order of rows: q, k, v, up, gate.
+    Adapters beside the decoder are left to `lora_from_palm_rlhf`.
 
     Raises:
-        CheckpointError: a name that is not of this package's plain decoder (LoRA, for instance).
+        CheckpointError: a name that is not of this package's decoder.
     """
     converted: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if name.endswith(_DERIVED):
+        if name.endswith(_DERIVED) or name.startswith(_ADAPTERS):
             continue
         layer = _LAYER.fullmatch(name)
         if name == "token_emb.weight":
@@ -46,3 +54,41 @@ def from_palm_rlhf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             raise CheckpointError(f"'{name}' is not a weight of a plain palm-rlhf-pytorch decoder")
     return converted
+
+
+def lora_from_palm_rlhf(
+    state: Mapping[str, Tensor], scope: str, *, alpha: float | None = None
+) -> Adapter:
+    """The adapter of a fine-tuning scope: q, k, v and attention output of every layer.
+
+    Args:
+        alpha: what the adapters were made with, which their weights do not tell; their default is
+            the rank.
+
+    Raises:
+        CheckpointError: no such scope.
+    """
+    prefix = f"{_ADAPTERS}{scope}."
+    found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    if not found:
+        scopes = sorted({k.split(".")[1] for k in state if k.startswith(_ADAPTERS)})
+        raise CheckpointError(
+            f"no adapters of scope '{scope}'; there are {', '.join(scopes) or 'none'}"
+        )
+    rank = found["0.0.A"].shape[1]
+    tensors: dict[str, Tensor] = {}
+    for layer in sorted({int(name.split(".")[0]) for name in found}):
+        block = f"blocks.{layer}"
+        stacked = [found[f"{layer}.{segment}.A"].T for segment in range(3)]
+        tensors[f"{block}.fused_in.lora_A"] = torch.cat(stacked)
+        for segment, name in enumerate(("q", "k", "v")):
+            tensors[f"{block}.fused_in.lora_B_{name}"] = found[f"{layer}.{segment}.B"].T
+        tensors[f"{block}.attn_out.lora_A"] = found[f"{layer}.3.A"].T
+        tensors[f"{block}.attn_out.lora_B_attn_out"] = found[f"{layer}.3.B"].T
+    settings = LoraConfig(
+        rank=rank,
+        alpha=rank if alpha is None else alpha,
+        targets=("q", "k", "v", "attn_out"),
+    )
+    base = base_fingerprint(from_palm_rlhf(state))
+    return Adapter(settings=settings, base=base, tensors=tensors)

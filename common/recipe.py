@@ -49,14 +49,10 @@ def dump_config(config: RunConfig) -> str:
 def fields(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
     """Every dotted field as (name, default, description), depth first; for the reference page."""
     for name, info in section.model_fields.items():
-        inner = _section_of(info.annotation)
-        if inner is None:
-            yield (
-                prefix + name,
-                info.get_default(call_default_factory=True),
-                info.description or "",
-            )
-        else:
+        inner, default = _section_of(info.annotation), info.get_default(call_default_factory=True)
+        if inner is None or default is None:
+            yield prefix + name, default, info.description or ""
+        if inner is not None:
             yield from fields(inner, f"{prefix}{name}.")
 
 

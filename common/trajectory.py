@@ -43,6 +43,9 @@ class RolloutRequest:
     """The prompt's tokens, int32, at least one."""
     seed: int
     """uint64 derived from (run seed, rollout_id)."""
+    adapter: str = ""
+    """What to sample from: this adapter of those that the worker holds, or its weights without any
+    (a policy of whole weights, or the base of adapters)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +63,8 @@ class Rollout(RolloutRequest):
     policy_version: int
     """The version that sampled every token; stamped by the engine."""
     weights_fingerprint: str
-    """Content hash of the weights that sampled; verified by the controller."""
+    """Content hash of the weights that sampled, of an adapter and its base together; verified by
+    the controller."""
     actor_id: str
     """Who sampled."""
 
@@ -86,6 +90,7 @@ _REQUEST: list[pa.Field] = [
     pa.field("prompt_text", pa.string(), nullable=False),
     pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),
     pa.field("seed", pa.uint64(), nullable=False),
+    pa.field("adapter", pa.string(), nullable=False),
 ]
 _ROLLOUT: list[pa.Field] = [
     *_REQUEST,

@@ -8,7 +8,7 @@ than the copy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -68,12 +68,15 @@ class Manifest:
 
 
 class FlatBuffer:
-    """A module's parameters as views of one contiguous buffer, in order of their names."""
+    """Parameters as views of one contiguous buffer, in order of their names."""
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        named = sorted(module.named_parameters())
+    def __init__(
+        self, parameters: Iterable[tuple[str, Tensor]], dtype: torch.dtype, base: str = ""
+    ) -> None:
+        """`base` is the fingerprint of what adapters belong to."""
+        named = sorted(parameters, key=lambda pair: pair[0])
         self.total = sum(p.numel() for _, p in named) * dtype.itemsize
-        self.layout = layout_hash({name: tuple(p.shape) for name, p in named}, dtype)
+        self.layout = layout_hash({name: tuple(p.shape) for name, p in named}, dtype, base)
         self._flat = torch.empty(self.total // dtype.itemsize, dtype=dtype)
         offset = 0
         for _, parameter in named:
@@ -98,7 +101,7 @@ class FlatBuffer:
         if manifest.layout != self.layout or manifest.total != self.total:
             raise TrainingError(
                 f"weights version {manifest.policy_version} are of another architecture "
-                f"(layout {manifest.layout[:8]}, ours {self.layout[:8]})"
+                f"or for another base (layout {manifest.layout[:8]}, ours {self.layout[:8]})"
             )
         into, reached = self.bytes, 0
         for piece, payload in zip(manifest.slices, payloads, strict=True):
@@ -142,10 +145,10 @@ def digest(payload: Payload) -> str:
     return hashed.hexdigest()
 
 
-def layout_hash(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> str:
-    """Hash of names, shapes and dtype."""
+def layout_hash(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, base: str = "") -> str:
+    """Hash of names, shapes and dtype, and of what adapters belong to."""
     text = ";".join(f"{name}{tuple(shapes[name])}" for name in sorted(shapes))
-    return _text_hash(f"{dtype}|{text}")
+    return _text_hash(f"{dtype}|{text}|{base}" if base else f"{dtype}|{text}")
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
@@ -159,13 +162,16 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
 
 
 def manifest_of(
-    state: Mapping[str, Tensor], policy_version: int, dtype: torch.dtype = torch.float32
+    state: Mapping[str, Tensor],
+    policy_version: int,
+    dtype: torch.dtype = torch.float32,
+    base: str = "",
 ) -> tuple[Manifest, Payload]:
     """A manifest of one slice from a state dict of parameters, and its bytes."""
     named = sorted(state.items())
     payload = torch.cat([t.detach().to(dtype).reshape(-1) for _, t in named])
     data = payload.view(torch.uint8).numpy()
-    layout = layout_hash({name: tuple(t.shape) for name, t in named}, dtype)
+    layout = layout_hash({name: tuple(t.shape) for name, t in named}, dtype, base)
     piece = Slice(rank=0, offset=0, length=data.nbytes, digest=digest([data]))
     manifest = Manifest(
         policy_version=policy_version, total=data.nbytes, layout=layout, slices=(piece,)
@@ -184,8 +190,8 @@ def save_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str,
     temporary.replace(path)
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Load safetensors into a module, strictly.
+def load_weights(module: nn.Module, path: Path, prefix: str = "") -> None:
+    """Load safetensors into a module, strictly; with a prefix only the names that begin with it.
 
     Raises:
         CheckpointError: missing, torn, or of another architecture (naming the first difference).
@@ -193,9 +199,10 @@ def load_weights(module: nn.Module, path: Path) -> None:
     if not path.exists():
         raise CheckpointError(f"{path}: no such weights; run the stage that writes them first")
     try:
-        state = load_file(path)
+        held = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: torn or not safetensors: {error}") from None
+    state = {k.removeprefix(prefix): v for k, v in held.items() if k.startswith(prefix)}
     ours: dict[str, Any] = dict(module.state_dict())
     for name in sorted(ours.keys() | state.keys()):
         expected = tuple(ours[name].shape) if name in ours else "absent"

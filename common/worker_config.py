@@ -80,6 +80,10 @@ class RolloutConfig(Section):
     """Prompt tokens that one step computes beside its decodes."""
     kernels: Literal["auto", "native", "torch"] = "auto"
     """native: compiled for the processor by gcc; torch: anywhere; auto: native where it can be."""
+    lora: Literal["merged", "unmerged"] = "merged"
+    """How an adapter is sampled from (`train.lora`). merged: added to the weights as it arrives,
+    which costs nothing at a token; unmerged: computed beside them, by torch and slower, without a
+    second copy of them. Evaluation samples base and adapter side by side, unmerged."""
 
     @property
     def actors_at_start(self) -> int:
@@ -92,6 +96,11 @@ class RolloutConfig(Section):
             raise ValueError(
                 f"min_response_tokens={self.min_response_tokens} exceeds "
                 f"max_response_tokens={self.max_response_tokens}"
+            )
+        if self.lora == "unmerged" and self.kernels == "native":
+            raise ValueError(
+                "kernels=native computes no adapter beside the weights: set lora to merged, or "
+                "kernels to auto or torch"
             )
         if "" in self.stop:
             raise ValueError("stop: an empty text would end every response at once")

@@ -52,6 +52,7 @@ RULES: dict[str, tuple[Kind, str]] = {
     "rollout.cache_mb": ("rounding", "fewer slots sum in another order"),
     "rollout.prefill_tokens": ("rounding", "sums are taken in another order"),
     "rollout.kernels": ("rounding", "sums are taken in another order"),
+    "rollout.lora": ("rounding", "sums are taken in another order"),
     "model.activation_checkpointing": ("rounding", "activations are made again"),
     "model.logits_mb": ("rounding", "sums are taken in another order"),
     # Upward only (see `changes`): what was trained was annealed towards the old end.

@@ -78,8 +78,8 @@ class Controller:
             observe=self._observe,
         )
         self.elastic = Elastic(config, rollout, reward)
-        self.prompts = PromptStream(prompts, seed=config.seed)
         self._encoded = prompts
+        self.prompts = self._stream(0)
         self.iteration = 0
         """Next iteration to train."""
         self._issued_until = 0
@@ -246,6 +246,14 @@ class Controller:
 
     # ------------------------------------------------------------------ parts of a step
 
+    def _stream(self, position: int) -> PromptStream:
+        return PromptStream(
+            self._encoded,
+            seed=self.config.seed,
+            position=position,
+            adapter=self.config.train.adapter,
+        )
+
     def _issue(self, until: int) -> None:
         """Issue all iterations up to and including `until`."""
         train = self.config.train
@@ -359,9 +367,7 @@ class Controller:
         issued = self._issued_until
         self.iteration = self._issued_until = self._saved = state.get("iteration", 0)
         self.learner_restarts = max(self.learner_restarts, state.get("learner_restarts", 0))
-        self.prompts = PromptStream(
-            self._encoded, seed=self.config.seed, position=state.get("prompt_position", 0)
-        )
+        self.prompts = self._stream(state.get("prompt_position", 0))
         self._positions = {}
         self.ledger = self.ledger.rewound(state.get("ledger"))
         ahead = self.iteration + self.config.train.max_staleness

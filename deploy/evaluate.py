@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from safetensors.torch import load_file
+from torch import Tensor
 
 from actors.prompts import EncodedPrompt, evaluation_requests
+from common.adapter_files import load_peft, put_adapter, require_base
 from common.config import RunConfig
+from common.lora import OFF, adapter_tensors, add_adapter, base_fingerprint
+from common.palm import PaLM
 from common.trajectory import Rollout, ScoredTrajectory, from_table
-from common.weights import manifest_of, torch_dtype
+from common.weights import load_weights, manifest_of, torch_dtype
 from deploy.collector import Collector, Weights
 from deploy.ledger import Ledger
 from deploy.pool import Pool
@@ -39,10 +42,33 @@ class Sampled:
 
 
 def policy_weights(config: RunConfig, path: Path, version: int) -> Weights:
-    """A policy file's decoder as weights that actors can load."""
-    state = load_file(path)
-    palm = {k.removeprefix("palm."): v for k, v in state.items() if k.startswith("palm.")}
-    manifest, payload = manifest_of(palm, version, torch_dtype(config.rollout.precision))
+    """A policy file's decoder as weights that actors can load.
+
+    Where those hold the supervised policy as a base, what they load is an adapter on it: that of
+    the policy, or for the supervised policy itself one that changes nothing.
+
+    Raises:
+        CheckpointError: missing, torn, or an adapter of another base.
+    """
+    dtype = torch_dtype(config.rollout.precision)
+    lora, name = config.train.lora, config.train.adapter
+    palm = PaLM(config.model)
+    if lora is None:
+        load_weights(palm, path, prefix="palm.")
+        state: dict[str, Tensor] = dict(palm.named_parameters())
+        fingerprint = ""
+    else:
+        base = config.run_dir / "sft" / "policy.safetensors"
+        load_weights(palm, base, prefix="palm.")
+        fingerprint = base_fingerprint(palm.state_dict())
+        if path.absolute() == base.absolute():
+            add_adapter(palm, name, lora, seed=0)
+        else:
+            adapter = load_peft(path.parent / "adapter", palm)
+            require_base(adapter, fingerprint, path.parent / "adapter")
+            put_adapter(palm, name, adapter)
+        state = dict(adapter_tensors(palm, name))
+    manifest, payload = manifest_of(state, version, dtype, fingerprint)
     return Weights(manifest=manifest, payloads=(ray.put(payload),))
 
 
@@ -56,7 +82,8 @@ def sample(
     samples: int = 1,
 ) -> list[Rollout]:
     """Responses of one policy, `samples` per prompt side by side, unscored."""
-    tables = _run(config, weights, prompts, rollout, None, label, samples)
+    adapters = (config.train.adapter,)
+    tables = _run(config, weights, prompts, rollout, None, label, samples, adapters)
     rows = [row for table in tables for row in from_table(ray.get(table), Rollout)]
     return sorted(rows, key=lambda row: row.rollout_id)
 
@@ -72,9 +99,48 @@ def sample_scored(
     samples: int = 1,
 ) -> Sampled:
     """Responses of one policy with their scores and log-probabilities under the reference."""
-    tables = _run(config, weights, prompts, rollout, reward, label, samples)
+    adapters = (config.train.adapter,)
+    tables = _run(config, weights, prompts, rollout, reward, label, samples, adapters)
+    return _sampled(_scored(tables))
+
+
+def sample_both(
+    config: RunConfig,
+    sft: Path,
+    policy: Path,
+    prompts: Sequence[EncodedPrompt],
+    rollout: Pool,
+    reward: Pool,
+    *,
+    label: str,
+) -> tuple[Sampled, Sampled]:
+    """Responses of the supervised and of the trained policy, from the same seeds.
+
+    Where the one is the base of the other's adapter, side by side: each lease is of both, and no
+    weights change in between. Native kernels, where the recipe insists on them, hold one policy at
+    a time, as actors of whole weights do; then the policies take turns.
+    """
+    new = config.train.adapter
+    if new == OFF or config.rollout.kernels == "native":
+        turns = [policy_weights(config, path, at) for at, path in enumerate((sft, policy))]
+        before, after = (
+            sample_scored(config, weights, prompts, rollout, reward, label=label)
+            for weights in turns
+        )
+        return before, after
+    weights = policy_weights(config, policy, 1)
+    rows = _scored(_run(config, weights, prompts, rollout, reward, label, 1, (OFF, new)))
+    before, after = (_sampled([r for r in rows if r.adapter == name]) for name in (OFF, new))
+    return before, after
+
+
+def _scored(tables: Sequence[ray.ObjectRef[Any]]) -> list[ScoredTrajectory]:
+    """The rows of tables in the order they were asked for."""
     rows = [row for table in tables for row in from_table(ray.get(table), ScoredTrajectory)]
-    rows.sort(key=lambda row: row.rollout_id)
+    return sorted(rows, key=lambda row: row.rollout_id)
+
+
+def _sampled(rows: Sequence[ScoredTrajectory]) -> Sampled:
     return Sampled(
         responses=[row.response_text for row in rows],
         scores=[row.score for row in rows],
@@ -131,10 +197,13 @@ def _run(
     reward: Pool | None,
     label: str,
     samples: int,
+    adapters: Sequence[str],
 ) -> list[ray.ObjectRef[Any]]:
     """Move one pass over the prompts through the pools, with a ledger of its own."""
     ledger = Ledger()
-    requests = evaluation_requests(prompts, seed=config.seed, label=label, samples=samples)
+    requests = evaluation_requests(
+        prompts, seed=config.seed, label=label, samples=samples, adapters=adapters
+    )
     ledger.issue(0, requests, config.rollout.lease_size)
     collector = Collector(
         ledger,

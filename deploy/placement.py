@@ -22,7 +22,7 @@ from ray._private.state import actors as ray_actors
 from ray._private.state import state
 from ray.autoscaler.sdk import request_resources
 
-from actors.rollout_actor import RolloutActor
+from actors.rollout_actor import Adapted, RolloutActor
 from common.config import RunConfig
 from common.errors import ClusterError
 from common.logprobs import sampling_of
@@ -96,12 +96,15 @@ def _require_answer(address: str) -> None:
         ) from None
 
 
-def rollout_pool(config: RunConfig, run: str, tokenizer: Path, *, start: bool = True) -> Pool:
+def rollout_pool(
+    config: RunConfig, run: str, tokenizer: Path, base: Path, *, start: bool = True
+) -> Pool:
     """Rollout actors; elastic, outside any placement group.
 
     With `start` False the pool is empty: whoever scales it up owns the workers.
     """
-    settings = config.rollout
+    settings, lora = config.rollout, config.train.lora
+    adapted = Adapted(name=config.train.adapter, lora=lora, base=str(base)) if lora else None
     options = _options(settings.cpus_per_actor, settings.gpus_per_actor, settings.labels)
 
     def make(name: str) -> Any:
@@ -114,6 +117,7 @@ def rollout_pool(config: RunConfig, run: str, tokenizer: Path, *, start: bool = 
                 str(tokenizer),
                 settings,
                 max(1, int(settings.cpus_per_actor)),
+                adapted,
             )
         )
 

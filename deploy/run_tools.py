@@ -21,7 +21,7 @@ from common.tokenizer import Tokenizer
 from common.weights import load_weights, torch_dtype
 from deploy.driver import controller_name
 from deploy.elastic import Scaled
-from deploy.evaluate import Judge, compare, policy_weights, sample_scored
+from deploy.evaluate import Judge, compare, sample_both
 from deploy.facts import Status
 from deploy.placement import NAMESPACE
 from deploy.preflight import explain
@@ -47,14 +47,10 @@ def evaluate_run(config: RunConfig, console: Console) -> dict[str, float]:
             too_long=config.data.too_long,
         )
         pools = start_pools(session, config)
-        sides = [
-            sample_scored(config, weights, prompts, *pools, label="eval")
-            for weights in (
-                policy_weights(config, session.sft_weights, 0),
-                policy_weights(config, session.policy_weights, 1),
-            )
-        ]
-    found = compare([p.text for p in prompts], sides[0], sides[1], judge)
+        before, after = sample_both(
+            config, session.sft_weights, session.policy_weights, prompts, *pools, label="eval"
+        )
+    found = compare([p.text for p in prompts], before, after, judge)
     path = config.run_dir / "evaluation.json"
     path.write_text(json.dumps(found, indent=1), encoding="utf8")
     return found

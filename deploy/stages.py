@@ -262,7 +262,7 @@ def make_pools(session: Session, config: RunConfig, name: str, *, start: bool) -
     tokenizer = session.tokenizer_path
     reward = session.reward_weights if config.reward_service.needs_model else None
     return (
-        rollout_pool(config, name, tokenizer, start=start),
+        rollout_pool(config, name, tokenizer, session.sft_weights, start=start),
         reward_pool(config, name, tokenizer, session.sft_weights, reward, start=start),
     )
 

@@ -8,11 +8,16 @@ phase; pi_old is a frozen copy of the policy as it is when the phase starts.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 
 from common.config import PpgConfig
 from common.errors import TrainingError
+from common.lora import adapter_tensors, drop_adapter, snapshot_adapter
 from common.metrics import Metrics, mean, require_finite
 from common.model_config import ModelConfig
 from common.palm import PolicyNetwork
@@ -20,6 +25,9 @@ from learner import ppg
 from learner.engine import ZeroEngine, all_sum
 from learner.memory import AuxiliaryMemory
 from learner.shards import Shards
+
+Policy = Callable[..., tuple[Any, Any]]
+_OLD = "old"
 
 
 def joint_epochs(
@@ -37,7 +45,20 @@ def joint_epochs(
     Raises:
         TrainingError: a loss is not finite, or KL(pi_old, pi) is not 0 before the first step.
     """
-    old = _frozen_policy(engine, model)
+    with _frozen_policy(engine, model) as old:
+        return _epochs(engine, old, shards, memory, settings, lr=lr, iteration=iteration)
+
+
+def _epochs(
+    engine: ZeroEngine,
+    old: Policy,
+    shards: Shards,
+    memory: AuxiliaryMemory,
+    settings: PpgConfig,
+    *,
+    lr: float,
+    iteration: int,
+) -> Metrics:
     sequences, targets_NR = memory.sequences, memory.targets_NR
     parts = settings.minibatches * memory.iterations
     metrics: Metrics = {}
@@ -85,8 +106,24 @@ def _require_same_policy(kl: float, engine: ZeroEngine) -> None:
         )
 
 
-def _frozen_policy(engine: ZeroEngine, model: ModelConfig) -> PolicyNetwork:
-    """A copy of the policy as it is now, on this rank, whole whatever the ZeRO stage."""
+@contextmanager
+def _frozen_policy(engine: ZeroEngine, model: ModelConfig) -> Iterator[Policy]:
+    """The policy as it is now: a copy of its adapter, or of all of it where it has none."""
+    network = engine.network
+    assert isinstance(network, PolicyNetwork)
+    if not network.adapter:
+        yield _copy(engine, model)
+        return
+    with engine.gathered([t for _, t in adapter_tensors(network, network.adapter)]):
+        snapshot_adapter(network, network.adapter, _OLD)
+    try:
+        yield partial(engine, adapter=_OLD)
+    finally:
+        drop_adapter(network, _OLD)
+
+
+def _copy(engine: ZeroEngine, model: ModelConfig) -> PolicyNetwork:
+    """On this rank, whole whatever the ZeRO stage."""
     old = PolicyNetwork(model)
     if engine.zero_stage < 3:
         old.load_state_dict(copy.deepcopy(engine.network.state_dict()))

@@ -152,6 +152,11 @@ class ZeroEngine:
         eps: float = 1e-8,
     ) -> None:
         self.zero_stage = zero_stage
+        if precision == "bf16":
+            # DeepSpeed does so too, but under ZeRO 3 refuses a network that shares a base with one
+            # that it has already.
+            for parameter in network.parameters():
+                parameter.data = parameter.data.to(torch.bfloat16)
         trainable = [p for p in network.parameters() if p.requires_grad]
         # Learning rates are set at every step; this one is never used.
         made: torch.optim.Optimizer
@@ -243,7 +248,7 @@ class ZeroEngine:
             self._engine.optimizer.grad_partitions_flat_buffer.zero_()
 
     @contextmanager
-    def gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+    def gathered(self, parameters: list[Tensor]) -> Iterator[None]:
         """Whole parameters inside the block, whatever the ZeRO stage (a collective)."""
         if self.zero_stage < 3:
             yield
@@ -251,10 +256,13 @@ class ZeroEngine:
         with deepspeed.zero.GatheredParameters(parameters):
             yield
 
-    def full_state(self) -> dict[str, Tensor]:
-        """A copy of all parameters and buffers in fp32, on every rank (a collective)."""
+    def full_state(self, *, frozen: bool = True) -> dict[str, Tensor]:
+        """A copy of all parameters and buffers in fp32, on every rank (a collective); without what
+        is `frozen` only of those that are trained."""
         state = {k: v.detach().float().cpu() for k, v in self.network.named_buffers()}
         for name, parameter in self.network.named_parameters():
+            if not frozen and not parameter.requires_grad:
+                continue
             with self.gathered([parameter]):
                 state[name] = parameter.detach().float().cpu().clone()
         return state

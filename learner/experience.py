@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.batching import SequenceBatch, micro_batches, pad_rows, sequence_batch
+from common.errors import TrainingError
 from common.trajectory import ScoredTrajectory, from_table
 
 
@@ -72,10 +73,20 @@ class Experience:
         return len(self.sequences)
 
 
-def experience(tables: Sequence[pa.Table]) -> Experience:
-    """Gather tables of ScoredTrajectory in rollout_id order."""
+def experience(tables: Sequence[pa.Table], adapter: str = "") -> Experience:
+    """Gather tables of ScoredTrajectory in rollout_id order.
+
+    Raises:
+        TrainingError: a row was sampled from something else than `adapter`, which is trained.
+    """
     rows = [t for table in tables for t in from_table(table, ScoredTrajectory)]
     rows.sort(key=lambda t: t.rollout_id)
+    for row in rows:
+        if row.adapter != adapter:
+            raise TrainingError(
+                f"rollout {row.rollout_id} was sampled from adapter '{row.adapter}', and what is "
+                f"trained is '{adapter}'"
+            )
     reach = max(len(t.response_ids) for t in rows)
     sequences = Sequences(
         prompts=[t.prompt_ids for t in rows], responses=[t.response_ids for t in rows]

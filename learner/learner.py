@@ -16,8 +16,18 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+from common.adapter_files import load_scalar
 from common.config import RunConfig
+from common.errors import CheckpointError
 from common.logprobs import chosen_reader, sampling_of
+from common.lora import (
+    adapter_tensors,
+    base_fingerprint,
+    freeze_base,
+    merged_state,
+    share_base,
+    train_adapter,
+)
 from common.metrics import Metric, Metrics, mean
 from common.palm import PolicyNetwork, ScalarNetwork
 from common.trajectory import derive_seed
@@ -45,14 +55,19 @@ class Learner:
     ) -> None:
         self.config = config
         self.train = train = config.train
+        self.start = policy_weights
         self.sampling = sampling_of(config.rollout, eos_id)
         policy = PolicyNetwork(config.model)
         load_weights(policy, policy_weights)
+        self.base = base_fingerprint(policy.state_dict()) if train.lora else ""
+        """Of the weights that adapters are trained on."""
         self.value: ZeroEngine | None = None
         if train.algorithm == "ppo" and train.value_network == "separate":
             self.value = self._engine(self._value_network(policy, reward_weights))
         # The auxiliary head starts fresh: SFT never trained it.
         policy.value.initialise(derive_seed(config.seed, "auxiliary head") >> 1)
+        if train.lora is not None:
+            train_adapter(policy, train.adapter, train.lora, config.seed)
         self.policy = self._engine(policy)
         self.shards = Shards(
             seed=config.seed,
@@ -70,9 +85,9 @@ class Learner:
         """One iteration: values and proximal logprobs, rewards, advantages, epochs.
 
         Raises:
-            TrainingError: a loss or gradient is not finite.
+            TrainingError: a loss or gradient is not finite, or other weights sampled.
         """
-        batch = experience(tables)
+        batch = experience(tables, self.train.adapter)
         proximal_NR, entropy, shared_NR = self._proximal(batch)
         values_NR = self._values(batch, shared_NR)
         rewards_NR, metrics = self._rewards(batch, proximal_NR)
@@ -244,13 +259,27 @@ class Learner:
     # ------------------------------------------------------------------ networks and state
 
     def _value_network(self, policy: PolicyNetwork, reward_weights: Path | None) -> ScalarNetwork:
-        """From the reward model; without one (functions, HTTP) from the supervised policy."""
+        """From the reward model; without one (functions, HTTP) from the supervised policy.
+
+        With LoRA its base is the policy's own, unless the reward model has whole weights.
+        """
+        lora, seed = self.train.lora, self.config.seed
         value = ScalarNetwork(self.config.model)
         if reward_weights is not None:
-            load_weights(value, reward_weights)
+            adapted = load_scalar(value, reward_weights, policy.palm, "value")
         else:
-            value.palm.load_state_dict(policy.palm.state_dict())
-            value.head.initialise(derive_seed(self.config.seed, "value head") >> 1)
+            adapted = None
+            value.head.initialise(derive_seed(seed, "value head") >> 1)
+            if lora is not None:
+                share_base(value.palm, policy.palm)
+            else:
+                value.palm.load_state_dict(policy.palm.state_dict())
+        if lora is not None and adapted is None:
+            train_adapter(value, "value", lora, seed)
+        elif lora is not None:
+            freeze_base(value.palm)
+        elif adapted is not None:
+            return _whole(value)
         return value
 
     def _engine(self, network: nn.Module) -> ZeroEngine:
@@ -268,12 +297,20 @@ class Learner:
 
     def publish(self) -> tuple[Publication, Payload]:
         """This rank's slice of the policy's decoder: facts and bytes."""
+        network = self.policy.network
+        assert isinstance(network, PolicyNetwork)
+        named = list(
+            adapter_tensors(network.palm, network.adapter)
+            if network.adapter
+            else network.palm.named_parameters()
+        )
         dtype = torch_dtype(self.config.rollout.precision)
-        return publish(self.policy, prefix="palm.", dtype=dtype)
+        return publish(self.policy, named, dtype=dtype, base=self.base)
 
     def state(self) -> dict[str, object]:
-        """What a resumed learner needs beside the engines: the KL controller."""
-        return self.kl.state_dict()
+        """What a resumed learner needs beside the engines: the KL controller, and which base the
+        adapters belong to."""
+        return {**self.kl.state_dict(), "base": self.base}
 
     def save(self, folder: Path) -> None:
         """Write both engines (a collective) and the memory."""
@@ -284,9 +321,26 @@ class Learner:
             self.memory.save(folder / "memory.parquet")
 
     def load(self, folder: Path, state: dict[str, object]) -> None:
-        """Read what `save` and `state` gave (a collective)."""
+        """Read what `save` and `state` gave (a collective).
+
+        Raises:
+            CheckpointError: of another shape, or adapters of another base.
+        """
+        if state.get("base", "") != self.base:
+            raise CheckpointError(
+                f"{folder}: its adapters were trained on base {state.get('base') or 'none'}, and "
+                f"the supervised policy is {self.base or 'trained as a whole'}; put back the "
+                "weights that they were trained on"
+            )
         saved.load(self.policy, folder / "policy")
         if self.value is not None:
             saved.load(self.value, folder / "value")
         self.memory = AuxiliaryMemory.load(folder / "memory.parquet")
         self.kl.load_state_dict(state)
+
+
+def _whole(network: ScalarNetwork) -> ScalarNetwork:
+    """The same network with its adapter in its weights."""
+    made = ScalarNetwork(network.palm.config)
+    made.load_state_dict(merged_state(network, network.adapter))
+    return made

@@ -56,7 +56,11 @@ def read_log(run_dir: Path, iteration: int) -> tuple[pa.Table, RunConfig]:
         config = RunConfig.model_validate(note["config"])
         if note["iteration"] != iteration:
             raise DataError(f"{path}: is the log of iteration {note['iteration']}")
-        return table.replace_schema_metadata(None).cast(SCHEMAS[ScoredTrajectory]), config
+        schema, table = SCHEMAS[ScoredTrajectory], table.replace_schema_metadata(None)
+        if "adapter" not in table.column_names:  # of a version that trained whole weights only
+            at = schema.get_field_index("adapter")
+            table = table.add_column(at, schema.field(at), pa.repeat("", len(table)))
+        return table.cast(schema), config
     except FileNotFoundError:
         raise DataError(f"{path}: no such trajectory log; the run cannot be replayed") from None
     except (OSError, KeyError, ValueError) as error:

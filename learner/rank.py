@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from common.adapter_files import adapter_of, export_merged
 from common.config import RunConfig
 from common.errors import StorageError
 from common.files import one_line
@@ -133,17 +134,19 @@ class LearnerRank:
         self._train.load(Path(folder), state)
 
     def export_policy(self, folder: str) -> str:
-        """Write ``policy.safetensors`` and ``model.json``; returns the weights' hash."""
-        state = self._train.policy.full_state()
+        """Write ``policy.safetensors``, ``model.json`` and, of adapters, ``adapter/``; returns the
+        hash of what was trained."""
+        state = self._train.policy.full_state(frozen=self._train.config.train.lora is None)
         if self.rank == 0:
-            target = Path(folder)
+            target, config = Path(folder), self._train.config
             target.mkdir(parents=True, exist_ok=True)
-            config = self._train.config
-            save_weights(
-                state,
-                target / "policy.safetensors",
-                {"model": config.model.model_dump_json()},
-            )
+            if config.train.lora is not None:
+                name, lora = config.train.adapter, config.train.lora
+                adapter = adapter_of(state, name, lora, self._train.base)
+                export_merged(adapter, state, self._train.start, target, config.model)
+            else:
+                metadata = {"model": config.model.model_dump_json()}
+                save_weights(state, target / "policy.safetensors", metadata)
             (target / "model.json").write_text(
                 json.dumps(config.model.model_dump(), indent=1), encoding="utf8"
             )

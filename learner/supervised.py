@@ -17,10 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.adapter_files import adapter_of, export_merged, save_adapter
 from common.batching import sequence_batch
 from common.config import RunConfig
 from common.data import ShuffledIndex
+from common.lora import base_fingerprint, train_adapter
 from common.metrics import Metrics, mean, require_finite
+from common.model_config import LoraConfig
 from common.palm import PolicyNetwork, ScalarNetwork
 from common.trajectory import derive_seed
 from common.weights import load_weights, save_weights
@@ -130,6 +133,9 @@ class SftStage:
         settings = config.sft
         network = PolicyNetwork(config.model)
         network.initialise(derive_seed(config.seed, "policy") >> 1)
+        if settings.start is not None:
+            load_weights(network, Path(settings.start))
+        self._base = _adapt(network, "sft", settings.lora, config.seed)
         self.engine = ZeroEngine(
             network,
             zero_stage=config.learner.zero_stage,
@@ -188,8 +194,15 @@ class SftStage:
         return {"heldout_loss": mean(nll, count)}
 
     def export(self, folder: Path) -> None:
-        """Write ``policy.safetensors`` (a collective)."""
-        _export(self.engine, folder / "policy.safetensors", self.config)
+        """Write ``policy.safetensors``; of adapters also ``adapter/`` (a collective)."""
+        if self.config.sft.lora is None:
+            _export(self.engine, folder / "policy.safetensors", self.config)
+            return
+        trained = self.engine.full_state(frozen=False)
+        if rank() == 0:
+            start = Path(self.config.sft.start or "")
+            adapter = adapter_of(trained, "sft", self.config.sft.lora, self._base)
+            export_merged(adapter, trained, start, folder, self.config.model)
 
     def _target_count(self, rows: Sequence[Sequence[int]]) -> float:
         return float(sum(len(self._pairs[i].response) for row in rows for i in row))
@@ -256,6 +269,7 @@ class RewardStage:
         load_weights(policy, sft)
         network.palm.load_state_dict(policy.palm.state_dict())
         network.head.initialise(self.seed)
+        self._base = _adapt(network, "reward", settings.lora, self.seed)
         self.engine = ZeroEngine(
             network,
             zero_stage=config.learner.zero_stage,
@@ -336,8 +350,17 @@ class RewardStage:
         return {"reference_mean": mean(before, 1)}
 
     def export(self, folder: Path) -> None:
-        """Write ``reward.safetensors`` (a collective)."""
-        _export(self.engine, folder / "reward.safetensors", self.config)
+        """Write ``reward.safetensors``: all weights, or adapter and head (a collective)."""
+        path, settings = folder / "reward.safetensors", self.config.reward_model.lora
+        if settings is None:
+            _export(self.engine, path, self.config)
+            return
+        trained = self.engine.full_state(frozen=False)
+        if rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            head = {name: tensor for name, tensor in trained.items() if name.startswith("head.")}
+            adapter = adapter_of(trained, "reward", settings, self._base)
+            save_adapter(adapter, head, path, self.config.model)
 
     def _scores(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
         """Scores ``[B]`` at each last response token, before any padding."""
@@ -372,6 +395,17 @@ class RewardStage:
             rank=rank(),
             budget=self.config.learner.micro_batch_tokens,
         )
+
+
+def _adapt(
+    network: PolicyNetwork | ScalarNetwork, name: str, settings: LoraConfig | None, seed: int
+) -> str:
+    """Train adapters where they are asked for; the base's fingerprint."""
+    if settings is None:
+        return ""
+    base = base_fingerprint(network.state_dict())
+    train_adapter(network, name, settings, seed)
+    return base
 
 
 def _export(engine: ZeroEngine, path: Path, config: RunConfig) -> None:

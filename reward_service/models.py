@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from common.adapter_files import load_scalar
 from common.batching import SequenceBatch, micro_batches, sequence_batch
 from common.logprobs import Sampling, chosen_reader
 from common.model_config import ModelConfig
-from common.palm import PolicyNetwork, ScalarNetwork
+from common.palm import PaLM, PolicyNetwork, ScalarNetwork
 from common.trajectory import Rollout
 from common.weights import load_weights
 
@@ -20,9 +21,10 @@ from common.weights import load_weights
 class RewardModel:
     """One number per response, read at its last token (EOS included), before any padding."""
 
-    def __init__(self, config: ModelConfig, weights: Path) -> None:
+    def __init__(self, config: ModelConfig, weights: Path, base: PaLM) -> None:
+        """One that was trained as an adapter shares `base`, the supervised policy, in memory."""
         self.network = ScalarNetwork(config)
-        load_weights(self.network, weights)
+        load_scalar(self.network, weights, base, "reward")
         _freeze(self.network)
 
     def __call__(self, batch: SequenceBatch) -> Tensor:

@@ -70,7 +70,8 @@ class RewardWorker:
             if component.kind == "model":
                 if reward_model is None:
                     raise ValueError(f"component '{name}' needs a trained reward model")
-                self.reward_model = RewardModel(model, Path(reward_model))
+                base = self.reference.network.palm
+                self.reward_model = RewardModel(model, Path(reward_model), base)
             else:
                 self.scorers[name] = _scorer(component)
 

@@ -15,7 +15,15 @@ from common.config import RunConfig
 from common.data import Prompt, write_jsonl
 from common.recipe import save_config
 from deploy import stages
-from deploy.evaluate import Sampled, best_of, compare, policy_weights, sample, sample_scored
+from deploy.evaluate import (
+    Sampled,
+    best_of,
+    compare,
+    policy_weights,
+    sample,
+    sample_both,
+    sample_scored,
+)
 from deploy.placement import reward_pool, rollout_pool
 from deploy.pool import Pool
 from deploy.quickstart import task as quickstart_task
@@ -41,7 +49,9 @@ def run_quickstart(session: Session) -> dict[str, Any]:
     with session.stage("sft", "trained the supervised policy"):
         sft = stages.run_sft(session, config)
     console.print(f"  held-out loss {sft['heldout_loss']:.3f} nats per token")
-    rollout = session.keep(rollout_pool(config, config.name, session.tokenizer_path))
+    rollout = session.keep(
+        rollout_pool(config, config.name, session.tokenizer_path, session.sft_weights)
+    )
     with session.stage("comparisons", "sampled and labelled comparisons"):
         count, ties = _make_comparisons(session, config, task, rollout)
     console.print(f"  {count} comparisons, {ties} ties left out")
@@ -82,10 +92,9 @@ def evaluate_run(
 ) -> dict[str, float]:
     """SFT against policy on held-out signatures; writes samples.jsonl."""
     pairs, prompts = encoded_prompts(session, config, task.held_out[: config.evaluate.prompts])
-    sft = policy_weights(config, session.sft_weights, 1_000_000)
-    policy = policy_weights(config, session.policy_weights, 1_000_001)
-    before = sample_scored(config, sft, prompts, *pools, label="eval")
-    after = sample_scored(config, policy, prompts, *pools, label="eval")
+    before, after = sample_both(
+        config, session.sft_weights, session.policy_weights, prompts, *pools, label="eval"
+    )
     found = compare(
         [p.text for p in prompts],
         before,
@@ -94,6 +103,7 @@ def evaluate_run(
     )
     named = {"sft": _lines(before.responses), "policy": _lines(after.responses)}
     if config.evaluate.best_of:
+        sft = policy_weights(config, session.sft_weights, 0)
         many = sample_scored(
             config, sft, prompts, *pools, label="best", samples=config.evaluate.best_of
         )

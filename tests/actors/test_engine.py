@@ -13,9 +13,11 @@ from actors.engine import Engine, Generated, Stops
 from actors.prompts import EncodedPrompt, evaluation_requests
 from common.batching import sequence_batch
 from common.logprobs import Sampling, chosen_logprobs
+from common.lora import OFF
 from common.model_config import ModelConfig
 from common.palm import PaLM
 from common.trajectory import RolloutRequest
+from tests.actors.adapters import carry
 
 SHAPE = ModelConfig(vocab_size=53, dim=32, layers=2, heads=4, head_dim=8, context=64)
 EOS = 1
@@ -27,7 +29,9 @@ def palm(xpos: bool = False) -> PaLM:
     return made.eval().requires_grad_(False)
 
 
-def requests(lengths: list[int], seed: int = 0, copies: int = 1) -> list[RolloutRequest]:
+def requests(
+    lengths: list[int], seed: int = 0, copies: int = 1, adapters: Sequence[str] = (OFF,)
+) -> list[RolloutRequest]:
     generator = torch.Generator().manual_seed(seed)
     prompts = [
         EncodedPrompt(
@@ -35,7 +39,7 @@ def requests(lengths: list[int], seed: int = 0, copies: int = 1) -> list[Rollout
         )
         for i, n in enumerate(lengths)
     ]
-    return evaluation_requests(prompts, seed=seed, label="t", samples=copies)
+    return evaluation_requests(prompts, seed=seed, label="t", samples=copies, adapters=adapters)
 
 
 def engine(sampling: Sampling, max_tokens: int = 10, xpos: bool = False, **more: Any) -> Engine:
@@ -51,7 +55,16 @@ def letters(tokens: Sequence[int]) -> str:
     return "".join(chr(95 + token) for token in tokens if token > 1)
 
 
-@settings(max_examples=80, deadline=None)
+SERVED: dict[str, tuple[str | None, tuple[str, ...]]] = {
+    "off": (OFF, (OFF,)),
+    "merged": ("one", ("one",)),
+    "unmerged": (None, ("one",)),
+    "mixed": (None, (OFF, "one", "two")),
+}
+"""What an engine merges, and what its requests name."""
+
+
+@settings(max_examples=160, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=9),
     copies=st.integers(1, 3),
@@ -63,7 +76,9 @@ def letters(tokens: Sequence[int]) -> str:
     xpos=st.booleans(),
     slots=st.integers(1, 12),
     prefill_tokens=st.sampled_from([1, 5, 16, 1024]),
-    kernels=st.sampled_from(["native", "torch"]),
+    kernels_served=st.sampled_from(
+        [("native", "off"), ("native", "merged"), *(("torch", served) for served in SERVED)]
+    ),
     seed=st.integers(0, 2**20),
 )
 def test_behavior_logprobs_are_those_of_an_uncached_forward(
@@ -77,10 +92,12 @@ def test_behavior_logprobs_are_those_of_an_uncached_forward(
     xpos: bool,
     slots: int,
     prefill_tokens: int,
-    kernels: str,
+    kernels_served: tuple[str, str],
     seed: int,
 ) -> None:
     """Invariant I1: the ratio of the first minibatch is 1 within 1e-4."""
+    kernels, served = kernels_served
+    merged, adapters = SERVED[served]
     sampling = Sampling(
         temperature=temperature,
         top_p=top_p,
@@ -89,13 +106,23 @@ def test_behavior_logprobs_are_those_of_an_uncached_forward(
         min_tokens=min_tokens,
         endings=(EOS,),
     )
-    asked = requests(lengths, seed, copies)
-    made = engine(sampling, xpos=xpos, slots=slots, prefill_tokens=prefill_tokens, kernels=kernels)
+    asked = requests(lengths, seed, copies, adapters)
+    made = Engine(
+        carry(palm(xpos), "one", "two"),
+        eos_id=EOS,
+        sampling=sampling,
+        max_tokens=10,
+        slots=slots,
+        prefill_tokens=prefill_tokens,
+        kernels=kernels,  # type: ignore[arg-type]
+        merged=merged,
+    )
     found = made.generate(asked)
     batch = sequence_batch([r.prompt_ids for r in asked], [g.response_ids for g in found])
-    logits = made.palm(batch.tokens_BT)
+    hidden = made.palm.hidden(batch.tokens_BT, adapter=[r.adapter for r in asked])
     index = batch.predict_BR[..., None].expand(-1, -1, 53)
-    now = chosen_logprobs(logits.gather(1, index), batch.response_BR, sampling)
+    logits = made.palm.logits(hidden).gather(1, index)
+    now = chosen_logprobs(logits, batch.response_BR, sampling)
     for row, generated in enumerate(found):
         then = torch.tensor(generated.logprobs)
         ratio = (now[row, : len(then)] - then).exp()
@@ -162,9 +189,9 @@ def test_samples_of_one_prompt_prefill_it_once(monkeypatch: pytest.MonkeyPatch) 
     seen: list[int] = []
     forward = made.decoder.forward
 
-    def spy(newest: Any, positions: Any, chunks: Any, copies: Any) -> Any:
+    def spy(newest: Any, positions: Any, chunks: Any, *more: Any) -> Any:
         seen.append(len(newest) + sum(len(chunk.tokens) for chunk in chunks))
-        return forward(newest, positions, chunks, copies)
+        return forward(newest, positions, chunks, *more)
 
     monkeypatch.setattr(made.decoder, "forward", spy)
     made.generate(requests([30], copies=5))

@@ -40,6 +40,11 @@ N_VALUES = (1, 2, 4, 8, 16)
 KL_COEFS = (0.4, 0.2, 0.05, 0.025)
 """Beside the recipe's own."""
 COMPARISONS = (450, 900, 1800, 3600, 7200)
+FULL_LRS, BEST_FULL_LR = (1.6e-3,), 1.6e-3
+"""Beside the recipe's own, 8e-4."""
+LORA_LRS = (8e-4, 1.6e-3, 6.4e-3)
+LORA_RANK, LORA_LR = 8, 3.2e-3
+LORA_RANKS = (1, LORA_RANK, 64)
 BASE_FILES = ("tokenizer.json", "sft", "reward_model", "data")
 
 console = Console()
@@ -69,7 +74,22 @@ def variations() -> list[Variation]:
     ]
     pushed = ("train.ppg=null", "train.kl_coef=0", "train.iterations=60", "train.lr=1.5e-3")
     found.append(Variation("pushed", 0, pushed))
-    return found + [Variation(f"{k}-s{s}", s, o) for s in SEEDS for k, o in kinds.items()]
+    kinds |= {f"lora-r{rank}": lora(rank, LORA_LR) for rank in LORA_RANKS}
+    kinds["full-best"] = rates(BEST_FULL_LR)
+    found += [Variation(f"{k}-s{s}", s, o) for s in SEEDS for k, o in kinds.items()]
+    found += [Variation(f"full-lr-{lr}", 0, rates(lr)) for lr in FULL_LRS]
+    found += [Variation(f"lora-lr-{lr}", 0, lora(LORA_RANK, lr)) for lr in LORA_LRS]
+    return found
+
+
+def rates(lr: float) -> tuple[str, ...]:
+    """All three learning rates, in the proportion that the recipe has them in."""
+    return (f"train.lr={lr}", f"train.value_lr={1.25 * lr}", f"train.ppg.lr={0.375 * lr}")
+
+
+def lora(rank: int, lr: float) -> tuple[str, ...]:
+    """Adapters on policy and value network."""
+    return (f"train.lora={{rank: {rank}, alpha: {2 * rank}}}", *rates(lr))
 
 
 def quickstart(out: Path, seed: int, *overrides: str, name: str = "") -> None:

@@ -17,11 +17,21 @@ from statistics import fmean, stdev
 from typing import Any
 
 from deploy.statistics import best_of_n_kl
-from tests.benchmarks.experiments import KL_COEFS, SEEDS
+from tests.benchmarks.experiments import (
+    BEST_FULL_LR,
+    FULL_LRS,
+    KL_COEFS,
+    LORA_LR,
+    LORA_LRS,
+    LORA_RANK,
+    LORA_RANKS,
+    SEEDS,
+)
 
 Summary = dict[str, Any]
 RECIPE_KL = 0.1
 """The recipe's kl_coef; its run without PPG is `ppo-s0`."""
+RECIPE_LR = 8e-4
 T_975 = {2: 12.706, 3: 4.303}
 """Student's t at 97.5 % by the number of seeds."""
 
@@ -139,6 +149,30 @@ def pairwise_kind(out: Path, rows: Sequence[tuple[str, str]]) -> list[str]:
     return comparison(out, [(title, of_seeds(kind), "policy") for title, kind in rows])
 
 
+def adapters(out: Path) -> list[str]:
+    """LoRA against full fine-tuning from the same base."""
+    kinds = [
+        (f"all weights, lr {RECIPE_LR:g} (the recipe)", "quickstart"),
+        (f"all weights, lr {BEST_FULL_LR:g}", "full-best"),
+    ]
+    kinds += [(f"LoRA, rank {rank}, lr {LORA_LR:g}", f"lora-r{rank}") for rank in LORA_RANKS]
+    rows = [("supervised policy", of_seeds("quickstart"), "sft")]
+    rows += [(title, of_seeds(kind), "policy") for title, kind in kinds]
+    return comparison(out, rows)
+
+
+def learning_rates(out: Path) -> list[str]:
+    """What both kinds make of their learning rates, on seed 0."""
+    full = {**{lr: f"full-lr-{lr}" for lr in FULL_LRS}, RECIPE_LR: "quickstart-s0"}
+    lora = {**{lr: f"lora-lr-{lr}" for lr in LORA_LRS}, LORA_LR: f"lora-r{LORA_RANK}-s0"}
+    rows = [
+        (f"{kind}, lr {lr:g}", [runs[lr]], "policy")
+        for kind, runs in (("all weights", full), (f"LoRA, rank {LORA_RANK}", lora))
+        for lr in sorted(runs)
+    ]
+    return comparison(out, rows)
+
+
 def kl_coefficients(out: Path) -> list[str]:
     """kl_coef against KL at the end."""
     runs = {**{c: f"kl-{c}" for c in KL_COEFS}, RECIPE_KL: "ppo-s0"}
@@ -210,6 +244,8 @@ def fill(template: str, out: Path) -> str:
         "value-network": lambda: pairwise_kind(
             out, [("separate", "quickstart"), ("shared", "shared-value")]
         ),
+        "lora": lambda: adapters(out),
+        "lora-rates": lambda: learning_rates(out),
         "kl": lambda: kl_coefficients(out),
         "best-of-n": lambda: best_of_n(out),
         "reward-data": lambda: reward_data(out),

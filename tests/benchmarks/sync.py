@@ -43,7 +43,7 @@ class Receiver:
     """A rollout actor without its engine."""
 
     def __init__(self, tensors: int) -> None:
-        self.buffer = FlatBuffer(module(tensors), torch.float32)
+        self.buffer = FlatBuffer(module(tensors).named_parameters(), torch.float32)
         self.plain = np.ones(BYTES, dtype=np.uint8)
         self.memory: SharedMemory | None = None  # mapped once, as the object store is
 

@@ -119,6 +119,7 @@ def plans() -> list[Plan]:
         *("node killed", "disk full", "checkpoint corrupted", "learner rank hangs"),
         *("node killed", "disk full", "checkpoint corrupted"),
     ]
+    adapted = [*POINTS, "rollout actor killed", "slice of weights corrupted"]
     everything = [
         *("rollout actor killed", "learner rank killed", "reward worker killed"),
         *("controller killed", "learner rank killed in an auxiliary phase", "driver killed"),
@@ -131,6 +132,7 @@ def plans() -> list[Plan]:
             Plan(f"ZeRO {stage}", POINTS, {"learner": {"zero_stage": stage}}, 40)
             for stage in (1, 2, 3)
         ),
+        Plan("LoRA", adapted, {"train": {"lora": {"rank": 4}}, "learner": {"zero_stage": 3}}, 60),
     ]
 
 

@@ -179,5 +179,5 @@ def test_parity_with_palm_rlhf_pytorch() -> None:
 
 
 def test_foreign_weights_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="finetune_modules"):
-        from_palm_rlhf({"finetune_modules.default.0.0.A": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=r"layers\.0\.fn\.conv"):
+        from_palm_rlhf({"layers.0.fn.conv.weight": torch.zeros(1)})

@@ -40,6 +40,7 @@ def trajectories(draw: st.DrawFn) -> ScoredTrajectory:
         prompt_text=draw(st.text(max_size=5)),
         prompt_ids=draw(IDS),
         seed=draw(st.integers(0, 2**64 - 1)),
+        adapter=draw(st.sampled_from(["", "policy"])),
         response_ids=response,
         response_text=draw(st.text(max_size=5)),
         behavior_logprobs=draw(numbers),
@@ -72,8 +73,15 @@ def test_lists_that_disagree_are_refused(row: ScoredTrajectory) -> None:
 
 def test_a_table_of_another_kind_is_refused() -> None:
     request = RolloutRequest(
-        rollout_id="a", group=0, prompt_uid="u", prompt_text="t", prompt_ids=[1], seed=1
+        rollout_id="a",
+        group=0,
+        prompt_uid="u",
+        prompt_text="t",
+        prompt_ids=[1],
+        seed=1,
+        adapter="x",
     )
+    assert from_table(to_table([request], RolloutRequest), RolloutRequest) == [request]
     with pytest.raises(ValueError, match="not a table of Rollout"):
         from_table(to_table([request], RolloutRequest), Rollout)
     made = extend(
@@ -87,7 +95,7 @@ def test_a_table_of_another_kind_is_refused() -> None:
         weights_fingerprint="",
         actor_id="",
     )
-    assert made.prompt_ids == request.prompt_ids
+    assert (made.prompt_ids, made.adapter) == (request.prompt_ids, "x")
 
 
 def test_seeds_are_functions_of_their_parts_and_of_where_parts_end() -> None:

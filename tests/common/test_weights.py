@@ -53,7 +53,7 @@ def in_slices(network: PaLM, ranks: int) -> tuple[Manifest, list[list[np.ndarray
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_slices_of_any_number_of_ranks_arrive(ranks: int) -> None:
     sender, receiver = palm(1), palm(2)
-    buffer = FlatBuffer(receiver, torch.float32)
+    buffer = FlatBuffer(receiver.named_parameters(), torch.float32)
     manifest, payloads = in_slices(sender, ranks)
     assert buffer.load(manifest, payloads) == manifest.fingerprint
     assert state_hash(receiver.state_dict()) == state_hash(sender.state_dict())
@@ -67,22 +67,24 @@ def test_one_flipped_bit_is_found(position: int, bit: int) -> None:
     where = position % payloads[1][1].nbytes
     payloads[1][1][where] ^= np.uint8(1 << bit)
     with pytest.raises(TrainingError, match=r"version 7.*rank 1 arrived corrupted"):
-        FlatBuffer(palm(2), torch.float32).load(manifest, payloads)
+        FlatBuffer(palm(2).named_parameters(), torch.float32).load(manifest, payloads)
 
 
 def test_what_does_not_fit_is_refused() -> None:
     manifest, payloads = in_slices(palm(1), 2)
     wide = dataclasses.replace(manifest, layout="other")
     with pytest.raises(TrainingError, match="another architecture"):
-        FlatBuffer(palm(2), torch.float32).load(wide, payloads)
+        FlatBuffer(palm(2).named_parameters(), torch.float32).load(wide, payloads)
     with pytest.raises(TrainingError, match="does not fit"):
-        FlatBuffer(palm(2), torch.float32).load(manifest, [payloads[0], payloads[1][:1]])
+        FlatBuffer(palm(2).named_parameters(), torch.float32).load(
+            manifest, [payloads[0], payloads[1][:1]]
+        )
     short = dataclasses.replace(manifest, slices=manifest.slices[:1])
     with pytest.raises(TrainingError, match="incomplete"):
-        FlatBuffer(palm(2), torch.float32).load(short, payloads[:1])
+        FlatBuffer(palm(2).named_parameters(), torch.float32).load(short, payloads[:1])
     other = ModelConfig(**{**SHAPE.model_dump(), "layers": 2})
     with pytest.raises(TrainingError, match="another architecture"):
-        FlatBuffer(palm(2, other), torch.float32).load(manifest, payloads)
+        FlatBuffer(palm(2, other).named_parameters(), torch.float32).load(manifest, payloads)
 
 
 @given(st.integers(0, 1000), st.integers(1, 9))

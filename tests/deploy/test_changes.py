@@ -30,6 +30,7 @@ def changed(*overrides: str, trained: int = 3) -> dict[str, str]:
         ("train.algorithm=reinforce_pp", "fixed"),
         ("train.prompts_per_iteration=512", "fixed"),
         ("train.max_staleness=1", "fixed"),
+        ("rollout.lora=unmerged", "rounding"),
         ("rollout.temperature=0.5", "fixed"),
         ("rollout.lease_size=32", "fixed"),
     ],

@@ -42,7 +42,7 @@ def at_work(
         prompts_of(config),
         LearnerGang(config, "scale-tests", start=False),
         (
-            rollout_pool(config, "scale-tests", tokenizer, start=False),
+            rollout_pool(config, "scale-tests", tokenizer, sft, start=False),
             reward_pool(config, "scale-tests", tokenizer, sft, reward, start=False),
         ),
         None,

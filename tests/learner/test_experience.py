@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.errors import TrainingError
 from common.trajectory import ScoredTrajectory, to_table
 from learner.experience import Sequences, deal, experience
 from learner.memory import AuxiliaryMemory
@@ -49,6 +51,12 @@ def test_rows_are_in_rollout_order_whoever_came_first() -> None:
     assert batch.behavior_NR[3].tolist() == [-1.5] * 4
     assert batch.sequences.lengths == [3, 4, 5, 6]
     assert batch.versions == (3, 3, 3, 3)
+
+
+def test_what_other_weights_sampled_is_not_trained_on() -> None:
+    table = to_table([trajectory(0, [7])], ScoredTrajectory)
+    with pytest.raises(TrainingError, match="000000-000000 was sampled from adapter ''"):
+        experience([table], "policy")
 
 
 @given(LENGTHS, st.integers(1, 4), st.integers(10, 200))

@@ -34,7 +34,7 @@ def gangs(workspace: RunConfig, cluster: None) -> Iterator[dict[int, LearnerGang
         gang.stop()
 
 
-def trajectories(rows: int = 24, seed: int = 0) -> list[pa.Table]:
+def trajectories(rows: int = 24, seed: int = 0, adapter: str = "") -> list[pa.Table]:
     """Scored trajectories of uneven lengths, in two tables."""
     rng = np.random.default_rng(seed)
     made = []
@@ -49,6 +49,7 @@ def trajectories(rows: int = 24, seed: int = 0) -> list[pa.Table]:
                 prompt_text="",
                 prompt_ids=rng.integers(2, 290, rng.integers(1, 20)).tolist(),
                 seed=i,
+                adapter=adapter,
                 response_ids=rng.integers(2, 290, length).tolist(),
                 response_text="",
                 behavior_logprobs=logprobs.tolist(),

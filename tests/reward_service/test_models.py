@@ -53,7 +53,8 @@ def folder(
 
 @pytest.fixture(scope="module")
 def reward_model(folder: Path) -> RewardModel:
-    return RewardModel(CONFIG, folder / "reward.safetensors")
+    base = PolicyNetwork(CONFIG).palm
+    return RewardModel(CONFIG, folder / "reward.safetensors", base)
 
 
 def reference(folder: Path, sampling: Sampling | None = None) -> ReferencePolicy:
@@ -194,6 +195,6 @@ def test_frozen_models_have_nothing_to_train(folder: Path, reward_model: RewardM
 
 def test_weights_of_another_network_are_refused(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"policy\.safetensors"):
-        RewardModel(CONFIG, folder / "policy.safetensors")
+        RewardModel(CONFIG, folder / "policy.safetensors", PolicyNetwork(CONFIG).palm)
     with pytest.raises(CheckpointError, match=r"nowhere\.safetensors"):
         ReferencePolicy(CONFIG, folder / "nowhere.safetensors", Sampling())

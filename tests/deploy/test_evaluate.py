@@ -1,0 +1,109 @@
+"""Evaluation of base and adapter side by side gives what one after the other does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from actors.prompts import EncodedPrompt
+from common.adapter_files import adapter_of, export_merged
+from common.config import RunConfig
+from common.lora import OFF, base_fingerprint
+from common.palm import PolicyNetwork
+from common.tokenizer import Tokenizer
+from common.weights import load_weights
+from deploy.evaluate import Sampled, compare, policy_weights, sample_both, sample_scored
+from deploy.placement import reward_pool, rollout_pool
+from deploy.pool import Pool
+from deploy.stages import read_encoded_prompts
+from tests.actors.adapters import SETTINGS, carry
+from tests.conftest import run_copy
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+@pytest.fixture(scope="module")
+def trained(workspace: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run whose policy is an adapter on its supervised one."""
+    lora = SETTINGS["policy"]
+    config = run_copy(workspace, tmp_path_factory.mktemp("trained"), train={"lora": lora})
+    network = PolicyNetwork(config.model)
+    load_weights(network, sft(config))
+    base = base_fingerprint(network.state_dict())
+    carry(network.palm, "policy")
+    state = network.state_dict()
+    adapter = adapter_of(state, "policy", lora, base)
+    export_merged(adapter, state, sft(config), policy(config).parent, config.model)
+    return config
+
+
+def sft(config: RunConfig) -> Path:
+    return config.run_dir / "sft" / "policy.safetensors"
+
+
+def policy(config: RunConfig) -> Path:
+    return config.run_dir / "policy" / "policy.safetensors"
+
+
+@pytest.fixture(scope="module")
+def pools(trained: RunConfig, cluster: None) -> Iterator[tuple[Pool, Pool]]:
+    folder = trained.run_dir
+    reward = folder / "reward_model" / "reward.safetensors"
+    made = (
+        rollout_pool(trained, "evaluated", folder / "tokenizer.json", sft(trained)),
+        reward_pool(trained, "evaluated", folder / "tokenizer.json", sft(trained), reward),
+    )
+    yield made
+    for pool in made:
+        pool.stop()
+
+
+@pytest.fixture(scope="module")
+def prompts(trained: RunConfig) -> list[EncodedPrompt]:
+    tokenizer = Tokenizer.load(trained.run_dir / "tokenizer.json")
+    return read_encoded_prompts(trained.data.prompts, tokenizer, trained)[0][:25]
+
+
+@pytest.mark.parametrize("kernels", ["auto", "native"])
+def test_side_by_side_equals_one_after_the_other(
+    trained: RunConfig, pools: tuple[Pool, Pool], prompts: list[EncodedPrompt], kernels: str
+) -> None:
+    """With native kernels the policies do take turns; the seeds are the same."""
+    turns = [
+        sample_scored(trained, policy_weights(trained, path, 0), prompts, *pools, label="eval")
+        for path in (sft(trained), policy(trained))
+    ]
+    rollout = trained.rollout.model_copy(update={"kernels": kernels})
+    config = trained.model_copy(update={"rollout": rollout})
+    both = sample_both(config, sft(config), policy(config), prompts, *pools, label="eval")
+    for found, expected in zip(both, turns, strict=True):
+        assert len(found.responses) == 25
+        assert found.responses == expected.responses
+        for name in ("scores", "kl", "nll", "lengths"):
+            assert getattr(found, name) == pytest.approx(getattr(expected, name), abs=1e-4), name
+    assert both[0].kl == pytest.approx([0.0] * 25, abs=1e-4), "the base is the reference"
+    assert both[0].responses != both[1].responses
+    texts = [prompt.text for prompt in prompts]
+    assert compare(texts, *both, None) == pytest.approx(compare(texts, *turns, None), abs=1e-4)
+
+
+def test_whole_weights_take_turns(
+    workspace: RunConfig,
+    trained: RunConfig,
+    pools: tuple[Pool, Pool],
+    prompts: list[EncodedPrompt],
+) -> None:
+    folder = workspace.run_dir
+    rollout = rollout_pool(workspace, "whole", folder / "tokenizer.json", sft(workspace))
+    before, after = sample_both(
+        workspace, sft(workspace), policy(trained), prompts, rollout, pools[1], label="eval"
+    )
+    rollout.stop()
+    adapters: tuple[Sampled, Sampled] = sample_both(
+        trained, sft(trained), policy(trained), prompts, *pools, label="eval"
+    )
+    assert workspace.train.adapter == OFF
+    assert before.responses == adapters[0].responses
+    assert after.responses == adapters[1].responses, "the exported policy is the adapter, merged"
