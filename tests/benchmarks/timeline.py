@@ -76,7 +76,7 @@ def seconds(folder: Path, staleness: int) -> dict[str, float]:
     start_ray(2**30)
     gang = LearnerGang(config, config.name)
     pools = (
-        rollout_pool(config, config.name, config.run_dir / "tokenizer.json"),
+        rollout_pool(config, config.name, config.run_dir / "tokenizer.json", paths[0]),
         reward_pool(config, config.name, config.run_dir / "tokenizer.json", *paths),
     )
     Controller(config, prompts, gang, *pools).run()
