@@ -34,8 +34,6 @@ OFF = ""
 Selection = str | Sequence[str]
 """An adapter's name, or one for each row of the batch."""
 
-_NAME = re.compile(r"lora_([a-z0-9]+)_(A|B_([a-z_]+))")
-
 
 class Adapted(nn.Linear):
     """A projection without bias, and the adapters on its segments.

@@ -1,4 +1,4 @@
-"""Publishing: each rank hashes its share of the policy and hands it out."""
+"""Publishing: each rank hashes its share of the policy and hands it out as it lies."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import groupby
 
-import numpy as np
 import torch
 
-from common.hashing import Bytes, hasher
-from common.weights import Payload, Slice, layout_hash, slice_bounds
+from common.hashing import Bytes
+from common.weights import Payload, Slice, digest, layout_hash, slice_bounds
 from learner.engine import ZeroEngine, rank, world_size
 
 
@@ -26,9 +24,6 @@ class Publication:
     layout: str
     """Hash of names, shapes and dtype."""
 
-
-_SMALL = 2**20
-"""Bytes of a part that is not sent as it lies."""
 
 Named = Sequence[tuple[str, torch.Tensor]]
 Gathered = Callable[[list[torch.Tensor]], AbstractContextManager[None]]
@@ -65,8 +60,8 @@ def slice_of(
 ) -> tuple[Publication, Payload]:
     """A rank's share of all parameters in order of their names, hashed.
 
-    The bytes of large parameters are their own where those are on the processor and in `dtype`:
-    they are to be sent before the next optimizer step.
+    The bytes are the parameters' own where those are on the processor and in `dtype`: they are to
+    be sent before the next optimizer step.
     """
     named = sorted(named, key=lambda pair: pair[0])
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named}
@@ -84,37 +79,14 @@ def slice_of(
                 mine = mine.to("cpu", dtype, copy=gathered is not None)
                 parts.append(mine.contiguous().view(torch.uint8).numpy())
         offset += sizes[name]
-    parts, found = _laid_out(parts)
     made = Publication(
         piece=Slice(
             rank=rank,
             offset=first * dtype.itemsize,
             length=sum(part.nbytes for part in parts),
-            digest=found,
+            digest=digest(parts),
         ),
         total=total * dtype.itemsize,
         layout=layout_hash(shapes, dtype, base),
     )
     return made, parts
-
-
-def _laid_out(parts: Sequence[Bytes]) -> tuple[list[Bytes], str]:
-    """The same bytes with small parts laid together, and the hash of all.
-
-    The object store copies large buffers with several threads and small ones with one, and every
-    buffer costs its sender and its receivers some microseconds.
-    """
-    held, out = hasher(), list[Bytes]()
-    for small, run in groupby(parts, key=lambda part: part.nbytes < _SMALL):
-        some = list(run)
-        if not small or len(some) == 1:
-            for part in some:
-                held.update(part)
-            out += some
-            continue
-        together, at = np.empty(sum(part.nbytes for part in some), dtype=np.uint8), 0
-        for part in some:
-            held.copy(part, together[at : at + part.nbytes])
-            at += part.nbytes
-        out.append(together)
-    return out, held.hexdigest()
