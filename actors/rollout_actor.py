@@ -60,7 +60,7 @@ _LOADS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Adapted:
+class AdapterOnWire:
     """What an actor needs to sample from adapters."""
 
     name: str
@@ -105,7 +105,7 @@ class RolloutActor:
         tokenizer_path: str,
         rollout: RolloutConfig,
         threads: int,
-        adapted: Adapted | None = None,
+        adapted: AdapterOnWire | None = None,
     ) -> None:
         """With `adapted`, weights on the wire are an adapter's, for one base that stays here."""
         torch.set_num_threads(threads)

@@ -284,6 +284,15 @@ def adapter_names(network: nn.Module) -> list[str]:
     return sorted({name for _, module in adapted(network) for name in module.settings})
 
 
+def require_adapters(network: nn.Module, adapter: Selection) -> None:
+    """Raises ValueError for a name that the network does not carry: it would run as the base."""
+    wanted = {adapter} if isinstance(adapter, str) else set(adapter)
+    if wanted != {OFF}:
+        here = [OFF, *adapter_names(network)]
+        if unknown := sorted(wanted.difference(here)):
+            raise ValueError(f"no adapter '{unknown[0]}' among {here}")
+
+
 def load_adapter(network: nn.Module, name: str, state: Mapping[str, Tensor]) -> None:
     """Fill an adapter with what `adapter_tensors` gave.
 

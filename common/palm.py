@@ -28,7 +28,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.lora import OFF, Adapted, Selection
+from common.lora import OFF, Adapted, Selection, require_adapters
 from common.model_config import ModelConfig
 
 Reader = Callable[[Tensor, slice], Tensor]
@@ -231,7 +231,11 @@ class PaLM(nn.Module):
             positions_BT: int64; default 0, 1, 2, ... per row. Packed rows restart per segment.
             segments_BT: int64; positions attend only inside their own segment (packing).
             adapter: name of the adapter to run with, or one for each row.
+
+        Raises:
+            ValueError: there is no such adapter.
         """
+        require_adapters(self, adapter)
         length = tokens_BT.shape[1]
         mask = None
         if segments_BT is not None:

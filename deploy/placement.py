@@ -22,7 +22,7 @@ from ray._private.state import actors as ray_actors
 from ray._private.state import state
 from ray.autoscaler.sdk import request_resources
 
-from actors.rollout_actor import Adapted, RolloutActor
+from actors.rollout_actor import AdapterOnWire, RolloutActor
 from common.config import RunConfig
 from common.errors import ClusterError
 from common.logprobs import sampling_of
@@ -104,7 +104,7 @@ def rollout_pool(
     With `start` False the pool is empty: whoever scales it up owns the workers.
     """
     settings, lora = config.rollout, config.train.lora
-    adapted = Adapted(name=config.train.adapter, lora=lora, base=str(base)) if lora else None
+    adapted = AdapterOnWire(name=config.train.adapter, lora=lora, base=str(base)) if lora else None
     options = _options(settings.cpus_per_actor, settings.gpus_per_actor, settings.labels)
 
     def make(name: str) -> Any:

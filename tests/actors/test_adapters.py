@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from actors.decoder import Decoder
 from actors.engine import Engine, Generated
 from actors.prompts import EncodedPrompt, evaluation_requests
-from actors.rollout_actor import Adapted, RolloutActor
+from actors.rollout_actor import AdapterOnWire, RolloutActor
 from actors.torch_forward import TorchForward
 from common.batching import sequence_batch
 from common.config import RunConfig
@@ -189,7 +189,7 @@ def actor(config: RunConfig, **rollout: Any) -> RolloutActor:
         str(config.run_dir / "tokenizer.json"),
         config.rollout.model_copy(update=rollout),
         1,
-        Adapted(name="policy", lora=SETTINGS["policy"], base=base),
+        AdapterOnWire(name="policy", lora=SETTINGS["policy"], base=base),
     )
 
 

@@ -148,6 +148,9 @@ def test_rows_of_a_batch_run_with_adapters_of_their_own() -> None:
         torch.testing.assert_close(mixed[row], logits(network, name)[row], atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="2 adapters for 3 rows"):
         logits(network, ["one", "two"])
+    for unknown in ("three", ["one", "three", OFF]):
+        with pytest.raises(ValueError, match="no adapter 'three' among"):
+            logits(network, unknown)
 
 
 @pytest.mark.parametrize("remake", [False, True])

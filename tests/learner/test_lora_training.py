@@ -18,9 +18,8 @@ from common.palm import PolicyNetwork, ScalarNetwork
 from common.weights import load_weights, state_hash
 from learner.engine import ZeroEngine
 from learner.rank import LearnerRank
-from learner.supervised import EncodedComparison
 from tests.conftest import run_copy
-from tests.learner.test_sharding import close, sft_data, trajectories
+from tests.learner.test_sharding import close, preferences, sft_data, trajectories
 
 pytestmark = pytest.mark.usefixtures("cluster")
 LORA = {"rank": 4, "alpha": 8.0}
@@ -115,15 +114,7 @@ def adapted(
         tmp_path_factory.mktemp("adapted"),
         reward_model={"lora": LORA, "epochs": 6, "batch_size": 16, "lr": 1e-2},
     )
-    rng = np.random.default_rng(1)
-    data = []
-    for _ in range(160):
-        prompt, body = (rng.integers(10, 60, rng.integers(2, 9)).tolist() for _ in range(2))
-        data.append(
-            EncodedComparison(
-                prompt=prompt, chosen=[5, *body, 1], rejected=[6, *body, 1], confidence=1.0
-            )
-        )
+    data = preferences()
     gang = gangs[2]
     sft = str(config.run_dir / "sft" / "policy.safetensors")
     total = gang.call("begin_reward", config, data[40:], data[:40], sft, 0)

@@ -190,6 +190,20 @@ def test_sft_agrees_over_ranks_and_stages_and_learns(
         close(weights[0], other, atol=1e-3)
 
 
+def preferences(count: int = 160) -> list[EncodedComparison]:
+    """Who begins with token 5 is preferred to who begins with 6."""
+    rng = np.random.default_rng(1)
+    made = []
+    for _ in range(count):
+        prompt, body = (rng.integers(10, 60, rng.integers(2, 9)).tolist() for _ in range(2))
+        made.append(
+            EncodedComparison(
+                prompt=prompt, chosen=[5, *body, 1], rejected=[6, *body, 1], confidence=1.0
+            )
+        )
+    return made
+
+
 @pytest.mark.parametrize(
     ("zero", "kind"),
     [
@@ -206,15 +220,7 @@ def test_reward_model_learns_the_preference_and_is_centred(
     zero: int,
     kind: dict[str, Any],
 ) -> None:
-    rng = np.random.default_rng(1)
-    data = []
-    for _ in range(160):
-        prompt, body = (rng.integers(10, 60, rng.integers(2, 9)).tolist() for _ in range(2))
-        data.append(
-            EncodedComparison(
-                prompt=prompt, chosen=[5, *body, 1], rejected=[6, *body, 1], confidence=1.0
-            )
-        )
+    data = preferences()
     settings = {"epochs": 4, "batch_size": 16, **kind}
     config = run_copy(workspace, tmp_path, reward_model=settings, learner={"zero_stage": zero})
     sft = str(config.run_dir / "sft" / "policy.safetensors")
