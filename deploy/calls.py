@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -44,19 +45,30 @@ def result(ref: ray.ObjectRef[Any], pool: Pool, worker: str) -> Any:
     return found
 
 
-def gone(ref: ray.ObjectRef[Any]) -> bool:
-    """Whether the only copies of an object of ours went down with their nodes.
+def gone(refs: Sequence[ray.ObjectRef[Any]]) -> set[ray.ObjectRef[Any]]:
+    """Those of our objects whose only copies went down with their nodes.
 
     A moment after Ray has noticed it tries to make the object again, and what it lays in its place,
-    on our own node, is the error of not being able to.
+    on our own node, is the error of not being able to. What lies here is looked at only once a
+    node has died: to look is to fetch, and a controller is not to hold what workers made.
     """
-    (facts,) = ray.experimental.get_object_locations([ref]).values()
-    if (facts["object_size"] or 0) <= _INLINE or facts["did_spill"]:
-        return False
-    if ray.get_runtime_context().get_node_id() not in facts["node_ids"]:
-        return not facts["node_ids"]
+    here = ray.get_runtime_context().get_node_id()
+    lost, doubtful = set(), []
+    for ref, facts in ray.experimental.get_object_locations(list(refs)).items():
+        if (facts["object_size"] or 0) <= _INLINE or facts["did_spill"]:
+            continue
+        if not facts["node_ids"]:
+            lost.add(ref)
+        elif here in facts["node_ids"]:
+            doubtful.append(ref)
+    if doubtful and not all(node["Alive"] for node in ray.nodes()):  # type: ignore[no-untyped-call]
+        lost |= {ref for ref in doubtful if _is_an_error(ref)}
+    return lost
+
+
+def _is_an_error(ref: ray.ObjectRef[Any]) -> bool:
     try:
-        ray.get(ref, timeout=_ANSWER_S)  # what lies here is mapped, not copied
+        ray.get(ref, timeout=_ANSWER_S)
     except ray.exceptions.ObjectLostError:
         return True
     except ray.exceptions.GetTimeoutError:

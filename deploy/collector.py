@@ -157,7 +157,8 @@ class Collector:
         if self.ledger.pending(iteration):
             return None
         mine = [s for s in self.scored if s.iteration == iteration]
-        lost = [s for s in mine if gone(s.table)]
+        tables = gone([s.table for s in mine])
+        lost = [s for s in mine if s.table in tables]
         old = [s for s in mine if s not in lost and s.policy_version < oldest]
         fresh = [s for s in mine if s not in lost and s not in old]
         if old and self.weights and self.weights.manifest.policy_version < oldest:
