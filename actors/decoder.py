@@ -86,7 +86,6 @@ class Decoder:
         norm = self.palm.norm.weight.float() * scale
         self.implementation.take(layers, norm, self.palm.embedding.weight.detach())
 
-    @torch.no_grad()
     def forward(
         self,
         newest: Sequence[int] | np.ndarray,
@@ -104,8 +103,11 @@ class Decoder:
         """
         return self.implementation.run(lay_out(newest, positions, chunks, copies, adapters))
 
-    def draw(self, logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """As `common.logprobs.draw`, for logits ``[B, V]`` without a filter."""
+    def draw(
+        self, logits: Tensor, sampling: Sampling, uniforms: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `common.logprobs.draw`, for logits ``[B, V]`` without a filter: int64 tokens and
+        float32 log-probabilities ``[B]`` from float64 uniforms."""
         return self.implementation.draw(logits, sampling, uniforms)
 
     def move(self, source: int, target: int, positions: int) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from actors.decoder import Choice, Decoder
+from actors.slots import Slots, Waiting
 from actors.step import Chunk, Copy
 from common.logprobs import Sampling, draw, sampling_logits, uniforms
 from common.lora import OFF
@@ -54,77 +55,6 @@ class Stops:
     """Texts, found across token borders; the token that completes one is the response's last."""
     decode: Callable[[Sequence[int]], str] = lambda ids: ""
     """Ids to text."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    """A request without a slot."""
-
-    request: RolloutRequest
-    limit: int
-    """Longest response."""
-    uniforms: np.ndarray
-    """float64 ``[limit or more]``, one for each token that may be drawn."""
-    adapter: int
-    """Index in `Decoder.adapters`."""
-
-
-class _Slots:
-    """The requests in work, side by side; slots in use are 0 .. S - 1. Nothing here is done token
-    by token in Python: that would take longer than the attention."""
-
-    def __init__(self, slots: int, context: int) -> None:
-        self.requests: list[RolloutRequest] = []
-        self.prompts = np.zeros((slots, context), dtype=np.int32)
-        self.tokens = np.zeros((slots, context), dtype=np.int64)
-        """Responses so far."""
-        self.logprobs = np.zeros((slots, context), dtype=np.float32)
-        self.uniforms = np.zeros((slots, context))
-        self.lengths = np.zeros(slots, dtype=np.int64)
-        """Prompt tokens."""
-        self.filled = np.zeros(slots, dtype=np.int64)
-        """Positions in the cache after the step that is being planned."""
-        self.counts = np.zeros(slots, dtype=np.int64)
-        """Response tokens."""
-        self.limits = np.zeros(slots, dtype=np.int64)
-        self.adapters = np.zeros(slots, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.requests)
-
-    def add(self, waiting: _Waiting) -> int:
-        """Take a request in; its slot."""
-        slot, prompt = len(self), waiting.request.prompt_ids
-        self.requests.append(waiting.request)
-        self.prompts[slot, : len(prompt)] = prompt
-        self.uniforms[slot, : len(waiting.uniforms)] = waiting.uniforms
-        self.lengths[slot], self.limits[slot] = len(prompt), waiting.limit
-        self.filled[slot] = self.counts[slot] = 0
-        self.adapters[slot] = waiting.adapter
-        return slot
-
-    def remove(self, slot: int) -> bool:
-        """Empty a slot; True when the last one in use has moved into it."""
-        last = len(self) - 1
-        request = self.requests.pop()
-        if slot == last:
-            return False
-        self.requests[slot] = request
-        for column in (self.prompts, self.tokens, self.logprobs, self.uniforms):
-            column[slot] = column[last]
-        for row in (self.lengths, self.filled, self.counts, self.limits, self.adapters):
-            row[slot] = row[last]
-        return True
-
-    def generated(self, slot: int, reason: str) -> Generated:
-        """A slot's response, as it stands."""
-        count = self.counts[slot]
-        return Generated(
-            rollout_id=self.requests[slot].rollout_id,
-            response_ids=self.tokens[slot, :count].tolist(),
-            logprobs=self.logprobs[slot, :count].tolist(),
-            finish_reason=reason,
-        )
 
 
 class Engine:
@@ -171,8 +101,10 @@ class Engine:
         self._plain = sampling == Sampling(temperature=sampling.temperature or 1.0)
         """Nothing but a temperature: the decoder's own draw will do."""
         self._reach = max((len(s.encode()) for s in self.stops.strings), default=0)
-        self._queue: deque[_Waiting] = deque()
-        self._work = _Slots(slots, palm.config.context)
+        self._queue: deque[Waiting] = deque()
+        self._prefilling = False
+        """A slot is in the middle of its prompt."""
+        self._work = Slots(slots, palm.config.context)
 
     @property
     def merged(self) -> str | None:
@@ -245,7 +177,7 @@ class Engine:
         places = np.arange(max(limits, default=0), dtype=np.uint64)
         drawn = uniforms(seeds[:, None], places[None]).numpy()
         adapters = [here[request.adapter] for request in requests]
-        self._queue += map(_Waiting, requests, limits, drawn, adapters)
+        self._queue += map(Waiting, requests, limits, drawn, adapters)
 
     def text(self, made: Generated) -> str:
         """The response in words, without the stop string that ended it."""
@@ -267,64 +199,62 @@ class Engine:
 
     def step(self) -> list[Generated]:
         """Advance every slot by a token, and prompts by a chunk; what has ended."""
-        newest, chunks, copies = self._plan()
-        work, used = self._work, len(newest)
+        chunks, copies = self._plan()
+        work, used = self._work, len(self._work)
         if not used:
             return []
         logits_SV = self.decoder.forward(
-            newest, work.filled[:used] - 1, chunks, copies, work.adapters[:used]
+            *(work.newest[:used], work.filled[:used] - 1, chunks, copies, work.adapters[:used])
         )
-        drawing = np.flatnonzero(work.filled[:used] >= work.lengths[:used])
-        if not len(drawing):
-            return []
-        if len(drawing) < used:
+        drawing: np.ndarray | slice = slice(used)
+        if self._prefilling:
+            drawing = np.flatnonzero(work.filled[:used] >= work.lengths[:used])
+            if not len(drawing):
+                return []
             logits_SV = logits_SV[torch.from_numpy(drawing).to(logits_SV.device)]
-        counts = work.counts[drawing]
-        tokens, logprobs = self._draw(logits_SV, counts, work.uniforms[drawing, counts])
-        work.tokens[drawing, counts] = tokens
-        work.logprobs[drawing, counts] = logprobs
-        work.counts[drawing] += 1
+        places = work.places(drawing)
+        tokens, logprobs = self._draw(logits_SV, work.counts[drawing], work.uniforms_at(places))
+        work.record(drawing, places, tokens, logprobs)
         ended = self._ended(drawing, tokens)
-        made = [work.generated(slot, reason) for slot, reason in ended]
+        made = [self._generated(slot, reason) for slot, reason in ended]
         self._free([slot for slot, _ in ended])
         return made
 
     # ------------------------------------------------------------------ parts of a step
 
-    def _plan(self) -> tuple[np.ndarray, list[Chunk], list[Copy]]:
+    def _plan(self) -> tuple[list[Chunk], list[Copy]]:
         """This step's newest token of every slot, and the prompt tokens before it.
 
         A prompt that does not fit into the step's budget ends the plan, so at most one is ever
         in the middle of its prefill, and every prefix of another slot is whole after this step.
         """
-        work, budget, used = self._work, self.prefill_tokens, len(self._work)
-        counts = work.counts[:used]
-        newest = work.tokens[np.arange(used), counts - 1]
-        work.filled[:used] += counts > 0
+        work, budget = self._work, self.prefill_tokens
         chunks: list[Chunk] = []
         copies: list[Copy] = []
-        for slot in np.flatnonzero(counts == 0).tolist():
-            newest[slot], taken = self._prefill(slot, budget, chunks)
-            budget -= taken
-        begun = []
+        begun = work.counts[: len(work)] > 0
+        work.filled[: len(work)] += begun
+        if self._prefilling:
+            self._prefilling = False
+            for slot in np.flatnonzero(~begun).tolist():
+                budget -= self._prefill(slot, budget, chunks)
         while self._queue and len(work) < self.slots and budget > 0:
             slot = work.add(self._queue.popleft())
             self._share(slot, copies)
-            first, taken = self._prefill(slot, budget, chunks)
-            begun.append(first)
-            budget -= taken
-        return np.concatenate((newest, np.array(begun, dtype=np.int64))), chunks, copies
+            budget -= self._prefill(slot, budget, chunks)
+        return chunks, copies
 
-    def _prefill(self, slot: int, budget: int, chunks: list[Chunk]) -> tuple[int, int]:
-        """Plan the next tokens of a prompt: the newest of them, and how many there are."""
+    def _prefill(self, slot: int, budget: int, chunks: list[Chunk]) -> int:
+        """Plan the next tokens of a prompt; how many they are."""
         work = self._work
-        start = int(work.filled[slot])
-        end = min(int(work.lengths[slot]), start + max(1, budget))
+        start, length = int(work.filled[slot]), int(work.lengths[slot])
+        end = min(length, start + max(1, budget))
         work.filled[slot] = end
         if end - start > 1:
             part = work.prompts[slot, start : end - 1]
             chunks.append(Chunk(slot=slot, start=start, tokens=part))
-        return int(work.prompts[slot, end - 1]), end - start
+        work.newest[slot] = work.prompts[slot, end - 1]
+        self._prefilling = end < length
+        return end - start
 
     def _share(self, slot: int, copies: list[Copy]) -> None:
         """Take over what another slot's prompt has in common with this one, computed with the same
@@ -356,28 +286,41 @@ class Engine:
         self, logits: Tensor, places: np.ndarray, drawn: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """One token for each row and its log-probability, at these places of the responses."""
-        uniforms_B = torch.from_numpy(drawn).to(logits.device)
         if self._plain:
-            tokens, logprobs = self.decoder.draw(logits, self.sampling, uniforms_B)
-        else:
-            positions = torch.from_numpy(places).to(logits.device)
-            kept = sampling_logits(logits, self.sampling, positions=positions)
-            tokens, logprobs = draw(kept, uniforms_B)
+            return self.decoder.draw(logits, self.sampling, drawn)
+        positions = torch.from_numpy(places).to(logits.device)
+        kept = sampling_logits(logits, self.sampling, positions=positions)
+        tokens, logprobs = draw(kept, torch.from_numpy(drawn).to(logits.device))
         return tokens.cpu().numpy(), logprobs.cpu().numpy()
 
-    def _ended(self, slots: np.ndarray, tokens: np.ndarray) -> list[tuple[int, str]]:
+    def _ended(self, drawing: np.ndarray | slice, tokens: np.ndarray) -> list[tuple[int, str]]:
         """Slots whose response ends with these tokens, and why."""
         work = self._work
-        eos, stop = tokens == self.eos_id, np.zeros(len(tokens), dtype=bool)
+        long = work.counts[drawing] >= work.limits[drawing]
+        stop = eos = tokens == self.eos_id
         for token in self.stops.ids:
-            stop |= tokens == token
+            stop = stop | (tokens == token)
         if self.stops.strings:
-            stop |= [self._completes_a_stop(slot) for slot in slots.tolist()]
-        done = eos | stop | (work.counts[slots] >= work.limits[slots])
+            slots = np.arange(len(work))[drawing]
+            stop = stop | [self._completes_a_stop(slot) for slot in slots.tolist()]
+        done = stop | long
+        if not done.any():
+            return []
+        slots = np.arange(len(work))[drawing]
         return [
             (int(slots[i]), "eos" if eos[i] else "stop" if stop[i] else "length")
             for i in np.flatnonzero(done)
         ]
+
+    def _generated(self, slot: int, reason: str) -> Generated:
+        """A slot's response, as it stands."""
+        work, count = self._work, self._work.counts[slot]
+        return Generated(
+            rollout_id=work.requests[slot].rollout_id,
+            response_ids=work.tokens[slot, :count].tolist(),
+            logprobs=work.logprobs[slot, :count].tolist(),
+            finish_reason=reason,
+        )
 
     def _completes_a_stop(self, slot: int) -> bool:
         count = int(self._work.counts[slot])

@@ -9,6 +9,8 @@ folder. On a GPU `actors.torch_forward` runs instead.
 from __future__ import annotations
 
 import ctypes
+import math
+import mmap
 import platform
 import time
 from collections.abc import Sequence
@@ -37,6 +39,10 @@ _BLOCK = 16
 """Positions of a block of keys, as in attention.c."""
 
 
+_HUGE = 2**21
+"""Bytes of a large page."""
+
+
 class NativeForward:
     """Weights, keys and values of all slots, on the processor."""
 
@@ -54,7 +60,7 @@ class NativeForward:
         self._packed_dtype = dtype if self._library.weight_bytes() == 2 else torch.float32
         context = _up(config.context, _BLOCK)
         shape = (config.layers, slots, context, config.head_dim)
-        self._keys, self._values = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+        self._keys, self._values = _zeros(shape, dtype), _zeros(shape, dtype)
         self._tables = rope_tables(config)
         self._inner = config.heads * config.head_dim
         self._ff = config.ff_mult * config.dim
@@ -71,7 +77,7 @@ class NativeForward:
             both_stride=self._strides[1],
             **dict(zip(("cos_q", "sin_q", "cos_k", "sin_k"), map(_at, self._tables), strict=True)),
         )
-        self._logits = torch.empty(slots, config.vocab_size)
+        self._logits = _zeros((slots, config.vocab_size), torch.float32)
         self._room_rows = 0
         self._room: list[Tensor] = []
         self._scratch = _Scratch()
@@ -111,11 +117,15 @@ class NativeForward:
             for target in copy.targets
             for number in (copy.source, target, copy.positions)
         ]
-        copies = np.array(numbers, dtype=np.int64)
-        places = (rows.ctypes.data for rows in (step.tokens, step.slots, step.positions))
-        asked = _Step(len(step.tokens), step.used, *places, len(copies) // 3, copies.ctypes.data)
+        copies, count = (ctypes.c_int64 * len(numbers))(*numbers), step.rows.shape[1]
+        first = step.rows.ctypes.data
+        tokens, slots, positions = (first + 8 * count * row for row in range(3))
+        asked = _Step(
+            *(count, step.used, tokens, slots, positions),
+            *(len(numbers) // 3, ctypes.addressof(copies)),
+        )
         logits = self._logits[: step.used]
-        self._make_room(len(step.tokens))
+        self._make_room(count)
         self._library.forward(self._model, asked, self._scratch, _at(logits), self._spent)
         return logits
 
@@ -123,14 +133,15 @@ class NativeForward:
         """Give a slot another slot's keys and values."""
         self._library.move(self._model, source, target, positions)
 
-    def draw(self, logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, logits: Tensor, sampling: Sampling, uniforms: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """As `common.logprobs.draw`, for fp32 logits ``[B, V]`` without a filter."""
         rows, vocabulary = logits.shape
-        tokens = torch.empty(rows, dtype=torch.int64)
-        logprobs = torch.empty(rows, dtype=torch.float32)
+        tokens, logprobs = np.empty(rows, dtype=np.int64), np.empty(rows, dtype=np.float32)
         self._library.draw(
             *(_at(logits), rows, vocabulary, sampling.temperature),
-            *(_at(uniforms), _at(tokens), _at(logprobs)),
+            *(uniforms.ctypes.data, tokens.ctypes.data, logprobs.ctypes.data),
         )
         return tokens, logprobs
 
@@ -151,7 +162,7 @@ class NativeForward:
         """Weights ``[any, length]`` as panels of the columns asked for."""
         weight = weight.contiguous()
         panels, inner = len(columns) // _PANEL, _up(weight.shape[1], 2)
-        made = torch.empty(panels * inner * _PANEL, dtype=self._packed_dtype)
+        made = _zeros((panels * inner * _PANEL,), self._packed_dtype)
         self._library.pack(_at(weight), weight.shape[1], inner, _at(columns), panels, _at(made))
         self._weights.append(made)
         return _Packed(data=_at(made), panels=panels)
@@ -162,8 +173,8 @@ class NativeForward:
             return
         self._room_rows = rows
         fused = sum(len(columns) for columns in self._columns[:2])
-        self._room = [torch.zeros(rows, self._config.dim)] + [
-            torch.zeros(rows, width, dtype=self._dtype)
+        self._room = [_zeros((rows, self._config.dim), torch.float32)] + [
+            _zeros((rows, width), self._dtype)
             for width in (self._strides[0], fused, self._strides[1])
         ]
         self._scratch = _Scratch(*map(_at, self._room))
@@ -211,6 +222,18 @@ def _padded(first: int, count: int, multiple: int = _PANEL) -> Tensor:
     out = torch.full((_up(count, multiple),), -1)
     out[:count] = torch.arange(first, first + count)
     return out
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros in pages of 2 MiB where the system has them: with small ones, finding where a page lies
+    takes longer than reading what attention wants of it."""
+    size = math.prod(shape) * dtype.itemsize
+    room = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        room.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(room, dtype=torch.uint8)
+    begin = -whole.data_ptr() % _HUGE
+    return whole[begin : begin + size].view(dtype).view(*shape)
 
 
 def _at(tensor: Tensor) -> int:

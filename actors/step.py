@@ -40,14 +40,9 @@ class Copy:
 class Step:
     """Flat rows: the newest token of slots 0 .. used - 1, then the tokens of the chunks."""
 
-    tokens: np.ndarray
-    """int64 ``[N]``."""
-    slots: np.ndarray
-    """int64 ``[N]``."""
-    positions: np.ndarray
-    """int64 ``[N]``."""
-    adapters: np.ndarray
-    """int64 ``[N]``, as `Delta.owners`; a row's slot decides it."""
+    rows: np.ndarray
+    """int64 ``[4, N]``, contiguous: tokens, slots, positions, and adapters as `Delta.owners`, which
+    a row's slot decides."""
     used: int
     chunks: Sequence[Chunk]
     copies: Sequence[Copy]
@@ -76,15 +71,7 @@ def lay_out(
             places,
         )
         rows[3, begin:end] = rows[3, chunk.slot]
-    return Step(
-        tokens=rows[0],
-        slots=rows[1],
-        positions=rows[2],
-        adapters=rows[3],
-        used=len(newest),
-        chunks=chunks,
-        copies=copies,
-    )
+    return Step(rows=rows, used=len(newest), chunks=chunks, copies=copies)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,8 +124,11 @@ class Forward(Protocol):
     def move(self, source: int, target: int, positions: int) -> None:
         """Give a slot another slot's keys and values."""
 
-    def draw(self, logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """As `common.logprobs.draw`, for logits ``[B, V]`` without a filter."""
+    def draw(
+        self, logits: Tensor, sampling: Sampling, uniforms: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `common.logprobs.draw`, for logits ``[B, V]`` without a filter: int64 tokens and
+        float32 log-probabilities ``[B]`` from float64 uniforms."""
 
 
 def rope_tables(config: ModelConfig, device: torch.device | None = None) -> tuple[Tensor, ...]:

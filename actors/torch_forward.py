@@ -73,11 +73,11 @@ class TorchForward:
         """Run with these weights from now on."""
         self._layers, self._norm, self._embedding = layers, norm, embedding
 
+    @torch.no_grad()
     def run(self, step: Step) -> Tensor:
         """Logits ``[S, V]``, in the dtype of the products, after the newest token of each slot."""
         device = self._keys.device
-        rows = np.stack((step.tokens, step.slots, step.positions, step.adapters))
-        tokens, slots, positions, adapters = torch.from_numpy(rows).to(device)
+        tokens, slots, positions, adapters = torch.from_numpy(step.rows).to(device)
         at = _Places(slots, positions)
         seen = _reach(step, positions, self._config.heads, self._dtype)
         x = F.embedding(tokens, self._embedding).float()
@@ -101,9 +101,13 @@ class TorchForward:
         self._keys[:, target, :positions] = self._keys[:, source, :positions]
         self._values[:, target, :positions] = self._values[:, source, :positions]
 
-    def draw(self, logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, logits: Tensor, sampling: Sampling, uniforms: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """As `common.logprobs.draw`, for logits ``[B, V]`` without a filter."""
-        return draw(sampling_logits(logits, sampling), uniforms)
+        uniforms_B = torch.from_numpy(uniforms).to(logits.device)
+        tokens, logprobs = draw(sampling_logits(logits, sampling), uniforms_B)
+        return tokens.cpu().numpy(), logprobs.cpu().numpy()
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.layer_norm(x, (x.shape[-1],), weight).to(self._dtype)

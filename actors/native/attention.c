@@ -4,7 +4,7 @@
  * positions, all 16 for one dimension (one pair of dimensions, where there is an instruction for
  * pairs) after another; values position by position (in pairs of positions).
  */
-#include "native.h"
+#include "crew.c"
 
 #if defined(DOT) && HEAD_DIM % 16 == 0
 #define PAIRS
@@ -19,6 +19,7 @@
 #else
 #define GROUP 1
 #endif
+#define ATTEND_ROWS 4 /* of a task */
 
 static inline int64_t key_at(int64_t position, int64_t i) {
 #ifdef PAIRS
@@ -36,38 +37,45 @@ static inline int64_t value_at(int64_t position, int64_t i) {
 #endif
 }
 
-static inline void rotate(const real *in, const float *cosine, const float *sine, float *out) {
+/* out [HEAD_DIM] = in turned by a position's angles, times `scale`. */
+static inline void rotate(const real *in, const float *cosine, const float *sine, float scale,
+                          float *out) {
     for (int i = 0; i < HALF; i++) {
         float left = wide(in[i]), right = wide(in[i + HALF]);
-        out[i] = left * cosine[i] - right * sine[i];
-        out[i + HALF] = right * cosine[i] + left * sine[i];
+        out[i] = (left * cosine[i] - right * sine[i]) * scale;
+        out[i + HALF] = (right * cosine[i] + left * sine[i]) * scale;
     }
 }
 
-/* Rotate keys and write them and values to the cache; kv [rows, stride] begins with the key. */
-void store(const model *m, const layer *at, const real *kv, int64_t stride, int64_t rows,
-           const int64_t *slots, const int64_t *positions) {
-#pragma omp parallel for schedule(static)
-    for (int64_t row = 0; row < rows; row++) {
-        const real *key = kv + row * stride, *value = key + HEAD_DIM;
-        int64_t position = positions[row], slot = slots[row] * m->context * HEAD_DIM;
-        float turned[HEAD_DIM];
-        rotate(key, m->cos_k + position * HALF, m->sin_k + position * HALF, turned);
+/* Rotate a row's key and write it and its value to the cache; kv begins with the key. */
+static inline void store_row(const model *m, const layer *at, const real *kv, int64_t slot,
+                             int64_t position) {
+    real *keys = at->keys + slot * m->context * HEAD_DIM;
+    real *values = at->values + slot * m->context * HEAD_DIM;
+    float turned[HEAD_DIM];
+    real key[HEAD_DIM];
+    rotate(kv, m->cos_k + position * HALF, m->sin_k + position * HALF, 1.0f, turned);
+    narrow_all(turned, key, HEAD_DIM);
 #ifdef PAIRS
-        real pairs[HEAD_DIM];
-        for (int i = 0; i < HEAD_DIM; i++) pairs[i] = narrow(turned[i]);
-        for (int i = 0; i < HEAD_DIM; i += 2) /* two dimensions in one write */
-            memcpy(at->keys + slot + key_at(position, i), pairs + i, 2 * sizeof(real));
+    for (int i = 0; i < HEAD_DIM; i += 2) /* two dimensions in one write */
+        memcpy(keys + key_at(position, i), key + i, 2 * sizeof(real));
 #else
-        for (int i = 0; i < HEAD_DIM; i++)
-            at->keys[slot + key_at(position, i)] = narrow(turned[i]);
+    for (int i = 0; i < HEAD_DIM; i++) keys[key_at(position, i)] = key[i];
 #endif
-        for (int i = 0; i < HEAD_DIM; i++) at->values[slot + value_at(position, i)] = value[i];
-    }
+    for (int i = 0; i < HEAD_DIM; i++) values[value_at(position, i)] = kv[HEAD_DIM + i];
+}
+
+/* The same for all rows, kv [rows, stride]. */
+static void store(worker *me, const model *m, const layer *at, const real *kv, int64_t stride,
+                  int64_t rows, const int64_t *slots, const int64_t *positions) {
+    way through = enter(me);
+    for (task t; next_task(&through, rows, SOME_ROWS, 1, &t);)
+        for (int64_t row = t.begin; row < t.end; row++)
+            store_row(m, at, kv + row * stride, slots[row], positions[row]);
 }
 
 /* Give a slot the first positions of another; what the target has behind them stays. */
-void copy_slot(const model *m, const layer *at, int64_t source, int64_t target,
+static void copy_slot(const model *m, const layer *at, int64_t source, int64_t target,
                int64_t positions) {
     int64_t from = source * m->context * HEAD_DIM, to = target * m->context * HEAD_DIM;
     int64_t whole = positions / 16 * 16; /* of keys and of values */
@@ -140,9 +148,9 @@ static inline void score(const real *q, const real *keys, int64_t reach, const r
     if (t < reach) score_blocks(1, q, keys, t, reach, ahead, scores);
 }
 
-/* mixed [HEADS, HEAD_DIM]: values weighted by weights [HEADS, reach]. */
+/* out [HEADS, HEAD_DIM]: values weighted by weights [HEADS, reach], times `scale` [HEADS]. */
 static inline void mix(const real *weights, const real *values, int64_t length, int64_t reach,
-                       const real *ahead, float *mixed) {
+                       const real *ahead, const float *scale, real *out) {
     for (int h = 0; h < HEADS; h += GROUP)
         for (int i = 0; i < HEAD_DIM; i += WIDTH) {
             __m512 sum[GROUP][WIDTH / 16];
@@ -173,11 +181,34 @@ static inline void mix(const real *weights, const real *values, int64_t length, 
 #pragma GCC unroll 4
             for (int g = 0; g < GROUP; g++)
 #pragma GCC unroll 4
-                for (int j = 0; j < WIDTH / 16; j++)
-                    _mm512_storeu_ps(mixed + (h + g) * HEAD_DIM + i + 16 * j, sum[g][j]);
+                for (int j = 0; j < WIDTH / 16; j++) {
+                    __m512 made = _mm512_mul_ps(sum[g][j], _mm512_set1_ps(scale[h + g]));
+                    __m256i bits = (__m256i)_mm512_cvtneps_pbh(made);
+                    memcpy(out + (h + g) * HEAD_DIM + i + 16 * j, &bits, sizeof bits);
+                }
         }
 }
-typedef real query;
+
+/* weights [reach] = exp(scores - the largest), zero from `length` on; the inverse of their sum, as
+ * they are used: rounded. */
+static inline float soften(const float *scores, int64_t length, int64_t reach, real *weights) {
+    int64_t whole = length / 16 * 16;
+    __mmask16 rest = (__mmask16)((1u << (length - whole)) - 1);
+    __m512 low = _mm512_set1_ps(-FLT_MAX), top = low, total = _mm512_setzero_ps();
+    for (int64_t t = 0; t < whole; t += 16) top = _mm512_max_ps(top, _mm512_loadu_ps(scores + t));
+    if (rest) top = _mm512_max_ps(top, _mm512_mask_loadu_ps(low, rest, scores + whole));
+    const __m512 steep = _mm512_set1_ps(1.44269504f);
+    __m512 zero = _mm512_set1_ps(_mm512_reduce_max_ps(top) * 1.44269504f);
+    for (int64_t t = 0; t < reach; t += 16) {
+        __m512 power = rough_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + t), steep, zero));
+        if (t == whole) power = _mm512_maskz_mov_ps(rest, power);
+        __m256i bits = (__m256i)_mm512_cvtneps_pbh(power);
+        _mm256_storeu_si256((__m256i *)(weights + t), bits);
+        __m512i used = _mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+        total = _mm512_add_ps(total, _mm512_castsi512_ps(used));
+    }
+    return 1.0f / _mm512_reduce_add_ps(total);
+}
 #else
 static inline void score(const float *q, const real *keys, int64_t reach, const real *ahead,
                          float *scores) {
@@ -196,20 +227,20 @@ static inline void score(const float *q, const real *keys, int64_t reach, const 
 }
 
 static inline void mix(const real *weights, const real *values, int64_t length, int64_t reach,
-                       const real *ahead, float *mixed) {
+                       const real *ahead, const float *scale, real *out) {
     (void)ahead;
-    memset(mixed, 0, HEADS * HEAD_DIM * sizeof(float));
+    float mixed[HEADS * HEAD_DIM] = {0.0f};
     for (int64_t t = 0; t < length; t++)
         for (int h = 0; h < HEADS; h++) {
             float weight = wide(weights[h * reach + t]);
             for (int i = 0; i < HEAD_DIM; i++)
                 mixed[h * HEAD_DIM + i] += weight * wide(values[value_at(t, i)]);
         }
+    for (int h = 0; h < HEADS; h++)
+        for (int i = 0; i < HEAD_DIM; i++)
+            out[h * HEAD_DIM + i] = narrow(mixed[h * HEAD_DIM + i] * scale[h]);
 }
-typedef float query;
-#endif
 
-/* weights [reach] = exp(scores - the largest), zero from `length` on; the inverse of their sum. */
 static inline float soften(float *scores, int64_t length, int64_t reach, real *weights) {
     float top = -FLT_MAX, total = 0.0f;
     for (int64_t t = length; t < reach; t++) scores[t] = -FLT_MAX;
@@ -218,53 +249,49 @@ static inline float soften(float *scores, int64_t length, int64_t reach, real *w
     for (int64_t block = 0; block < reach; block += 16)
         for (int64_t t = block; t < block + 16; t++) weights[t] = narrow(fast_exp(scores[t] - top));
     for (int64_t t = length; t < reach; t++) weights[t] = narrow(0.0f);
-    /* The sum is of the weights as they are used: rounded. */
 #pragma omp simd reduction(+ : total)
     for (int64_t t = 0; t < reach; t++) total += wide(weights[t]);
     return 1.0f / total;
 }
-
-/* Attention of one row over the first `length` positions of its slot; the next row reads what lies
- * `ahead` of its keys and values, in elements. */
-static void attend_row(const float *q, const real *keys, const real *values, int64_t length,
-                       int64_t ahead, real *out) {
-    int64_t reach = (length + 15) / 16 * 16;
-    query asked[HEADS * HEAD_DIM];
-    float scores[HEADS * reach], inverse[HEADS], mixed[HEADS * HEAD_DIM];
-    real weights[HEADS * reach];
-    for (int i = 0; i < HEADS * HEAD_DIM; i++)
-#ifdef PAIRS
-        asked[i] = narrow(q[i]);
-#else
-        asked[i] = q[i];
 #endif
-    score(asked, keys, reach, keys + ahead, scores);
+
+/* Attention of one row [HEADS, HEAD_DIM] at the last of `length` positions of its slot; the next row
+ * reads what lies `ahead` of its keys and values, in elements. */
+static void attend_row(const model *m, const real *row, const real *keys, const real *values,
+                       int64_t length, int64_t ahead, real *out) {
+    int64_t reach = (length + 15) / 16 * 16;
+    const float *cosine = m->cos_q + (length - 1) * HALF, *sine = m->sin_q + (length - 1) * HALF;
+    float turned[HEADS * HEAD_DIM], scores[HEADS * reach], inverse[HEADS];
+    real weights[HEADS * reach];
+    for (int h = 0; h < HEADS; h++)
+        rotate(row + h * HEAD_DIM, cosine, sine, 1.0f / sqrtf(HEAD_DIM), turned + h * HEAD_DIM);
+#ifdef PAIRS
+    real q[HEADS * HEAD_DIM];
+    narrow_all(turned, q, HEADS * HEAD_DIM);
+#else
+    const float *q = turned;
+#endif
+    score(q, keys, reach, keys + ahead, scores);
     for (int h = 0; h < HEADS; h++)
         inverse[h] = soften(scores + h * reach, length, reach, weights + h * reach);
-    mix(weights, values, length, reach, values + ahead, mixed);
-    for (int h = 0; h < HEADS; h++)
-        for (int i = 0; i < HEAD_DIM; i++)
-            out[h * HEAD_DIM + i] = narrow(mixed[h * HEAD_DIM + i] * inverse[h]);
+    mix(weights, values, length, reach, values + ahead, inverse, out);
 }
 
-/* Store, copy shared prefixes, attend: fused [rows, stride] to out [rows, out_stride]; keys and
- * values stand at `kv` in a fused row. */
-void attend(const model *m, const layer *at, const step *s, int64_t rows, const real *fused,
-            int64_t stride, int64_t kv, real *out, int64_t out_stride) {
-    store(m, at, fused + kv, stride, rows, s->slots, s->positions);
-    for (int64_t c = 0; c < s->copies; c++) /* in order: a target may be a later source */
-        copy_slot(m, at, s->copy[3 * c], s->copy[3 * c + 1], s->copy[3 * c + 2]);
-    float scale = 1.0f / sqrtf(HEAD_DIM);
-#pragma omp parallel for schedule(dynamic, 4)
-    for (int64_t row = 0; row < rows; row++) {
-        int64_t position = s->positions[row], slot = s->slots[row] * m->context * HEAD_DIM;
-        float q[HEADS * HEAD_DIM];
-        for (int h = 0; h < HEADS; h++)
-            rotate(fused + row * stride + h * HEAD_DIM, m->cos_q + position * HALF,
-                   m->sin_q + position * HALF, q + h * HEAD_DIM);
-        for (int i = 0; i < HEADS * HEAD_DIM; i++) q[i] *= scale;
-        int64_t next = s->slots[row + 1 < rows ? row + 1 : row] * m->context * HEAD_DIM;
-        attend_row(q, at->keys + slot, at->values + slot, position + 1, next - slot,
-                   out + row * out_stride);
-    }
+/* Rows [rows, stride] of queries, and of keys and values from `kv` on, to out [rows, out_stride].
+ * `storing`: each row writes its own key and value, and no other row's before it in this step is
+ * needed. */
+static void attend(worker *me, const model *m, const layer *at, const step *s, int64_t rows,
+                   const real *fused, int64_t stride, int64_t kv, int storing, real *out,
+                   int64_t out_stride) {
+    int64_t each = m->context * HEAD_DIM; /* of a slot */
+    way through = enter(me);
+    for (task t; next_task(&through, rows, ATTEND_ROWS, 1, &t);)
+        for (int64_t row = t.begin; row < t.end; row++) {
+            const real *asked = fused + row * stride;
+            int64_t slot = s->slots[row], position = s->positions[row];
+            int64_t next = s->slots[row + 1 < rows ? row + 1 : row] - slot;
+            if (storing) store_row(m, at, asked + kv, slot, position);
+            attend_row(m, asked, at->keys + slot * each, at->values + slot * each, position + 1,
+                       next * each, out + row * out_stride);
+        }
 }

@@ -8,70 +8,73 @@ typedef struct {
     double inward, attention, outward, norms, logits;
 } spent;
 
-static double lap(double *since) {
-    double now = omp_get_wtime(), took = now - *since;
-    *since = now;
-    return took;
-}
-
-/* What attention will read of the slots' caches in this layer: keys and values of the newest rows. */
-static soon cached(const model *m, const layer *at, const step *s, const char **begin,
-                   int64_t *bytes) {
-    for (int64_t row = 0; row < s->used; row++) {
-        int64_t slot = s->slots[row] * m->context * HEAD_DIM;
-        begin[2 * row] = (const char *)(at->keys + slot);
-        begin[2 * row + 1] = (const char *)(at->values + slot);
-        bytes[2 * row] = bytes[2 * row + 1] = (s->positions[row] + 1) * HEAD_DIM * sizeof(real);
-    }
-    return (soon){2 * s->used, begin, bytes};
-}
+#define PHASES 6 /* of a layer at most, and of the beginning and the end */
 
 /* logits [used, vocabulary] after the newest token of each slot. */
 void forward(const model *m, const step *s, const scratch *room, float *logits, spent *time) {
-    int64_t rows = s->rows, kv = m->layer->query.panels * PANEL;
+    int64_t kv = m->layer->query.panels * PANEL;
     int64_t fused = kv + m->layer->keyvalue.panels * PANEL;
-    const char **begin = malloc(2 * s->used * sizeof *begin);
-    int64_t *bytes = malloc(2 * s->used * sizeof *bytes);
-    double since = omp_get_wtime();
-    embed(m->embedding, s->tokens, rows, m->dim, room->x);
-    for (int64_t index = 0; index < m->layers; index++) {
-        const layer *at = m->layer + index;
-        layer_norm(room->x, at->norm, rows, m->dim, room->normed, m->dim_stride);
-        time->norms += lap(&since);
-        if (index == m->layers - 1 && s->used < rows) {
-            /* Of a prompt's earlier tokens the last layer owes later ones its keys and values,
-             * and nothing else. */
-            const real *early = room->normed + s->used * m->dim_stride;
-            int64_t count = rows - s->used;
-            real *made = room->fused + s->used * fused + kv;
-            part only = {at->keyvalue, REAL, made, fused, fused - kv};
-            product(early, m->dim_stride, count, &only, 1, NULL);
-            time->inward += lap(&since);
-            store(m, at, made, fused, count, s->slots + s->used, s->positions + s->used);
-            time->attention += lap(&since);
-            rows = s->used;
-        }
-        soon next = cached(m, at, s, begin, bytes);
-        part inward[] = {
-            {at->query, REAL, room->fused, fused, kv},
-            {at->keyvalue, REAL, room->fused + kv, fused, fused - kv},
-            {at->forward, SWIGLU, room->both + m->inner, m->both_stride, m->ff},
-        };
-        product(room->normed, m->dim_stride, rows, inward, 3, &next);
-        time->inward += lap(&since);
-        attend(m, at, s, rows, room->fused, fused, kv, room->both, m->both_stride);
-        time->attention += lap(&since);
-        part outward = {at->outward, ADD, room->x, m->dim, m->dim};
-        product(room->both, m->both_stride, rows, &outward, 1, NULL);
-        time->outward += lap(&since);
+    int64_t offset[s->used], bytes[s->used]; /* of the newest rows' keys and values */
+    for (int64_t row = 0; row < s->used; row++) {
+        offset[row] = s->slots[row] * m->context * HEAD_DIM * sizeof(real);
+        bytes[row] = (s->positions[row] + 1) * HEAD_DIM * sizeof(real);
     }
-    free(begin);
-    free(bytes);
-    layer_norm(room->x, m->norm, s->used, m->dim, room->normed, m->dim_stride);
-    time->norms += lap(&since);
-    part all = {m->logits, FLOAT, logits, m->vocabulary, m->vocabulary};
-    product(room->normed, m->dim_stride, s->used, &all, 1, NULL);
-    time->logits += lap(&since);
+    int64_t groups = groups_of(s->rows);
+    counter *counters = calloc((m->layers + 1) * PHASES * groups, sizeof(counter));
+    double since = omp_get_wtime();
+#pragma omp parallel
+    {
+        worker me = join(groups, counters);
+        int64_t rows = s->rows;
+        embed(&me, m->embedding, s->tokens, rows, m->dim, room->x);
+        leave(&time->norms, &since);
+        for (int64_t index = 0; index < m->layers; index++) {
+            const layer *at = m->layer + index;
+            layer_norm(&me, room->x, at->norm, rows, m->dim, room->normed, m->dim_stride);
+            leave(&time->norms, &since);
+            if (index == m->layers - 1 && s->used < rows) {
+                /* Of a prompt's earlier tokens the last layer owes later ones its keys and values,
+                 * and nothing else. */
+                const real *early = room->normed + s->used * m->dim_stride;
+                int64_t count = rows - s->used;
+                real *made = room->fused + s->used * fused + kv;
+                part only = {at->keyvalue, REAL, made, fused, fused - kv};
+                product(&me, early, m->dim_stride, count, &only, 1, NULL);
+                leave(&time->inward, &since);
+                store(&me, m, at, made, fused, count, s->slots + s->used, s->positions + s->used);
+                leave(&time->attention, &since);
+                rows = s->used;
+            }
+            soon next = {s->used, offset, bytes, {(char *)at->keys, (char *)at->values}};
+            part inward[] = {
+                {at->query, REAL, room->fused, fused, kv},
+                {at->keyvalue, REAL, room->fused + kv, fused, fused - kv},
+                {at->forward, SWIGLU, room->both + m->inner, m->both_stride, m->ff},
+            };
+            product(&me, room->normed, m->dim_stride, rows, inward, 3, &next);
+            leave(&time->inward, &since);
+            int alone = rows == s->used && !s->copies;
+            if (!alone) {
+                store(&me, m, at, room->fused + kv, fused, rows, s->slots, s->positions);
+                leave(&time->attention, &since);
+                if (omp_get_thread_num() == 0)
+                    for (int64_t c = 0; c < s->copies; c++) /* a target may be a later source */
+                        copy_slot(m, at, s->copy[3 * c], s->copy[3 * c + 1], s->copy[3 * c + 2]);
+                leave(&time->attention, &since);
+            }
+            attend(&me, m, at, s, rows, room->fused, fused, kv, alone, room->both, m->both_stride);
+            leave(&time->attention, &since);
+            part outward = {at->outward, ADD, room->x, m->dim, m->dim};
+            product(&me, room->both, m->both_stride, rows, &outward, 1, NULL);
+            leave(&time->outward, &since);
+        }
+        layer_norm(&me, room->x, m->norm, s->used, m->dim, room->normed, m->dim_stride);
+        leave(&time->norms, &since);
+        part all = {m->logits, FLOAT, logits, m->vocabulary, m->vocabulary};
+        product(&me, room->normed, m->dim_stride, s->used, &all, 1, NULL);
+        leave(&time->logits, &since);
+    }
+    free(counters);
 }
 
 /* Give a slot the first positions of another in all layers. */

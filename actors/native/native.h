@@ -43,6 +43,30 @@ typedef real weight;
 typedef float weight;
 #endif
 
+#ifdef DOT
+/* 2^z in 16 lanes to within 1.1e-4, enough for what keeps 8 bits; 0 for z far below. */
+static inline __m512 rough_exp2(__m512 z) {
+    __m512 n = _mm512_roundscale_ps(z, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 f = _mm512_sub_ps(z, n);
+    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.05511586f), f, _mm512_set1_ps(0.24260645f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69327125f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.99992865f));
+    return _mm512_scalef_ps(p, n);
+}
+#endif
+
+/* out [count] = x, rounded. */
+static inline void narrow_all(const float *x, real *out, int64_t count) {
+    int64_t i = 0;
+#ifdef DOT
+    for (; i + 16 <= count; i += 16) {
+        __m256i bits = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i));
+        _mm256_storeu_si256((__m256i *)(out + i), bits);
+    }
+#endif
+    for (; i < count; i++) out[i] = narrow(x[i]);
+}
+
 /* exp for x <= 88, within 2 ulp; loops over it vectorise (Cephes' polynomial). */
 static inline float fast_exp(float x) {
     x = x < -87.0f ? -87.0f : x;

@@ -4,41 +4,121 @@
  * where there is an instruction for pairs), so that the inner loop reads it front to back. Between
  * the two sides of SwiGLU a panel has 32 columns of `up` and the same 32 of `gate`.
  */
-#include <omp.h>
-
-#include "native.h"
+#include "crew.c"
 
 #define ROWS 6 /* rows of a tile: 6 x 4 vectors of sums, and the weights, fill the registers */
+#define STRETCH 32 /* of a product's inner dimension between two fetches */
 #define CHUNK 66 /* rows of a task; twice as many where there are panels enough to share out */
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* What becomes of a product. */
+typedef enum { REAL, FLOAT, ADD, SWIGLU } finish;
+
+/* Where a tile goes: rows of `left` columns that are real, `apart` bytes from each other. */
+typedef struct {
+    char *to;
+    int64_t apart, left;
+} place;
+
+/* What will be read after a product: for each row as many bytes at an offset, from two places. The
+ * product computes while memory is idle, so each task fetches its share of its group's, a few lines
+ * at a time: many would keep the weights waiting. */
+typedef struct {
+    int64_t rows;
+    const int64_t *offset, *bytes;
+    const char *place[2];
+} soon;
+
+/* A task's share, and how far it is. */
+typedef struct {
+    const soon *of;
+    int64_t row, last, byte, lines; /* the next line's row and byte; lines at a time */
+    int place;
+} share;
+
+INLINE share shared(const soon *of, const task *t, int64_t stride) {
+    share mine = {of, 0, 0, 0, 0, 0};
+    if (!of || t->first >= of->rows) return mine;
+    int64_t rows = (t->last < of->rows ? t->last : of->rows) - t->first, lines = 0;
+    int64_t times = (t->end - t->begin + ROWS - 1) / ROWS * ((stride + STRETCH - 1) / STRETCH);
+    mine.row = t->first + rows * t->index / t->count;
+    mine.last = t->first + rows * (t->index + 1) / t->count;
+    for (int64_t row = mine.row; row < mine.last; row++) lines += 2 * (of->bytes[row] + 63) / 64;
+    mine.lines = (lines + times - 1) / times;
+    return mine;
+}
+
+INLINE void fetch(share *mine) {
+    const soon *of = mine->of;
+    for (int64_t line = 0; line < mine->lines && mine->row < mine->last; line++) {
+        __builtin_prefetch(of->place[mine->place] + of->offset[mine->row] + mine->byte, 0, 2);
+        mine->byte += 64;
+        if (mine->byte < of->bytes[mine->row]) continue;
+        mine->byte = 0, mine->row += mine->place, mine->place ^= 1;
+    }
+}
+
 #ifdef DOT
-INLINE void tile(const int rows, const real *a, int64_t stride, const weight *b, int64_t inner,
-                 float out[ROWS][PANEL]) {
+/* silu(gate) * up; an inverse to within 2^-14 is enough for 8 bits. */
+INLINE __m512 gated(__m512 up, __m512 gate) {
+    __m512 power = rough_exp2(_mm512_mul_ps(gate, _mm512_set1_ps(-1.44269504f)));
+    __m512 sum = _mm512_add_ps(_mm512_set1_ps(1.0f), power);
+    return _mm512_mul_ps(_mm512_mul_ps(gate, up), _mm512_rcp14_ps(sum));
+}
+
+INLINE void put_pair(char *to, __m512 left, __m512 right) {
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(right, left));
+}
+
+/* A row of a tile into its place. */
+INLINE void end_row(const finish how, const __m512 *sum, char *to, int64_t left) {
+    int64_t columns = how == SWIGLU ? PANEL / 2 : PANEL;
+    char part[PANEL * sizeof(float)], *out = left < columns ? part : to;
+    int64_t item = how == FLOAT || how == ADD ? sizeof(float) : sizeof(real);
+    if (how == ADD && out == part) memcpy(part, to, left * item);
+    if (how == REAL) {
+        put_pair(out, sum[0], sum[1]);
+        put_pair(out + 64, sum[2], sum[3]);
+    } else if (how == SWIGLU) {
+        put_pair(out, gated(sum[0], sum[2]), gated(sum[1], sum[3]));
+    } else {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            float *at = (float *)out + 16 * j;
+            _mm512_storeu_ps(at, how == ADD ? _mm512_add_ps(_mm512_loadu_ps(at), sum[j]) : sum[j]);
+        }
+    }
+    if (out == part) memcpy(to, part, left * item);
+}
+
+INLINE void tile(const int rows, const finish how, const real *a, int64_t stride, const weight *b,
+                 share *ahead, place out) {
     __m512 sum[ROWS][4];
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) sum[r][j] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < inner; k += 2) {
-        __m512bh w[4];
+    for (int64_t k = 0; k < stride;) {
+        int64_t end = k + STRETCH < stride ? k + STRETCH : stride;
+        fetch(ahead);
+        for (; k < end; k += 2) {
+            __m512bh w[4];
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++)
-            w[j] = (__m512bh)_mm512_loadu_si512(b + k * PANEL + j * 32);
+            for (int j = 0; j < 4; j++)
+                w[j] = (__m512bh)_mm512_loadu_si512(b + k * PANEL + j * 32);
 #pragma GCC unroll 6
-        for (int r = 0; r < rows; r++) {
-            int32_t pair;
-            memcpy(&pair, a + r * stride + k, 4);
-            __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+            for (int r = 0; r < rows; r++) {
+                int32_t pair;
+                memcpy(&pair, a + r * stride + k, 4);
+                __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], x, w[j]);
+                for (int j = 0; j < 4; j++) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], x, w[j]);
+            }
         }
     }
 #pragma GCC unroll 6
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) _mm512_storeu_ps(out[r] + 16 * j, sum[r][j]);
+    for (int r = 0; r < rows; r++) end_row(how, sum[r], out.to + r * out.apart, out.left);
 }
 #else
 #ifdef __AVX512F__
@@ -53,103 +133,73 @@ INLINE void tile(const int rows, const real *a, int64_t stride, const weight *b,
 #endif
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4)));
 
-INLINE void tile(const int rows, const real *a, int64_t stride, const weight *b, int64_t inner,
-                 float out[ROWS][PANEL]) {
+/* A row of a tile into its place. */
+INLINE void end_row(const finish how, const float *sums, char *to, int64_t left) {
+    if (how == FLOAT) {
+        memcpy(to, sums, left * sizeof(float));
+    } else if (how == ADD) {
+        float *out = (float *)to;
+        for (int64_t i = 0; i < left; i++) out[i] += sums[i];
+    } else if (how == SWIGLU) {
+        real made[PANEL / 2];
+        const float *gate = sums + PANEL / 2;
+        for (int i = 0; i < PANEL / 2; i++)
+            made[i] = narrow(gate[i] / (1.0f + fast_exp(-gate[i])) * sums[i]);
+        memcpy(to, made, left * sizeof(real));
+    } else {
+        real *out = (real *)to;
+        for (int64_t i = 0; i < left; i++) out[i] = narrow(sums[i]);
+    }
+}
+
+INLINE void tile(const int rows, const finish how, const real *a, int64_t stride, const weight *b,
+                 share *ahead, place out) {
+    float sums[ROWS][PANEL];
     for (int at = 0; at < PANEL; at += LANES * VECTORS) {
         vector sum[ROWS][VECTORS];
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
             for (int j = 0; j < VECTORS; j++) sum[r][j] = (vector){0};
-        for (int64_t k = 0; k < inner; k++) {
-            vector w[VECTORS];
+        for (int64_t k = 0; k < stride;) {
+            int64_t end = k + STRETCH < stride ? k + STRETCH : stride;
+            if (at == 0) fetch(ahead);
+            for (; k < end; k++) {
+                vector w[VECTORS];
 #pragma GCC unroll 4
-            for (int j = 0; j < VECTORS; j++)
-                w[j] = *(const vector *)(b + k * PANEL + at + j * LANES);
+                for (int j = 0; j < VECTORS; j++)
+                    w[j] = *(const vector *)(b + k * PANEL + at + j * LANES);
 #pragma GCC unroll 6
-            for (int r = 0; r < rows; r++) {
-                float x = wide(a[r * stride + k]);
+                for (int r = 0; r < rows; r++) {
+                    float x = wide(a[r * stride + k]);
 #pragma GCC unroll 4
-                for (int j = 0; j < VECTORS; j++) sum[r][j] += x * w[j];
+                    for (int j = 0; j < VECTORS; j++) sum[r][j] += x * w[j];
+                }
             }
         }
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
             for (int j = 0; j < VECTORS; j++)
-                *(vector *)(out[r] + at + j * LANES) = sum[r][j];
+                *(vector *)(sums[r] + at + j * LANES) = sum[r][j];
     }
+    for (int r = 0; r < rows; r++) end_row(how, sums[r], out.to + r * out.apart, out.left);
 }
 #endif
 
-static void some_rows(int rows, const real *a, int64_t stride, const weight *b, int64_t inner,
-                      float out[ROWS][PANEL]) {
+/* a [rows, stride] times a panel. */
+INLINE void strip(const finish how, const real *a, int64_t stride, int64_t rows,
+                  const weight *panel, share ahead, place out) {
+    for (; rows >= ROWS; rows -= ROWS) {
+        tile(ROWS, how, a, stride, panel, &ahead, out);
+        a += ROWS * stride, out.to += ROWS * out.apart;
+    }
     switch (rows) {
-    case 1: tile(1, a, stride, b, inner, out); break;
-    case 2: tile(2, a, stride, b, inner, out); break;
-    case 3: tile(3, a, stride, b, inner, out); break;
-    case 4: tile(4, a, stride, b, inner, out); break;
-    case 5: tile(5, a, stride, b, inner, out); break;
-    default: tile(6, a, stride, b, inner, out);
-    }
-}
-
-/* out [PANEL / 2] = silu(gate) * up. */
-INLINE void swiglu(const float *up, const float *gate, real *out) {
-#ifdef DOT
-    /* The result keeps 8 bits: 2^z to within 1.1e-4 and an inverse to within 2^-14 are enough. */
-    for (int i = 0; i < PANEL / 2; i += 16) {
-        __m512 g = _mm512_loadu_ps(gate + i), u = _mm512_loadu_ps(up + i);
-        __m512 z = _mm512_mul_ps(g, _mm512_set1_ps(-1.44269504f));
-        __m512 n = _mm512_roundscale_ps(z, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        __m512 f = _mm512_sub_ps(z, n);
-        __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.05511586f), f, _mm512_set1_ps(0.24260645f));
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69327125f));
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.99992865f));
-        __m512 sum = _mm512_add_ps(_mm512_set1_ps(1.0f), _mm512_scalef_ps(p, n));
-        __m512 made = _mm512_mul_ps(_mm512_mul_ps(g, u), _mm512_rcp14_ps(sum));
-        __m256i bits = (__m256i)_mm512_cvtneps_pbh(made);
-        memcpy(out + i, &bits, sizeof bits);
-    }
-#else
-    for (int i = 0; i < PANEL / 2; i++)
-        out[i] = narrow(gate[i] / (1.0f + fast_exp(-gate[i])) * up[i]);
-#endif
-}
-
-/* What becomes of a product. */
-typedef enum { REAL, FLOAT, ADD, SWIGLU } finish;
-
-/* A row of a tile into its place; `left` of its columns are real. */
-INLINE void end_row(finish how, const float *sums, char *to, int64_t left) {
-    if (how == REAL) {
-        real *out = (real *)to;
-        for (int64_t i = 0; i < left; i++) out[i] = narrow(sums[i]);
-    } else if (how == FLOAT) {
-        memcpy(to, sums, left * sizeof(float));
-    } else if (how == ADD) {
-        float *out = (float *)to;
-        for (int64_t i = 0; i < left; i++) out[i] += sums[i];
-    } else {
-        real made[PANEL / 2];
-        swiglu(sums, sums + PANEL / 2, made);
-        memcpy(to, made, left * sizeof(real));
-    }
-}
-
-/* Bytes that will be read after a product: the product computes while memory is idle, so each task
- * of it fetches its share of them, some lines with every tile. */
-typedef struct {
-    int64_t runs; /* as many */
-    const char *const *begin;
-    const int64_t *bytes;
-} soon;
-
-INLINE void fetch(const soon *next, int64_t first, int64_t last, int64_t share, int64_t shares) {
-    for (int64_t run = first; run < last; run++) {
-        int64_t lines = (next->bytes[run] + 63) / 64;
-        for (int64_t line = lines * share / shares; line < lines * (share + 1) / shares; line++)
-            __builtin_prefetch(next->begin[run] + line * 64, 0, 2);
+    case 1: tile(1, how, a, stride, panel, &ahead, out); break;
+    case 2: tile(2, how, a, stride, panel, &ahead, out); break;
+    case 3: tile(3, how, a, stride, panel, &ahead, out); break;
+    case 4: tile(4, how, a, stride, panel, &ahead, out); break;
+    case 5: tile(5, how, a, stride, panel, &ahead, out);
     }
 }
 
@@ -161,35 +211,30 @@ typedef struct {
     int64_t stride, columns;
 } part;
 
-/* a [rows, stride] times the weights of all parts, in one loop: more tasks, better shared out. */
-static void product(const real *a, int64_t stride, int64_t rows, const part *parts, int64_t count,
-                    const soon *next) {
+/* a [rows, stride] times the weights of all parts, in one phase: more tasks, better shared out. */
+static void product(worker *me, const real *a, int64_t stride, int64_t rows, const part *parts,
+                    int64_t count, const soon *next) {
     int64_t panels = 0;
     for (int64_t i = 0; i < count; i++) panels += parts[i].weights.panels;
-    int64_t size = panels >= 4 * omp_get_max_threads() ? 2 * CHUNK : CHUNK;
-    int64_t chunks = (rows + size - 1) / size;
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int64_t task = 0; task < panels * chunks; task++) {
-        int64_t panel = task / chunks, begin = task % chunks * size;
-        int64_t end = begin + size < rows ? begin + size : rows;
+    int64_t size = panels >= 4 * me->threads ? 2 * CHUNK : CHUNK;
+    way through = enter(me);
+    for (task t; next_task(&through, rows, size, panels, &t);) {
+        int64_t panel = t.panel;
         const part *p = parts;
         for (; panel >= p->weights.panels; p++) panel -= p->weights.panels;
         int64_t item = p->how == FLOAT || p->how == ADD ? sizeof(float) : sizeof(real);
         int64_t step = p->how == SWIGLU ? PANEL / 2 : PANEL;
-        int64_t left = p->columns - panel * step < step ? p->columns - panel * step : step;
+        place out = {(char *)p->out + (t.begin * p->stride + panel * step) * item, p->stride * item,
+                     p->columns - panel * step < step ? p->columns - panel * step : step};
         const weight *weights = p->weights.data + panel * stride * PANEL;
-        float sums[ROWS][PANEL];
-        for (int64_t row = begin; row < end; row += ROWS) {
-            int some = end - row < ROWS ? end - row : ROWS;
-            some_rows(some, a + row * stride, stride, weights, stride, sums);
-            for (int i = 0; i < some; i++) {
-                int64_t at = (row + i) * p->stride + panel * step;
-                end_row(p->how, sums[i], (char *)p->out + at * item, left);
-            }
-            if (next)
-                fetch(next, next->runs * task / (panels * chunks),
-                      next->runs * (task + 1) / (panels * chunks), (row - begin) / ROWS,
-                      (end - begin + ROWS - 1) / ROWS);
+        const real *from = a + t.begin * stride;
+        int64_t some = t.end - t.begin;
+        share ahead = shared(next, &t, stride);
+        switch (p->how) {
+        case REAL: strip(REAL, from, stride, some, weights, ahead, out); break;
+        case FLOAT: strip(FLOAT, from, stride, some, weights, ahead, out); break;
+        case ADD: strip(ADD, from, stride, some, weights, ahead, out); break;
+        case SWIGLU: strip(SWIGLU, from, stride, some, weights, ahead, out);
         }
     }
 }

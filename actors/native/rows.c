@@ -1,32 +1,36 @@
 /* What is done to rows one by one: embedding, LayerNorm, drawing a token. */
-#include "native.h"
+#include "crew.c"
 
 #define BLOCK 64 /* as in common.logprobs.draw */
 
 /* x [rows, dim] = the tokens' embeddings. */
-void embed(const real *embedding, const int64_t *tokens, int64_t rows, int64_t dim, float *x) {
-#pragma omp parallel for schedule(static)
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t i = 0; i < dim; i++)
-            x[row * dim + i] = wide(embedding[tokens[row] * dim + i]);
+static void embed(worker *me, const real *embedding, const int64_t *tokens, int64_t rows,
+                  int64_t dim, float *x) {
+    way through = enter(me);
+    for (task t; next_task(&through, rows, SOME_ROWS, 1, &t);)
+        for (int64_t row = t.begin; row < t.end; row++)
+            for (int64_t i = 0; i < dim; i++)
+                x[row * dim + i] = wide(embedding[tokens[row] * dim + i]);
 }
 
 /* out [rows, stride] = LayerNorm(x [rows, dim]) * weight. */
-void layer_norm(const float *x, const float *weight, int64_t rows, int64_t dim, real *out,
-                int64_t stride) {
-#pragma omp parallel for schedule(static)
-    for (int64_t row = 0; row < rows; row++) {
-        const float *at = x + row * dim;
-        float sum = 0.0f, squares = 0.0f;
+static void layer_norm(worker *me, const float *x, const float *weight, int64_t rows, int64_t dim,
+                       real *out, int64_t stride) {
+    float made[dim];
+    way through = enter(me);
+    for (task t; next_task(&through, rows, SOME_ROWS, 1, &t);)
+        for (int64_t row = t.begin; row < t.end; row++) {
+            const float *at = x + row * dim;
+            float sum = 0.0f, squares = 0.0f;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < dim; i++) sum += at[i];
-        float mean = sum / dim;
+            for (int64_t i = 0; i < dim; i++) sum += at[i];
+            float mean = sum / dim;
 #pragma omp simd reduction(+ : squares)
-        for (int64_t i = 0; i < dim; i++) squares += (at[i] - mean) * (at[i] - mean);
-        float scale = 1.0f / sqrtf(squares / dim + 1e-5f);
-        for (int64_t i = 0; i < dim; i++)
-            out[row * stride + i] = narrow((at[i] - mean) * scale * weight[i]);
-    }
+            for (int64_t i = 0; i < dim; i++) squares += (at[i] - mean) * (at[i] - mean);
+            float scale = 1.0f / sqrtf(squares / dim + 1e-5f);
+            for (int64_t i = 0; i < dim; i++) made[i] = (at[i] - mean) * scale * weight[i];
+            narrow_all(made, out + row * stride, dim);
+        }
 }
 
 /* Inverse-CDF sampling as common.logprobs.draw, for logits without a filter. */

@@ -103,6 +103,35 @@ def test_bf16_is_near_the_full_forward_in_bf16(choice: Choice) -> None:
     assert float((found.float() - palm(rows)[:, -1]).abs().max()) < 0.1
 
 
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "dim"), [(4, 64, 64), (3, 12, 30), (2, 16, 33), (5, 128, 48)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_shape_and_any_number_of_threads(
+    heads: int, head_dim: int, dim: int, dtype: torch.dtype
+) -> None:
+    """Threads share rows and panels out in another way, and every row stays the same."""
+    changed = {"heads": heads, "head_dim": head_dim, "dim": dim}
+    palm = PaLM(SHAPE.model_copy(update=changed))
+    palm.initialise(3)
+    palm.eval().requires_grad_(False).to(dtype)
+    tokens, slots, length = texts(40, 9), 40, 8
+    rows = tokens.tolist()
+    chunks = [Chunk(slot=i, start=0, tokens=row[: length - 1]) for i, row in enumerate(rows)]
+    threads, seen = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            decoder = Decoder(palm, slots=slots, kernels="native")
+            decoder.forward([row[length - 1] for row in rows], [length - 1] * slots, chunks)
+            seen.append(decoder.forward([row[length] for row in rows], [length] * slots).clone())
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+    bound = 1e-5 if dtype == torch.float32 else 0.1
+    assert float((seen[0] - palm(tokens)[:, -1].float()).abs().max()) < bound
+
+
 def test_new_weights_count_after_a_refresh() -> None:
     palm = model()
     decoder = Decoder(palm, slots=1)
@@ -122,7 +151,8 @@ def test_the_native_draw_is_the_draw(vocabulary: int, temperature: float) -> Non
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(500, vocabulary, generator=generator) * 3
     u = torch.rand(500, dtype=torch.float64, generator=generator)
-    tokens, logprobs = native.draw(logits, Sampling(temperature=temperature), u)
+    drawn = native.draw(logits, Sampling(temperature=temperature), u.numpy())
+    tokens, logprobs = map(torch.from_numpy, drawn)
     expected, theirs = draw(logits / temperature, u)
     same = tokens == expected
     assert float(same.float().mean()) > 0.995, "only rounding at a border may tell them apart"

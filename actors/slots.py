@@ -1,0 +1,100 @@
+"""The requests that the engine has in work, side by side in columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.trajectory import RolloutRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A request without a slot."""
+
+    request: RolloutRequest
+    limit: int
+    """Longest response."""
+    uniforms: np.ndarray
+    """float64 ``[limit or more]``, one for each token that may be drawn."""
+    adapter: int
+    """Index in `Decoder.adapters`."""
+
+
+class Slots:
+    """The requests in work, side by side; slots in use are 0 .. S - 1. Nothing here is done token
+    by token in Python: that would take longer than the attention. Operations on all slots are few,
+    because the forward leaves nothing of Python in the processor's caches: each costs many times
+    what it does in a loop of its own."""
+
+    def __init__(self, slots: int, context: int) -> None:
+        self.requests: list[RolloutRequest] = []
+        self.prompts = np.zeros((slots, context), dtype=np.int32)
+        self.tokens = np.zeros((slots, context), dtype=np.int64)
+        """Responses so far."""
+        self.logprobs = np.zeros((slots, context), dtype=np.float32)
+        self.uniforms = np.zeros((slots, context))
+        self.lengths = np.zeros(slots, dtype=np.int64)
+        """Prompt tokens."""
+        self.filled = np.zeros(slots, dtype=np.int64)
+        """Positions in the cache after the step that is being planned."""
+        self.counts = np.zeros(slots, dtype=np.int64)
+        """Response tokens."""
+        self.limits = np.zeros(slots, dtype=np.int64)
+        self.adapters = np.zeros(slots, dtype=np.int64)
+        self.newest = np.zeros(slots, dtype=np.int64)
+        """The token that the step in planning computes from."""
+        self._first = np.arange(slots) * context
+        """Of a slot in the columns below."""
+        self._flat = self.tokens.reshape(-1), self.logprobs.reshape(-1), self.uniforms.reshape(-1)
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def add(self, waiting: Waiting) -> int:
+        """Take a request in; its slot."""
+        slot, prompt = len(self), waiting.request.prompt_ids
+        self.requests.append(waiting.request)
+        self.prompts[slot, : len(prompt)] = prompt
+        self.uniforms[slot, : len(waiting.uniforms)] = waiting.uniforms
+        self.lengths[slot], self.limits[slot] = len(prompt), waiting.limit
+        self.filled[slot] = self.counts[slot] = 0
+        self.adapters[slot] = waiting.adapter
+        return slot
+
+    def remove(self, slot: int) -> bool:
+        """Empty a slot; True when the last one in use has moved into it."""
+        last = len(self) - 1
+        request = self.requests.pop()
+        if slot == last:
+            return False
+        self.requests[slot] = request
+        for column in (self.prompts, self.tokens, self.logprobs, self.uniforms):
+            column[slot] = column[last]
+        rows = self.lengths, self.filled, self.counts, self.limits, self.adapters, self.newest
+        for row in rows:
+            row[slot] = row[last]
+        return True
+
+    def places(self, slots: np.ndarray | slice) -> np.ndarray:
+        """Where in all of `tokens`, `logprobs` and `uniforms` the next token of slots belongs."""
+        places: np.ndarray = self._first[slots] + self.counts[slots]
+        return places
+
+    def uniforms_at(self, places: np.ndarray) -> np.ndarray:
+        """float64, one for each place."""
+        return self._flat[2].take(places)
+
+    def record(
+        self,
+        slots: np.ndarray | slice,
+        places: np.ndarray,
+        tokens: np.ndarray,
+        logprobs: np.ndarray,
+    ) -> None:
+        """The next token of slots."""
+        self._flat[0][places] = tokens
+        self._flat[1][places] = logprobs
+        self.counts[slots] += 1
+        self.newest[slots] = tokens
