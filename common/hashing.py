@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -30,11 +31,13 @@ _PIECE = 2**20
 class Hasher(Protocol):
     """xxh3-128 of bytes that come in parts, as if they were one."""
 
-    def update(self, data: bytes | Bytes) -> None:
+    def update(self, parts: Sequence[bytes | Bytes]) -> None:
         """Hash contiguous bytes."""
 
-    def copy(self, source: Bytes, destination: Bytes, *, around_caches: bool = False) -> None:
-        """Copy as many bytes and hash what is stored.
+    def copy(
+        self, sources: Sequence[Bytes], destination: Bytes, *, around_caches: bool = False
+    ) -> None:
+        """Copy parts to where they lie one behind the other, and hash what is stored.
 
         Args:
             around_caches: of bytes by far more than the caches hold, and so from memory again
@@ -63,14 +66,22 @@ class NativeHasher:
         self._at = ctypes.addressof(self._state)
         functions.start(self._at)
 
-    def update(self, data: bytes | Bytes) -> None:
-        data = np.frombuffer(data, dtype=np.uint8)
-        self._functions.take(self._at, data.ctypes.data, None, data.nbytes, False)
+    def update(self, parts: Sequence[bytes | Bytes]) -> None:
+        self._take([np.frombuffer(part, dtype=np.uint8) for part in parts], None)
 
-    def copy(self, source: Bytes, destination: Bytes, *, around_caches: bool = False) -> None:
-        _check(source, destination)
+    def copy(
+        self, sources: Sequence[Bytes], destination: Bytes, *, around_caches: bool = False
+    ) -> None:
+        _check(sources, destination)
+        self._take(sources, destination.ctypes.data, around_caches)
+
+    def _take(self, parts: Sequence[Bytes], to: int | None, around_caches: bool = False) -> None:
+        """All in one call: between parts, which sweep the processor's caches, a line of Python
+        costs more than to hash a small one."""
+        addresses = np.array([part.ctypes.data for part in parts], dtype=np.uint64)
+        counts = np.array([part.nbytes for part in parts], dtype=np.uint64)
         self._functions.take(
-            *(self._at, source.ctypes.data, destination.ctypes.data, source.nbytes, around_caches)
+            *(self._at, addresses.ctypes.data, counts.ctypes.data, len(parts), to, around_caches)
         )
 
     def hexdigest(self) -> str:
@@ -87,25 +98,33 @@ class PackageHasher:
     def __init__(self) -> None:
         self._hash = xxhash.xxh3_128()
 
-    def update(self, data: bytes | Bytes) -> None:
-        self._hash.update(data if isinstance(data, bytes) else data.data)
+    def update(self, parts: Sequence[bytes | Bytes]) -> None:
+        for part in parts:
+            self._hash.update(part if isinstance(part, bytes) else part.data)
 
-    def copy(self, source: Bytes, destination: Bytes, *, around_caches: bool = False) -> None:
-        _check(source, destination)
-        for begin in range(0, source.nbytes, _PIECE):
-            held = destination[begin : begin + _PIECE]
-            held[:] = source[begin : begin + _PIECE]
-            self._hash.update(held.data)
+    def copy(
+        self, sources: Sequence[Bytes], destination: Bytes, *, around_caches: bool = False
+    ) -> None:
+        _check(sources, destination)
+        reached = 0
+        for source in sources:
+            for begin in range(0, source.nbytes, _PIECE):
+                piece = source[begin : begin + _PIECE]
+                held = destination[reached : reached + piece.nbytes]
+                held[:] = piece
+                self._hash.update(held.data)
+                reached += piece.nbytes
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
 
 
-def _check(source: Bytes, destination: Bytes) -> None:
+def _check(sources: Sequence[Bytes], destination: Bytes) -> None:
     """Addresses say nothing of sizes, gaps and rights: C would write anywhere."""
-    if source.nbytes != destination.nbytes:
-        raise ValueError(f"{source.nbytes} bytes do not fit {destination.nbytes}")
-    if not (source.flags.c_contiguous and destination.flags.carray):
+    total = sum(source.nbytes for source in sources)
+    if total != destination.nbytes:
+        raise ValueError(f"{total} bytes do not fit {destination.nbytes}")
+    if not (all(s.flags.c_contiguous for s in sources) and destination.flags.carray):
         raise ValueError("bytes to copy are not contiguous, or not writable where they go")
 
 
@@ -124,7 +143,7 @@ def typed(functions: ctypes.CDLL) -> ctypes.CDLL:
     """With their arguments' types."""
     address = ctypes.c_void_p
     functions.start.argtypes = [address]
-    functions.take.argtypes = [address, address, address, ctypes.c_uint64, ctypes.c_int]
+    functions.take.argtypes = [*(address,) * 3, ctypes.c_uint64, address, ctypes.c_int]
     functions.finish.argtypes = [address, address]
     for name in ("start", "take", "finish"):
         getattr(functions, name).restype = None

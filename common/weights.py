@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from pickle import PickleBuffer
+from typing import Any, Literal, SupportsIndex
 
+import numpy as np
 import torch
 import xxhash
 from safetensors import SafetensorError
@@ -22,8 +24,18 @@ from torch import Tensor, nn
 from common.errors import CheckpointError, TrainingError
 from common.hashing import Bytes, hasher
 
-Payload = Sequence[Bytes]
-"""A slice's bytes in consecutive parts, so that no copy is needed to lay them together."""
+
+class Payload(tuple[Bytes, ...]):
+    """A slice's bytes in consecutive parts, so that no copy is needed to lay them together."""
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        """As buffers alone, for the object store: an array each would take a third of the time that
+        it takes to copy the bytes of a small one."""
+        return _received, tuple(PickleBuffer(part.data) for part in self)
+
+
+def _received(*parts: memoryview) -> Payload:
+    return Payload(np.frombuffer(part, dtype=np.uint8) for part in parts)
 
 
 class CorruptSliceError(TrainingError):
@@ -110,11 +122,9 @@ class FlatBuffer:
                     f"weights version {manifest.policy_version}: slice of rank {piece.rank} "
                     f"does not fit at byte {reached}"
                 )
-            held = hasher()
-            for part in payload:
-                ours = into[reached : reached + part.nbytes]
-                held.copy(part, ours, around_caches=self.total > _BEYOND_CACHES)
-                reached += part.nbytes
+            held, ours = hasher(), into[reached : reached + piece.length]
+            held.copy(payload, ours, around_caches=self.total > _BEYOND_CACHES)
+            reached += piece.length
             if held.hexdigest() != piece.digest:
                 raise CorruptSliceError(
                     f"weights version {manifest.policy_version}: slice of rank {piece.rank} "
@@ -140,8 +150,7 @@ def slice_bounds(total_elements: int, ranks: int, rank: int) -> tuple[int, int]:
 def digest(payload: Payload) -> str:
     """xxh3-128 of all parts, as if they were one."""
     hashed = hasher()
-    for part in payload:
-        hashed.update(part)
+    hashed.update(payload)
     return hashed.hexdigest()
 
 
@@ -156,8 +165,8 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
     hashed = hasher()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
-        hashed.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        hashed.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        described = f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode()
+        hashed.update([described, tensor.reshape(-1).view(torch.uint8).numpy()])
     return hashed.hexdigest()
 
 
@@ -172,11 +181,11 @@ def manifest_of(
     payload = torch.cat([t.detach().to(dtype).reshape(-1) for _, t in named])
     data = payload.view(torch.uint8).numpy()
     layout = layout_hash({name: tuple(t.shape) for name, t in named}, dtype, base)
-    piece = Slice(rank=0, offset=0, length=data.nbytes, digest=digest([data]))
+    piece = Slice(rank=0, offset=0, length=data.nbytes, digest=digest(Payload([data])))
     manifest = Manifest(
         policy_version=policy_version, total=data.nbytes, layout=layout, slices=(piece,)
     )
-    return manifest, [data]
+    return manifest, Payload([data])
 
 
 def save_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

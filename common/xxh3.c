@@ -121,8 +121,7 @@ static void keep(state *s, const uint8_t *from, uint8_t *to, uint64_t count) {
     s->held += count;
 }
 
-/* Hash `count` bytes; unless `to` is null, copy them there, `around` the caches where possible. */
-void take(state *s, const uint8_t *from, uint8_t *to, uint64_t count, int around) {
+static void take_part(state *s, const uint8_t *from, uint8_t *to, uint64_t count, int around) {
     s->total += count;
     if (s->held + count > KEPT) {
         uint64_t fill = s->held ? KEPT - s->held : 0;
@@ -145,6 +144,16 @@ void take(state *s, const uint8_t *from, uint8_t *to, uint64_t count, int around
         if (to) to += bytes;
     }
     keep(s, from, to, count);
+}
+
+/* Hash parts of so many bytes; unless `to` is null, copy them there one behind the other, `around`
+ * the caches where possible. */
+void take(state *s, const uint8_t *const *from, const uint64_t *bytes, uint64_t parts, uint8_t *to,
+          int around) {
+    for (uint64_t part = 0; part < parts; part++) {
+        take_part(s, from[part], to, bytes[part], around);
+        if (to) to += bytes[part];
+    }
 #ifdef __x86_64__
     if (around) _mm_sfence(); /* other cores may read as soon as we return */
 #endif

@@ -38,7 +38,7 @@ from learner.engine import ZeroEngine, rank
 from learner.epochs import Targets, policy_epochs, value_epochs
 from learner.experience import Experience, experience
 from learner.memory import AuxiliaryMemory
-from learner.publisher import Publication, publish
+from learner.publisher import Publication, publisher
 from learner.schedule import linear_to_zero
 from learner.shards import MicroBatch, Shards
 
@@ -69,6 +69,14 @@ class Learner:
         if train.lora is not None:
             train_adapter(policy, train.adapter, train.lora, config.seed)
         self.policy = self._engine(policy)
+        self._publisher = publisher(
+            self.policy,
+            adapter_tensors(policy.palm, policy.adapter)
+            if policy.adapter
+            else policy.palm.named_parameters(),
+            dtype=torch_dtype(config.rollout.precision),
+            base=self.base,
+        )
         self.shards = Shards(
             seed=config.seed,
             budget=config.learner.micro_batch_tokens,
@@ -297,15 +305,7 @@ class Learner:
 
     def publish(self) -> tuple[Publication, Payload]:
         """This rank's slice of the policy's decoder: facts and bytes."""
-        network = self.policy.network
-        assert isinstance(network, PolicyNetwork)
-        named = list(
-            adapter_tensors(network.palm, network.adapter)
-            if network.adapter
-            else network.palm.named_parameters()
-        )
-        dtype = torch_dtype(self.config.rollout.precision)
-        return publish(self.policy, named, dtype=dtype, base=self.base)
+        return self._publisher.publish()
 
     def state(self) -> dict[str, object]:
         """What a resumed learner needs beside the engines: the KL controller, and which base the

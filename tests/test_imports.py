@@ -66,7 +66,9 @@ def graph(sources: dict[str, str]) -> dict[str, set[str]]:
 
 def unsafe_loads(source: str) -> list[str]:
     """Imports of unpicklers, torch.load without weights_only=True, numpy with allow_pickle."""
-    found = [name for name in imports(source) if name.split(".")[0] in UNPICKLERS]
+    # A PickleBuffer hands bytes to a transport and loads nothing.
+    named = set(imports(source)) - {"pickle.PickleBuffer"}
+    found = [name for name in sorted(named) if name.split(".")[0] in UNPICKLERS]
     found += [name for name in imports(source) if name == "torch.load"]
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):

@@ -24,7 +24,7 @@ from common.weights import FlatBuffer, Manifest
 from learner import engine
 from learner.engine import ZeroEngine
 from learner.epochs import policy_epochs
-from learner.publisher import slice_of
+from learner.publisher import Publisher
 from learner.rank import LearnerRank
 from learner.shards import Shards
 from tests.benchmarks.learner_step import BUDGET, ROWS, data, network
@@ -56,8 +56,13 @@ def wire() -> list[Result]:
         "lora": FlatBuffer(adapter_tensors(receiver, "policy"), torch.float32),
     }
 
+    publishers = {
+        kind: Publisher(pairs, rank=0, ranks=1, dtype=torch.float32)
+        for kind, pairs in named.items()
+    }
+
     def sync(kind: str) -> None:
-        made, payload = slice_of(named[kind], rank=0, ranks=1, dtype=torch.float32)
+        made, payload = publishers[kind].publish()
         manifest = Manifest(
             policy_version=0, total=made.total, layout=made.layout, slices=(made.piece,)
         )

@@ -45,7 +45,7 @@ def test_any_split_has_the_digest_of_the_whole(bounds: list[int], shift: int) ->
     data = BYTES[shift : shift + bounds[-1]]
     ours = native()
     for begin, end in pairwise(bounds):
-        ours.update(data[begin:end])
+        ours.update([data[begin:end]])
         assert ours.hexdigest() == xxhash.xxh3_128_hexdigest(data[:end]), "more may follow"
 
 
@@ -62,8 +62,9 @@ def test_what_is_copied_is_the_source_and_hashed(
     target = ROOM[first : first + bounds[-1]]
     ours = make()
     for begin, end in pairwise(bounds):
-        how = data.draw(st.booleans())
-        ours.copy(source[begin:end], target[begin:end], around_caches=how)
+        how, middle = data.draw(st.booleans()), data.draw(st.integers(begin, end))
+        parts = [source[begin:middle], source[middle:end]]
+        ours.copy(parts, target[begin:end], around_caches=how)
     assert ours.hexdigest() == xxhash.xxh3_128_hexdigest(source)
     assert np.array_equal(source, target)
     assert not ROOM[:first].any() and not ROOM[first + bounds[-1] :].any()
@@ -79,7 +80,7 @@ def test_narrower_processors_find_the_same(narrower: str, tmp_path: Path) -> Non
     ours = NativeHasher(hashing.typed(ctypes.CDLL(str(built))))
     target = np.zeros_like(BYTES)
     for begin, end in pairwise([0, 100, 5000, 2**18, BYTES.nbytes]):
-        ours.copy(BYTES[begin:end], target[begin:end], around_caches=end > 5000)
+        ours.copy([BYTES[begin:end]], target[begin:end], around_caches=end > 5000)
     assert ours.hexdigest() == xxhash.xxh3_128_hexdigest(BYTES)
     assert np.array_equal(BYTES, target)
 
@@ -99,9 +100,9 @@ def test_without_a_compiler_the_package_hashes_and_says_so_once(
     for length in (0, 240, 241, BYTES.nbytes):
         made, target = hasher(), np.zeros(length, dtype=np.uint8)
         assert isinstance(made, PackageHasher)
-        made.update(b"first")
-        made.copy(BYTES[:length], target)
-        whole = b"first" + BYTES[:length].tobytes()
+        made.update([b"first", b"second"])
+        made.copy([BYTES[: length // 3], BYTES[length // 3 : length]], target)
+        whole = b"firstsecond" + BYTES[:length].tobytes()
         assert made.hexdigest() == xxhash.xxh3_128_hexdigest(whole)
         assert np.array_equal(target, BYTES[:length])
     assert caplog.text.count("hashed more slowly") == 1
@@ -125,8 +126,8 @@ def test_memory_that_is_not_ours_to_write_is_refused(make: type[Hasher]) -> None
     targets: list[Bytes] = [np.zeros(7, np.uint8), np.zeros(16, np.uint8)[::2], frozen]
     for target in targets:
         with pytest.raises(ValueError, match=r"do not fit|not contiguous, or not writable"):
-            make().copy(BYTES[:8], target)
+            make().copy([BYTES[:4], BYTES[4:8]], target)
     with pytest.raises(ValueError, match="not contiguous"):
-        make().copy(BYTES[:16:2], np.zeros(8, np.uint8))
+        make().copy([BYTES[:16:2]], np.zeros(8, np.uint8))
     with pytest.raises((ValueError, BufferError), match="contiguous"):
-        make().update(BYTES[:16:2])
+        make().update([BYTES[:16:2]])
