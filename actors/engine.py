@@ -203,9 +203,12 @@ class Engine:
         work, used = self._work, len(self._work)
         if not used:
             return []
-        logits_SV = self.decoder.forward(
-            *(work.newest[:used], work.filled[:used] - 1, chunks, copies, work.adapters[:used])
+        newest, positions, adapters = (
+            work.newest[:used],
+            work.filled[:used] - 1,
+            work.adapters[:used],
         )
+        logits_SV = self.decoder.forward(newest, positions, chunks, copies, adapters)
         drawing: np.ndarray | slice = slice(used)
         if self._prefilling:
             drawing = np.flatnonzero(work.filled[:used] >= work.lengths[:used])

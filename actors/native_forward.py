@@ -8,6 +8,7 @@ folder. On a GPU `actors.torch_forward` runs instead.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import mmap
@@ -230,7 +231,8 @@ def _zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     room = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        room.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # A kernel without them.
+            room.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(room, dtype=torch.uint8)
     begin = -whole.data_ptr() % _HUGE
     return whole[begin : begin + size].view(dtype).view(*shape)

@@ -46,8 +46,9 @@ class Slots:
         self.newest = np.zeros(slots, dtype=np.int64)
         """The token that the step in planning computes from."""
         self._first = np.arange(slots) * context
-        """Of a slot in the columns below."""
-        self._flat = self.tokens.reshape(-1), self.logprobs.reshape(-1), self.uniforms.reshape(-1)
+        """A slot's first place in these:"""
+        self._tokens, self._logprobs = self.tokens.reshape(-1), self.logprobs.reshape(-1)
+        self._uniforms = self.uniforms.reshape(-1)
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -84,7 +85,7 @@ class Slots:
 
     def uniforms_at(self, places: np.ndarray) -> np.ndarray:
         """float64, one for each place."""
-        return self._flat[2].take(places)
+        return self._uniforms.take(places)
 
     def record(
         self,
@@ -94,7 +95,7 @@ class Slots:
         logprobs: np.ndarray,
     ) -> None:
         """The next token of slots."""
-        self._flat[0][places] = tokens
-        self._flat[1][places] = logprobs
+        self._tokens[places] = tokens
+        self._logprobs[places] = logprobs
         self.counts[slots] += 1
         self.newest[slots] = tokens
