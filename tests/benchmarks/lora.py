@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ def wire() -> list[Result]:
     """Publishing and loading, hashes included, without the object store between."""
     palm = PaLM(WIDE)
     add_adapter(palm, "policy", LORA, seed=0)
-    named = {
+    named: dict[str, list[tuple[str, torch.Tensor]]] = {
         "full": [(n, p) for n, p in palm.named_parameters() if "lora_" not in n],
         "lora": list(adapter_tensors(palm, "policy")),
     }
@@ -68,7 +69,7 @@ def wire() -> list[Result]:
         )
         assert buffers[kind].load(manifest, [payload]) == manifest.fingerprint
 
-    found = interleaved({kind: lambda kind=kind: sync(kind) for kind in named}, REPEATS)
+    found = interleaved({kind: partial(sync, kind) for kind in named}, REPEATS)
     size = {kind: buffer.total / 2**20 for kind, buffer in buffers.items()}
     adapter_bytes = sum(4 * tensor.numel() for _, tensor in named["lora"])
     assert buffers["lora"].total == adapter_bytes, "the adapter and nothing else"

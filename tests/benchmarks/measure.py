@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -42,7 +42,7 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median seconds of each, measured by turns so that noise hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):

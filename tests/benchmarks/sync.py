@@ -25,6 +25,11 @@ def module(tensors: int) -> nn.ParameterList:
     return nn.ParameterList([nn.Parameter(torch.ones(size)) for _ in range(tensors)])
 
 
+def shared(memory: SharedMemory) -> np.ndarray:
+    assert memory.buf is not None
+    return np.frombuffer(memory.buf, dtype=np.uint8)[:BYTES]
+
+
 class Sender:
     """A learner rank without its learner."""
 
@@ -40,7 +45,7 @@ class Sender:
 
     def copy_in(self, name: str) -> None:
         self.memory = self.memory or SharedMemory(name)
-        np.frombuffer(self.memory.buf, dtype=np.uint8)[:BYTES] = self.plain
+        shared(self.memory)[:] = self.plain
 
 
 class Receiver:
@@ -56,7 +61,7 @@ class Receiver:
 
     def copy_out(self, name: str) -> None:
         self.memory = self.memory or SharedMemory(name)
-        self.plain[:] = np.frombuffer(self.memory.buf, dtype=np.uint8)[:BYTES]
+        self.plain[:] = shared(self.memory)
 
 
 def publish(sender: Any, receivers: list[Any]) -> None:

@@ -58,7 +58,7 @@ def seconds(folder: Path, staleness: int) -> dict[str, float]:
     """Medians over the iterations after warm-up."""
     config = recipe(folder, staleness)
     config.run_dir.mkdir(parents=True)
-    tokenizer = Tokenizer.train(["a tokenizer of letters"], 270)
+    tokenizer = Tokenizer.train(iter(["a tokenizer of letters"]), 270)
     tokenizer.save(config.run_dir / "tokenizer.json")
     policy, reward = PolicyNetwork(config.model), ScalarNetwork(config.model)
     policy.initialise(0)
