@@ -215,9 +215,9 @@ class Engine:
             if not len(drawing):
                 return []
             logits_SV = logits_SV[torch.from_numpy(drawing).to(logits_SV.device)]
-        places = work.places(drawing)
-        tokens, logprobs = self._draw(logits_SV, work.counts[drawing], work.uniforms_at(places))
-        work.record(drawing, places, tokens, logprobs)
+        cells = work.cells(drawing)
+        tokens, logprobs = self._draw(logits_SV, work.counts[drawing], work.uniforms_at(cells))
+        work.record(drawing, cells, tokens, logprobs)
         ended = self._ended(drawing, tokens)
         made = [self._generated(slot, reason) for slot, reason in ended]
         self._free([slot for slot, _ in ended])
@@ -226,7 +226,8 @@ class Engine:
     # ------------------------------------------------------------------ parts of a step
 
     def _plan(self) -> tuple[list[Chunk], list[Copy]]:
-        """This step's newest token of every slot, and the prompt tokens before it.
+        """Advance `filled` and `newest` of all slots; the prompt tokens before the newest, and the
+        prefixes to copy.
 
         A prompt that does not fit into the step's budget ends the plan, so at most one is ever
         in the middle of its prefill, and every prefix of another slot is whole after this step.
@@ -247,7 +248,7 @@ class Engine:
         return chunks, copies
 
     def _prefill(self, slot: int, budget: int, chunks: list[Chunk]) -> int:
-        """Plan the next tokens of a prompt; how many they are."""
+        """Plan the next tokens of a slot's prompt; how many they are."""
         work = self._work
         start, length = int(work.filled[slot]), int(work.lengths[slot])
         end = min(length, start + max(1, budget))
@@ -286,30 +287,25 @@ class Engine:
         copies.append(Copy(source=source, targets=targets, positions=shared))
 
     def _draw(
-        self, logits: Tensor, places: np.ndarray, drawn: np.ndarray
+        self, logits: Tensor, positions: np.ndarray, uniforms: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """One token for each row and its log-probability, at these places of the responses."""
+        """One token for each row and its log-probability, at these positions of the responses."""
         if self._plain:
-            return self.decoder.draw(logits, self.sampling, drawn)
-        positions = torch.from_numpy(places).to(logits.device)
-        kept = sampling_logits(logits, self.sampling, positions=positions)
-        tokens, logprobs = draw(kept, torch.from_numpy(drawn).to(logits.device))
+            return self.decoder.draw(logits, self.sampling, uniforms)
+        positions_B = torch.from_numpy(positions).to(logits.device)
+        kept = sampling_logits(logits, self.sampling, positions=positions_B)
+        tokens, logprobs = draw(kept, torch.from_numpy(uniforms).to(logits.device))
         return tokens.cpu().numpy(), logprobs.cpu().numpy()
 
     def _ended(self, drawing: np.ndarray | slice, tokens: np.ndarray) -> list[tuple[int, str]]:
         """Slots whose response ends with these tokens, and why."""
-        work = self._work
-        long = work.counts[drawing] >= work.limits[drawing]
-        stop = eos = tokens == self.eos_id
+        work, slots = self._work, np.arange(len(self._work))[drawing]
+        eos, stop = tokens == self.eos_id, np.zeros(len(tokens), dtype=bool)
         for token in self.stops.ids:
-            stop = stop | (tokens == token)
+            stop |= tokens == token
         if self.stops.strings:
-            slots = np.arange(len(work))[drawing]
-            stop = stop | [self._completes_a_stop(slot) for slot in slots.tolist()]
-        done = stop | long
-        if not done.any():
-            return []
-        slots = np.arange(len(work))[drawing]
+            stop |= [self._completes_a_stop(slot) for slot in slots.tolist()]
+        done = eos | stop | (work.counts[drawing] >= work.limits[drawing])
         return [
             (int(slots[i]), "eos" if eos[i] else "stop" if stop[i] else "length")
             for i in np.flatnonzero(done)

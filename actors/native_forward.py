@@ -82,6 +82,12 @@ class NativeForward:
         self._room_rows = 0
         self._room: list[Tensor] = []
         self._scratch = _Scratch()
+        widths = sum(map(len, self._columns)), _up(config.dim, _PANEL)
+        panels = config.layers * sum(map(math.prod, zip(widths, self._strides, strict=True)))
+        logits = _up(config.vocab_size, _PANEL) * self._strides[0]
+        self._panels = _zeros((panels + logits,), self._packed_dtype)
+        """All packed weights; a version is packed over the one before."""
+        self._reached = 0
         self._weights: list[Tensor] = []
         self._spent = _Spent()
 
@@ -89,10 +95,8 @@ class NativeForward:
         """Run with these weights from now on."""
         query, keyvalue, forward = self._columns
         made = (_Layer * len(layers))()
-        # C holds addresses: whatever they point to must live as long as these weights are in use.
-        self._weights = [norm, embedding]
+        self._reached = 0
         for index, layer in enumerate(layers):
-            self._weights.append(layer.norm)
             inward = layer.inward.weight
             outward = torch.cat((layer.attn_out.weight, layer.ff_out.weight), dim=1)
             made[index] = _Layer(
@@ -108,6 +112,8 @@ class NativeForward:
         self._model.layer = ctypes.cast(made, ctypes.POINTER(_Layer))
         self._model.norm, self._model.embedding = _at(norm), _at(embedding)
         self._model.logits = self._packed(embedding, _padded(0, len(embedding)))
+        # C holds addresses: whatever they point to must live as long as these weights are in use.
+        self._weights = [norm, embedding, *(layer.norm for layer in layers)]
 
     def run(self, step: Step) -> Tensor:
         """fp32 logits ``[S, V]`` after the newest token of each slot, until the next call: fresh
@@ -163,22 +169,22 @@ class NativeForward:
         """Weights ``[any, length]`` as panels of the columns asked for."""
         weight = weight.contiguous()
         panels, inner = len(columns) // _PANEL, _up(weight.shape[1], 2)
-        made = _zeros((panels * inner * _PANEL,), self._packed_dtype)
+        made = self._panels[self._reached : self._reached + panels * inner * _PANEL]
+        self._reached += len(made)
         self._library.pack(_at(weight), weight.shape[1], inner, _at(columns), panels, _at(made))
-        self._weights.append(made)
         return _Packed(data=_at(made), panels=panels)
 
     def _make_room(self, rows: int) -> None:
         """Room for the activations of so many rows; kept, because fresh pages cost time."""
         if rows <= self._room_rows:
             return
-        self._room_rows = rows
         fused = sum(len(columns) for columns in self._columns[:2])
         self._room = [_zeros((rows, self._config.dim), torch.float32)] + [
             _zeros((rows, width), self._dtype)
             for width in (self._strides[0], fused, self._strides[1])
         ]
         self._scratch = _Scratch(*map(_at, self._room))
+        self._room_rows = rows
 
 
 def compiled(config: ModelConfig, dtype: torch.dtype) -> Path:

@@ -144,15 +144,15 @@ class RolloutActor:
         self.policy_version, self.fingerprint = -1, ""
         for left in reversed(range(_LOADS)):
             try:
-                self.fingerprint = self.buffer.load(manifest, payloads)
+                found = self.buffer.load(manifest, payloads)
                 break
             except CorruptSliceError as error:
                 self.reloads += 1
                 if not left:
                     raise CorruptSliceError(f"{error} at {self.actor_id}, {_LOADS} times") from None
         self.engine.refresh()
-        self.policy_version = manifest.policy_version
-        return self.fingerprint
+        self.policy_version, self.fingerprint = manifest.policy_version, found
+        return found
 
     def generate(
         self, requests: pa.Table, manifest: Manifest, *payloads: Payload

@@ -30,11 +30,16 @@ class Slots:
 
     def __init__(self, slots: int, context: int) -> None:
         self.requests: list[RolloutRequest] = []
+        # [slots, context]. The last three are one memory with the flat views below: filled, never
+        # replaced.
         self.prompts = np.zeros((slots, context), dtype=np.int32)
         self.tokens = np.zeros((slots, context), dtype=np.int64)
         """Responses so far."""
         self.logprobs = np.zeros((slots, context), dtype=np.float32)
+        """Of each token when it was drawn."""
         self.uniforms = np.zeros((slots, context))
+        """float64, for each token that may be drawn."""
+        # int64 [slots]
         self.lengths = np.zeros(slots, dtype=np.int64)
         """Prompt tokens."""
         self.filled = np.zeros(slots, dtype=np.int64)
@@ -42,11 +47,13 @@ class Slots:
         self.counts = np.zeros(slots, dtype=np.int64)
         """Response tokens."""
         self.limits = np.zeros(slots, dtype=np.int64)
+        """Longest response."""
         self.adapters = np.zeros(slots, dtype=np.int64)
+        """Index in `Decoder.adapters`."""
         self.newest = np.zeros(slots, dtype=np.int64)
         """The token that the step in planning computes from."""
         self._first = np.arange(slots) * context
-        """A slot's first place in these:"""
+        """A slot's first cell in the flat views."""
         self._tokens, self._logprobs = self.tokens.reshape(-1), self.logprobs.reshape(-1)
         self._uniforms = self.uniforms.reshape(-1)
 
@@ -78,24 +85,25 @@ class Slots:
             row[slot] = row[last]
         return True
 
-    def places(self, slots: np.ndarray | slice) -> np.ndarray:
-        """Where in all of `tokens`, `logprobs` and `uniforms` the next token of slots belongs."""
-        places: np.ndarray = self._first[slots] + self.counts[slots]
-        return places
+    def cells(self, slots: np.ndarray | slice) -> np.ndarray:
+        """int64, one for each of these slots: where in all of `tokens`, `logprobs` and `uniforms`,
+        laid flat, its next token belongs."""
+        cells: np.ndarray = self._first[slots] + self.counts[slots]
+        return cells
 
-    def uniforms_at(self, places: np.ndarray) -> np.ndarray:
-        """float64, one for each place."""
-        return self._uniforms.take(places)
+    def uniforms_at(self, cells: np.ndarray) -> np.ndarray:
+        """float64, one for each cell."""
+        return self._uniforms.take(cells)
 
     def record(
         self,
         slots: np.ndarray | slice,
-        places: np.ndarray,
+        cells: np.ndarray,
         tokens: np.ndarray,
         logprobs: np.ndarray,
     ) -> None:
-        """The next token of slots."""
-        self._tokens[places] = tokens
-        self._logprobs[places] = logprobs
+        """The next token of slots, and its log-probability."""
+        self._tokens[cells] = tokens
+        self._logprobs[cells] = logprobs
         self.counts[slots] += 1
         self.newest[slots] = tokens

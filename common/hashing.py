@@ -32,7 +32,11 @@ class Hasher(Protocol):
     """xxh3-128 of bytes that come in parts, as if they were one."""
 
     def update(self, parts: Sequence[bytes | Bytes]) -> None:
-        """Hash contiguous bytes."""
+        """Hash parts, one behind the other.
+
+        Raises:
+            ValueError, BufferError: one is not contiguous.
+        """
 
     def copy(
         self, sources: Sequence[Bytes], destination: Bytes, *, around_caches: bool = False

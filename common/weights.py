@@ -1,9 +1,9 @@
 """Weights on the wire: one flat buffer, cut into hashed slices, never a call per tensor.
 
-A publisher lays its share of the parameters in a flat buffer; a manifest lists the slices and
-their hashes; a receiver copies them into its own flat buffer, hashes what it stores there as it
-stores it and compares (invariant I6). The hash is xxh3-128: a cryptographic one would cost more
-than the copy.
+A publisher hands out its share of the parameters as they lie, in order of their names; a manifest
+lists the slices and their hashes; a receiver copies them into its own flat buffer, hashes what it
+stores there as it stores it and compares (invariant I6). The hash is xxh3-128: a cryptographic one
+would cost more than the copy.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class Payload(tuple[Bytes, ...]):
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         """As buffers alone, for the object store: an array each would take a third of the time that
         it takes to copy the bytes of a small one."""
+        if int(protocol) < 5:
+            return tuple(super().__reduce_ex__(protocol))
         return _received, tuple(PickleBuffer(part.data) for part in self)
 
 

@@ -11,13 +11,13 @@
 #endif
 
 #if HEADS % 4 == 0
-#define GROUP 4 /* query heads at once */
+#define HEADS_AT_ONCE 4
 #elif HEADS % 3 == 0
-#define GROUP 3
+#define HEADS_AT_ONCE 3
 #elif HEADS % 2 == 0
-#define GROUP 2
+#define HEADS_AT_ONCE 2
 #else
-#define GROUP 1
+#define HEADS_AT_ONCE 1
 #endif
 #define ATTEND_ROWS 4 /* of a task */
 
@@ -109,12 +109,12 @@ static inline __attribute__((always_inline)) void score_blocks(const int blocks,
                                                                const real *keys, int64_t t,
                                                                int64_t reach, const real *ahead,
                                                                float *scores) {
-    for (int h = 0; h < HEADS; h += GROUP) {
-        __m512 sum[2][GROUP]; /* enough sums that none waits for its last addition */
+    for (int h = 0; h < HEADS; h += HEADS_AT_ONCE) {
+        __m512 sum[2][HEADS_AT_ONCE]; /* enough sums that none waits for its last addition */
 #pragma GCC unroll 2
         for (int b = 0; b < blocks; b++)
 #pragma GCC unroll 4
-            for (int g = 0; g < GROUP; g++) sum[b][g] = _mm512_setzero_ps();
+            for (int g = 0; g < HEADS_AT_ONCE; g++) sum[b][g] = _mm512_setzero_ps();
 #pragma GCC unroll 4
         for (int i = 0; i < HEAD_DIM; i += 2) {
             __m512bh key[2];
@@ -125,7 +125,7 @@ static inline __attribute__((always_inline)) void score_blocks(const int blocks,
                 if (h == 0) __builtin_prefetch(ahead + at);
             }
 #pragma GCC unroll 4
-            for (int g = 0; g < GROUP; g++) {
+            for (int g = 0; g < HEADS_AT_ONCE; g++) {
                 __m512bh pair = broadcast(q + (h + g) * HEAD_DIM + i);
 #pragma GCC unroll 2
                 for (int b = 0; b < blocks; b++)
@@ -133,7 +133,7 @@ static inline __attribute__((always_inline)) void score_blocks(const int blocks,
             }
         }
 #pragma GCC unroll 4
-        for (int g = 0; g < GROUP; g++)
+        for (int g = 0; g < HEADS_AT_ONCE; g++)
 #pragma GCC unroll 2
             for (int b = 0; b < blocks; b++)
                 _mm512_storeu_ps(scores + (h + g) * reach + t + 16 * b, sum[b][g]);
@@ -151,11 +151,11 @@ static inline void score(const real *q, const real *keys, int64_t reach, const r
 /* out [HEADS, HEAD_DIM]: values weighted by weights [HEADS, reach], times `scale` [HEADS]. */
 static inline void mix(const real *weights, const real *values, int64_t length, int64_t reach,
                        const real *ahead, const float *scale, real *out) {
-    for (int h = 0; h < HEADS; h += GROUP)
+    for (int h = 0; h < HEADS; h += HEADS_AT_ONCE)
         for (int i = 0; i < HEAD_DIM; i += WIDTH) {
-            __m512 sum[GROUP][WIDTH / 16];
+            __m512 sum[HEADS_AT_ONCE][WIDTH / 16];
 #pragma GCC unroll 4
-            for (int g = 0; g < GROUP; g++)
+            for (int g = 0; g < HEADS_AT_ONCE; g++)
 #pragma GCC unroll 4
                 for (int j = 0; j < WIDTH / 16; j++) sum[g][j] = _mm512_setzero_ps();
             for (int64_t t = 0; t < length; t += 2) {
@@ -171,7 +171,7 @@ static inline void mix(const real *weights, const real *values, int64_t length, 
                     for (int j = 0; j < WIDTH / 16; j++)
                         value[j] = _mm512_and_si512(value[j], _mm512_set1_epi32(0xffff));
 #pragma GCC unroll 4
-                for (int g = 0; g < GROUP; g++) {
+                for (int g = 0; g < HEADS_AT_ONCE; g++) {
                     __m512bh weight = broadcast(weights + (h + g) * reach + t);
 #pragma GCC unroll 4
                     for (int j = 0; j < WIDTH / 16; j++)
@@ -179,7 +179,7 @@ static inline void mix(const real *weights, const real *values, int64_t length, 
                 }
             }
 #pragma GCC unroll 4
-            for (int g = 0; g < GROUP; g++)
+            for (int g = 0; g < HEADS_AT_ONCE; g++)
 #pragma GCC unroll 4
                 for (int j = 0; j < WIDTH / 16; j++) {
                     __m512 made = _mm512_mul_ps(sum[g][j], _mm512_set1_ps(scale[h + g]));
@@ -214,14 +214,14 @@ static inline void score(const float *q, const real *keys, int64_t reach, const 
                          float *scores) {
     (void)ahead;
     for (int64_t t = 0; t < reach; t += 16)
-        for (int h = 0; h < HEADS; h += GROUP) {
-            float sum[GROUP][16] = {{0.0f}};
+        for (int h = 0; h < HEADS; h += HEADS_AT_ONCE) {
+            float sum[HEADS_AT_ONCE][16] = {{0.0f}};
             for (int i = 0; i < HEAD_DIM; i++)
-                for (int g = 0; g < GROUP; g++)
+                for (int g = 0; g < HEADS_AT_ONCE; g++)
                     for (int l = 0; l < 16; l++)
                         sum[g][l] += q[(h + g) * HEAD_DIM + i] *
                                      wide(keys[t * HEAD_DIM + i * 16 + l]);
-            for (int g = 0; g < GROUP; g++)
+            for (int g = 0; g < HEADS_AT_ONCE; g++)
                 memcpy(scores + (h + g) * reach + t, sum[g], sizeof sum[g]);
         }
 }
@@ -278,8 +278,7 @@ static void attend_row(const model *m, const real *row, const real *keys, const 
 }
 
 /* Rows [rows, stride] of queries, and of keys and values from `kv` on, to out [rows, out_stride].
- * `storing`: each row writes its own key and value, and no other row's before it in this step is
- * needed. */
+ * `storing`: each row first writes its own key and value; all others it needs are in the cache. */
 static void attend(worker *me, const model *m, const layer *at, const step *s, int64_t rows,
                    const real *fused, int64_t stride, int64_t kv, int storing, real *out,
                    int64_t out_stride) {

@@ -8,7 +8,7 @@ typedef struct {
     double inward, attention, outward, norms, logits;
 } spent;
 
-#define PHASES 6 /* of a layer at most, and of the beginning and the end */
+#define PHASES 7 /* of a layer at most: the last, with chunks; more than of beginning and end */
 
 /* logits [used, vocabulary] after the newest token of each slot. */
 void forward(const model *m, const step *s, const scratch *room, float *logits, spent *time) {
@@ -53,16 +53,19 @@ void forward(const model *m, const step *s, const scratch *room, float *logits, 
             };
             product(&me, room->normed, m->dim_stride, rows, inward, 3, &next);
             leave(&time->inward, &since);
-            int alone = rows == s->used && !s->copies;
-            if (!alone) {
+            /* One row of each slot, and what else it needs is in the cache: it stores its own. */
+            int storing = rows == s->used && !s->copies;
+            if (!storing) {
                 store(&me, m, at, room->fused + kv, fused, rows, s->slots, s->positions);
                 leave(&time->attention, &since);
+            }
+            if (s->copies) {
                 if (omp_get_thread_num() == 0)
                     for (int64_t c = 0; c < s->copies; c++) /* a target may be a later source */
                         copy_slot(m, at, s->copy[3 * c], s->copy[3 * c + 1], s->copy[3 * c + 2]);
                 leave(&time->attention, &since);
             }
-            attend(&me, m, at, s, rows, room->fused, fused, kv, alone, room->both, m->both_stride);
+            attend(&me, m, at, s, rows, room->fused, fused, kv, storing, room->both, m->both_stride);
             leave(&time->attention, &since);
             part outward = {at->outward, ADD, room->x, m->dim, m->dim};
             product(&me, room->both, m->both_stride, rows, &outward, 1, NULL);

@@ -1,4 +1,4 @@
-/* The decoder's forward for generation, for processors: types, and what each file offers.
+/* The decoder's forward for generation, for processors: types, and arithmetic that files share.
  *
  * Compiled by `actors/native_forward.py` in one piece with HEADS, HEAD_DIM (and BF16) defined, so
  * that inner loops have constant length. Every row is computed alone and in one order: its result

@@ -1,4 +1,5 @@
-/* Products of activations with packed weights, each with what follows it on the tile in registers.
+/* Products of activations with packed weights, each with what follows it on the tile, in registers
+ * where there is an instruction for pairs.
  *
  * A panel holds PANEL columns of the weights, row by row of the product's inner dimension (in pairs
  * where there is an instruction for pairs), so that the inner loop reads it front to back. Between

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import platform
 import subprocess
 from pathlib import Path
 
@@ -104,9 +105,14 @@ def test_bf16_is_near_the_full_forward_in_bf16(choice: Choice) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "head_dim", "dim"), [(4, 64, 64), (3, 12, 30), (2, 16, 33), (5, 128, 48)]
+    ("heads", "head_dim", "dim", "dtype"),
+    [
+        (4, 64, 64, torch.bfloat16),
+        (3, 12, 30, torch.float32),
+        (2, 16, 33, torch.bfloat16),
+        (5, 128, 48, torch.bfloat16),
+    ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_shape_and_any_number_of_threads(
     heads: int, head_dim: int, dim: int, dtype: torch.dtype
 ) -> None:
@@ -115,21 +121,62 @@ def test_any_shape_and_any_number_of_threads(
     palm = PaLM(SHAPE.model_copy(update=changed))
     palm.initialise(3)
     palm.eval().requires_grad_(False).to(dtype)
-    tokens, slots, length = texts(40, 9), 40, 8
-    rows = tokens.tolist()
-    chunks = [Chunk(slot=i, start=0, tokens=row[: length - 1]) for i, row in enumerate(rows)]
+    tokens = shared_prefixes()
     threads, seen = torch.get_num_threads(), []
     try:
         for number in (1, 2, 3):
             torch.set_num_threads(number)
-            decoder = Decoder(palm, slots=slots, kernels="native")
-            decoder.forward([row[length - 1] for row in rows], [length - 1] * slots, chunks)
-            seen.append(decoder.forward([row[length] for row in rows], [length] * slots).clone())
+            seen.append(two_steps(palm, tokens))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+    assert_near(seen[0], palm(tokens)[:, -2:].float(), dtype)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
+@pytest.mark.parametrize(
+    ("narrower", "dtype"),
+    [
+        ("-mno-avx512bf16", torch.bfloat16),
+        ("-mno-avx512f", torch.float32),
+        ("-mno-avx", torch.float32),
+    ],
+)
+def test_narrower_processors_compute_the_same(
+    narrower: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_forward, "_FLAGS", [*native_forward._FLAGS, narrower])
+    palm, tokens = model(dtype=dtype), shared_prefixes()
+    assert_near(two_steps(palm, tokens), palm(tokens)[:, -2:].float(), dtype)
+
+
+def shared_prefixes() -> torch.Tensor:
+    """Texts of 12 tokens, of which every other begins like the one before it."""
+    tokens = texts(100, 12)
+    tokens[1::2, :8] = tokens[::2, :8]
+    return tokens
+
+
+def two_steps(palm: PaLM, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits ``[B, 2, V]`` after the last two tokens: prompts with copies, then a plain decode."""
+    slots, length = len(tokens), tokens.shape[1]
+    rows = tokens.tolist()
+    starts = [8 * (slot % 2) for slot in range(slots)]
+    chunks = [
+        Chunk(slot=slot, start=start, tokens=rows[slot][start : length - 2])
+        for slot, start in enumerate(starts)
+    ]
+    copies = [Copy(source=s - 1, targets=[s], positions=8) for s in range(1, slots, 2)]
+    decoder = Decoder(palm, slots=slots, kernels="native")
+    newest = [row[-2] for row in rows]
+    first = decoder.forward(newest, [length - 2] * slots, chunks, copies).clone()
+    second = decoder.forward([row[-1] for row in rows], [length - 1] * slots)
+    return torch.stack((first, second), dim=1)
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
     bound = 1e-5 if dtype == torch.float32 else 0.1
-    assert float((seen[0] - palm(tokens)[:, -1].float()).abs().max()) < bound
+    assert float((found - expected).abs().max()) < bound
 
 
 def test_new_weights_count_after_a_refresh() -> None:

@@ -264,6 +264,19 @@ def test_a_request_can_be_cancelled_waiting_or_in_work() -> None:
     assert found == {asked[1].rollout_id: expected[1], asked[2].rollout_id: expected[2]}
 
 
+def test_a_request_can_be_cancelled_in_the_middle_of_its_prompt() -> None:
+    asked = requests([4, 30, 5])
+    expected = ids(engine(Sampling()).generate(asked))
+    made = engine(Sampling(), prefill_tokens=8)
+    made.submit(asked)
+    made.step()
+    assert made._prefilling and made.cancel(asked[1].rollout_id)
+    found = {}
+    while not made.idle:
+        found |= {g.rollout_id: g.response_ids for g in made.step()}
+    assert found == {asked[0].rollout_id: expected[0], asked[2].rollout_id: expected[2]}
+
+
 def test_all_may_end_at_once_and_the_engine_goes_on() -> None:
     made = engine(Sampling(), max_tokens=1, slots=4)
     assert [len(g.response_ids) for g in made.generate(requests([3] * 11))] == [1] * 11

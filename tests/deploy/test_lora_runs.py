@@ -127,6 +127,7 @@ def test_a_killed_rank_and_a_resumed_run_change_no_weight(
     assert second["rollouts_trained"] == second["rollouts_issued"] == 64
 
 
+@pytest.mark.chaos
 def test_an_asynchronous_run_can_be_replayed(
     adapted: RunConfig, gang: LearnerGang, tmp_path: Path
 ) -> None:
