@@ -203,12 +203,10 @@ class Engine:
         work, used = self._work, len(self._work)
         if not used:
             return []
-        newest, positions, adapters = (
-            work.newest[:used],
-            work.filled[:used] - 1,
-            work.adapters[:used],
+        positions = work.filled[:used] - 1
+        logits_SV = self.decoder.forward(
+            work.newest[:used], positions, chunks, copies, work.adapters[:used]
         )
-        logits_SV = self.decoder.forward(newest, positions, chunks, copies, adapters)
         drawing: np.ndarray | slice = slice(used)
         if self._prefilling:
             drawing = np.flatnonzero(work.filled[:used] >= work.lengths[:used])

@@ -38,8 +38,6 @@ _PANEL = 64
 """Columns of a panel of packed weights, as in native.h."""
 _BLOCK = 16
 """Positions of a block of keys, as in attention.c."""
-
-
 _HUGE = 2**21
 """Bytes of a large page."""
 

@@ -2,8 +2,8 @@
  *
  * Rows are cut into groups, and a thread takes tasks of its own group as long as there are any: what
  * it made of those rows is likely in its own caches. Measured: no change of the median, but slow runs
- * were less slow. A thread without work takes tasks of other groups, so that nobody waits long for one that the system
- * has stopped.
+ * were less slow. A thread without work takes tasks of other groups, so that nobody waits long for
+ * one that the system has stopped.
  */
 #pragma once
 #include <omp.h>
