@@ -89,11 +89,14 @@ def generate(model: Any, prompts: torch.Tensor, length: int) -> None:
     assert made.shape == (len(prompts), prompts.shape[1] + length)
 
 
-def operations() -> tuple[float, float]:
-    """Floating-point operations of one token: through the blocks, and to the logits."""
-    inner, ff = SHAPE.heads * SHAPE.head_dim, SHAPE.ff_mult * SHAPE.dim
-    block = SHAPE.dim * (inner + 2 * SHAPE.head_dim + 2 * ff) + (inner + ff) * SHAPE.dim
-    return 2.0 * SHAPE.layers * block, 2.0 * SHAPE.dim * SHAPE.vocab_size
+def operations() -> float:
+    """Floating-point operations of the products that a run computes."""
+    inner, ff, kv = SHAPE.heads * SHAPE.head_dim, SHAPE.ff_mult * SHAPE.dim, 2 * SHAPE.head_dim
+    block = 2.0 * SHAPE.dim * (inner + kv + 2 * ff + inner + ff)
+    # Of a prompt's earlier tokens the last layer computes keys and values only.
+    skipped = (PROMPT - 1) * (block - 2.0 * SHAPE.dim * kv)
+    blocks = (PROMPT + RESPONSE - 1) * SHAPE.layers * block - skipped
+    return BATCH * (blocks + RESPONSE * 2.0 * SHAPE.dim * SHAPE.vocab_size)
 
 
 def profile(made: Engine, asked: list[RolloutRequest]) -> dict[str, float]:
@@ -150,8 +153,7 @@ def run() -> tuple[list[Result], dict[str, float]]:
     mixed = interleaved({"ours": lambda: ours.generate(many, limits), "hf": padded}, 3)
     mixed_rate = {name: sum(limits) / took for name, took in mixed.items()}
 
-    blocks, logits = operations()
-    work = BATCH * ((PROMPT + RESPONSE - 1) * blocks + RESPONSE * logits)
+    work = operations()
     share = work / found["bf16"] / product_rate(torch.bfloat16)
     spent = profile(ours, asked)
 
