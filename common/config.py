@@ -79,6 +79,9 @@ class SftConfig(Section):
     """adafactor is PaLM's: no factoring, parameter scaling, beta2 = 1 - k^-0.8."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay (AdamW); Adafactor decays by lr squared."""
+    adam_eps: PositiveFloat = 1e-8
+    """Added to the root of AdamW's second moment. Well below the root mean square of the gradients,
+    which falls as models grow, or it eats the steps."""
     z_loss: NonNegativeFloat = 1e-4
     """Coefficient of log^2 Z (PaLM, section 5)."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -105,11 +108,15 @@ class RewardModelConfig(Section):
     batch_size: PositiveInt = 64
     """Comparisons per optimizer step."""
     lr: PositiveFloat = 5e-4
-    """Peak learning rate (relative step size for Adafactor), cosine to a tenth."""
+    """Peak learning rate (relative step size for Adafactor)."""
+    warmup: Fraction = 0.05
+    """Share of the steps that warm up linearly; the rest is a cosine to a tenth."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """As in `sft`; networks trained with Adafactor from scratch go on best with it."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay (AdamW); Adafactor decays by lr squared."""
+    adam_eps: PositiveFloat = 1e-8
+    """As in `sft`."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the comparisons that accuracy is measured on, never trained on."""
     seeds: PositiveInt = 1
@@ -192,6 +199,9 @@ class TrainConfig(Section):
     """Largest global gradient norm."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""
+    adam_eps: PositiveFloat = 1e-8
+    """As in `sft`, for policy and value network. Larger ones calm networks that were trained from
+    scratch here: the quickstart's is 1e-5."""
     checkpoint_every: NonNegativeInt = 5
     """Iterations between checkpoints: the most that a death costs. 0 writes one at the end only."""
     keep_checkpoints: PositiveInt = 2

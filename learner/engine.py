@@ -8,28 +8,22 @@ gives the global gradient, however it was sharded (invariant I3).
 from __future__ import annotations
 
 import datetime
-import fcntl
-import hashlib
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-# DeepSpeed reads this when it is imported: without it a machine with no GPU is probed for one.
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# DeepSpeed reads this when it is imported. Ranks compute on the processor, because no recipe
+# reserves a GPU for them: a GPU that can merely be seen is somebody else's.
+os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ.setdefault("DS_LOG_LEVEL", "error")
 
 import deepspeed
 import deepspeed.comm
+import torch
 import torch.distributed as dist
-from deepspeed.comm.torch import build_shm_op
 from torch import Tensor, nn
 
 from common.errors import ClusterError
@@ -40,14 +34,17 @@ from learner.adafactor import PalmAdafactor
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
+# DeepSpeed compiles what it finds possible here: collectives in shared memory, for half a minute at
+# a first start, which its inference alone uses. In every process it first probes for that.
+deepspeed.ops.__compatible_ops__ = {}
+
+
 def connect(*, rank: int, world: int, address: str, port: int, timeout_s: float) -> None:
-    """Join the gang's process group (gloo on CPU, nccl on CUDA).
+    """Join the gang's process group (gloo).
 
     Raises:
         ClusterError: the meeting point is taken or cannot be reached.
     """
-    # DeepSpeed compiles its CPU collectives with the ninja beside this Python, activated or not.
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": "0",
@@ -55,10 +52,9 @@ def connect(*, rank: int, world: int, address: str, port: int, timeout_s: float)
         "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
     }
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
     try:
         dist.init_process_group(
-            backend,
+            "gloo",
             rank=rank,
             world_size=world,
             timeout=datetime.timedelta(seconds=timeout_s),
@@ -68,30 +64,7 @@ def connect(*, rank: int, world: int, address: str, port: int, timeout_s: float)
             f"learner-{rank} cannot meet the others at {address}:{port}: "
             f"{one_line(error)}; free the port or start again, which picks another"
         ) from None
-    if backend == "gloo":
-        _compile_collectives()
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-
-
-def _compile_collectives() -> None:
-    """DeepSpeed's collectives for processors, compiled once per environment and machine.
-
-    torch guards a compilation by a lock file that outlives whoever made it: a rank that is killed
-    meanwhile would hang every later one for ever. So ranks compile in a folder of ours, one by one
-    under a lock that ends with its holder, where a lock file of torch's can only be left over.
-    """
-    if "TORCH_EXTENSIONS_DIR" not in os.environ:
-        where = f"{sys.prefix} {torch.__version__} {deepspeed.__version__}"
-        key = hashlib.sha256(where.encode()).hexdigest()[:16]
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "talipot"
-        os.environ["TORCH_EXTENSIONS_DIR"] = str(cache / f"deepspeed-{key}")
-    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "talipot.flock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        for left in folder.glob("*/lock"):
-            left.unlink(missing_ok=True)
-        build_shm_op()
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
 
 
 def world_size() -> int:
@@ -136,8 +109,7 @@ class ZeroEngine:
         network: built and initialised the same on every rank.
         precision: bf16 trains bf16 weights with fp32 masters in the optimizer.
         clip: largest global gradient norm.
-        eps: of AdamW. 1e-5 steadies PPO (Stiennon 2020's code); in supervised training of small
-            models it outweighs the gradients, and learning stalls.
+        eps: of AdamW.
     """
 
     def __init__(
@@ -148,8 +120,8 @@ class ZeroEngine:
         precision: Literal["fp32", "bf16"],
         weight_decay: float,
         clip: float,
+        eps: float,
         optimizer: Literal["adamw", "adafactor"] = "adamw",
-        eps: float = 1e-8,
     ) -> None:
         self.zero_stage = zero_stage
         if precision == "bf16":

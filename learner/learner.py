@@ -297,7 +297,7 @@ class Learner:
             precision=self.config.learner.precision,
             weight_decay=self.train.weight_decay,
             clip=self.train.clip,
-            eps=1e-5,
+            eps=self.train.adam_eps,
         )
 
     def _anneal(self, iteration: int) -> float:

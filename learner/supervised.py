@@ -143,6 +143,7 @@ class SftStage:
             weight_decay=settings.weight_decay,
             clip=settings.clip,
             optimizer=settings.optimizer,
+            eps=settings.adam_eps,
         )
         length = config.model.context
         order = ShuffledIndex(len(train), derive_seed(config.seed, "sft") >> 1)
@@ -167,7 +168,7 @@ class SftStage:
             normalizer = self._target_count(rows)
             for piece, last in batch:
                 loss, nll, count = self._loss(piece, normalizer)
-                require_finite("sft loss", float(loss), where)
+                require_finite("sft loss", float(loss.detach()), where)
                 self.engine.backward(loss, last=last)
                 total += torch.tensor([nll, count, 0.0], dtype=torch.float64)
             factor = warmup_cosine(self.step, self.total_steps, warmup=settings.warmup)
@@ -245,7 +246,7 @@ class SftStage:
         nll = F.cross_entropy(logits, following, reduction="sum")
         z = logits.logsumexp(-1).square().sum()
         loss = (nll + self.config.sft.z_loss * z) / normalizer
-        return loss, float(nll), float(at.sum())
+        return loss, float(nll.detach()), float(at.sum())
 
 
 class RewardStage:
@@ -277,6 +278,7 @@ class RewardStage:
             weight_decay=settings.weight_decay,
             clip=settings.clip,
             optimizer=settings.optimizer,
+            eps=settings.adam_eps,
         )
         self.total_steps = max(1, math.ceil(settings.epochs * len(train)) // settings.batch_size)
         self._order = ShuffledIndex(len(train), self.seed)
@@ -295,11 +297,13 @@ class RewardStage:
                 margins = self._margins(self.train, piece)
                 loss = self._pair_loss(self.train, piece, margins).sum() / len(rows)
                 loss = loss * piece.real
-                require_finite("reward model loss", float(loss), where)
+                require_finite("reward model loss", float(loss.detach()), where)
                 self.engine.backward(loss, last=index == len(pieces) - 1)
                 right = float((margins > 0).sum()) * piece.real
-                total += torch.tensor([float(loss) * len(rows), right], dtype=torch.float64)
-            factor = warmup_cosine(self.step, self.total_steps, warmup=0.05)
+                total += torch.tensor(
+                    [float(loss.detach()) * len(rows), right], dtype=torch.float64
+                )
+            factor = warmup_cosine(self.step, self.total_steps, warmup=settings.warmup)
             norm += self.engine.step(settings.lr * factor, where)
             self.step += 1
         done = self.step - first

@@ -96,7 +96,7 @@ def variant(workspace: RunConfig, folder: Any, *, zero: int = 0, budget: int = 4
         folder,
         learner={"zero_stage": zero, "micro_batch_tokens": budget},
         # Adam divides by the gradient's own size: a large epsilon keeps last bits last bits.
-        train={"lr": 1e-3, "stop_kl": None},
+        train={"lr": 1e-3, "stop_kl": None, "adam_eps": 1e-5},
     )
 
 
@@ -146,7 +146,13 @@ def test_critic_free_algorithms_agree_over_ranks(
             workspace,
             tmp_path / str(ranks),
             learner={"zero_stage": 2},
-            train={"algorithm": algorithm, "ppg": None, "samples_per_prompt": 2, "stop_kl": None},
+            train={
+                "algorithm": algorithm,
+                "ppg": None,
+                "samples_per_prompt": 2,
+                "stop_kl": None,
+                "adam_eps": 1e-5,
+            },
         )
         found.append(train(gangs[ranks], config, iterations=1)[0])
     close(found[0], found[1], atol=2e-5)

@@ -1,0 +1,19 @@
+"""What tests of the learner share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from learner.engine import disconnect
+from learner.rank import LearnerRank
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[None]:
+    """A learner gang of one, in this process: for what needs DeepSpeed and no cluster."""
+    rank = LearnerRank(0, 1, 1)
+    rank.connect(*rank.address(), 60.0)
+    yield
+    disconnect()
