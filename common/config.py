@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from common.model_config import (
     PRESETS,
@@ -18,6 +18,7 @@ from common.model_config import (
     ModelConfig,
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Section,
@@ -29,13 +30,13 @@ from common.worker_config import Labels, RewardServiceConfig, RolloutConfig
 class DataConfig(Section):
     """Where the data lies: JSONL or Parquet, local paths or URIs."""
 
-    demonstrations: tuple[str, ...] = ()
+    demonstrations: tuple[PathText, ...] = ()
     """Files of (prompt, response) for the supervised stage."""
-    comparisons: tuple[str, ...] = ()
+    comparisons: tuple[PathText, ...] = ()
     """Files of (prompt, chosen, rejected, labeler, confidence) for the reward model."""
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[PathText, ...] = ()
     """Files of prompts that the policy is trained on."""
-    evaluation: tuple[str, ...] = ()
+    evaluation: tuple[PathText, ...] = ()
     """Files of held-out (prompt, response) for evaluation; the response is the human's."""
     too_long: Literal["error", "skip", "truncate"] = "error"
     """What to do with a prompt that leaves no room for a response (skips are counted)."""
@@ -88,7 +89,7 @@ class SftConfig(Section):
     """bf16 keeps fp32 master weights in DeepSpeed."""
     clip: PositiveFloat = 1.0
     """Largest global gradient norm."""
-    start: str | None = None
+    start: PathText | None = None
     """Weights of a policy (safetensors) to start from; null starts from random ones."""
     lora: LoraConfig | None = None
     """Train adapters on the weights of `start` instead of all of them; needs `start`."""
@@ -300,12 +301,19 @@ class ClusterConfig(Section):
     """Longest wait of a terminated command for the run to stop with a checkpoint."""
 
 
+def _folder_name(name: str) -> str:
+    """Whatever a folder can be called: a run is found by where it lies, under any name."""
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise ValueError("should be the name of one folder, without slashes")
+    return name
+
+
 class RunConfig(Section):
     """A complete recipe."""
 
-    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Annotated[str, AfterValidator(_folder_name)] = "run"
     """Name of the run and of its folder."""
-    output: str = "runs"
+    output: PathText = "runs"
     """Folder that holds the runs."""
     seed: NonNegativeInt = 0
     """Every random number of the run derives from it."""

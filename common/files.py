@@ -3,34 +3,55 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 from pyarrow import ArrowInvalid, fs
 
 from common.errors import DataError, StorageError
 
+_NOT_IN_URIS = re.compile(r"""[^\w\-.~!$&'()*+,;=:@/?#%\[\]]|[^\x00-\x7f]|%(?![0-9A-Fa-f]{2})""")
+
 
 def resolve(path: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
     """Split `path` into a file system and the path inside it.
 
-    Only a text with "://" is a URI, so a relative path such as `data:v2/a.jsonl` stays local.
+    Only a text with "://" is a URI, so a relative path such as `data:v2/a.jsonl` stays local; a
+    local path may start with ``~``. In a URI, blanks and the like may stand as they are or as
+    ``%20``.
 
     Raises:
         DataError: the URI's scheme is unknown or its file system cannot be reached.
     """
     text = os.fspath(path)
-    if "://" not in text:
-        return fs.LocalFileSystem(), str(Path(text).absolute())
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return fs.LocalFileSystem(), str(Path(os.path.expanduser(text)).absolute())
+    if scheme.lower() == "file":
+        return fs.LocalFileSystem(), _local(text, rest)
     try:
-        filesystem, inner = fs.FileSystem.from_uri(text)
+        filesystem, inner = fs.FileSystem.from_uri(_NOT_IN_URIS.sub(_escaped, text))
     except (ArrowInvalid, OSError) as error:
         raise DataError(
             f"{text}: not a URI that can be read ({one_line(error)}); "
             "use a local path, file://, s3:// or gs://"
         ) from error
     return filesystem, inner
+
+
+def _local(uri: str, rest: str) -> str:
+    """The path of ``file://[localhost]/path``; a file's name may hold ``#`` and ``?``."""
+    host, slash, path = rest.partition("/")
+    if host.lower() not in ("", "localhost") or not slash:
+        raise DataError(f"{uri}: names the host '{host}'; write file:///path, or the path alone")
+    return unquote(slash + path)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return quote(found[0], safe="")
 
 
 def one_line(error: BaseException) -> str:

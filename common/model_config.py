@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path or URI; a ``~`` at its start is the home folder."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -105,7 +108,7 @@ PRESETS: Mapping[str, ModelConfig] = {
 class TokenizerConfig(Section):
     """Byte-level BPE."""
 
-    path: str | None = None
+    path: PathText | None = None
     """An existing tokenizer.json; without one a tokenizer is trained on the demonstrations."""
     vocab_size: PositiveInt = 2048
     """Size to train to, special tokens included."""

@@ -10,18 +10,30 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
 
+from common.as_written import as_written, kind_at, read_override
 from common.config import RunConfig
 from common.errors import ConfigError
+from common.files import write_atomic
 from common.model_config import Section
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a recipe, apply dotted ``key=value`` overrides, validate.
+def load_config(
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    given: Mapping[str, str] = MappingProxyType({}),
+) -> RunConfig:
+    """Read a recipe, apply dotted ``key=value`` overrides, then `given`, validate.
+
+    Args:
+        path: the recipe; None takes every default.
+        overrides: as on the command line; a text field takes the text as it stands, others YAML.
+        given: values by dotted field that are known already and never parsed, such as a folder.
 
     Raises:
         ConfigError: naming the file, the dotted field and the mend.
@@ -33,12 +45,18 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
         values = _read_yaml(Path(path))
     for override in overrides:
         _apply_override(values, override)
+    for field, value in given.items():
+        _set(values, field, value)
     return _validate(values, where)
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved configuration as YAML that `load_config` reads back equal."""
-    path.write_text(dump_config(config), encoding="utf8")
+    """Write the resolved configuration as YAML that `load_config` reads back equal.
+
+    Raises:
+        StorageError: it cannot be written; what was there stays.
+    """
+    write_atomic(path, [dump_config(config).encode()])
 
 
 def dump_config(config: RunConfig) -> str:
@@ -58,7 +76,8 @@ def fields(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[tup
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf8"))
+        text = path.read_text(encoding="utf-8-sig")
+        values = yaml.safe_load(text)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such recipe; give --config an existing file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -74,24 +93,36 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}:1: a recipe is a mapping of sections, not {type(values).__name__}"
         )
-    return values
+    written: dict[str, Any] = as_written(values, yaml.load(text, yaml.BaseLoader), RunConfig)
+    return written
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override '{override}': write it as section.field=value")
+    if not _is_utf8(override):
+        raise ConfigError(f"override '{override}': is not UTF-8; rename what it names")
     try:
-        value = yaml.safe_load(text)
+        value = read_override(text, kind_at(RunConfig, key.split(".")))
     except yaml.YAMLError:
         raise ConfigError(f"override '{override}': '{text}' is not a YAML value") from None
+    _set(values, key, value)
+
+
+def _set(values: dict[str, Any], field: str, value: Any) -> None:
     node = values
-    *parents, leaf = key.split(".")
+    *parents, leaf = field.split(".")
     for parent in parents:
         child = node.get(parent)
         node[parent] = dict(child) if isinstance(child, Mapping) else {}
         node = node[parent]
     node[leaf] = value
+
+
+def _is_utf8(text: str) -> bool:
+    """False for what Python makes of bytes in an argument that are not UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _validate(values: Mapping[str, Any], where: str) -> RunConfig:

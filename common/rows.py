@@ -8,6 +8,7 @@ Streamed by `rows`, or by number through `index` and `row`. What a row must hold
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import os
@@ -25,6 +26,7 @@ from common.files import one_line, resolve
 
 MAX_LINE_BYTES: Final = 64 * 2**20  # one record; more is a file without line breaks
 PARQUET_BATCH_ROWS: Final = 1024
+_BOM: Final = codecs.BOM_UTF8
 
 Row = Mapping[str, object]
 
@@ -108,7 +110,7 @@ class JsonlSource:
                             f"{self._path}:{number}: longer than {MAX_LINE_BYTES >> 20} MiB; "
                             "write one JSON object per line"
                         )
-                    if raw.strip():
+                    if raw.removeprefix(_BOM).strip():
                         count += 1
                         yield number, start, raw
                     start += len(raw)
@@ -120,8 +122,9 @@ class JsonlSource:
     def _parse(self, raw: bytes, number: int) -> tuple[Row, str]:
         place = f"{self._path}:{number}"
         try:
-            # utf-8-sig: editors of some systems open the file with a byte-order mark.
-            text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            # Editors of some systems open a file with a mark, and of two files that were joined
+            # the second one's stands in the middle.
+            text = raw.removeprefix(_BOM).decode()
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{place}: byte {error.start + 1} of the line is not UTF-8; save it as UTF-8"

@@ -103,7 +103,7 @@ class Tokenizer:
                 f"{name}: cannot be read ({one_line(error)}); check the path"
             ) from error
         try:
-            rust = RustTokenizer.from_str(raw.decode())
+            rust = RustTokenizer.from_str(raw.decode("utf-8-sig"))
         except Exception as error:  # the library raises bare Exception for a file it cannot read
             raise DataError(
                 f"{name}: torn or not a tokenizer.json ({one_line(error)}); train or copy it again"

@@ -11,6 +11,7 @@ from common.model_config import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Section,
@@ -128,7 +129,7 @@ class RewardComponent(Section):
     """Tries of one HTTP request after its first, before its responses are dead letters."""
     give_up_after_s: PositiveFloat = 120.0
     """Longest time that all tries of one HTTP request may take."""
-    dead_letters: str = ""
+    dead_letters: PathText = ""
     """File that responses given up are appended to, as JSON lines."""
 
     @model_validator(mode="after")

@@ -29,7 +29,9 @@ learner: {ranks: 2, zero_stage: 2}
 train: {algorithm: ppo, iterations: 20}
 ```
 
-The command line overrides single fields by their dotted names, and values are YAML:
+The command line overrides single fields by their dotted names. Values are YAML, but names, paths
+and other texts are taken as they are written (`name=2024-11-28`), in recipes too; `~` at the start
+of a path is the home folder:
 
 ```sh
 talipot train --config recipe.yaml learner.zero_stage=3 train.ppg=null
