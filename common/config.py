@@ -214,10 +214,10 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> TrainConfig:
-        if self.algorithm in ("rloo", "grpo") and self.samples_per_prompt < 2:
+        if self.samples_per_prompt < self.least_responses:
             raise ValueError(
                 f"{self.algorithm} compares responses of one prompt: "
-                "set samples_per_prompt to 2 or more"
+                f"set samples_per_prompt to {self.least_responses} or more"
             )
         if self.algorithm != "ppo" and self.ppg is not None:
             raise ValueError(
@@ -238,6 +238,12 @@ class TrainConfig(Section):
     def adapter(self) -> str:
         """Name of the adapter that is trained; empty where all weights are."""
         return "policy" if self.lora else ""
+
+    @property
+    def least_responses(self) -> int:
+        """Scored responses that a prompt needs to be trained on: 2 where they are compared with
+        each other, which a lone one cannot be."""
+        return 2 if self.algorithm in ("rloo", "grpo") else 1
 
     @property
     def batch_size(self) -> int:

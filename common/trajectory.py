@@ -20,11 +20,12 @@ Worked example (one scored trajectory)::
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +143,12 @@ def from_table(table: pa.Table, kind: type[Record]) -> list[Record]:
         for row in rows:
             row["score_components"] = dict(row["score_components"])
     return [kind(**row) for row in rows]
+
+
+def rows_without(table: pa.Table, rollout_ids: Collection[str]) -> pa.Table:
+    """A table's rows that are not of these rollouts."""
+    unwanted = pa.array(sorted(rollout_ids), pa.string())
+    return table.filter(pc.invert(pc.is_in(table["rollout_id"], value_set=unwanted)))
 
 
 def extend(record: RolloutRequest, kind: type[Record], **more: Any) -> Record:

@@ -322,7 +322,8 @@ def _show_summary(config: RunConfig, summary: dict[str, Any]) -> None:
     console.print(
         f"win rate [bold]{summary['win_rate']:.1%}[/] "
         f"({summary['win_rate_low']:.1%} to {summary['win_rate_high']:.1%}, "
-        f"ties {summary['ties_share']:.1%} left out) · KL {summary['kl']:.1f} nats · "
+        f"ties {summary['ties_share']:.1%} left out; {summary['pairs_judged']} of "
+        f"{summary['pairs_asked']} prompts judged) · KL {summary['kl']:.1f} nats · "
         f"{summary['rollouts_trained']} of {summary['rollouts_issued']} rollouts trained, "
         f"{summary['rollouts_dropped']} dropped · {summary['seconds_pipeline']:.0f} s",
         highlight=False,

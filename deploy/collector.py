@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import ray
@@ -29,6 +29,7 @@ from common.errors import TrainingError
 from common.trajectory import RolloutRequest, to_table
 from common.weights import CorruptSliceError, Manifest
 from deploy.calls import ArgumentLost, gone, result
+from deploy.groups import lone
 from deploy.ledger import Lease, Ledger
 from deploy.pool import Pool
 from reward_service.service import ScoreFacts
@@ -53,12 +54,26 @@ class Scored:
 
     table: ray.ObjectRef[Any]
     rollout_ids: tuple[str, ...]
+    """Rows of the table."""
     iteration: int
     """Iteration that the rollouts were issued for."""
     policy_version: int
     """Version that sampled every one of them."""
     leases: tuple[Lease, ...]
     """What they were leased as; dead letters among them are not in the table."""
+    lone: frozenset[str] = frozenset()
+    """Rows that are not trained: nothing of their prompt is left to compare them with."""
+
+    @property
+    def requests(self) -> list[RolloutRequest]:
+        """What the rows of the table were asked for by."""
+        rows = set(self.rollout_ids)
+        return [r for lease in self.leases for r in lease.requests if r.rollout_id in rows]
+
+    @property
+    def trained(self) -> list[str]:
+        """Rows that are trained."""
+        return [rollout_id for rollout_id in self.rollout_ids if rollout_id not in self.lone]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,12 +162,15 @@ class Collector:
         self._hand_back()
         self._dispatch()
 
-    def take(self, iteration: int, *, oldest: int, stale: Stale) -> list[Scored] | None:
+    def take(
+        self, iteration: int, *, oldest: int, stale: Stale, least: int = 1
+    ) -> list[Scored] | None:
         """All of an iteration in rollout_id order, once nothing of it is under way; None before.
 
         Rollouts of versions before `oldest` are never among them (invariant I7): they are dropped,
         or sampled again when `stale` is "wait" or nothing else would be left. Those whose table
-        went down with its node are sampled again.
+        went down with its node are sampled again. Of prompts with fewer than `least` responses left
+        they are dropped, and marked as `lone`; the list is empty when nothing is left to train on.
         """
         if self.ledger.pending(iteration):
             return None
@@ -167,15 +185,18 @@ class Collector:
                 f"{self.weights.manifest.policy_version}, and {oldest} is the oldest that may be "
                 "trained"
             )
+        alone = lone([r for s in fresh for r in s.requests], least)
+        usable = any(i not in alone for s in fresh for i in s.rollout_ids)
         self._forget(lost, "lost")
-        if stale == "drop" and fresh:
-            self._forget(old, "stale", drop=True)
-        else:
-            self._forget(old, "stale")
+        self._forget(old, "stale", drop=stale == "drop" and usable)
         if self.ledger.pending(iteration):
             return None
+        self.ledger.drop(alone, "lone")
         self.scored = [s for s in self.scored if s not in fresh]
-        return sorted(fresh, key=lambda s: s.rollout_ids[0])
+        if not usable:
+            return []
+        fresh.sort(key=lambda s: s.rollout_ids[0])
+        return [replace(s, lone=alone.intersection(s.rollout_ids)) for s in fresh]
 
     def counts(self) -> dict[str, float]:
         """What happened since the run began (or was resumed), as metrics; from any thread."""
@@ -216,17 +237,22 @@ class Collector:
         self.scored = [s for s in self.scored if fits(s.iteration, s.policy_version)]
         self._sampled = [s for s in self._sampled if fits(s.lease.iteration, s.version)]
         for scored in self.scored:
-            mine = ledger.commit(i for lease in scored.leases for i in lease.rollout_ids)
-            ledger.drop(set(mine).difference(scored.rollout_ids), "dead letter")
+            # What the books know to be dropped already is no late commit.
+            ids = (i for lease in scored.leases for i in lease.rollout_ids if ledger.holds(i))
+            ledger.drop(set(ledger.commit(ids)).difference(scored.rollout_ids), "dead letter")
         for sampled in self._sampled:
             ledger.adopt(sampled.lease, "", math.inf)
         until = time.monotonic() + self._deadline_s * _LEASES_PER_ACTOR
         for ref, sampling in self._sampling.items():
+            if ref in self._void:
+                continue  # Of a history that was rolled back before this one.
             if fits(sampling.lease.iteration, sampling.weights.manifest.policy_version):
                 ledger.adopt(sampling.lease, sampling.worker, until)
             else:
                 self._void[ref] = until
         for ref, scoring in self._scoring.items():
+            if ref in self._void:
+                continue
             if not fits(scoring.sampled[0].lease.iteration, scoring.sampled[0].version):
                 self._void[ref] = until
                 continue

@@ -198,6 +198,7 @@ class Controller:
             iteration,
             str(log_path(self.run_dir, iteration)),
             *(s.table for s in batch),
+            without=frozenset[str]().union(*(s.lone for s in batch)),
         )
         self.metrics["learn_seconds"] = time.perf_counter() - begin
         if ahead:  # Actors generate with the new weights while the auxiliary phase runs.
@@ -208,7 +209,7 @@ class Controller:
             self.metrics["auxiliary_seconds"] = time.perf_counter() - begin
         if not ahead:
             self._publish(iteration + 1)
-        self.ledger.train(i for s in batch for i in s.rollout_ids)
+        self.ledger.train(i for s in batch for i in s.trained)
         self.ledger.check()
         self._batch = []
         self._positions.pop(iteration)
@@ -263,28 +264,47 @@ class Controller:
             requests = self.prompts.requests(
                 iteration, train.prompts_per_iteration, train.samples_per_prompt
             )
-            self.ledger.issue(iteration, requests, self.config.rollout.lease_size)
+            size, least = self.config.rollout.lease_size, train.least_responses
+            self.ledger.issue(iteration, requests, size, least=least)
             self._issued_until += 1
 
     def _collect(self, iteration: int) -> tuple[list[Scored], float]:
-        """Every rollout of an iteration, in rollout_id order, and the seconds waited."""
+        """Every rollout of an iteration, in rollout_id order, and the seconds waited.
+
+        Raises:
+            RewardError: too few have a score to train on any.
+        """
         begin = time.perf_counter()
         train = self.config.train
-        oldest = iteration - train.max_staleness
-        while (mine := self.collector.take(iteration, oldest=oldest, stale=train.stale)) is None:
+        oldest, least = iteration - train.max_staleness, train.least_responses
+
+        def take() -> list[Scored] | None:
+            return self.collector.take(iteration, oldest=oldest, stale=train.stale, least=least)
+
+        while (mine := take()) is None:
             if self._stop:
                 raise _Stopped
             self.collector.pump()
         if not mine:
-            raise RewardError(
-                f"every rollout of iteration {iteration} was given up by the reward service; "
-                f"the last: {self.collector.last_dead_letter}"
-            )
+            raise RewardError(self._nothing_left(iteration))
         return mine, time.perf_counter() - begin
 
-    def _learn(self, method: str, *args: Any) -> dict[str, Any]:
+    def _nothing_left(self, iteration: int) -> str:
+        train = self.config.train
+        last = f"the last: {self.collector.last_dead_letter}"
+        if train.least_responses == 1:
+            return (
+                f"every rollout of iteration {iteration} was given up by the reward service; {last}"
+            )
+        return (
+            f"iteration {iteration} has nothing to train on: {train.algorithm} compares responses "
+            f"of one prompt, and so many were given up by the reward service that no prompt has "
+            f"{train.least_responses} left; {last}"
+        )
+
+    def _learn(self, method: str, *args: Any, **named: Any) -> dict[str, Any]:
         """Run a phase on the gang; in asynchronous mode rollouts keep moving meanwhile."""
-        refs = self.gang.submit(method, *args)
+        refs = self.gang.submit(method, *args, **named)
         found: dict[str, Any] = self.gang.finish(refs, method, lambda: self.collector.pump(0.0))
         return found
 
@@ -306,15 +326,15 @@ class Controller:
         """Rates and means of the rollouts that arrived since the last iteration."""
         staleness: Counter[int] = Counter()
         for scored in batch:
-            staleness[self.iteration - scored.policy_version] += len(scored.rollout_ids)
+            staleness[self.iteration - scored.policy_version] += len(scored.trained)
         found = {
             "tokens_per_second": self._tokens / max(self._generate_s, 1e-9),
             "generate_seconds": self._generate_s,
             "load_seconds": self._load_s,
             "score_seconds": self.collector.score_seconds,
-            "staleness": float(max(staleness)),
+            "staleness": float(max(age for age, n in staleness.items() if n)),
         }
-        found |= {f"staleness/{age}": float(n) for age, n in sorted(staleness.items())}
+        found |= {f"staleness/{age}": float(n) for age, n in sorted(staleness.items()) if n}
         found |= self.collector.counts()
         found |= {f"component/{k}": v for k, v in self.collector.component_means.items()}
         self._tokens, self._generate_s, self._load_s = 0, 0.0, 0.0

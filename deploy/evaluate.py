@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from actors.prompts import EncodedPrompt, evaluation_requests
 from common.adapter_files import load_peft, put_adapter, require_base
 from common.config import RunConfig
+from common.errors import RewardError
 from common.lora import OFF, adapter_tensors, add_adapter, base_fingerprint
 from common.palm import PaLM
 from common.trajectory import Rollout, ScoredTrajectory, from_table
@@ -22,14 +23,19 @@ from deploy.ledger import Ledger
 from deploy.pool import Pool
 from deploy.statistics import win_rate
 
-Judge = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
-"""(prompts, responses) -> one number each; higher is better."""
+Judge = Callable[[Sequence[str], Sequence[str]], Sequence[float | None]]
+"""(prompts, responses) -> one number each, higher is better; None where it has no opinion."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """One policy's responses to the held-out prompts, in the prompts' order."""
+    """One policy's scored responses to the held-out prompts, in the prompts' order.
 
+    What the reward refused to score is not among them: `prompts` says what each one answers.
+    """
+
+    prompts: list[int]
+    """Index of the prompt that each response answers, ascending."""
     responses: list[str]
     scores: list[float]
     """By the run's own reward (the proxy)."""
@@ -39,6 +45,11 @@ class Sampled:
     """Mean negative log-likelihood per token under the reference (supervised) policy."""
     lengths: list[int]
     """Response tokens."""
+
+    def pick(self, rows: Sequence[int]) -> Sampled:
+        """Some of the responses, in the order given."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Sampled(**{name: [values[i] for i in rows] for name, values in columns.items()})
 
 
 def policy_weights(config: RunConfig, path: Path, version: int) -> Weights:
@@ -142,6 +153,7 @@ def _scored(tables: Sequence[ray.ObjectRef[Any]]) -> list[ScoredTrajectory]:
 
 def _sampled(rows: Sequence[ScoredTrajectory]) -> Sampled:
     return Sampled(
+        prompts=[row.group for row in rows],
         responses=[row.response_text for row in rows],
         scores=[row.score for row in rows],
         kl=[sum(row.behavior_logprobs) - sum(row.ref_logprobs) for row in rows],
@@ -150,11 +162,32 @@ def _sampled(rows: Sequence[ScoredTrajectory]) -> Sampled:
     )
 
 
-def best_of(sampled: Sampled, n: int) -> list[str]:
-    """The response with the highest score among every n of one prompt."""
-    groups = range(0, len(sampled.responses), n)
-    best = [max(range(at, at + n), key=sampled.scores.__getitem__) for at in groups]
-    return [sampled.responses[index] for index in best]
+def best_of(sampled: Sampled) -> Sampled:
+    """The response with the highest score of each prompt that has one."""
+    best: dict[int, int] = {}
+    for row, prompt in enumerate(sampled.prompts):
+        if prompt not in best or sampled.scores[row] > sampled.scores[best[prompt]]:
+            best[prompt] = row
+    return sampled.pick(list(best.values()))
+
+
+def paired(before: Sampled, after: Sampled) -> tuple[Sampled, Sampled]:
+    """Both sides' responses to the prompts that both have one to.
+
+    Raises:
+        RewardError: there is no such prompt.
+        ValueError: a side has several responses to a prompt (`best_of` chooses one).
+    """
+    old, new = ({prompt: at for at, prompt in enumerate(s.prompts)} for s in (before, after))
+    if (len(old), len(new)) != (len(before.prompts), len(after.prompts)):
+        raise ValueError("responses are compared one to one, and a prompt has several")
+    common = sorted(old.keys() & new.keys())
+    if not common:
+        raise RewardError(
+            f"evaluation: nothing to compare; {len(old)} responses of the supervised policy and "
+            f"{len(new)} of the trained one have a score, and no two of the same prompt"
+        )
+    return before.pick([old[p] for p in common]), after.pick([new[p] for p in common])
 
 
 def compare(
@@ -162,15 +195,31 @@ def compare(
 ) -> dict[str, float]:
     """Win rate of `after` over `before` (95 % interval, ties apart), KL, length, variety, NLL.
 
-    Without a judge the run's own reward decides, which the policy was trained on.
+    All figures are of the same prompts, `pairs_judged` of the `pairs_asked`: those of which both
+    policies' responses have a score, and the judge an opinion. Without a judge the run's own reward
+    decides, which the policy was trained on.
+
+    Raises:
+        RewardError: no pair is left.
     """
-    if judge is None:
-        old, new = before.scores, after.scores
-    else:
-        old = list(judge(prompts, before.responses))
-        new = list(judge(prompts, after.responses))
+    before, after = paired(before, after)
+    opinions = zip(*(_opinions(prompts, side, judge) for side in (before, after)), strict=True)
+    old, new, judged = list[float](), list[float](), list[int]()
+    for row, (was, now) in enumerate(opinions):
+        if was is not None and now is not None:
+            judged.append(row)
+            old.append(was)
+            new.append(now)
+    if not judged:
+        raise RewardError(
+            f"evaluation: nothing to compare; evaluate.judge has an opinion of both responses of "
+            f"none of {len(before.prompts)} prompts"
+        )
+    before, after = before.pick(judged), after.pick(judged)
     wins = win_rate(new, old, tie_margin=1e-6)
     found = {
+        "pairs_judged": len(judged),
+        "pairs_asked": len(prompts),
         "win_rate": wins.rate,
         "win_rate_low": wins.low,
         "win_rate_high": wins.high,
@@ -189,6 +238,15 @@ def compare(
     return found
 
 
+def _opinions(
+    prompts: Sequence[str], sampled: Sampled, judge: Judge | None
+) -> Sequence[float | None]:
+    """The judge's number for each response, or its score."""
+    if judge is None:
+        return sampled.scores
+    return judge([prompts[i] for i in sampled.prompts], sampled.responses)
+
+
 def _run(
     config: RunConfig,
     weights: Weights,
@@ -199,7 +257,11 @@ def _run(
     samples: int,
     adapters: Sequence[str],
 ) -> list[ray.ObjectRef[Any]]:
-    """Move one pass over the prompts through the pools, with a ledger of its own."""
+    """Move one pass over the prompts through the pools, with a ledger of its own.
+
+    Raises:
+        RewardError: not one response was scored.
+    """
     ledger = Ledger()
     requests = evaluation_requests(
         prompts, seed=config.seed, label=label, samples=samples, adapters=adapters
@@ -216,6 +278,11 @@ def _run(
     collector.weights = weights
     while ledger.pending(0):
         collector.pump()
+    if not collector.scored:
+        raise RewardError(
+            f"evaluation: every one of {len(requests)} responses was given up by the reward "
+            f"service; the last: {collector.last_dead_letter}"
+        )
     return [s.table for s in collector.scored]
 
 

@@ -138,9 +138,9 @@ class LearnerGang:
         """
         return self._results(self.submit(method, *args), method)[0]
 
-    def submit(self, method: str, *args: Any) -> list[ray.ObjectRef[Any]]:
+    def submit(self, method: str, *args: Any, **named: Any) -> list[ray.ObjectRef[Any]]:
         """Start a call on every rank."""
-        return [getattr(rank, method).remote(*args) for rank in self.ranks]
+        return [getattr(rank, method).remote(*args, **named) for rank in self.ranks]
 
     def finish(
         self, refs: Sequence[ray.ObjectRef[Any]], method: str, pump: Callable[[], None]

@@ -21,11 +21,12 @@ import heapq
 import math
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from common.errors import TalipotError
 from common.trajectory import RolloutRequest
+from deploy.groups import lone
 from deploy.settled import Settled
 
 State = Literal["queued", "leased", "committed"]
@@ -102,29 +103,42 @@ class Ledger:
         """Rollouts in a state."""
         return self._rollouts[state]
 
+    def holds(self, rollout_id: str) -> bool:
+        """Whether a rollout is in flight."""
+        return rollout_id in self._lease_of
+
     def pending(self, iteration: int) -> int:
         """Rollouts of an iteration that are queued or leased; 0 = nothing more is to come."""
         return self._pending[iteration]
 
     # ------------------------------------------------------------------ before the commit
 
-    def issue(self, iteration: int, requests: Sequence[RolloutRequest], lease_size: int) -> None:
+    def issue(
+        self, iteration: int, requests: Sequence[RolloutRequest], lease_size: int, *, least: int = 1
+    ) -> None:
         """Queue an iteration's requests as leases of fixed composition.
 
         An iteration that was in flight in restored books is issued again as a whole; what had been
-        dropped of it stays dropped.
+        dropped of it stays dropped. Leases are cut from all requests, before what is dropped is
+        taken out of them: so they are composed as they were when it was issued first. Where too
+        little is left, `least` responses of not a single prompt, all of it is issued once more:
+        otherwise it could never be trained.
 
         Raises:
             LedgerError: a request was issued before; none of these is then.
         """
+        prefixes = {request.rollout_id.rpartition("-")[0] for request in requests}
         new = [r for r in requests if not self._settled.in_open_prefix(r.rollout_id)]
-        ids = [request.rollout_id for request in new]
+        if len(lone(new, least)) == len(new) and self._settled.reopen(prefixes):
+            new = list(requests)
+        ids = {request.rollout_id for request in new}
         for rollout_id in ids:
             if rollout_id in self._lease_of or rollout_id in self._settled:
                 raise LedgerError(f"rollout {rollout_id} was issued twice")
-        for at in range(0, len(new), lease_size):
-            part = tuple(new[at : at + lease_size])
-            self._enter(Lease(lease_id=self._next, iteration=iteration, requests=part))
+        for at in range(0, len(requests), lease_size):
+            part = tuple(r for r in requests[at : at + lease_size] if r.rollout_id in ids)
+            if part:
+                self._enter(Lease(lease_id=self._next, iteration=iteration, requests=part))
         self.issued += len(ids)
         self._settled.expect(ids)
 
@@ -244,19 +258,22 @@ class Ledger:
         """A lease of the books before they were rewound goes on in these.
 
         It takes the place of the waiting leases of the same rollouts: what is in work is not done
-        twice.
+        twice. What those have beyond it (rollouts that these books do not know to be dropped)
+        waits on.
 
         Raises:
             LedgerError: its rollouts are not all waiting here.
         """
         ids = set(lease.rollout_ids)
-        covered = {self._lease_of.get(rollout_id, -1) for rollout_id in ids}
+        covered = sorted({self._lease_of.get(rollout_id, -1) for rollout_id in ids})
         entries = [self._entries.get(lease_id) for lease_id in covered]
         waiting = [e for e in entries if e is not None and e.state == "queued"]
-        if set[str]().union(*(e.unsettled for e in waiting)) != ids:
+        if not ids <= set[str]().union(*(e.unsettled for e in waiting)):
             raise LedgerError(f"lease {lease.lease_id} under way is of rollouts not waiting")
         for entry in waiting:
             self._close(entry)
+            if rest := tuple(r for r in entry.lease.requests if r.rollout_id not in ids):
+                self._enter(replace(entry.lease, lease_id=self._next, requests=rest), first=True)
         self._enter(lease, state="leased")
         self._hold(self._entries[lease.lease_id], holder, until)
 
@@ -375,7 +392,7 @@ class Ledger:
             entry.unsettled -= ids
             for rollout_id in sorted(ids):
                 del self._lease_of[rollout_id]
-                self._settled.add(rollout_id)
+                self._settled.add(rollout_id, dropped=what == "dropped")
             if not entry.unsettled:
                 self._tally(entry, 0, -1)
                 del self._entries[entry.lease.lease_id]

@@ -176,11 +176,14 @@ def _tiles(summary: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _win(summary: Mapping[str, Any]) -> dict[str, str] | None:
-    """The win rate with its interval, written out."""
+    """The win rate with its interval and what it is of, written out."""
     if "win_rate" not in summary:
         return None
     keys = ("win_rate", "win_rate_low", "win_rate_high", "ties_share")
-    return {key: f"{summary[key]:.1%}" for key in keys}
+    judged = ""
+    if "pairs_judged" in summary:  # not in evaluations of earlier versions
+        judged = f"{summary['pairs_judged']} of {summary['pairs_asked']} prompts judged"
+    return {key: f"{summary[key]:.1%}" for key in keys} | {"judged": judged}
 
 
 def _stage_times(summary: Mapping[str, Any]) -> list[dict[str, Any]]:

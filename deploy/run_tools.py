@@ -165,11 +165,11 @@ def _logged(run_dir: Path) -> dict[str, Any]:
 def _judge(target: str) -> Judge:
     scorer = FunctionScorer(target)
 
-    def judge(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    def judge(prompts: Sequence[str], responses: Sequence[str]) -> list[float | None]:
         requests = [
             ScoreRequest(rollout_id=str(i), prompt_text=p, response_text=r, finished=True)
             for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
         ]
-        return [float(result.score or 0.0) for result in scorer.score(requests)]
+        return [result.score for result in scorer.score(requests)]
 
     return judge

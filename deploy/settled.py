@@ -1,9 +1,10 @@
 """Which rollouts are settled, in memory that does not grow with their number.
 
 A rollout id is ``{prefix}-{index}``, and the prefix is the iteration's number (or a label of an
-evaluation). Settled indices of one prefix are kept as ranges; a prefix whose every rollout is
-settled is kept by name alone, and numbers again as ranges. Millions of trained rollouts are one
-range ``[0, iterations)``.
+evaluation). Settled indices of one prefix are kept as ranges; a prefix that was trained on and
+whose every rollout is settled is kept by name alone, and numbers again as ranges. Millions of
+trained rollouts are one range ``[0, iterations)``. A prefix of which everything was dropped stays
+open: it may have to be issued once more.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ class Settled:
         self._open: dict[str, Ranges] = {}
         self._left: Counter[str] = Counter()
         """Rollouts of an open prefix that are still to be settled."""
+        self._begun: set[str] = set()
+        """Open prefixes of which something was trained."""
         self._numbers = Ranges()
         """Iterations of which everything issued is settled."""
         self._names: set[str] = set()
@@ -90,14 +93,30 @@ class Settled:
             self._open.setdefault(prefix, Ranges())
             self._left[prefix] += 1
 
-    def add(self, rollout_id: str) -> None:
-        """One that was expected is settled."""
+    def reopen(self, prefixes: Iterable[str]) -> bool:
+        """Forget what is settled of these, where all of it was dropped and nothing else is
+        expected; whether there was any."""
+        found = [
+            p for p in prefixes if p in self._open and p not in self._begun | self._left.keys()
+        ]
+        for prefix in found:
+            del self._open[prefix]
+        return bool(found)
+
+    def add(self, rollout_id: str, *, dropped: bool = False) -> None:
+        """One that was expected is settled: trained, or dropped."""
         prefix, index = _parts(rollout_id)
         self._open[prefix].add(index)
+        if not dropped:
+            self._begun.add(prefix)
         self._left[prefix] -= 1
         if self._left[prefix]:
             return
-        del self._open[prefix], self._left[prefix]
+        del self._left[prefix]
+        if prefix not in self._begun:
+            return
+        del self._open[prefix]
+        self._begun.remove(prefix)
         if prefix.isdigit():
             self._numbers.add(int(prefix))
         else:
@@ -107,6 +126,7 @@ class Settled:
         """JSON that `restore` reads; without what is expected, which is issued again."""
         return {
             "open": {p: ranges.pairs() for p, ranges in self._open.items() if len(ranges)},
+            "begun": sorted(self._begun),
             "numbers": self._numbers.pairs(),
             "names": sorted(self._names),
         }
@@ -116,6 +136,7 @@ class Settled:
         """The set as `state` gave it."""
         made = cls()
         made._open = {prefix: Ranges(pairs) for prefix, pairs in state["open"].items()}
+        made._begun = set(state.get("begun", ()))  # not there in checkpoints of earlier versions
         made._numbers = Ranges(state["numbers"])
         made._names = set(state["names"])
         return made

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from common.config import RunConfig
 from common.errors import StorageError
 from common.files import one_line
 from common.metrics import read
+from common.trajectory import rows_without
 from common.weights import Payload, save_weights, state_hash
 from learner import engine
 from learner.learner import Learner
@@ -107,11 +108,21 @@ class LearnerRank:
         weights = Path(reward) if reward else None
         self._learner = Learner(config, Path(policy), weights, eos_id)
 
-    def policy_phase(self, iteration: int, log: str | None, *tables: pa.Table) -> dict[str, float]:
-        """One iteration; rank 0 first writes its trajectories to the Parquet file `log`, if any."""
+    def policy_phase(
+        self,
+        iteration: int,
+        log: str | None,
+        *tables: pa.Table,
+        without: Collection[str] = frozenset(),
+    ) -> dict[str, float]:
+        """One iteration on the tables' rows `without` some rollouts, in tables or out of them.
+
+        Rank 0 first writes what is trained on to the Parquet file `log`, if any.
+        """
+        kept = [rows_without(table, without) for table in tables]
         if self.rank == 0 and log is not None:
-            write_log(Path(log), pa.concat_tables(tables), iteration, self._train.config)
-        return read(self._train.policy_phase(tables, iteration))
+            write_log(Path(log), pa.concat_tables(kept), iteration, self._train.config)
+        return read(self._train.policy_phase(kept, iteration))
 
     def auxiliary_phase(self, iteration: int) -> dict[str, float]:
         """One auxiliary phase."""

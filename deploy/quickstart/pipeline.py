@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from actors.prompts import EncodedPrompt
@@ -19,6 +19,7 @@ from deploy.evaluate import (
     Sampled,
     best_of,
     compare,
+    paired,
     policy_weights,
     sample,
     sample_both,
@@ -91,27 +92,32 @@ def evaluate_run(
     session: Session, config: RunConfig, task: Task, pools: tuple[Pool, Pool]
 ) -> dict[str, float]:
     """SFT against policy on held-out signatures; writes samples.jsonl."""
-    pairs, prompts = encoded_prompts(session, config, task.held_out[: config.evaluate.prompts])
-    before, after = sample_both(
-        config, session.sft_weights, session.policy_weights, prompts, *pools, label="eval"
+    asked, prompts = encoded_prompts(session, config, task.held_out[: config.evaluate.prompts])
+    before, after = paired(
+        *sample_both(
+            config, session.sft_weights, session.policy_weights, prompts, *pools, label="eval"
+        )
     )
+    by_prompt = {prompt_text(pair): pair for pair in asked}
     found = compare(
         [p.text for p in prompts],
         before,
         after,
-        lambda _, lines: task.qualities(pairs, _lines(lines)),
+        lambda texts, lines: task.qualities([by_prompt[text] for text in texts], _lines(lines)),
     )
-    named = {"sft": _lines(before.responses), "policy": _lines(after.responses)}
+    named = {"sft": before, "policy": after}
     if config.evaluate.best_of:
         sft = policy_weights(config, session.sft_weights, 0)
         many = sample_scored(
             config, sft, prompts, *pools, label="best", samples=config.evaluate.best_of
         )
-        named["best_of_n"] = _lines(best_of(many, config.evaluate.best_of))
-    for name, lines in named.items():
+        named["best_of_n"] = best_of(many)
+    for name, sampled in named.items():
+        pairs, lines = [asked[i] for i in sampled.prompts], _lines(sampled.responses)
         verdict = judge_lines(pairs, lines, config.seed)
         found |= {f"{key}_{name}": value for key, value in verdict.items()}
         found[f"quality_{name}"] = sum(task.qualities(pairs, lines)) / len(lines)
+    pairs = [asked[i] for i in before.prompts]
     found |= {
         f"{key}_human": value
         for key, value in judge_lines(pairs, [p.docstring for p in pairs], config.seed).items()
@@ -129,21 +135,23 @@ def _make_comparisons(
     kinds = quickstart_task.draw_sides(len(pairs), settings, seed)
     weights = policy_weights(config, session.sft_weights, 0)
 
-    def samples(label: str, wanted: Container[str]) -> Iterator[str]:
-        some = [prompt for prompt, kind in zip(prompts, kinds, strict=True) if kind in wanted]
-        rows = sample(config, weights, some, rollout, label=label) if some else []
-        return iter(_lines([row.response_text for row in rows]))
+    def samples(label: str, wanted: Container[str]) -> dict[int, str]:
+        """The lines sampled for pairs of some kinds, by the pair's number."""
+        some = [number for number, kind in enumerate(kinds) if kind in wanted]
+        asked = [prompts[number] for number in some]
+        rows = sample(config, weights, asked, rollout, label=label) if some else []
+        return dict(zip(some, _lines([row.response_text for row in rows]), strict=True))
 
     first = samples("first", ("sample-human", "sample-sample"))
     second = samples("second", ("sample-sample",))
     others = iter(quickstart_task.borrowed(task, len(pairs), seed))
     sides = []
-    for pair, kind in zip(pairs, kinds, strict=True):
+    for number, (pair, kind) in enumerate(zip(pairs, kinds, strict=True)):
         if kind == "human-borrowed":
             sides.append((pair.docstring, next(others)))
         else:
-            line = next(first)
-            sides.append((line, next(second) if kind == "sample-sample" else pair.docstring))
+            other = second[number] if kind == "sample-sample" else pair.docstring
+            sides.append((first[number], other))
     made, ties = quickstart_task.comparisons(task, pairs, sides, settings, seed)
     write_jsonl(str(session.run_dir / "data" / "comparisons.jsonl"), made)
     return len(made), ties

@@ -154,7 +154,7 @@ def best_of_16(out: Path, seed: int) -> None:
         single = sample_scored(config, sft, prompts, *pools, label="eval")
         many = sample_scored(config, sft, prompts, *pools, label="best", samples=16)
     before = task.qualities(pairs, [line.strip() for line in single.responses])
-    lines = [line.strip() for line in best_of(many, 16)]
+    lines = [line.strip() for line in best_of(many).responses]
     after = task.qualities(pairs, lines)
     wins = win_rate(after, before, tie_margin=1e-6)
     verdict = {f"{k}_policy": v for k, v in judge_lines(pairs, lines, config.seed).items()}
