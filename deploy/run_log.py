@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,7 +54,8 @@ class RunLog:
         self._board.close()
 
     def _gauge(self, name: str) -> Gauge:
-        name = name.replace("/", "_").replace("-", "_")
+        # Ray throws away what is named otherwise, "dropped/dead letter" for one.
+        name = re.sub(r"[^a-zA-Z0-9_]", "_", name)
         if name not in self._gauges:
             self._gauges[name] = Gauge(name, description=name, tag_keys=("run",))
         return self._gauges[name]
