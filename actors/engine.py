@@ -23,7 +23,7 @@ from torch import Tensor
 from actors.decoder import Choice, Decoder
 from actors.slots import Slots, Waiting
 from actors.step import Chunk, Copy
-from common.logprobs import Sampling, draw, sampling_logits, uniforms
+from common.logprobs import Sampling, draw, logprobs_at, sampling_logits, uniforms
 from common.lora import OFF
 from common.palm import PaLM
 from common.trajectory import RolloutRequest
@@ -41,6 +41,8 @@ class Generated:
     """The token that ended it included."""
     logprobs: list[float]
     """float32 log-probability of each token when it was drawn."""
+    unfiltered: list[float] | None
+    """Likewise of the whole distribution (`Sampling.unfiltered`); None where nothing filters."""
     finish_reason: str
     """``eos``, ``stop`` (a stop token or string) or ``length``."""
 
@@ -104,7 +106,7 @@ class Engine:
         self._queue: deque[Waiting] = deque()
         self._prefilling = False
         """A slot is in the middle of its prompt."""
-        self._work = Slots(slots, palm.config.context)
+        self._work = Slots(slots, palm.config.context, filters=sampling.filters)
 
     @property
     def merged(self) -> str | None:
@@ -214,8 +216,10 @@ class Engine:
                 return []
             logits_SV = logits_SV[torch.from_numpy(drawing).to(logits_SV.device)]
         cells = work.cells(drawing)
-        tokens, logprobs = self._draw(logits_SV, work.counts[drawing], work.uniforms_at(cells))
-        work.record(drawing, cells, tokens, logprobs)
+        places = work.counts[drawing]
+        tokens, logprobs = self._draw(logits_SV, places, work.uniforms_at(cells))
+        whole = None if work.unfiltered is None else self._whole(logits_SV, tokens, places)
+        work.record(drawing, cells, tokens, logprobs, whole)
         ended = self._ended(drawing, tokens)
         made = [self._generated(slot, reason) for slot, reason in ended]
         self._free([slot for slot, _ in ended])
@@ -295,6 +299,13 @@ class Engine:
         tokens, logprobs = draw(kept, torch.from_numpy(uniforms).to(logits.device))
         return tokens.cpu().numpy(), logprobs.cpu().numpy()
 
+    def _whole(self, logits: Tensor, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Log-probabilities of drawn tokens in the whole distribution."""
+        chosen, places = (torch.from_numpy(x).to(logits.device) for x in (tokens, positions))
+        found = logprobs_at(logits, chosen, self.sampling.unfiltered, places)
+        logprobs: np.ndarray = found.cpu().numpy()
+        return logprobs
+
     def _ended(self, drawing: np.ndarray | slice, tokens: np.ndarray) -> list[tuple[int, str]]:
         """Slots whose response ends with these tokens, and why."""
         work, slots = self._work, np.arange(len(self._work))[drawing]
@@ -312,10 +323,12 @@ class Engine:
     def _generated(self, slot: int, reason: str) -> Generated:
         """A slot's response, as it stands."""
         work, count = self._work, self._work.counts[slot]
+        whole = work.unfiltered
         return Generated(
             rollout_id=work.requests[slot].rollout_id,
             response_ids=work.tokens[slot, :count].tolist(),
             logprobs=work.logprobs[slot, :count].tolist(),
+            unfiltered=None if whole is None else whole[slot, :count].tolist(),
             finish_reason=reason,
         )
 

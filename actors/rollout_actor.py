@@ -175,6 +175,7 @@ class RolloutActor:
                 response_ids=g.response_ids,
                 response_text=text,
                 behavior_logprobs=g.logprobs,
+                unfiltered_logprobs=g.unfiltered,
                 finish_reason=g.finish_reason,
                 policy_version=self.policy_version,
                 weights_fingerprint=self.fingerprint,

@@ -28,15 +28,18 @@ class Slots:
     because the forward leaves nothing of Python in the processor's caches: each costs many times
     what it does in a loop of its own."""
 
-    def __init__(self, slots: int, context: int) -> None:
+    def __init__(self, slots: int, context: int, *, filters: bool = False) -> None:
+        """`filters`: tokens are drawn from less than the whole distribution."""
         self.requests: list[RolloutRequest] = []
-        # [slots, context]. The last three are one memory with the flat views below: filled, never
-        # replaced.
+        # [slots, context]. All but the first are one memory with the flat views below: filled,
+        # never replaced.
         self.prompts = np.zeros((slots, context), dtype=np.int32)
         self.tokens = np.zeros((slots, context), dtype=np.int64)
         """Responses so far."""
         self.logprobs = np.zeros((slots, context), dtype=np.float32)
         """Of each token when it was drawn."""
+        self.unfiltered = np.zeros((slots, context), dtype=np.float32) if filters else None
+        """Likewise, of the whole distribution; None where that is what tokens are drawn from."""
         self.uniforms = np.zeros((slots, context))
         """float64, for each token that may be drawn."""
         # int64 [slots]
@@ -56,6 +59,10 @@ class Slots:
         """A slot's first cell in the flat views."""
         self._tokens, self._logprobs = self.tokens.reshape(-1), self.logprobs.reshape(-1)
         self._uniforms = self.uniforms.reshape(-1)
+        self._columns: list[np.ndarray] = [self.prompts, self.tokens, self.logprobs, self.uniforms]
+        if self.unfiltered is not None:
+            self._columns.append(self.unfiltered)
+            self._unfiltered = self.unfiltered.reshape(-1)
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -78,7 +85,7 @@ class Slots:
         if slot == last:
             return False
         self.requests[slot] = request
-        for column in (self.prompts, self.tokens, self.logprobs, self.uniforms):
+        for column in self._columns:
             column[slot] = column[last]
         rows = self.lengths, self.filled, self.counts, self.limits, self.adapters, self.newest
         for row in rows:
@@ -101,9 +108,12 @@ class Slots:
         cells: np.ndarray,
         tokens: np.ndarray,
         logprobs: np.ndarray,
+        unfiltered: np.ndarray | None,
     ) -> None:
         """The next token of slots, and its log-probability."""
         self._tokens[cells] = tokens
         self._logprobs[cells] = logprobs
+        if unfiltered is not None:
+            self._unfiltered[cells] = unfiltered
         self.counts[slots] += 1
         self.newest[slots] = tokens

@@ -168,8 +168,9 @@ class TrainConfig(Section):
     """Value learning rate, annealed likewise."""
     clip_range: PositiveFloat = 0.2
     """epsilon of the clipped objective."""
-    value_clip_range: PositiveFloat | None = 0.2
-    """Clip of the value update around the old values; null switches it off."""
+    value_clip_range: PositiveFloat | None = 0.5
+    """Clip of the value update around the old values, as a share of the root mean square of
+    returns - old values of the batch; null switches it off."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
     gamma: Fraction = 1.0
@@ -177,13 +178,15 @@ class TrainConfig(Section):
     gae_lambda: Fraction = 0.95
     """lambda of GAE."""
     kl_coef: NonNegativeFloat = 0.05
-    """Weight (first weight, when adaptive) of the per-token KL to the reference policy."""
+    """Weight (first weight, when adaptive) of the per-token KL to the reference policy: per unit
+    of the score, or of its deviation under grpo and reinforce_pp, which normalise scores alone."""
     kl_target: PositiveFloat | None = None
     """Target of the adaptive controller in nats per response; null keeps kl_coef fixed."""
     kl_horizon: PositiveInt = 10_000
-    """Horizon of the adaptive controller, in rollouts."""
-    missing_eos_penalty: float | None = -1.0
-    """Score of a response that never ended (the EOS trick); null keeps the scorer's."""
+    """Horizon of the adaptive controller, in rollouts; a batch counts for one horizon at most."""
+    missing_eos_penalty: Annotated[float, Field(le=0)] | None = -1.0
+    """A response that never ended scores at most the mean of those that ended plus so many of
+    their deviations (the EOS trick); null keeps the scorer's."""
     stop_kl: PositiveFloat | None = 0.1
     """Leave an update's epochs once the mean KL to the proximal policy passes this."""
     value_network: Literal["separate", "shared"] = "separate"
@@ -193,7 +196,8 @@ class TrainConfig(Section):
     stale: Literal["wait", "drop"] = "wait"
     """Rollouts that are too old when their turn comes: sample them again, or train without them."""
     behavior_cap: PositiveFloat = 2.0
-    """Truncation of proximal/behaviour importance weights (asynchronous mode)."""
+    """Truncation of proximal/behaviour importance weights: in asynchronous mode, and wherever
+    rollouts or learner are not fp32."""
     ppg: PpgConfig | None = PpgConfig()
     """The auxiliary phase; null is plain PPO by the same code."""
     clip: PositiveFloat = 1.0
@@ -372,6 +376,14 @@ class RunConfig(Section):
                 f"train.samples_per_prompt={self.train.samples_per_prompt}"
             )
         return self
+
+    @property
+    def corrects_mismatch(self) -> bool:
+        """Whether sampled log-probabilities may differ from the learner's, so that importance
+        weights correct for it: rollouts may be older than what is trained, or one of the two
+        computes in bf16. Otherwise the two agree to 1e-4 (invariant I1)."""
+        precisions = {self.rollout.precision, self.learner.precision}
+        return self.train.max_staleness > 0 or precisions != {"fp32"}
 
     @property
     def run_dir(self) -> Path:

@@ -1,7 +1,8 @@
 """The sampling distribution: the one place that defines what `behavior_logprobs` mean.
 
-Engine and learner both call `sampling_logprobs`, so that the probability ratio of a rollout
+Engine and learner both call `sampling_logits`, so that the probability ratio of a rollout
 under the weights it was sampled from is 1 (invariant I1), whatever temperature, top-k and top-p.
+Distances from the reference are measured between whole distributions (`Sampling.unfiltered`).
 
 Shape suffixes: B sequences, R response positions, V vocabulary.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -39,6 +40,21 @@ class Sampling:
     """No token of `endings` is drawn before a response has so many tokens."""
     endings: tuple[int, ...] = ()
     """Tokens that end a response; EOS is one of them."""
+
+    @property
+    def unfiltered(self) -> Sampling:
+        """The whole distribution that tokens are picked from, of which KL and likelihood are taken:
+        no top-k, top-p or min-p, and temperature 1 where sampling is greedy.
+
+        Of a filtered policy, the KL to a whole reference is positive even where both are equal; to
+        a reference that is filtered too, it is infinite for a token outside that one's nucleus.
+        """
+        return replace(self, temperature=self.temperature or 1.0, top_p=1.0, top_k=0, min_p=0.0)
+
+    @property
+    def filters(self) -> bool:
+        """Whether tokens are drawn from less than the whole distribution."""
+        return self != self.unfiltered
 
 
 def sampling_of(rollout: RolloutConfig, eos_id: int) -> Sampling:
@@ -101,30 +117,40 @@ def chosen_logprobs(logits: Tensor, chosen: Tensor, sampling: Sampling) -> Tenso
     The last axis counts the tokens of a response from its first.
     """
     positions = torch.arange(chosen.shape[-1], device=chosen.device)
-    return _of_chosen(logits, chosen, positions, sampling)
+    return logprobs_at(logits, chosen, sampling, positions)
 
 
 def chosen_reader(
-    chosen_BR: Tensor, sampling: Sampling, more: Callable[[Tensor], Tensor] | None = None
+    chosen_BR: Tensor,
+    sampling: Sampling,
+    more: Callable[[Tensor], Tensor] | None = None,
+    *,
+    unfiltered: bool = False,
 ) -> Callable[[Tensor, slice], Tensor]:
     """`chosen_logprobs` for logits that come in pieces (`PolicyNetwork.forward`).
 
-    `more` maps logits ``[n, V]`` to a second column ``[n]``.
+    `more` maps logits ``[n, V]`` to a second column ``[n]``; `unfiltered` adds a last one: the
+    log-probabilities before the filter.
     """
     chosen = chosen_BR.flatten()
     steps = torch.arange(chosen_BR.shape[1], device=chosen_BR.device)
     positions = steps.expand_as(chosen_BR).flatten()
 
     def read(logits: Tensor, part: slice) -> Tensor:
-        columns = [_of_chosen(logits, chosen[part], positions[part], sampling)]
+        columns = [logprobs_at(logits, chosen[part], sampling, positions[part])]
         if more is not None:
             columns.append(more(logits))
+        if unfiltered:
+            whole = sampling.unfiltered
+            columns.append(logprobs_at(logits, chosen[part], whole, positions[part]))
         return torch.stack(columns, dim=-1)
 
     return read
 
 
-def _of_chosen(logits: Tensor, chosen: Tensor, positions: Tensor, sampling: Sampling) -> Tensor:
+def logprobs_at(logits: Tensor, chosen: Tensor, sampling: Sampling, positions: Tensor) -> Tensor:
+    """Log-probability (fp32 ``[...]``) of chosen tokens (int64 ``[...]``) at these places of their
+    responses; `positions` as in `sampling_logits`."""
     kept = sampling_logits(logits, sampling, chosen=chosen, positions=positions)
     # One number per token survives: a log-softmax would write the whole vocabulary once more.
     return kept.gather(-1, chosen[..., None]).squeeze(-1) - kept.logsumexp(dim=-1)

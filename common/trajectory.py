@@ -59,6 +59,9 @@ class Rollout(RolloutRequest):
     """The response decoded, without EOS."""
     behavior_logprobs: list[float]
     """float32, of the distribution really sampled from (`common.logprobs`)."""
+    unfiltered_logprobs: list[float] | None = None
+    """float32, of the whole distribution before top-p, top-k and min-p (`Sampling.unfiltered`).
+    None where nothing filters: `behavior_logprobs` are those."""
     finish_reason: str
     """``eos``, ``stop`` (a stop token or text) or ``length``."""
     policy_version: int
@@ -68,6 +71,12 @@ class Rollout(RolloutRequest):
     the controller."""
     actor_id: str
     """Who sampled."""
+
+    @property
+    def policy_logprobs(self) -> list[float]:
+        """What to compare with `ScoredTrajectory.ref_logprobs`: of the policy, without a filter."""
+        whole = self.unfiltered_logprobs
+        return self.behavior_logprobs if whole is None else whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +88,7 @@ class ScoredTrajectory(Rollout):
     score_components: dict[str, float]
     """Each component's own value, unweighted."""
     ref_logprobs: list[float]
-    """float32, of the response tokens under the reference (SFT) policy."""
+    """float32, of the response tokens under the reference (SFT) policy, without a filter."""
     reward_version: int
     """Which reward model scored."""
 
@@ -98,6 +107,7 @@ _ROLLOUT: list[pa.Field] = [
     pa.field("response_ids", pa.list_(pa.int32()), nullable=False),
     pa.field("response_text", pa.string(), nullable=False),
     pa.field("behavior_logprobs", pa.list_(pa.float32()), nullable=False),
+    pa.field("unfiltered_logprobs", pa.list_(pa.float32())),
     pa.field("finish_reason", pa.string(), nullable=False),
     pa.field("policy_version", pa.int64(), nullable=False),
     pa.field("weights_fingerprint", pa.string(), nullable=False),
@@ -177,5 +187,7 @@ def _check(record: RolloutRequest) -> None:
             raise ValueError(f"rollout {record.rollout_id}: empty response")
         if len(record.behavior_logprobs) != length:
             raise ValueError(f"rollout {record.rollout_id}: behavior_logprobs differ in length")
+        if len(record.policy_logprobs) != length:
+            raise ValueError(f"rollout {record.rollout_id}: unfiltered_logprobs differ in length")
         if isinstance(record, ScoredTrajectory) and len(record.ref_logprobs) != length:
             raise ValueError(f"rollout {record.rollout_id}: ref_logprobs differ in length")

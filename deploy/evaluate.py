@@ -40,9 +40,10 @@ class Sampled:
     scores: list[float]
     """By the run's own reward (the proxy)."""
     kl: list[float]
-    """sum of (behavior_logprobs - ref_logprobs): one-sample estimate of KL to the reference."""
+    """sum of (policy_logprobs - ref_logprobs): one-sample estimate of KL to the reference, both
+    without a filter and at the sampling temperature (1 where that is greedy)."""
     nll: list[float]
-    """Mean negative log-likelihood per token under the reference (supervised) policy."""
+    """Mean negative log-likelihood per token under the reference (supervised) policy, likewise."""
     lengths: list[int]
     """Response tokens."""
 
@@ -156,7 +157,7 @@ def _sampled(rows: Sequence[ScoredTrajectory]) -> Sampled:
         prompts=[row.group for row in rows],
         responses=[row.response_text for row in rows],
         scores=[row.score for row in rows],
-        kl=[sum(row.behavior_logprobs) - sum(row.ref_logprobs) for row in rows],
+        kl=[sum(row.policy_logprobs) - sum(row.ref_logprobs) for row in rows],
         nll=[-sum(row.ref_logprobs) / len(row.ref_logprobs) for row in rows],
         lengths=[len(row.response_ids) for row in rows],
     )

@@ -36,8 +36,11 @@ class Targets:
     """float32, whitened for PPO."""
     returns_NR: Tensor
     """float32 value targets."""
+    value_clip: float | None
+    """How far values may move from `values_NR`; None: as far as they will."""
     importance_NR: Tensor | None
-    """float32 truncated proximal/behaviour weights; None in synchronous mode."""
+    """float32 truncated proximal/behaviour weights; None where the two are the same policy in the
+    same precision (`RunConfig.corrects_mismatch`)."""
 
 
 def policy_epochs(
@@ -123,7 +126,7 @@ def _policy_loss(
             micro.cut(targets.values_NR),
             micro.cut(targets.returns_NR),
             micro.mask_BR,
-            value_clip_range=train.value_clip_range,
+            value_clip_range=targets.value_clip,
             normalizer=normalizer,
         )
         loss = loss + SHARED_VALUE_COEF * value.loss
@@ -145,7 +148,8 @@ def value_epochs(
     purpose: str,
     iteration: int,
 ) -> Metrics:
-    """Regress values on frozen returns; clipped around `old_values_NR` when those are given.
+    """Regress values on frozen returns; they move at most `clip` from `old_values_NR`, when those
+    are given.
 
     Raises:
         TrainingError: a loss or gradient is not finite.

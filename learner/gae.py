@@ -11,6 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+ROUNDING = 8 * torch.finfo(torch.float32).eps
+"""Scores, values and log-probabilities arrive in float32: numbers whose spread is no larger than
+this share of the largest of them are equal, and dividing by it would make noise the signal."""
+
 
 def gae(
     rewards_BR: Tensor, values_BR: Tensor, mask_BR: Tensor, *, gamma: float, gae_lambda: float
@@ -47,14 +51,40 @@ def masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mean, variance, count
 
 
+def within_rounding(x: Tensor, mask: Tensor) -> bool:
+    """Whether the entries where `mask` is True are all equal, as far as float32 can tell.
+
+    Raises ValueError for an empty mask.
+    """
+    _, variance, _ = masked_moments(x, mask)
+    largest = x.double().masked_fill(~mask, 0.0).abs().max()
+    return bool(variance.sqrt() <= ROUNDING * largest)
+
+
 def whiten(x_BR: Tensor, mask_BR: Tensor, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
     """``(x - mean) / sqrt(variance + eps)`` over the mask; zero outside it.
 
-    Moments are the population's (Stiennon 2020's code), not the sample's. With
+    Moments are the population's (Stiennon 2020's code), not the sample's. Numbers that are equal
+    but for their rounding have no deviation to be divided by: they become exactly 0. With
     `shift_mean=False` the mean is kept.
     """
     mean, variance, _ = masked_moments(x_BR, mask_BR)
-    whitened = (x_BR.double() - mean) * (variance + eps).rsqrt()
+    whitened = torch.zeros_like(x_BR, dtype=torch.float64)
+    if not within_rounding(x_BR, mask_BR):
+        whitened = (x_BR.double() - mean) * (variance + eps).rsqrt()
     if not shift_mean:
         whitened = whitened + mean
     return whitened.masked_fill(~mask_BR, 0.0).to(x_BR.dtype)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """``1 - var(returns - values) / var(returns)`` over the mask: 1 for values that are right, 0
+    for a constant. 0 also where returns are all equal: there is nothing to explain.
+
+    Raises ValueError for an empty mask.
+    """
+    if within_rounding(returns, mask):
+        return 0.0
+    _, residual, _ = masked_moments(returns.double() - values.double(), mask)
+    _, spread, _ = masked_moments(returns, mask)
+    return float(1.0 - residual / spread)

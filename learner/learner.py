@@ -10,6 +10,7 @@ positions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,7 +29,7 @@ from common.lora import (
     share_base,
     train_adapter,
 )
-from common.metrics import Metric, Metrics, mean
+from common.metrics import Metrics, mean
 from common.palm import PolicyNetwork, ScalarNetwork
 from common.trajectory import derive_seed
 from common.weights import Payload, load_weights, torch_dtype
@@ -41,6 +42,19 @@ from learner.memory import AuxiliaryMemory
 from learner.publisher import Publication, publisher
 from learner.schedule import linear_to_zero
 from learner.shards import MicroBatch, Shards
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proximal:
+    """What the policy says of a batch before the first step, float32 ``[N, R]``."""
+
+    logprobs_NR: Tensor
+    """Of the distribution that tokens are sampled from: what ratios are taken to."""
+    unfiltered_NR: Tensor
+    """Before the filter: what the KL to the reference is taken from."""
+    entropy_NR: Tensor
+    values_NR: Tensor
+    """By the policy's own head."""
 
 
 class Learner:
@@ -96,11 +110,11 @@ class Learner:
             TrainingError: a loss or gradient is not finite, or other weights sampled.
         """
         batch = experience(tables, self.train.adapter)
-        proximal_NR, entropy, shared_NR = self._proximal(batch)
-        values_NR = self._values(batch, shared_NR)
-        rewards_NR, metrics = self._rewards(batch, proximal_NR)
-        targets = self._targets(batch, rewards_NR, values_NR, proximal_NR)
-        metrics |= {"entropy": entropy}
+        proximal = self._proximal(batch)
+        values_NR = self._values(batch, proximal.values_NR)
+        shaped, metrics = self._rewards(batch, proximal.unfiltered_NR)
+        metrics |= self._measures(batch, proximal)
+        targets = self._targets(batch, shaped, values_NR, proximal.logprobs_NR)
         metrics |= policy_epochs(
             self.policy,
             self.shards,
@@ -150,20 +164,24 @@ class Learner:
 
     # ------------------------------------------------------------------ targets of a phase
 
-    def _proximal(self, batch: Experience) -> tuple[Tensor, Metric, Tensor]:
-        """One pass of the policy as it stands: log-probabilities ``[N, R]``, the mean entropy, and
-        the values ``[N, R]`` by its own head."""
+    def _proximal(self, batch: Experience) -> Proximal:
+        """One pass of the policy as it stands."""
+        filters = self.sampling.filters
 
         def run(micro: MicroBatch) -> Tensor:
             data = micro.data
-            read = chosen_reader(data.response_BR, self.sampling, ppo.entropy)
+            read = chosen_reader(data.response_BR, self.sampling, ppo.entropy, unfiltered=filters)
             found, values = self.policy(data.tokens_BT, predict_BR=data.predict_BR, read=read)
-            return torch.cat((found, values[..., None]), dim=-1)
+            return torch.cat((values[..., None], found), dim=-1)
 
         found_NRC = self.shards.gather(batch.sequences, run)
-        logprobs_NR, entropy_NR, values_NR = found_NRC.unbind(-1)
-        entropy = mean(float(entropy_NR.sum(dtype=torch.float64)), float(batch.mask_NR.sum()))
-        return logprobs_NR.contiguous(), entropy, values_NR.contiguous()
+        values_NR, logprobs_NR, entropy_NR = (x.contiguous() for x in found_NRC.unbind(-1)[:3])
+        return Proximal(
+            logprobs_NR=logprobs_NR,
+            unfiltered_NR=found_NRC[..., 3].contiguous() if filters else logprobs_NR,
+            entropy_NR=entropy_NR,
+            values_NR=values_NR,
+        )
 
     def _values(self, batch: Experience, shared_NR: Tensor) -> Tensor:
         """Values ``[N, R]`` of the states that response tokens were sampled in.
@@ -185,57 +203,72 @@ class Learner:
         values_BT: Tensor = self.value(data.tokens_BT)
         return values_BT.gather(1, data.predict_BR)
 
-    def _rewards(self, batch: Experience, proximal_NR: Tensor) -> tuple[Tensor, Metrics]:
-        """KL-shaped rewards per token, the controller's update, and the batch's statistics."""
-        scores_N = batch.scores_N
-        if self.train.missing_eos_penalty is not None:
+    def _rewards(self, batch: Experience, unfiltered_NR: Tensor) -> tuple[rewards.Rewards, Metrics]:
+        """The parts of the rewards per token, and the KL controller's update.
+
+        In float64: what a large score and a small penalty add up to must not be rounding.
+        """
+        scores_N, train = batch.scores_N.double(), self.train
+        if train.missing_eos_penalty is not None:
             scores_N = rewards.apply_eos_trick(
-                scores_N, batch.ended_N, penalty=self.train.missing_eos_penalty
+                scores_N, batch.ended_N, penalty=train.missing_eos_penalty
             )
-        rewards_NR = rewards.shape_rewards(
-            scores_N, proximal_NR, batch.reference_NR, batch.mask_NR, kl_coef=self.kl.coef
+        unfiltered_NR, reference_NR = unfiltered_NR.double(), batch.reference_NR.double()
+        shaped = rewards.reward_parts(
+            scores_N, unfiltered_NR, reference_NR, batch.mask_NR, kl_coef=self.kl.coef
         )
+        kl = float((ppo.kl_k1(unfiltered_NR - reference_NR) * batch.mask_NR).sum())
+        metrics = {"kl": mean(kl, len(batch)), "kl_coef": mean(self.kl.coef, 1)}
+        self.kl.update(kl / len(batch), len(batch))
+        return shaped, metrics
+
+    def _measures(self, batch: Experience, proximal: Proximal) -> Metrics:
+        """Statistics of the batch, and how far who sampled is from who learns."""
         tokens, rows = float(batch.mask_NR.sum()), float(len(batch))
-        kl_N = ((proximal_NR - batch.reference_NR) * batch.mask_NR).sum(1)
-        drift_NR = ((proximal_NR - batch.behavior_NR) * batch.mask_NR).exp() - 1.0
-        metrics = {
+        apart = ppo.mismatch(proximal.logprobs_NR, batch.behavior_NR, batch.mask_NR)
+        drift_NR = ((proximal.logprobs_NR - batch.behavior_NR) * batch.mask_NR).exp() - 1.0
+        return {
             "score": mean(float(batch.scores_N.sum()), rows),
-            "kl": mean(float(kl_N.sum()), rows),
-            "kl_coef": mean(self.kl.coef, 1),
             "response_length": mean(tokens, rows),
             "eos_share": mean(float(batch.ended_N.sum()), rows),
+            "entropy": mean(float(proximal.entropy_NR.sum(dtype=torch.float64)), tokens),
             "ratio_deviation": mean(float(drift_NR.abs().max()), 1),
+            "mismatch_kl": mean(apart.kl, tokens),
+            "mismatch_ratio": mean(apart.ratio, 1),
         }
-        self.kl.update(float(kl_N.mean()), len(batch))
-        return rewards_NR, metrics
 
     def _targets(
-        self, batch: Experience, rewards_NR: Tensor, values_NR: Tensor, proximal_NR: Tensor
+        self, batch: Experience, shaped: rewards.Rewards, values_NR: Tensor, proximal_NR: Tensor
     ) -> Targets:
         """Advantages and value targets by the algorithm's estimator."""
         mask, train = batch.mask_NR, self.train
-        returns_NR = torch.zeros_like(rewards_NR)
-        if train.algorithm == "rloo":
-            found = advantages.rloo(rewards_NR.sum(1), batch.groups_N, mask)
-        elif train.algorithm == "grpo":
-            found = advantages.grpo(rewards_NR.sum(1), batch.groups_N, mask)
-        elif train.algorithm == "reinforce_pp":
-            found = advantages.reinforce_pp(rewards_NR, mask, gamma=train.gamma)
-        else:
+        returns_NR, clip = torch.zeros_like(values_NR), None
+        if train.algorithm == "ppo":
             raw, returns_NR = gae.gae(
-                rewards_NR, values_NR, mask, gamma=train.gamma, gae_lambda=train.gae_lambda
+                shaped.total,
+                values_NR.double(),
+                mask,
+                gamma=train.gamma,
+                gae_lambda=train.gae_lambda,
             )
             found = gae.whiten(raw, mask)
+            if train.value_clip_range is not None:
+                clip = ppo.value_clip(values_NR, returns_NR, mask, share=train.value_clip_range)
+        else:
+            found = advantages.critic_free(
+                train.algorithm, shaped, batch.groups_N, mask, gamma=train.gamma
+            )
         importance_NR = None
-        if train.max_staleness > 0:
+        if self.config.corrects_mismatch:
             importance_NR = ppo.importance_weights(
                 proximal_NR, batch.behavior_NR, cap=train.behavior_cap
             )
         return Targets(
             proximal_NR=proximal_NR,
             values_NR=values_NR,
-            advantages_NR=found,
-            returns_NR=returns_NR,
+            advantages_NR=found.float(),
+            returns_NR=returns_NR.float(),
+            value_clip=clip,
             importance_NR=importance_NR,
         )
 
@@ -244,9 +277,8 @@ class Learner:
         if self.train.algorithm != "ppo":
             return {}
         mask = batch.mask_NR
-        residual = (targets.returns_NR - targets.values_NR)[mask].var(correction=0)
-        spread = targets.returns_NR[mask].var(correction=0).clamp(min=1e-8)
-        metrics = {"explained_variance": mean(float(1.0 - residual / spread), 1)}
+        explained = gae.explained_variance(targets.values_NR, targets.returns_NR, mask)
+        metrics = {"explained_variance": mean(explained, 1)}
         if self.value is None:
             return metrics
         return metrics | value_epochs(
@@ -256,7 +288,7 @@ class Learner:
             batch.sequences,
             targets.returns_NR,
             old_values_NR=targets.values_NR,
-            clip=self.train.value_clip_range,
+            clip=targets.value_clip,
             epochs=self.train.e_v,
             minibatches=self.train.minibatches,
             lr=self.train.value_lr * self._anneal(iteration),
@@ -336,7 +368,12 @@ class Learner:
         if self.value is not None:
             saved.load(self.value, folder / "value")
         self.memory = AuxiliaryMemory.load(folder / "memory.parquet")
-        self.kl.load_state_dict(state)
+        try:
+            self.kl.load_state_dict(state)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{folder}: its {error}; put another checkpoint in its place, or start the run anew"
+            ) from None
 
 
 def _whole(network: ScalarNetwork) -> ScalarNetwork:

@@ -22,6 +22,9 @@ from common.files import one_line, write_atomic
 from common.trajectory import SCHEMAS, ScoredTrajectory
 
 _KEY = b"talipot"
+_ADDED = {"adapter": "", "unfiltered_logprobs": None}
+"""Columns that logs of earlier versions lack, and what they stood for there: whole weights, and a
+KL from `behavior_logprobs`."""
 
 
 def log_path(run_dir: Path, iteration: int) -> Path:
@@ -57,9 +60,11 @@ def read_log(run_dir: Path, iteration: int) -> tuple[pa.Table, RunConfig]:
         if note["iteration"] != iteration:
             raise DataError(f"{path}: is the log of iteration {note['iteration']}")
         schema, table = SCHEMAS[ScoredTrajectory], table.replace_schema_metadata(None)
-        if "adapter" not in table.column_names:  # of a version that trained whole weights only
-            at = schema.get_field_index("adapter")
-            table = table.add_column(at, schema.field(at), pa.repeat("", len(table)))
+        for name, value in _ADDED.items():
+            if name not in table.column_names:
+                at = schema.get_field_index(name)
+                column = pa.array([value] * len(table), schema.field(at).type)
+                table = table.add_column(at, schema.field(at), column)
         return table.cast(schema), config
     except FileNotFoundError:
         raise DataError(f"{path}: no such trajectory log; the run cannot be replayed") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,13 +42,9 @@ class ReferencePolicy:
         _freeze(self.network)
 
     def __call__(self, batch: SequenceBatch) -> Tensor:
-        """fp32 ``[B, R]`` log-probabilities of the response tokens, zeros outside the mask.
-
-        Under the sampling temperature, but unfiltered: a token outside the reference's nucleus
-        would have an infinite KL.
-        """
-        plain = replace(self.sampling, top_p=1.0, top_k=0, min_p=0.0)
-        read = chosen_reader(batch.response_BR, plain)
+        """fp32 ``[B, R]`` log-probabilities of the response tokens, zeros outside the mask: of the
+        whole distribution (`Sampling.unfiltered`)."""
+        read = chosen_reader(batch.response_BR, self.sampling.unfiltered)
         found, _ = self.network(batch.tokens_BT, predict_BR=batch.predict_BR, read=read)
         logprobs: Tensor = found[..., 0]
         return logprobs.masked_fill(~batch.response_mask_BR, 0.0)

@@ -77,7 +77,7 @@ def policy_loss(
     weights: Rows | None,
 ) -> dict[str, float]:
     """Eq. 7 of arXiv 1707.06347 (negated), token by token, and the sums logged with it."""
-    found = {"loss": 0.0, "clipped": 0.0, "k1": 0.0, "k3": 0.0, "ratio_deviation": 0.0}
+    found = {"loss": 0.0, "clipped": 0.0, "k3": 0.0}
     for b in range(len(logprobs)):
         for t in range(len(logprobs[b])):
             if not mask[b][t]:
@@ -90,9 +90,7 @@ def policy_loss(
             if limited != ratio and (ratio > 1) == (advantage > 0):
                 found["clipped"] += 1
             k1 = proximal[b][t] - logprobs[b][t]
-            found["k1"] += k1
             found["k3"] += math.exp(-k1) - 1 + k1
-            found["ratio_deviation"] = max(found["ratio_deviation"], abs(ratio - 1))
     return found
 
 
@@ -174,9 +172,21 @@ def shape_rewards(
 
 
 def adaptive_kl(coef: float, kl: float, n: int, target: float, horizon: int) -> float:
-    """The next coefficient (section 2.2 of arXiv 1909.08593)."""
+    """The next coefficient (section 2.2 of arXiv 1909.08593), of one horizon at most."""
     error = clip((kl - target) / target, -0.2, 0.2)
-    return coef * (1 + error * n / horizon)
+    return coef * (1 + error * (n / horizon if n < horizon else 1))
+
+
+def eos_trick(scores: Sequence[float], ended: Sequence[bool], penalty: float) -> list[float]:
+    """What never ended scores no more than so many deviations beside the mean of what ended."""
+    finished = [score for score, end in zip(scores, ended, strict=True) if end]
+    bound = penalty
+    if len(set(finished)) > 1:
+        mean, variance = moments(finished)
+        bound = mean + penalty * math.sqrt(variance)
+    elif finished:
+        bound = min(penalty, finished[0])
+    return [s if end else min(s, bound) for s, end in zip(scores, ended, strict=True)]
 
 
 def _spread(advantages: Sequence[float], mask: Mask) -> Rows:

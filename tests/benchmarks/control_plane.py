@@ -48,6 +48,7 @@ class NullRollout:
             "response_ids": list(range(LENGTH)),
             "response_text": "text",
             "behavior_logprobs": [-1.0] * LENGTH,
+            "unfiltered_logprobs": None,
             "finish_reason": "eos",
             "policy_version": 0,
             "weights_fingerprint": manifest.fingerprint,

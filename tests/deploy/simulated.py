@@ -38,6 +38,7 @@ class SleepingActor:
             "response_ids": list(range(TOKENS)),
             "response_text": self.text,
             "behavior_logprobs": [-1.0] * TOKENS,
+            "unfiltered_logprobs": None,
             "finish_reason": "eos",
             "policy_version": manifest.policy_version,
             "weights_fingerprint": manifest.fingerprint,

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learner.advantages import grpo, reinforce_pp, rloo
+from learner.advantages import centred, centred_to_go, critic_free, grpo, reinforce_pp, rloo
+from learner.rewards import reward_parts
 from tests import reference
 from tests.learner.ragged import EXAMPLES, Ragged, raggeds, same, widen
 
@@ -161,3 +162,101 @@ def test_reinforce_pp_credits_earlier_tokens_with_later_rewards() -> None:
     found = reinforce_pp(rewards, mask, gamma=0.5)
     expected = [(x - 1.75) / 2.1875**0.5 for x in (1.0, 2.0, 4.0, 0.0)]
     assert found[mask].tolist() == pytest.approx(expected, rel=1e-6)
+
+
+GROUPS = torch.tensor([0, 0, 0, 1, 1, 1])
+LENGTHS = torch.tensor([[5], [2], [3], [1], [4], [4]])
+
+
+def by_hand(algorithm: str, kl_coef: float, score: float, noise: float) -> tuple[Tensor, Tensor]:
+    """Advantages where all scores are equal and log-probabilities differ from the reference's by
+    this much; and what the KL alone makes of them, in plain numbers."""
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.arange(5)[None] < LENGTHS
+    distance = torch.randn(6, 5, generator=generator, dtype=torch.float64) * noise
+    logprobs = torch.full((6, 5), -2.0).double()
+    parts = reward_parts(
+        torch.full((6,), score, dtype=torch.float32),
+        logprobs + distance,
+        logprobs,
+        mask,
+        kl_coef=kl_coef,
+    )
+    found = critic_free(algorithm, parts, GROUPS, mask, gamma=1.0)  # type: ignore[arg-type]
+    kls = [[float(distance[b, t]) for t in range(int(LENGTHS[b]))] for b in range(6)]
+    expected = torch.zeros(6, 5, dtype=torch.float64)
+    tokens = [sum(row[t:]) for row in kls for t in range(len(row))]
+    for b in range(6):
+        others = [sum(kls[o]) for o in range(6) if int(GROUPS[o]) == int(GROUPS[b])]
+        for t in range(len(kls[b])):
+            if algorithm == "grpo":
+                away = sum(kls[b]) - statistics.fmean(others)
+            elif algorithm == "rloo":
+                away = (sum(kls[b]) - statistics.fmean(others)) * 3 / 2
+            else:
+                away = sum(kls[b][t:]) - statistics.fmean(tokens)
+            expected[b, t] = -kl_coef * away
+    return found, expected
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo", "reinforce_pp"])
+@pytest.mark.parametrize("score", [0.0, 0.1, 1.0, -1e3])
+@pytest.mark.parametrize("noise", [1e-6, 0.02])
+def test_equal_scores_leave_the_penalty_and_nothing_else(
+    algorithm: str, score: float, noise: float
+) -> None:
+    """The noise of bf16 (0.02 nats a token) stays 0.02 times kl_coef: it is not scaled up to 1."""
+    found, expected = by_hand(algorithm, 0.05, score, noise)
+    torch.testing.assert_close(found, expected, atol=1e-11, rtol=1e-6)
+    assert 0.0 < float(found.abs().max()) < 0.5 * noise
+    without, _ = by_hand(algorithm, 0.0, score, noise)
+    assert not without.any(), "exactly"
+
+
+@pytest.mark.parametrize("score", [0.7, 50.0, -3e4])
+def test_scores_that_differ_by_rounding_are_equal(score: float) -> None:
+    """Weighted sums of components, or one response in two batches: last bits of float32."""
+    scores = torch.tensor([score] * 3, dtype=torch.float32)
+    scores[1] = torch.nextafter(scores[1], torch.tensor(1e9))
+    mask = torch.ones(3, 2, dtype=torch.bool)
+    assert not grpo(scores, torch.zeros(3, dtype=torch.int64), mask).any()
+    rewards = torch.zeros(3, 2)
+    rewards[:, 1] = scores
+    assert not reinforce_pp(rewards, mask, gamma=1.0).any()
+
+
+@EXAMPLES
+@given(
+    case=grouped(dtype=torch.float64),
+    scale=st.sampled_from([1e-2, 1e3]),
+    shift=st.sampled_from([0.0, 50.0]),
+)
+def test_normalised_scores_have_neither_scale_nor_shift(
+    case: tuple[Ragged, Tensor, Tensor], scale: float, shift: float
+) -> None:
+    batch, scores, groups = case
+    plain = grpo(scores, groups, batch.mask_BR, eps=0.0)
+    other = grpo(scores * scale + shift, groups, batch.mask_BR, eps=0.0)
+    torch.testing.assert_close(other, plain, atol=1e-6, rtol=1e-6)
+
+
+@EXAMPLES
+@given(case=grouped(dtype=torch.float64), gamma=st.floats(0.0, 1.0))
+def test_penalties_are_centred_and_keep_their_size(
+    case: tuple[Ragged, Tensor, Tensor], gamma: float
+) -> None:
+    batch, penalties, groups = case
+    found = centred(penalties, groups, batch.mask_BR)
+    tokens = batch.numbers()
+    ahead = centred_to_go(tokens, batch.mask_BR, gamma=gamma)
+    togo = []
+    for b, real in enumerate(batch.mask_BR.sum(1).tolist()):
+        own = [float(p) for p, g in zip(penalties, groups, strict=True) if g == groups[b]]
+        assert float(found[b, 0]) == pytest.approx(
+            float(penalties[b]) - statistics.fmean(own), abs=1e-9
+        )
+        row = tokens[b, :real].tolist()
+        togo += [sum(gamma ** (k - t) * row[k] for k in range(t, real)) for t in range(real)]
+    mean = statistics.fmean(togo)
+    assert ahead[batch.mask_BR].tolist() == pytest.approx([x - mean for x in togo], abs=1e-9)
+    assert not ahead[~batch.mask_BR].any()

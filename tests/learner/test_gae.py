@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.gae import gae, masked_moments, whiten
+from learner.gae import explained_variance, gae, masked_moments, whiten, within_rounding
 from tests import reference
 from tests.learner.ragged import EXAMPLES, Ragged, raggeds, same, widen
 
@@ -134,3 +134,32 @@ def test_whitening_equal_numbers_gives_zero_not_nan() -> None:
     mask = torch.tensor([[True, True, False]])
     found = whiten(torch.tensor([[0.5, 0.5, math.nan]]), mask)
     assert found.tolist() == [[0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("size", [1e-6, 0.1, 1000.0, 1e9])
+def test_equal_numbers_have_no_spread_whatever_their_size(size: float) -> None:
+    """float32 tells no two of them apart: whitened, their rounding would have deviation 1."""
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.full((4, 6), size, dtype=torch.float64)
+    noise = torch.randn(4, 6, generator=generator, dtype=torch.float64) * size * 1e-7
+    mask = torch.arange(6)[None] < torch.tensor([[6], [3], [1], [5]])
+    for x in (exact, exact + noise, (exact + noise).float()):
+        assert within_rounding(x, mask)
+        assert not whiten(x, mask).any()
+    apart = exact.clone()
+    apart[0, 0] *= 1.001
+    assert not within_rounding(apart, mask)
+    # One of 15 entries stands out: (1 - 1/15) / sqrt(1/15 * 14/15).
+    assert float(whiten(apart, mask, eps=0.0)[0, 0]) == pytest.approx(14**0.5, rel=1e-6)
+
+
+def test_explained_variance_by_hand() -> None:
+    mask = torch.tensor([[True, True, True, True, False]])
+    returns = torch.tensor([[1.0, 3.0, 1.0, 3.0, math.nan]])
+    values = torch.tensor([[1.5, 2.5, 1.5, 2.5, 0.0]])
+    assert explained_variance(returns, returns, mask) == 1.0
+    assert explained_variance(torch.zeros(1, 5), returns, mask) == 0.0
+    assert explained_variance(values, returns, mask) == pytest.approx(0.75)
+    # Whatever the unit, and 0 where nothing differs.
+    assert explained_variance(values * 1e-6, returns * 1e-6, mask) == pytest.approx(0.75)
+    assert explained_variance(values, torch.full((1, 5), 50.0), mask) == 0.0

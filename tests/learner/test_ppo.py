@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from common.config import TrainConfig
 from common.logprobs import Sampling, chosen_logprobs
 from learner.ppo import (
     PolicyLoss,
@@ -17,7 +18,9 @@ from learner.ppo import (
     importance_weights,
     kl_k1,
     kl_k3,
+    mismatch,
     policy_loss,
+    value_clip,
     value_loss,
 )
 from tests import reference
@@ -48,9 +51,7 @@ def test_policy_loss_is_the_references(batch: Ragged, clip: float, weighted: boo
     )
     same(found.loss, expected["loss"], batch.dtype)
     assert int(found.clipped) == expected["clipped"]
-    same(found.k1, expected["k1"], batch.dtype)
     same(found.k3, expected["k3"], batch.dtype)
-    same(found.ratio_deviation, expected["ratio_deviation"], batch.dtype)
 
 
 @EXAMPLES
@@ -62,7 +63,7 @@ def test_at_ratio_one_the_loss_is_minus_the_mean_advantage(batch: Ragged) -> Non
     )
     mean = sum(advantages[mask].tolist()) / batch.tokens
     assert float(found.loss) == pytest.approx(-mean, abs=1e-12)
-    assert [float(x) for x in found[1:]] == [0.0, 0.0, 0.0, 0.0]
+    assert [float(x) for x in found[1:]] == [0.0, 0.0]
 
 
 def test_the_mean_is_over_response_tokens_not_over_padding() -> None:
@@ -146,11 +147,9 @@ def test_micro_batches_add_up_to_the_whole(batch: Ragged, columns: int, clip: fl
 
     whole = one(slice(None), 0)
     parts = [one(slice(b, b + 1), columns) for b in range(len(batch.mask_BR))]
-    for name in ("loss", "clipped", "k1", "k3"):
+    for name in ("loss", "clipped", "k3"):
         added = sum(float(getattr(part, name)) for part in parts)
         assert added == pytest.approx(float(getattr(whole, name)), abs=1e-9), name
-    greatest = max(float(part.ratio_deviation) for part in parts)
-    assert greatest == pytest.approx(float(whole.ratio_deviation), abs=1e-12)
 
 
 @EXAMPLES
@@ -173,7 +172,7 @@ def test_a_filler_micro_batch_gives_a_zero_loss_and_a_zero_gradient() -> None:
     found = policy_loss(logprobs, other, other, nothing, clip_range=0.2, normalizer=5.0)
     regressed = value_loss(values, other, other, nothing, value_clip_range=0.2, normalizer=5.0)
     gradients = torch.autograd.grad(found.loss + regressed.loss, [logprobs, values])
-    assert [x.item() for x in (*found, *regressed)] == [0.0] * 7
+    assert [x.item() for x in (*found, *regressed)] == [0.0] * 5
     assert not any(gradient.any() for gradient in gradients)
 
 
@@ -265,3 +264,62 @@ def test_k3_is_its_formula(x: float) -> None:
     found = float(kl_k3(torch.tensor(x, dtype=torch.float64)))
     assert found == pytest.approx(math.exp(-x) - 1 + x, rel=1e-6, abs=1e-9)
     assert found >= 0.0
+
+
+def regress(returns: Tensor, start: Tensor, mask: Tensor, *, share: float, times: int) -> Tensor:
+    """Values after so many iterations, each of which minimises the clipped loss as it can."""
+    values = start
+    for _ in range(times):
+        old, clip = values, value_clip(values, returns, mask, share=share)
+        for _ in range(60):
+            moved = values.clone().requires_grad_()
+            loss = value_loss(moved, old, returns, mask, value_clip_range=clip, normalizer=1.0)
+            (gradient,) = torch.autograd.grad(loss.loss, [moved])
+            values = values - 0.07 * gradient
+    return values
+
+
+def test_values_arrive_at_far_returns_within_a_few_iterations() -> None:
+    """From 0 to returns near 50, with the default; 0.2 an iteration took 250 of them."""
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    returns = torch.tensor([[50.0, 50.5, 49.0], [51.0, 0.0, 0.0]]).double()
+    share = TrainConfig().value_clip_range
+    assert share is not None
+    found = regress(returns, torch.zeros_like(returns), mask, share=share, times=6)
+    assert float((found - returns)[mask].abs().max()) < 1.5
+
+
+@EXAMPLES
+@given(
+    batch=raggeds(dtype=torch.float64),
+    scale=st.sampled_from([1e-3, 1e3]),
+    shift=st.sampled_from([0.0, -300.0]),
+    share=st.sampled_from([0.2, 0.5]),
+)
+def test_values_follow_scale_and_shift_of_the_returns(
+    batch: Ragged, scale: float, shift: float, share: float
+) -> None:
+    mask = batch.mask_BR
+    returns, start = batch.numbers(), batch.numbers()
+    plain = regress(returns, start, mask, share=share, times=2)
+    other = regress(returns * scale + shift, start * scale + shift, mask, share=share, times=2)
+    torch.testing.assert_close((other - shift)[mask] / scale, plain[mask], rtol=1e-6, atol=1e-6)
+
+
+def test_the_value_clip_is_a_share_of_what_values_miss() -> None:
+    mask = torch.tensor([[True, True, False]])
+    old, returns = torch.tensor([[1.0, 2.0, math.nan]]), torch.tensor([[4.0, 6.0, math.nan]])
+    # Missed by 3 and 4: the root of 12.5.
+    assert value_clip(old, returns, mask, share=0.2) == pytest.approx(0.2 * 12.5**0.5)
+    assert value_clip(old, old, mask, share=0.2) == 0.0
+
+
+def test_the_mismatch_is_by_hand() -> None:
+    mask = torch.tensor([[True, True, False]])
+    behavior = torch.tensor([[-1.0, -2.0, math.nan]])
+    proximal = torch.tensor([[-1.0, -2.5, 7.0]])
+    found = mismatch(proximal, behavior, mask)
+    # d = log behaviour - log proximal = 0.5 on the second token alone.
+    assert found.kl == pytest.approx(math.exp(-0.5) - 1 + 0.5)
+    assert found.ratio == pytest.approx(math.exp(0.5))
+    assert mismatch(behavior, behavior, mask) == (0.0, 1.0)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.rewards import AdaptiveKL, FixedKL, apply_eos_trick, shape_rewards
+from learner.rewards import AdaptiveKL, FixedKL, apply_eos_trick, reward_parts, shape_rewards
 from tests import reference
 from tests.learner.ragged import EXAMPLES, Ragged, raggeds, same, widen
 
@@ -36,6 +36,17 @@ def test_drifting_from_the_reference_costs_and_coming_back_pays() -> None:
     ref_logprobs = torch.tensor([[-2.0, -1.0, -1.0, -1.0]])
     found = shape_rewards(torch.tensor([3.0]), logprobs, ref_logprobs, mask, kl_coef=0.5)
     assert found.tolist() == [[-0.5, 0.5, 3.0, 0.0]]
+
+
+@EXAMPLES
+@given(batch=raggeds(dtype=torch.float64))
+def test_the_parts_are_what_the_whole_is_without_the_other(batch: Ragged) -> None:
+    scores, logprobs, ref = batch.per_row(), batch.numbers(), batch.numbers()
+    parts = reward_parts(scores, logprobs, ref, batch.mask_BR, kl_coef=0.3)
+    lists = [logprobs.tolist(), ref.tolist(), batch.mask_BR.tolist()]
+    same(parts.scores, reference.shape_rewards(scores.tolist(), *lists, kl_coef=0.0), torch.float64)
+    none = [0.0] * len(scores)
+    same(parts.penalties, reference.shape_rewards(none, *lists, kl_coef=0.3), torch.float64)
 
 
 @EXAMPLES
@@ -66,13 +77,55 @@ def test_rewards_that_are_not_finite_are_refused_by_row(bad: float) -> None:
         shape_rewards(torch.ones(3), broken, zero, mask, kl_coef=0.1)
 
 
-def test_the_eos_trick_replaces_the_score_of_what_never_ended() -> None:
-    scores = torch.tensor([4.0, -7.0, 2.0], dtype=torch.float64)
-    found = apply_eos_trick(scores, torch.tensor([True, False, False]), penalty=-1.0)
+def test_the_eos_trick_is_by_hand() -> None:
+    scores = torch.tensor([4.0, 2.0, 3.5, -7.0, 9.0], dtype=torch.float64)
+    ended = torch.tensor([True, True, False, False, False])
+    found = apply_eos_trick(scores, ended, penalty=-2.0)
     assert found.dtype == torch.float64
-    # Replaced, not lowered: -7 becomes -1.
-    assert found.tolist() == [4.0, -1.0, -1.0]
-    assert scores.tolist() == [4.0, -7.0, 2.0], "the argument is left as it was"
+    # Of what ended: mean 3, deviation 1. Lowered to 3 - 2, never raised: -7 stays.
+    assert found.tolist() == [4.0, 2.0, 1.0, -7.0, 1.0]
+    assert scores.tolist() == [4.0, 2.0, 3.5, -7.0, 9.0], "the argument is left as it was"
+
+
+@pytest.mark.parametrize(
+    ("scores", "ended", "expected"),
+    [
+        # Nothing ended, or nothing of which a spread could be taken: the penalty itself.
+        ([2.0, -3.0], [False, False], [-1.0, -3.0]),
+        ([4.0, 2.0, -7.0], [True, False, False], [4.0, -1.0, -7.0]),
+        # All that ended score the same, and less than the penalty.
+        ([-3.0, -3.0, 5.0, -3.0], [True, True, False, False], [-3.0] * 4),
+        ([0.1, 0.1, 0.1, 0.1], [True, True, True, False], [0.1, 0.1, 0.1, -1.0]),
+    ],
+)
+def test_the_eos_trick_without_a_spread(
+    scores: list[float], ended: list[bool], expected: list[float]
+) -> None:
+    found = apply_eos_trick(torch.tensor(scores), torch.tensor(ended), penalty=-1.0)
+    assert found.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@EXAMPLES
+@given(
+    rows=st.lists(st.tuples(st.floats(-9, 9, width=32), st.booleans()), min_size=1, max_size=12),
+    scale=st.sampled_from([1e-4, 1.0, 1e4]),
+    shift=st.sampled_from([-3.0, 0.0, 100.0]),
+    penalty=st.sampled_from([0.0, -1.0, -3.0]),
+)
+def test_never_ending_never_pays(
+    rows: list[tuple[float, bool]], scale: float, shift: float, penalty: float
+) -> None:
+    scores = (torch.tensor([score for score, _ in rows]).double() + shift) * scale
+    ended = torch.tensor([end for _, end in rows])
+    found = apply_eos_trick(scores, ended, penalty=penalty)
+    assert found.tolist() == pytest.approx(
+        reference.eos_trick(scores.tolist(), ended.tolist(), penalty), rel=1e-5, abs=1e-5 * scale
+    )
+    assert torch.equal(found[ended], scores[ended]), "what ended keeps its score"
+    assert bool((found <= scores).all()), "no score is raised"
+    if bool(ended.any()):
+        most = float(scores[ended].mean())
+        assert bool((found[~ended] <= most + 1e-9 * abs(most)).all()), "nor above those that ended"
 
 
 @EXAMPLES
@@ -80,7 +133,7 @@ def test_the_eos_trick_replaces_the_score_of_what_never_ended() -> None:
     kls=st.lists(st.floats(-5.0, 30.0), min_size=1, max_size=8),
     n=st.integers(1, 2000),
     target=st.floats(0.5, 12.0),
-    horizon=st.integers(2000, 20_000),
+    horizon=st.integers(1, 20_000),
 )
 def test_the_adaptive_controller_is_zieglers(
     kls: list[float], n: int, target: float, horizon: int
@@ -90,6 +143,17 @@ def test_the_adaptive_controller_is_zieglers(
         controller.update(kl, n)
         expected = reference.adaptive_kl(expected, kl, n, target, horizon)
         assert controller.coef == pytest.approx(expected, rel=1e-9)
+        assert controller.coef > 0.0
+
+
+@pytest.mark.parametrize("n", [1000, 5000, 8192, 10**9])
+def test_a_batch_beyond_the_horizon_counts_as_one_horizon(n: int) -> None:
+    """Of 8192 rollouts and a horizon of 1000, 1 - 0.2 * 8.192 was -0.64."""
+    controller = AdaptiveKL(0.05, 6.0, 1000)
+    controller.update(0.0, n)
+    assert controller.coef == pytest.approx(0.05 * 0.8)
+    controller.update(60.0, n)
+    assert controller.coef == pytest.approx(0.05 * 0.8 * 1.2)
 
 
 @pytest.mark.parametrize(
@@ -131,4 +195,6 @@ def test_controllers_refuse_what_is_not_finite_and_stay(controller: FixedKL, bad
         controller.load_state_dict({"coef": bad})
     with pytest.raises(ValueError, match="KL coefficient is"):
         FixedKL(bad)
+    with pytest.raises(ValueError, match=r"KL coefficient is -0\.032"):
+        controller.load_state_dict({"coef": -0.032})
     assert controller.coef == 0.1
