@@ -54,6 +54,11 @@ def _escaped(found: re.Match[str]) -> str:
     return quote(found[0], safe="")
 
 
+def is_utf8(text: str) -> bool:
+    """False for what Python makes of bytes that are not UTF-8, in an argument or a file's name."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def one_line(error: BaseException) -> str:
     """The text of `error` on one line, at most 160 characters: messages of ours stay one line."""
     text = " ".join(str(error).split()) or type(error).__name__

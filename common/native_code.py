@@ -30,7 +30,7 @@ def shared_library(
     if compiler is None:
         raise ClusterError(f"{purpose} need a C compiler: install gcc")
     flags = ["-O3", "-march=native", "-shared", "-fPIC", *flags]
-    sources = [path.read_text() for path in (main, *included)]
+    sources = [path.read_text(encoding="utf8") for path in (main, *included)]
     key = hashlib.sha256(
         "\n".join([*sources, _processor(), compiler, *flags]).encode()
     ).hexdigest()[:24]
@@ -59,5 +59,9 @@ def _compile(purpose: str, command: Sequence[str], target: Path) -> None:
 def _processor() -> str:
     """What -march=native depends on."""
     info = Path("/proc/cpuinfo")
-    flags = info.read_text().split("flags", 1)[-1].split("\n", 1)[0] if info.exists() else ""
+    flags = (
+        info.read_text(encoding="utf8").split("flags", 1)[-1].split("\n", 1)[0]
+        if info.exists()
+        else ""
+    )
     return platform.machine() + flags

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from common.as_written import as_written, kind_at, read_override
 from common.config import RunConfig
 from common.errors import ConfigError
-from common.files import write_atomic
+from common.files import is_utf8, write_atomic
 from common.model_config import Section
 
 
@@ -101,7 +101,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override '{override}': write it as section.field=value")
-    if not _is_utf8(override):
+    if not is_utf8(override):
         raise ConfigError(f"override '{override}': is not UTF-8; rename what it names")
     try:
         value = read_override(text, kind_at(RunConfig, key.split(".")))
@@ -118,11 +118,6 @@ def _set(values: dict[str, Any], field: str, value: Any) -> None:
         node[parent] = dict(child) if isinstance(child, Mapping) else {}
         node = node[parent]
     node[leaf] = value
-
-
-def _is_utf8(text: str) -> bool:
-    """False for what Python makes of bytes in an argument that are not UTF-8."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _validate(values: Mapping[str, Any], where: str) -> RunConfig:

@@ -6,22 +6,25 @@ Exit codes: 0 success; 1 a bug of ours (with a traceback); 2 to 9 as in `common.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from common.config import RunConfig
 from common.errors import ConfigError, StorageError, TalipotError
 from common.recipe import load_config
+from deploy.screen import degrade_unprintable, make_console, say, show
 
 app = typer.Typer(
     name="talipot",
@@ -32,8 +35,8 @@ app = typer.Typer(
 )
 _INTERRUPTED, _TERMINATED = 130, 143
 
-console = Console()
-errors = Console(stderr=True, soft_wrap=True, highlight=False)
+console = make_console()
+errors = make_console(stderr=True)
 
 ConfigOption = Annotated[
     str | None, typer.Option("--config", "-c", help="Recipe: a YAML file, or a built-in's name.")
@@ -62,7 +65,7 @@ def sft(
     overrides: Overrides = None, config: ConfigOption = None, address: AddressOption = None
 ) -> None:
     """Train the supervised policy on demonstrations."""
-    _stage("sft", config, overrides, address)
+    _stage("sft", _load(config, overrides, address))
 
 
 @app.command()
@@ -70,7 +73,7 @@ def reward(
     overrides: Overrides = None, config: ConfigOption = None, address: AddressOption = None
 ) -> None:
     """Train the reward model on comparisons; needs the run's supervised policy."""
-    _stage("reward", config, overrides, address)
+    _stage("reward", _load(config, overrides, address))
 
 
 @app.command()
@@ -84,15 +87,12 @@ def train(
     ] = None,
 ) -> None:
     """Train the policy from prompts and rewards; resumes where the run's checkpoint stands."""
-    if resume is not None:
-        from deploy.stages import folder_of
-
-        if config:
-            raise ConfigError("--resume takes its recipe from the run: leave --config out")
-        folder = folder_of(resume).absolute()
-        config = str(folder / "config.yaml")
-        overrides = [*(overrides or []), f"output={folder.parent}", f"name={folder.name}"]
-    _stage("train", config, overrides, address, stop_after)
+    if resume is None:
+        _stage("train", _load(config, overrides, address), stop_after)
+        return
+    if config:
+        raise ConfigError("--resume takes its recipe from the run: leave --config out")
+    _stage("train", _of_run(resume, overrides, address), stop_after)
 
 
 @app.command()
@@ -125,8 +125,8 @@ def sample(
     for text, answer in zip(
         prompt, sample_run(_of_run(run, None, None), prompt, sft, seed), strict=True
     ):
-        console.print(f"[dim]{text}[/]", highlight=False)
-        console.print(answer, markup=False, highlight=False)
+        show(console, text, "dim")
+        show(console, answer)
 
 
 @app.command()
@@ -148,7 +148,7 @@ def scale(
     from deploy.run_tools import scale_run
 
     for change in scale_run(_of_run(run, None, address), actors, reward_replicas):
-        console.print(f"{change.kind} workers: {change.was} -> {change.will_be}", highlight=False)
+        say(console, f"{change.kind} workers: {change.was} -> {change.will_be}")
 
 
 @app.command()
@@ -157,7 +157,7 @@ def report(run: RunArgument) -> None:
     from deploy.report import write_report
     from deploy.stages import folder_of
 
-    console.print(f"report: {write_report(folder_of(run))}")
+    say(console, f"report: {write_report(folder_of(run))}")
 
 
 @app.command()
@@ -176,7 +176,7 @@ def preflight(
     try:
         resources_now: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         for line in explain(resolved, resources_now):
-            console.print(f"[green]✓[/] {line}", highlight=False)
+            say(console, ("✓", "green"), f" {line}")
     finally:
         if not joined:
             ray.shutdown()
@@ -187,11 +187,12 @@ def show_config(overrides: Overrides = None, config: ConfigOption = None) -> Non
     """Print a recipe with every default filled in."""
     from common.recipe import dump_config
 
-    console.print(dump_config(_load(config, overrides, None)), markup=False, highlight=False)
+    show(console, dump_config(_load(config, overrides, None)).rstrip("\n"))
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Console entry point: run, and turn errors into one line and an exit code."""
+    degrade_unprintable()
     terminated = threading.Event()
 
     def terminate(*_: object) -> None:
@@ -231,18 +232,11 @@ def _run(arguments: Sequence[str] | None) -> None:
 # -------------------------------------------------------------------------- helpers
 
 
-def _stage(
-    name: str,
-    config: str | None,
-    overrides: list[str] | None,
-    address: str | None,
-    stop_after: int | None = None,
-) -> None:
+def _stage(name: str, resolved: RunConfig, stop_after: int | None = None) -> None:
     """One stage of a run, in a session of its own."""
     from deploy import stages
     from deploy.session import open_session
 
-    resolved = _load(config, overrides, address)
     # A recipe that is refused leaves the run's own in place: training writes it down once accepted.
     if name == "train" and stages.resumable(resolved, console) is not None:
         return
@@ -260,45 +254,44 @@ def _stage(
     _print_numbers(f"{resolved.run_dir}: {name}", found)
 
 
-def _load(config: str | None, overrides: list[str] | None, address: str | None) -> RunConfig:
+def _load(
+    config: str | Path | None,
+    overrides: list[str] | None,
+    address: str | None,
+    given: Mapping[str, str] = MappingProxyType({}),
+) -> RunConfig:
     """The recipe (a path or a built-in's name) with overrides and the address applied."""
-    path: Path | None = None
-    if config is not None:
+    path = None if config is None else Path(os.path.expanduser(config))
+    if path is not None and not path.exists():
         built_in = resources.files("deploy.recipes") / f"{config}.yaml"
-        path = Path(config)
-        if not path.exists() and built_in.is_file():
-            path = Path(str(built_in))
-    more = [f"cluster.address={address}"] if address else []
-    return load_config(path, [*(overrides or []), *more])
+        path = Path(str(built_in)) if built_in.is_file() else path
+    return load_config(
+        path, overrides or [], {**given, **({"cluster.address": address} if address else {})}
+    )
 
 
 def _of_run(run: Path, overrides: list[str] | None, address: str | None) -> RunConfig:
+    """The recipe of a run's folder, wherever that lies now and whatever it is called."""
     from deploy.stages import folder_of
 
-    folder = folder_of(run).absolute()
-    here = [f"output={folder.parent}", f"name={folder.name}"]
-    return _load(str(folder / "config.yaml"), [*(overrides or []), *here], address)
+    folder = folder_of(run)
+    here = {"output": str(folder.parent), "name": folder.name}
+    return _load(folder / "config.yaml", overrides, address, here)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    line = " ".join(message.split())
-    errors.print(f"[bold red]error[/] {_escape(line)}")
+    lines = (line.strip() for line in message.splitlines())
+    say(errors, ("error", "bold red"), " " + " ".join(line for line in lines if line))
     sys.exit(code)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _print_numbers(title: str, numbers: Any) -> None:
     values = numbers if isinstance(numbers, dict) else asdict(numbers)
-    table = Table(title=title, title_justify="left", box=None, show_header=False)
+    say(console, (title, "italic"))
+    width = max((len(key) for key in values), default=0)
     for key, value in values.items():
         shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-        table.add_row(key, f"[bold]{shown}[/]")
-    console.print(table)
+        say(console, f" {key:<{width}}  ", (shown, "bold"))
 
 
 def _show_summary(config: RunConfig, summary: dict[str, Any]) -> None:
@@ -317,18 +310,19 @@ def _show_summary(config: RunConfig, summary: dict[str, Any]) -> None:
         ("nll under the supervised policy", "nll", "{:.2f}"),
     ):
         cells = [form.format(summary[f"{key}_{side}"]) for side in ("sft", "policy")]
-        table.add_row(title, cells[0], f"[bold]{cells[1]}[/]")
+        table.add_row(title, cells[0], Text(cells[1], "bold"))
     console.print(table)
-    console.print(
-        f"win rate [bold]{summary['win_rate']:.1%}[/] "
-        f"({summary['win_rate_low']:.1%} to {summary['win_rate_high']:.1%}, "
+    say(
+        console,
+        "win rate ",
+        (f"{summary['win_rate']:.1%}", "bold"),
+        f" ({summary['win_rate_low']:.1%} to {summary['win_rate_high']:.1%}, "
         f"ties {summary['ties_share']:.1%} left out; {summary['pairs_judged']} of "
         f"{summary['pairs_asked']} prompts judged) · KL {summary['kl']:.1f} nats · "
         f"{summary['rollouts_trained']} of {summary['rollouts_issued']} rollouts trained, "
         f"{summary['rollouts_dropped']} dropped · {summary['seconds_pipeline']:.0f} s",
-        highlight=False,
     )
-    console.print(f"report: [bold]{config.run_dir / 'report.html'}[/]")
+    say(console, "report: ", (str(config.run_dir / "report.html"), "bold"))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from actors.rollout_actor import engine_of
 from common.config import RunConfig
 from common.data import Prompt, read_demonstrations
 from common.errors import ClusterError, ConfigError, DataError
+from common.files import is_utf8
 from common.palm import PolicyNetwork
 from common.tokenizer import Tokenizer
 from common.weights import load_weights, torch_dtype
@@ -66,6 +67,8 @@ def sample_run(config: RunConfig, texts: Sequence[str], sft: bool, seed: int) ->
     for index, text in enumerate(texts):
         if not text:
             raise DataError(f"prompt {index + 1} is empty; give it at least one character")
+        if not is_utf8(text):
+            raise DataError(f"prompt {index + 1} is not UTF-8: {text}; give it as UTF-8")
     prompts, _ = encode_prompts(
         [Prompt(uid=str(i), prompt=text) for i, text in enumerate(texts)],
         tokenizer,

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import ray
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from common.config import RunConfig
 from common.errors import StorageError
@@ -30,6 +20,7 @@ from deploy.placement import start_cluster
 from deploy.pool import Pool
 from deploy.preflight import explain
 from deploy.run_log import RunLog
+from deploy.screen import Bar, progress_bar, say
 
 
 @dataclass(slots=True)
@@ -105,36 +96,11 @@ class Session:
         begin = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
-        self.console.print(f"[green]✓[/] {title} [dim]{self.seconds[name]:.0f} s[/]")
+        say(self.console, ("✓", "green"), f" {title} ", (f"{self.seconds[name]:.0f} s", "dim"))
 
-    @contextmanager
-    def progress(self, title: str, total: int) -> Iterator[Bar]:
+    def progress(self, title: str, total: int) -> AbstractContextManager[Bar]:
         """A live progress bar that shows metrics beside it."""
-        with Progress(
-            SpinnerColumn(),
-            TextColumn("[bold]{task.description:<22}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,  # in a log file it would be blank lines
-        ) as progress:
-            yield Bar(progress, progress.add_task(title, total=total, note=""))
-
-
-@dataclass(slots=True)
-class Bar:
-    """One line of progress."""
-
-    _progress: Progress
-    _task: TaskID
-
-    def update(self, done: int, note: str = "") -> None:
-        """Show steps done and a few metrics."""
-        self._progress.update(self._task, completed=done, note=note)
+        return progress_bar(self.console, title, total)
 
 
 @contextmanager
@@ -149,17 +115,17 @@ def open_session(config: RunConfig, console: Console, *, record: bool = True) ->
     """
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        if record:
-            save_config(config, config.run_dir / "config.yaml")
     except OSError as error:
         raise StorageError(f"{config.run_dir}: cannot be written: {error}") from None
+    if record:
+        save_config(config, config.run_dir / "config.yaml")
     joined = ray.is_initialized()  # by a program that uses this as a library: its own to end
     url = start_cluster(config)
     session = Session(config, console)
     try:
         if not config.cluster.autoscales:
             explain(config, ray.cluster_resources())  # type: ignore[no-untyped-call]
-        console.print(f"[dim]run {config.run_dir} · dashboard {url or 'off'}[/]")
+        say(console, (f"run {config.run_dir} · dashboard {url or 'off'}", "dim"))
         yield session
     finally:
         session.close()

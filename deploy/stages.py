@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from common.data import (
     read_prompts,
 )
 from common.errors import ConfigError, DataError
+from common.files import is_utf8
 from common.recipe import save_config
 from common.tokenizer import Tokenizer
 from common.trajectory import derive_seed
@@ -35,6 +37,7 @@ from deploy.facts import Status, recorded_facts
 from deploy.gang import LearnerGang
 from deploy.placement import reward_pool, rollout_pool
 from deploy.pool import Pool
+from deploy.screen import say
 from deploy.session import Session
 from learner.supervised import EncodedComparison, EncodedPair
 
@@ -194,12 +197,13 @@ def run_train(
         return facts
     prompts, skipped = read_encoded_prompts(config.data.prompts, session.tokenizer(), config)
     if skipped:
-        session.console.print(f"[yellow]{skipped} prompts skipped: too long for the context[/]")
+        note = f"{skipped} prompts skipped: too long for the context"
+        say(session.console, (note, "yellow"))
     # A controller outlives its driver, and may be looked at from another folder.
     config = config.model_copy(update={"output": str(Path(config.output).absolute())})
     controller = living_controller(config)
     if controller is not None:
-        session.console.print(f"[dim]attached to {controller_name(config)}[/]")
+        say(session.console, (f"attached to {controller_name(config)}", "dim"))
     else:
         save_config(config, config.run_dir / "config.yaml")
         controller = _start(session, config, prompts, pools, stop_after)
@@ -222,11 +226,11 @@ def resumable(config: RunConfig, console: Console) -> dict[str, Any] | None:
     saved = RunConfig.model_validate(state["config"])
     for change in require_resumable(saved, config, state["iteration"], config.run_dir):
         if change.field not in ("name", "output"):
-            console.print(f"changed: {change}", highlight=False, markup=False)
+            say(console, f"changed: {change}")
     facts = recorded_facts(config.run_dir)
     if facts is None or facts["iterations"] < config.train.iterations:
         return None
-    console.print(f"{config.run_dir} is finished; nothing to train")
+    say(console, f"{config.run_dir} is finished; nothing to train")
     return facts
 
 
@@ -325,8 +329,13 @@ def _hold_out(data: Sequence[Any], share: float, seed: int) -> tuple[list[Any], 
 
 
 def folder_of(run: str | Path) -> Path:
-    """A run's folder from its path; raises DataError when it is none."""
-    folder = Path(run)
+    """A run's folder from its path, absolute and by its own name; raises DataError for no run."""
+    folder = Path(os.path.expanduser(run))
+    if not is_utf8(str(folder)):
+        raise DataError(f"{folder}: the path is not UTF-8; rename the folder")
     if not (folder / "config.yaml").exists():
         raise DataError(f"{folder}: not a run (no config.yaml)")
-    return folder
+    # Behind a link or `..` is a folder with another name, under which its run is known.
+    if folder.is_symlink() or ".." in folder.parts:
+        return folder.resolve()
+    return folder.absolute()

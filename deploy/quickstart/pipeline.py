@@ -32,6 +32,7 @@ from deploy.quickstart.harvest import Pair, prompt_text
 from deploy.quickstart.judges import conformance
 from deploy.quickstart.task import Task, judge_lines
 from deploy.report import write_report
+from deploy.screen import say
 from deploy.session import Session
 
 
@@ -42,23 +43,23 @@ def run_quickstart(session: Session) -> dict[str, Any]:
     folder = session.run_dir / "data"
     with session.stage("harvest", "harvested signatures and docstrings of this environment"):
         task, facts = quickstart_task.prepare(config.quickstart, config.seed, folder)
-    console.print(f"  {facts['pairs']} pairs, fingerprint {facts['fingerprint'][:12]}")
+    say(console, f"  {facts['pairs']} pairs, fingerprint {facts['fingerprint'][:12]}")
     config = quickstart_task.with_data(config, folder)
     with session.stage("tokenizer", "trained a byte-level BPE tokenizer"):
         config = stages.prepare_tokenizer(session, config)
         save_config(config, session.run_dir / "config.yaml")
     with session.stage("sft", "trained the supervised policy"):
         sft = stages.run_sft(session, config)
-    console.print(f"  held-out loss {sft['heldout_loss']:.3f} nats per token")
+    say(console, f"  held-out loss {sft['heldout_loss']:.3f} nats per token")
     rollout = session.keep(
         rollout_pool(config, config.name, session.tokenizer_path, session.sft_weights)
     )
     with session.stage("comparisons", "sampled and labelled comparisons"):
         count, ties = _make_comparisons(session, config, task, rollout)
-    console.print(f"  {count} comparisons, {ties} ties left out")
+    say(console, f"  {count} comparisons, {ties} ties left out")
     with session.stage("reward", "trained the reward model"):
         reward = stages.run_reward(session, config)
-    console.print(f"  held-out accuracy {reward['accuracy_heldout']:.1%}")
+    say(console, f"  held-out accuracy {reward['accuracy_heldout']:.1%}")
     scoring = session.keep(
         reward_pool(
             config,

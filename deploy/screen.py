@@ -1,0 +1,93 @@
+"""What commands show. One door to the terminal, through which every text passes as it is.
+
+Rich reads square brackets as styles and ``:name:`` as emoji, breaks lines at 80 columns where there
+is no terminal, and passes escape sequences on. Prompts, responses, paths and messages are none of
+that: here a part is text, or (text, style), and nothing else is printed to a console.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+Part = str | tuple[str, str]
+
+_CONTROLS = {n: f"\\x{n:02x}" for n in (*range(0x20), *range(0x7F, 0xA0))}
+_IN_LINES = _CONTROLS | {ord("\n"): "\\n", ord("\r"): "\\r", ord("\t"): "\\t"}
+_IN_TEXTS = {n: shown for n, shown in _CONTROLS.items() if chr(n) not in "\n\t"}
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console on which a text is only ever a text, also in tables."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def say(console: Console, *parts: Part) -> None:
+    """Print one line, never broken by us; a part is text, or (text, style)."""
+    pairs = [(part, "") if isinstance(part, str) else part for part in parts]
+    line = [(text.translate(_IN_LINES), style) for text, style in pairs]
+    console.print(Text.assemble(*line), soft_wrap=True)
+
+
+def show(console: Console, text: str, style: str = "") -> None:
+    """Print a text of any length as it is, byte for byte where no terminal reads it.
+
+    On a terminal, characters that would steer it are shown as escapes.
+    """
+    if console.is_terminal:
+        console.print(Text(text.translate(_IN_TEXTS), style=style), soft_wrap=True)
+    elif not console.quiet:
+        console.file.write(text + "\n")
+
+
+def degrade_unprintable() -> None:
+    """What the streams' encoding lacks, and bytes that were no text, are written as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def progress_bar(console: Console, title: str, total: int) -> Iterator[Bar]:
+    """A live progress bar that shows metrics beside it."""
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description:<22}", style="bold", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,  # in a log file it would be blank lines
+    ) as progress:
+        yield Bar(progress, progress.add_task(title.translate(_IN_LINES), total=total, note=""))
+
+
+@dataclass(slots=True)
+class Bar:
+    """One line of progress."""
+
+    _progress: Progress
+    _task: TaskID
+
+    def update(self, done: int, note: str = "") -> None:
+        """Show steps done and a few metrics."""
+        self._progress.update(self._task, completed=done, note=note.translate(_IN_LINES))
