@@ -1,9 +1,10 @@
 """Readers, validation and order of what users bring: prompts, demonstrations, comparisons.
 
-    file (.jsonl | .parquet, local or URI) -> rows (mapping, place) -> `_build` -> record
+    file (.jsonl | .parquet, local or URI) -> rows -> `_build` -> record, with its place
 
-Every row passes through `_build`, whether streamed or read by index, so both see the same rules
-and raise the same line: `file:line: field 'x': what; mend` (`file:row N` for Parquet).
+A row that is not what it should be raises one line: `file:line: field 'x': what; mend`
+(`file:row N` for Parquet). A record keeps its place, so that whatever is found out about it later
+names the same line.
 """
 
 from __future__ import annotations
@@ -11,18 +12,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
-from difflib import get_close_matches
+from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import DataError
 from common.files import write_atomic
-from common.rows import Row, sources, type_name
+from common.rows import Kind, Row, sources, type_name
 
 
 def content_uid(kind: str, *contents: str) -> str:
@@ -42,6 +42,8 @@ class Prompt:
     uid: str = ""
     """`content_uid` of the other fields when left blank. Equal contents have equal uids."""
     prompt: str
+    place: str = field(default="", compare=False)
+    """Where it was read, as ``file:line``; no part of the data."""
 
     def __post_init__(self) -> None:
         if not self.uid:
@@ -56,6 +58,8 @@ class Demonstration:
     """`content_uid` of the other fields when left blank."""
     prompt: str
     response: str
+    place: str = field(default="", compare=False)
+    """Where it was read, as ``file:line``; no part of the data."""
 
     def __post_init__(self) -> None:
         if not self.uid:
@@ -76,6 +80,8 @@ class Comparison:
     """Who judged: a person's or a program's name."""
     confidence: float = 1.0
     """Probability, in the labeler's eyes, that `chosen` is the better: 0.5 ... 1."""
+    place: str = field(default="", compare=False)
+    """Where it was read, as ``file:line``; no part of the data."""
 
     def __post_init__(self) -> None:
         if not self.uid:
@@ -106,10 +112,13 @@ def write_jsonl(
     path: str | os.PathLike[str], records: Iterable[Prompt | Demonstration | Comparison]
 ) -> None:
     """Write one JSON object a line, atomically. Raises: StorageError."""
-    write_atomic(
-        path,
-        (json.dumps(asdict(r), ensure_ascii=False).encode() + b"\n" for r in records),
-    )
+
+    def line(record: Prompt | Demonstration | Comparison) -> bytes:
+        required, optional = _COLUMNS[type(record)]
+        values = {name: getattr(record, name) for name in ("uid", *required, *optional)}
+        return json.dumps(values, ensure_ascii=False).encode() + b"\n"
+
+    write_atomic(path, map(line, records))
 
 
 def _read(paths: Sequence[str], kind: type[Record]) -> Iterator[Record]:
@@ -120,62 +129,110 @@ def _read(paths: Sequence[str], kind: type[Record]) -> Iterator[Record]:
             row that is not a `kind`, or a file without any.
     """
     checked = sources(paths)
-    return (_build(kind, row, place) for source in checked for row, place in source.rows())
+    wanted = [name for columns in _COLUMNS[kind] for name in columns]
+    return (_build(kind, row) for source in checked for row in source.rows(wanted))
 
 
 # --- one row ----------------------------------------------------------------------------------
 
 
 def _names(kind: type[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    own = [field for field in fields(kind) if field.name != "uid"]
-    required = tuple(field.name for field in own if field.default is MISSING)
-    return required, tuple(field.name for field in own if field.default is not MISSING)
+    own = [column for column in fields(kind) if column.name not in ("uid", "place")]
+    required = tuple(column.name for column in own if column.default is MISSING)
+    return required, tuple(column.name for column in own if column.default is not MISSING)
 
 
 # the (required, optional) columns of each record
 _COLUMNS: Final[dict[type[Any], tuple[tuple[str, ...], tuple[str, ...]]]] = {
     kind: _names(kind) for kind in (Prompt, Demonstration, Comparison)
 }
+_KINDS: Final[dict[str, Kind]] = {"confidence": "number"}  # of the columns that are not text
+_OTHER_WORDS: Final = frozenset(
+    {"labeled", "confident", "conference"}
+)  # near an optional column, and meant
+_SHOWN_COLUMNS: Final = 12
+_LONG: Final = 9  # letters; in a word so long two slips are believed
 
 
 @lru_cache(maxsize=64)  # the columns of a file rarely change from row to row
 def _column_fault(
-    required: tuple[str, ...], optional: tuple[str, ...], found: tuple[str, ...]
+    required: tuple[str, ...],
+    optional: tuple[str, ...],
+    found: tuple[str, ...],
+    others: tuple[tuple[str, Kind], ...],
 ) -> str | None:
     """What is wrong with the names of the columns; other columns may ride along unread."""
-    strangers = [name for name in found if name not in (*required, *optional, "uid")]
     for name in required:
         if name not in found:
-            if near := get_close_matches(name, strangers, n=1, cutoff=0.6):
-                return f"field {name!r}: missing; rename {near[0]!r} to {name!r}"
-            listed = ", ".join(map(repr, found)) or "none"
-            return f"field {name!r}: missing; add it (columns found: {listed})"
+            if near := _misspelt(name, others):
+                return f"field {name!r}: missing; rename {near!r} to {name!r}"
+            return f"field {name!r}: missing; add it (columns found: {_listed(found, others)})"
     for name in optional:
         # A misspelt optional field would otherwise be dropped without a word.
-        if name not in found and (near := get_close_matches(name, strangers, 1, 0.8)):
-            return f"field {near[0]!r}: unknown; rename it to {name!r} or take it out"
+        if name not in found and (near := _misspelt(name, others)):
+            return f"field {near!r}: unknown; rename it to {name!r} or take it out"
     return None
 
 
-def _build(kind: type[Record], row: Row, place: str) -> Record:
+def _misspelt(name: str, others: tuple[tuple[str, Kind], ...]) -> str | None:
+    """The column that `name` was meant by: of its kind, and a slip of the finger away from it.
+
+    Common columns of other people's data (``label``, ``prompt_id``, ``confidence_level``) are
+    further away, or of another kind.
+    """
+    slips = 1 if len(name) < _LONG else 2
+    for other, kind in others:
+        word = other.strip(" _-").casefold()
+        if (
+            kind == _KINDS.get(name, "text")
+            and word not in _OTHER_WORDS
+            and _slips(word, name) <= slips
+        ):
+            return other
+    return None
+
+
+def _slips(a: str, b: str) -> int:
+    """Letters missing, added, wrong, or changed places with the next (restricted Damerau)."""
+    if abs(len(a) - len(b)) > 2:
+        return 3
+    before, last = [0] * (len(b) + 1), list(range(len(b) + 1))
+    for i, letter in enumerate(a, 1):
+        row = [i]
+        for j, other in enumerate(b, 1):
+            best = min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (letter != other))
+            if i > 1 and j > 1 and letter == b[j - 2] and other == a[i - 2]:
+                best = min(best, before[j - 2] + 1)
+            row.append(best)
+        before, last = last, row
+    return last[-1]
+
+
+def _listed(found: tuple[str, ...], others: tuple[tuple[str, Kind], ...]) -> str:
+    names = [*found, *(name for name, _ in others)]
+    more = [f"and {len(names) - _SHOWN_COLUMNS} more"] if len(names) > _SHOWN_COLUMNS else []
+    return ", ".join([*map(repr, names[:_SHOWN_COLUMNS]), *more]) or "none"
+
+
+def _build(kind: type[Record], row: Row) -> Record:
     required: tuple[str, ...] = _COLUMNS[kind][0]
     optional: tuple[str, ...] = _COLUMNS[kind][1]
-    if fault := _column_fault(required, optional, tuple(row)):
-        raise DataError(f"{place}: {fault}")
+    if fault := _column_fault(required, optional, tuple(row.values), row.others):
+        raise DataError(f"{row.place}: {fault}")
     values: dict[str, Any] = {}
     for name in (*required, *optional):
-        value = row.get(name)
+        value = row.values.get(name)
         if value is None and name in optional:
             continue
-        field = f"{place}: field {name!r}"
-        values[name] = _confidence(value, field) if name == "confidence" else _text(value, field)
+        where = f"{row.place}: field {name!r}"
+        values[name] = _confidence(value, where) if name == "confidence" else _text(value, where)
     if kind is Comparison and values["chosen"] == values["rejected"]:
         raise DataError(
-            f"{place}: field 'rejected': equal to 'chosen'; a comparison needs two different "
+            f"{row.place}: field 'rejected': equal to 'chosen'; a comparison needs two different "
             "responses, so take the line out"
         )
     # A uid in the file is not taken over: an edited line would keep the old one's name.
-    return kind(**values)
+    return kind(**values, place=row.place)
 
 
 def _text(value: object, field: str) -> str:
@@ -203,34 +260,7 @@ def _confidence(value: object, field: str) -> float:
     return float(value)
 
 
-# --- random access and order ------------------------------------------------------------------
-
-
-class IndexedDataset(Generic[Record]):
-    """Random access to the records of `paths` without loading them; rows are checked on access.
-
-    The constructor scans JSONL once for line offsets and reads Parquet footers. To have every
-    row checked beforehand, exhaust the matching reader (`read_prompts`, ...) first.
-
-    Raises:
-        DataError: as the readers do, naming file and line.
-    """
-
-    def __init__(self, paths: Sequence[str], kind: type[Record]) -> None:
-        self._kind: type[Record] = kind
-        self._sources = sources(paths)
-        self._starts = np.cumsum([0, *(s.index() for s in self._sources)], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self):  # IndexError also ends `for record in dataset`
-            raise IndexError(f"record {index} of {len(self)}")
-        source = int(np.searchsorted(self._starts, index, side="right")) - 1
-        row, place = self._sources[source].row(index - int(self._starts[source]))
-        record: Record = _build(self._kind, row, place)
-        return record
+# --- order ------------------------------------------------------------------------------------
 
 
 def shuffled_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:

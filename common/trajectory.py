@@ -20,8 +20,8 @@ Worked example (one scored trajectory)::
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -125,6 +125,7 @@ SCHEMAS: dict[type[RolloutRequest], pa.Schema] = {
     Rollout: pa.schema(_ROLLOUT),
     ScoredTrajectory: pa.schema(_SCORED),
 }
+_NAMES = {kind: tuple(schema.names) for kind, schema in SCHEMAS.items()}
 
 Record = TypeVar("Record", bound=RolloutRequest)
 
@@ -162,20 +163,15 @@ def rows_without(table: pa.Table, rollout_ids: Collection[str]) -> pa.Table:
 
 
 def extend(record: RolloutRequest, kind: type[Record], **more: Any) -> Record:
-    """A later-stage record with all fields of an earlier one."""
-    known = {field.name for field in fields(kind)}
-    return kind(**{k: v for k, v in asdict(record).items() if k in known}, **more)
+    """A later-stage record with all fields of an earlier one; lists are shared, not copied."""
+    shared = min(_NAMES[type(record)], _NAMES[kind], key=len)  # a later stage only adds
+    return kind(**{name: getattr(record, name) for name in shared}, **more)
 
 
 def derive_seed(*parts: int | str) -> int:
     """A uint64 that is a pure function of its parts."""
     text = "\x1f".join(str(part) for part in parts).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-
-
-def response_lengths(records: Iterable[Rollout]) -> list[int]:
-    """Response tokens per record, EOS included."""
-    return [len(record.response_ids) for record in records]
 
 
 def _check(record: RolloutRequest) -> None:

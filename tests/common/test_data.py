@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from common.data import (
     Comparison,
     Demonstration,
-    IndexedDataset,
     Prompt,
     ShuffledIndex,
     read_comparisons,
@@ -141,11 +140,6 @@ def test_stale_uid_in_the_file_is_not_taken_over(tmp_path: Path) -> None:
 def test_bad_line_is_named(tmp_path: Path, row: object, message: str) -> None:
     path = _jsonl(tmp_path, GOOD, row)
     assert _message(read_comparisons, path).startswith(message)
-    dataset = IndexedDataset([path], Comparison)
-    assert dataset[0].chosen == "a"
-    with pytest.raises(DataError) as caught:
-        dataset[1]
-    assert str(caught.value).removeprefix(path).startswith(message)
 
 
 def test_good_lines_before_a_bad_one_are_streamed(tmp_path: Path) -> None:
@@ -175,8 +169,6 @@ def test_missing_files_are_found_at_the_call(tmp_path: Path) -> None:
 def test_file_without_records_is_an_error(tmp_path: Path) -> None:
     path = _jsonl(tmp_path, b"", b"  ")
     assert _message(read_prompts, path).startswith(": holds no records; ")
-    with pytest.raises(DataError, match="holds no records"):
-        IndexedDataset([path], Prompt)
 
 
 def _parquet(folder: Path, columns: dict[str, Any], group: int = 2) -> str:
@@ -185,23 +177,16 @@ def _parquet(folder: Path, columns: dict[str, Any], group: int = 2) -> str:
     return path
 
 
-def test_parquet_streams_and_indexes_the_same_records(tmp_path: Path) -> None:
+def test_parquet_streams_over_row_groups_and_files(tmp_path: Path) -> None:
     texts = [f"t{i}" for i in range(5)]
     path = _parquet(tmp_path, {"prompt": texts, "response": texts, "extra": [1.0] * 5})
     expected = [Demonstration(prompt=t, response=t) for t in texts]
-    assert list(read_demonstrations([path])) == expected
-    dataset = IndexedDataset([path, path], Demonstration)
-    assert len(dataset) == 10
-    assert [dataset[i] for i in (9, 0, 4, 5, 2)] == [expected[i] for i in (4, 0, 4, 0, 2)]
-    with pytest.raises(IndexError):
-        dataset[10]
+    assert list(read_demonstrations([path, path])) == expected * 2
 
 
 def test_parquet_errors_name_the_row(tmp_path: Path) -> None:
     path = _parquet(tmp_path, {"prompt": ["a", "b", ""]})
     assert _message(read_prompts, path).startswith(":row 3: field 'prompt': is empty; ")
-    with pytest.raises(DataError, match=":row 3: field 'prompt': is empty"):
-        IndexedDataset([path], Prompt)[2]
     path = _parquet(tmp_path, {"prompt": [1, 2]})
     assert _message(read_prompts, path).startswith(":row 1: field 'prompt': is of type int; ")
     path = _parquet(tmp_path, {"promt": ["a"]})
@@ -221,17 +206,167 @@ def test_torn_parquet(tmp_path: Path, keep: int) -> None:
     path = Path(_parquet(tmp_path, {"prompt": [str(i) for i in range(1000)]}, group=1000))
     path.write_bytes(path.read_bytes()[:keep])
     assert _message(read_prompts, str(path)).startswith(": torn or not Parquet (")
-    with pytest.raises(DataError, match="torn or not Parquet"):
-        IndexedDataset([str(path)], Prompt)
 
 
-def test_indexed_jsonl_over_several_files(tmp_path: Path) -> None:
-    first = _jsonl(tmp_path, {"prompt": "é"}, b"", {"prompt": "b"})
-    second = str(tmp_path / "second.jsonl")
-    write_jsonl(second, [Prompt(prompt="c\u2028")])
-    dataset = IndexedDataset([first, second], Prompt)
-    assert [dataset[i].prompt for i in (2, 1, 0)] == ["c\u2028", "b", "é"]
-    assert [dataset[i].prompt for i in range(len(dataset))] == ["é", "b", "c\u2028"]
+# ------------------------------------------------------------------ what rides along unread
+
+_HUGE = 2**60
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pytest.param(pa.array([1700000000123456789], pa.timestamp("ns")), id="timestamp[ns]"),
+        pytest.param(pa.array([1], pa.duration("ns")), id="duration[ns]"),
+        pytest.param(pa.array([_HUGE], pa.timestamp("us")), id="year 38000"),
+        pytest.param(pa.array([1], pa.timestamp("us", tz="Mars/Base")), id="zone"),
+        pytest.param(pa.array([_HUGE // 10**6], pa.date64()), id="date of year 38000"),
+        pytest.param(
+            pa.array([{"at": [_HUGE]}], pa.struct({"at": pa.list_(pa.timestamp("ns"))})),
+            id="nested",
+        ),
+        pytest.param(
+            pa.StringArray.from_buffers(
+                1, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")
+            ),
+            id="bytes",
+        ),
+    ],
+)
+def test_a_column_that_nobody_reads_may_be_anything(tmp_path: Path, column: pa.Array) -> None:
+    path = _parquet(tmp_path, {"extra": column, "prompt": ["a"]})
+    assert list(read_prompts([path])) == [Prompt(prompt="a")]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array(["é", "é", None]).dictionary_encode(),
+        pa.array(["é", "é", None], pa.large_string()),
+        pa.array(["é", "é", None], pa.string_view()),
+        pa.array(["é".encode(), "é".encode(), None], pa.binary()),
+        pa.array(["é".encode(), "é".encode(), None], pa.large_binary()),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_text_is_text_however_it_is_stored(tmp_path: Path, column: pa.Array) -> None:
+    names = {"chosen": ["a"] * 3, "rejected": ["b"] * 3}
+    path = _parquet(tmp_path, {"prompt": ["p"] * 3, "labeler": column, **names})
+    assert [c.labeler for c in read_comparisons([path])] == ["é", "é", "unknown"]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        (pa.array([1], pa.int8()), 1.0),
+        (pa.array([0.75], pa.float16()), 0.75),
+        (pa.array([0.75], pa.float32()), 0.75),
+        (pa.array(["0.75"]).cast(pa.decimal128(5, 2)), 0.75),
+        (pa.array([None]), 1.0),
+    ],
+    ids=lambda value: str(getattr(value, "type", "")),
+)
+def test_a_confidence_is_a_number_of_any_type(
+    tmp_path: Path, column: pa.Array, value: float
+) -> None:
+    path = _parquet(tmp_path, {**{k: [v] for k, v in GOOD.items()}, "confidence": column})
+    (found,) = read_comparisons([path])
+    assert found.confidence == value and type(found.confidence) is float
+
+
+@pytest.mark.parametrize(
+    ("column", "named"),
+    [
+        (pa.array([["a"]]), "field 'prompt': is of type list<"),
+        (pa.array([1], pa.timestamp("ns")), "field 'prompt': is of type timestamp[ns]; "),
+        (pa.array([None], pa.timestamp("ns")), "field 'prompt': is null; "),
+        (pa.array([b"\xff"]), "field 'prompt': byte 1 is not UTF-8; "),
+        (pa.array([1.5]), "field 'prompt': is of type float; "),
+    ],
+    ids=lambda value: str(getattr(value, "type", "")),
+)
+def test_a_needed_column_of_another_type_is_one_line(
+    tmp_path: Path, column: pa.Array, named: str
+) -> None:
+    path = _parquet(tmp_path, {"prompt": column})
+    assert _message(read_prompts, path).startswith(f":row 1: {named}")
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    path = str(tmp_path / "data.parquet")
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"])
+    pq.write_table(table, path)
+    assert _message(read_prompts, path) == ": column 'prompt' is there twice; keep one of them"
+
+
+# columns of public preference data, none of which is a misspelt labeler or confidence
+_COMMON: list[dict[str, Any]] = [
+    {"label": 1},
+    {"label": "chosen"},
+    {"labels": [0, 1]},
+    {"labeled": "yes"},
+    {"labelled": True},
+    {"labeller": 7},
+    {"annotator": "ada"},
+    {"confident": 1},
+    {"confidence_level": 3},
+    {"confidence_score": 0.9},
+    {"chosen_score": 7.5, "rejected_score": 2.0},
+    {"prompt_id": "p1", "score": 1, "rank": 2, "source": "web"},
+]
+
+
+@pytest.mark.parametrize("more", _COMMON, ids=lambda more: "-".join(more))
+def test_a_stranger_is_no_misspelling(tmp_path: Path, more: dict[str, Any]) -> None:
+    expected = [Comparison(**GOOD)]
+    assert list(read_comparisons([_jsonl(tmp_path, {**GOOD, **more})])) == expected
+    columns = {name: [value] for name, value in {**GOOD, **more}.items()}
+    assert list(read_comparisons([_parquet(tmp_path, columns)])) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "meant"),
+    [
+        ("labeller", "ada", "labeler"),
+        ("Labeler", "ada", "labeler"),
+        ("labler", "ada", "labeler"),
+        ("lableer", "ada", "labeler"),
+        ("confidance", 0.9, "confidence"),
+        ("confidnce", 1, "confidence"),
+        ("confedance", 0.9, "confidence"),
+        ("confidence ", 0.9, "confidence"),
+    ],
+)
+def test_a_misspelling_is_one(tmp_path: Path, name: str, value: object, meant: str) -> None:
+    message = f"field {name!r}: unknown; rename it to {meant!r} or take it out"
+    row = {**GOOD, name: value}
+    assert _message(read_comparisons, _jsonl(tmp_path, row)) == f":1: {message}"
+    path = _parquet(tmp_path, {key: [value] for key, value in row.items()})
+    assert _message(read_comparisons, path) == f":row 1: {message}"
+
+
+def test_no_column_of_another_meaning_is_proposed_for_a_missing_one(tmp_path: Path) -> None:
+    path = _jsonl(tmp_path, {"prompt_id": "p1", "prompts": ["a"], "text": "a"})
+    expected = "field 'prompt': missing; add it (columns found: 'prompt_id', 'prompts', 'text')"
+    assert _message(read_prompts, path) == f":1: {expected}"
+    columns = {f"c{i}": ["x"] for i in range(500)}
+    message = _message(read_prompts, _parquet(tmp_path, columns))
+    assert message.endswith("'c10', 'c11', and 488 more)"), message
+
+
+def test_a_number_of_any_length_may_ride_along(tmp_path: Path) -> None:
+    path = _jsonl(tmp_path, b'{"prompt": "a", "n": %s}' % (b"9" * 5000))
+    assert [p.prompt for p in read_prompts([path])] == ["a"]
+
+
+def test_a_record_keeps_its_place(tmp_path: Path) -> None:
+    rows = _jsonl(tmp_path, b"", {"prompt": "a"}, b"", {"prompt": "b"})
+    table = _parquet(tmp_path, {"prompt": ["a", "b", "c"]})
+    places = [p.place for p in read_prompts([rows, table])]
+    assert places == [f"{rows}:2", f"{rows}:4", *(f"{table}:row {n}" for n in (1, 2, 3))]
+    assert Prompt(prompt="a", place="here") == Prompt(prompt="a"), "no part of the data"
+    write_jsonl(tmp_path / "copy.jsonl", read_prompts([rows]))
+    assert "place" not in (tmp_path / "copy.jsonl").read_text()
 
 
 @given(st.integers(1, 200), st.integers(0, 2**63), st.integers(0, 1000))

@@ -98,6 +98,24 @@ def test_a_table_of_another_kind_is_refused() -> None:
     assert (made.prompt_ids, made.adapter) == (request.prompt_ids, "x")
 
 
+@given(trajectories())
+def test_a_later_record_shares_the_lists_of_the_earlier_one(row: ScoredTrajectory) -> None:
+    # A copy of every token list was most of the time that a reward worker spent on a rollout.
+    request = extend(row, RolloutRequest)
+    assert dataclasses.asdict(request) == {
+        field.name: getattr(row, field.name) for field in dataclasses.fields(RolloutRequest)
+    }
+    later = {
+        field.name: getattr(row, field.name)
+        for field in dataclasses.fields(ScoredTrajectory)
+        if field.name not in {known.name for known in dataclasses.fields(RolloutRequest)}
+    }
+    made = extend(request, ScoredTrajectory, **later)
+    assert made == row
+    for name in ("prompt_ids", "response_ids", "behavior_logprobs", "ref_logprobs"):
+        assert getattr(made, name) is getattr(row, name), name
+
+
 def test_seeds_are_functions_of_their_parts_and_of_where_parts_end() -> None:
     assert derive_seed(0, "a", 1) == derive_seed(0, "a", 1)
     many = [derive_seed(0, "a", 1), derive_seed(0, "a1"), derive_seed("0", "a", "2")]
