@@ -6,13 +6,15 @@ here, so that no stage meets an impossible configuration.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from common.model_config import (
     PRESETS,
+    Float,
     Fraction,
     LoraConfig,
     ModelConfig,
@@ -56,7 +58,7 @@ class LearnerConfig(Section):
     cpus_per_rank: PositiveFloat = 1.0
     """Cores each rank asks Ray for; its threads follow."""
     gpus_per_rank: NonNegativeFloat = 0.0
-    """GPUs each rank asks Ray for."""
+    """GPUs each rank asks Ray for; nothing computes on them yet, so a recipe leaves it at 0."""
     labels: Labels = Field(default_factory=dict)
     """Labels of the nodes that ranks may be on, as in `rollout`."""
     deadline_s: PositiveFloat = 600.0
@@ -118,7 +120,7 @@ class RewardModelConfig(Section):
     """Decoupled weight decay (AdamW); Adafactor decays by lr squared."""
     adam_eps: PositiveFloat = 1e-8
     """As in `sft`."""
-    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    held_out: Annotated[Float, Field(gt=0, lt=1)] = 0.1
     """Share of the comparisons that accuracy is measured on, never trained on."""
     seeds: PositiveInt = 1
     """Models trained from different heads and orders; the most accurate is kept."""
@@ -184,7 +186,7 @@ class TrainConfig(Section):
     """Target of the adaptive controller in nats per response; null keeps kl_coef fixed."""
     kl_horizon: PositiveInt = 10_000
     """Horizon of the adaptive controller, in rollouts; a batch counts for one horizon at most."""
-    missing_eos_penalty: Annotated[float, Field(le=0)] | None = -1.0
+    missing_eos_penalty: Annotated[Float, Field(le=0)] | None = -1.0
     """A response that never ended scores at most the mean of those that ended plus so many of
     their deviations (the EOS trick); null keeps the scorer's."""
     stop_kl: PositiveFloat | None = 0.1
@@ -276,7 +278,7 @@ class QuickstartConfig(Section):
     """Harvested pairs that only the judges see."""
     comparisons: PositiveInt = 4_000
     """Comparisons that the labeler labels."""
-    label_noise: Annotated[float, Field(ge=0, lt=0.5)] = 0.05
+    label_noise: Annotated[Float, Field(ge=0, lt=0.5)] = 0.05
     """Share of labels flipped at random."""
     human_share: Fraction = 0.35
     """Share of comparisons of a sample of the supervised policy with the human line."""
@@ -328,7 +330,8 @@ class RunConfig(Section):
     seed: NonNegativeInt = 0
     """Every random number of the run derives from it."""
     preset: str | None = None
-    """A named model shape (tiny, small, palm-8b, palm-62b, palm-540b) in place of `model`."""
+    """A named model shape (tiny, small, palm-8b, palm-62b, palm-540b); fields of `model` that are
+    given too go before it."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -345,13 +348,19 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, values: Any) -> Any:
-        name = values.get("preset") if isinstance(values, dict) else None
-        if name is None:
+        if not isinstance(values, Mapping):
             return values
-        if name not in PRESETS:
+        name, model = values.get("preset"), values.get("model") or {}
+        if not isinstance(name, str) or name not in PRESETS or not isinstance(model, Mapping):
+            return values  # the fields say themselves what they should be
+        return {**values, "model": PRESETS[name].model_dump() | dict(model), "preset": None}
+
+    @field_validator("preset")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None and name not in PRESETS:
             raise ValueError(f"preset '{name}' is unknown; there are {', '.join(PRESETS)}")
-        model = PRESETS[name].model_dump() | dict(values.get("model") or {})
-        return {**values, "model": model, "preset": None}
+        return name
 
     @model_validator(mode="after")
     def _possible(self) -> RunConfig:

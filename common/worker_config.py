@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from common.model_config import (
+    Float,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -50,7 +51,7 @@ class RolloutConfig(Section):
     cpus_per_actor: PositiveFloat = 1.0
     """Cores each actor asks Ray for; its threads follow."""
     gpus_per_actor: NonNegativeFloat = 0.0
-    """GPUs each actor asks Ray for."""
+    """GPUs each actor asks Ray for; nothing computes on them yet, so a recipe leaves it at 0."""
     lease_size: PositiveInt = 64
     """Rollouts in one lease: the unit of work, of reissue and of batching."""
     lease_deadline_s: PositiveFloat = 300.0
@@ -59,7 +60,7 @@ class RolloutConfig(Section):
     """Longest response."""
     temperature: NonNegativeFloat = 1.0
     """Sampling temperature; 0 is greedy (evaluation only)."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
     """Nucleus: the smallest set of tokens with at least this probability."""
     top_k: NonNegativeInt = 0
     """Keep the k most probable tokens; 0 keeps all."""
@@ -111,7 +112,7 @@ class RolloutConfig(Section):
 class RewardComponent(Section):
     """One named term of the score."""
 
-    weight: float = 1.0
+    weight: Float = 1.0
     """Factor of this component in the score."""
     kind: Literal["model", "function", "http"] = "model"
     """The trained reward model, a Python function, or a remote endpoint."""
@@ -147,7 +148,7 @@ class RewardServiceConfig(Section):
     cpus_per_replica: PositiveFloat = 1.0
     """Cores each worker asks Ray for."""
     gpus_per_replica: NonNegativeFloat = 0.0
-    """GPUs each worker asks Ray for."""
+    """GPUs each worker asks Ray for; nothing computes on them yet, so a recipe leaves it at 0."""
     labels: Labels = Field(default_factory=dict)
     """Labels of the nodes that workers may be on, as in `rollout`."""
     micro_batch_tokens: PositiveInt = 8192

@@ -10,11 +10,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -254,20 +253,13 @@ def _stage(name: str, resolved: RunConfig, stop_after: int | None = None) -> Non
     _print_numbers(f"{resolved.run_dir}: {name}", found)
 
 
-def _load(
-    config: str | Path | None,
-    overrides: list[str] | None,
-    address: str | None,
-    given: Mapping[str, str] = MappingProxyType({}),
-) -> RunConfig:
+def _load(config: str | None, overrides: list[str] | None, address: str | None) -> RunConfig:
     """The recipe (a path or a built-in's name) with overrides and the address applied."""
     path = None if config is None else Path(os.path.expanduser(config))
     if path is not None and not path.exists():
         built_in = resources.files("deploy.recipes") / f"{config}.yaml"
         path = Path(str(built_in)) if built_in.is_file() else path
-    return load_config(
-        path, overrides or [], {**given, **({"cluster.address": address} if address else {})}
-    )
+    return load_config(path, overrides or [], _place(address))
 
 
 def _of_run(run: Path, overrides: list[str] | None, address: str | None) -> RunConfig:
@@ -275,8 +267,12 @@ def _of_run(run: Path, overrides: list[str] | None, address: str | None) -> RunC
     from deploy.stages import folder_of
 
     folder = folder_of(run)
-    here = {"output": str(folder.parent), "name": folder.name}
-    return _load(folder / "config.yaml", overrides, address, here)
+    here = {"output": str(folder.parent), "name": folder.name, **_place(address)}
+    return load_config(folder / "config.yaml", overrides or [], here, saved=True)
+
+
+def _place(address: str | None) -> dict[str, str]:
+    return {"cluster.address": address} if address else {}
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -30,7 +30,6 @@ def changed(*overrides: str, trained: int = 3) -> dict[str, str]:
         ("train.algorithm=reinforce_pp", "fixed"),
         ("train.prompts_per_iteration=512", "fixed"),
         ("train.max_staleness=1", "fixed"),
-        ("rollout.lora=unmerged", "rounding"),
         ("rollout.temperature=0.5", "fixed"),
         ("rollout.lease_size=32", "fixed"),
     ],
@@ -38,6 +37,12 @@ def changed(*overrides: str, trained: int = 3) -> dict[str, str]:
 def test_a_field_is_what_it_should_be(override: str, kind: str) -> None:
     more = ["train.ppg=null"] if "algorithm" in override else []
     assert changed(override, *more)[override.split("=")[0]] == kind
+
+
+def test_how_an_adapter_is_sampled_from_only_rounds() -> None:
+    lora = load_config(None, ["train.lora={}"])
+    other = load_config(None, ["train.lora={}", "rollout.lora=unmerged"])
+    assert [c.kind for c in changes(lora, other, 3)] == ["rounding"]
 
 
 def test_nothing_changed_and_a_vocabulary_left_to_the_tokenizer_are_no_change() -> None:

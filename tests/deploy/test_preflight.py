@@ -27,7 +27,6 @@ def test_what_fits_is_explained() -> None:
     ("overrides", "resources", "says"),
     [
         ((), {"CPU": 4.0}, "needs 5 CPU and the cluster has 4"),
-        (("rollout.gpus_per_actor=1",), {"CPU": 9.0}, "needs 2 GPU and the cluster has 0"),
         ((), {}, "needs 5 CPU and the cluster has 0"),
         (("preset=palm-8b",), {"CPU": 9.0, "memory": 2.0**30}, "raise learner.zero_stage"),
     ],
@@ -37,6 +36,13 @@ def test_what_does_not_fit_is_refused_with_the_mend(
 ) -> None:
     with pytest.raises(ClusterError, match=says):
         explain(recipe(*overrides), resources)
+
+
+def test_gpus_that_are_not_there() -> None:
+    rollout = recipe().rollout.model_copy(update={"gpus_per_actor": 1.0})
+    config = recipe().model_copy(update={"rollout": rollout})
+    with pytest.raises(ClusterError, match="needs 2 GPU and the cluster has 0"):
+        explain(config, {"CPU": 9.0})
 
 
 def test_bytes_of_each_zero_stage_by_hand() -> None:
