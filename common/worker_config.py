@@ -109,6 +109,10 @@ class RolloutConfig(Section):
         return self
 
 
+ComponentName = Annotated[str, Field(pattern=r"^[^/\x00-\x1f]+$")]
+"""Of a part of the score. Metrics are called by it, and a slash groups metrics."""
+
+
 class RewardComponent(Section):
     """One named term of the score."""
 
@@ -153,7 +157,7 @@ class RewardServiceConfig(Section):
     """Labels of the nodes that workers may be on, as in `rollout`."""
     micro_batch_tokens: PositiveInt = 8192
     """Padded tokens of one frozen forward pass."""
-    components: Mapping[str, RewardComponent] = Field(
+    components: Mapping[ComponentName, RewardComponent] = Field(
         default_factory=lambda: {"reward_model": RewardComponent()}
     )
     """The score is the weighted sum of these."""
@@ -162,6 +166,8 @@ class RewardServiceConfig(Section):
     def _some(self) -> RewardServiceConfig:
         if not self.components:
             raise ValueError("at least one component is needed")
+        if not any(component.weight for component in self.components.values()):
+            raise ValueError("every weight is 0, so every score would be; give one another weight")
         return self
 
     @property

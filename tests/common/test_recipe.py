@@ -59,7 +59,8 @@ def test_a_name_of_a_component_is_a_text_too() -> None:
     components = load_config(None, [given]).reward_service.components
     assert list(components) == ["2024"]
     assert components["2024"].target == "1e3"
-    dotted = load_config(None, ["reward_service.components.style.target=007"])
+    style = "reward_service.components.style"
+    dotted = load_config(None, [f"{style}.kind=function", f"{style}.target=007"])
     assert dotted.reward_service.components["style"].target == "007"
 
 
@@ -97,9 +98,9 @@ def test_any_folder_name_is_a_runs_name_and_comes_back(name: str) -> None:
 
 def test_what_is_given_wins_over_recipe_and_overrides(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("name: a\ncluster: {address: 'b:1', dashboard: false}\n", encoding="utf8")
+    recipe.write_text("name: a\ncluster: {address: 'b:1', autoscales: true}\n", encoding="utf8")
     config = load_config(recipe, ["name=c"], {"name": "007", "cluster.address": "d: 1"})
-    assert (config.name, config.cluster.address, config.cluster.dashboard) == ("007", "d: 1", False)
+    assert (config.name, config.cluster.address, config.cluster.autoscales) == ("007", "d: 1", True)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a"])
