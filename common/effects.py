@@ -64,9 +64,9 @@ RULES = (
     ),
     Rule(
         ("train.behavior_cap",),
-        lambda c: c.train.max_staleness > 0,
-        "importance weights are 1 in synchronous mode; it has one where train.max_staleness is "
-        "above 0",
+        lambda c: c.corrects_mismatch,
+        "importance weights are 1 in synchronous mode in fp32; it has one where "
+        "train.max_staleness is above 0, or rollout.precision or learner.precision is bf16",
     ),
     Rule(
         ("rollout.lora",),

@@ -109,6 +109,8 @@ def test_in_a_file_it_is_refused_with_its_line(folder: Path) -> None:
             "train.gamma=0.9",
         ],
         ["train.max_staleness=1", "train.stale=drop", "train.behavior_cap=3"],
+        ["rollout.precision=bf16", "train.behavior_cap=3"],
+        ["learner.precision=bf16", "train.behavior_cap=3"],
         ["train.kl_target=1", "train.kl_horizon=5"],
         ["train.lora={rank: 2}", "rollout.lora=unmerged"],
         ["rollout.top_p=0.9", "rollout.top_k=9", "rollout.min_p=0.1"],
