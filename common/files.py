@@ -59,8 +59,9 @@ def is_utf8(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def one_line(error: BaseException) -> str:
-    """The text of `error` on one line, at most 160 characters: messages of ours stay one line."""
+def one_line(error: object) -> str:
+    """The text of `error` (or another object) on one line of at most 160 characters: messages of
+    ours stay one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."
 

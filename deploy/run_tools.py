@@ -28,7 +28,7 @@ from deploy.placement import NAMESPACE
 from deploy.preflight import explain
 from deploy.session import open_session
 from deploy.stages import start_pools
-from reward_service.scorers import FunctionScorer, ScoreRequest
+from reward_service.scorers import FunctionScorer
 
 _ANSWER_S = 30.0
 _WORKERS_SHOWN = 32
@@ -166,13 +166,4 @@ def _logged(run_dir: Path) -> dict[str, Any]:
 
 
 def _judge(target: str) -> Judge:
-    scorer = FunctionScorer(target)
-
-    def judge(prompts: Sequence[str], responses: Sequence[str]) -> list[float | None]:
-        requests = [
-            ScoreRequest(rollout_id=str(i), prompt_text=p, response_text=r, finished=True)
-            for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
-        ]
-        return [result.score for result in scorer.score(requests)]
-
-    return judge
+    return FunctionScorer(target, role="evaluate.judge", command=True).numbers

@@ -10,9 +10,9 @@ letter: returned as such, counted, and written to a file when one is named. Noth
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
+import sys
 import threading
 import time
 from collections import Counter
@@ -25,6 +25,7 @@ from typing import Any
 import httpx
 
 from common.errors import ConfigError
+from common.files import one_line
 from reward_service.scorers import ScoreRequest, ScoreResult
 
 
@@ -270,24 +271,44 @@ def _prepare_file(path: Path) -> None:
         ) from None
 
 
+_LARGEST = sys.float_info.max
+_AGREED = "the answer is not {'scores': [{'rollout_id', 'score'}]}"
+
+
 def _parse(raw: bytes, expected: Sequence[str]) -> dict[str, float]:
     """Scores by rollout_id; raises _Failed for an answer that is not what was agreed."""
     try:
         answer: Any = json.loads(raw)
-        pairs = [(row["rollout_id"], float(row["score"])) for row in answer["scores"]]
-        scores = dict(pairs)
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        raise _Failed("the answer is not {'scores': [{'rollout_id', 'score'}]}") from None
-    if len(scores) != len(pairs):
-        raise _Failed("the answer scores a rollout twice")
+    except (ValueError, RecursionError):
+        raise _Failed(f"{_AGREED}: no JSON but {one_line(repr(raw[:60]))}") from None
+    rows = answer.get("scores") if isinstance(answer, dict) else None
+    if not isinstance(rows, list):
+        raise _Failed(f"{_AGREED}: it has no list 'scores'")
+    scores: dict[str, float] = {}
+    for row in rows:
+        rollout_id, score = _scored(row)
+        if rollout_id in scores:
+            raise _Failed(f"the answer scores a rollout twice: {rollout_id}")
+        scores[rollout_id] = score
     if scores.keys() != set(expected):
         missing, added = set(expected) - scores.keys(), scores.keys() - set(expected)
-        differs = min(missing or added, key=str)
+        differs = min(missing or added)
         raise _Failed(f"the answer's rollouts differ from those asked for: {differs}")
-    for rollout_id, score in pairs:
-        if not math.isfinite(score):
-            raise _Failed(f"the score of {rollout_id} is {score}")
     return scores
+
+
+def _scored(row: Any) -> tuple[str, float]:
+    """One entry of an answer."""
+    if not isinstance(row, dict) or not {"rollout_id", "score"} <= row.keys():
+        raise _Failed(f"{_AGREED}: an entry is {one_line(json.dumps(row))}")
+    rollout_id, score = row["rollout_id"], row["score"]
+    if not isinstance(rollout_id, str):
+        raise _Failed(f"{_AGREED}: asked for: texts as rollout_id, not {json.dumps(rollout_id)}")
+    if not isinstance(score, int | float) or not -_LARGEST <= score <= _LARGEST:
+        if isinstance(score, float):
+            raise _Failed(f"the score of {rollout_id} is {score}")
+        raise _Failed(f"{_AGREED}: the score of {rollout_id} is {one_line(json.dumps(score))}")
+    return rollout_id, float(score)
 
 
 def _retry_after(response: httpx.Response) -> float | None:

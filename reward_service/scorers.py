@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import math
-from collections.abc import Callable, Sequence
+import sysconfig
+import traceback
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import islice
+from typing import Any, Protocol
 
 from common.errors import ConfigError, RewardError
+from common.files import one_line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,8 +24,6 @@ class ScoreRequest:
     rollout_id: str
     prompt_text: str
     response_text: str
-    finished: bool
-    """The response ended with EOS."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,68 +47,166 @@ class Scorer(Protocol):
 class FunctionScorer:
     """``package.module:function``, called as ``f(prompts, responses) -> one number each``."""
 
-    def __init__(self, target: str) -> None:
-        self.target = target
-        self._function = _resolve(target)
+    def __init__(
+        self, target: str, *, role: str = "reward function", command: bool = False
+    ) -> None:
+        """`role` is what errors call it. In a `command`, as against a worker, KeyboardInterrupt is
+        the user's Ctrl-C and passes.
+
+        Raises ConfigError for a target that cannot be imported.
+        """
+        self._title = f"{role} {target}"
+        self._passes = KeyboardInterrupt if command else _Nothing
+        self._function = _resolve(target, role, self._passes)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
-        """Call the function once for the batch.
+        """Call the function once for the batch; raises as `numbers`."""
+        ids = [request.rollout_id for request in requests]
+        scores = self.numbers(
+            [request.prompt_text for request in requests],
+            [request.response_text for request in requests],
+            [f"rollout {rollout_id}" for rollout_id in ids],
+        )
+        return [ScoreResult(rollout_id=i, score=s) for i, s in zip(ids, scores, strict=True)]
+
+    def numbers(
+        self, prompts: Sequence[str], responses: Sequence[str], names: Sequence[str] | None = None
+    ) -> list[float]:
+        """One finite number per response; `names` is what errors call each, else its place.
 
         Raises:
-            RewardError: it raised, or returned something else than one finite number each.
+            RewardError: the function raised, or returned something else than one finite number
+                each; says which and where.
         """
-        prompts = [request.prompt_text for request in requests]
-        responses = [request.response_text for request in requests]
-        try:
-            scores = list(self._function(prompts, responses))
-        except Exception as error:
-            # The user's code may raise anything; it is named and passed on as the cause.
-            raise RewardError(
-                f"reward function {self.target} raised {type(error).__name__}: {error}"
-            ) from error
-        if len(scores) != len(requests):
-            raise RewardError(
-                f"reward function {self.target} returned {len(scores)} scores for "
-                f"{len(requests)} responses"
-            )
-        return [
-            ScoreResult(rollout_id=r.rollout_id, score=self._number(s, r.rollout_id))
-            for r, s in zip(requests, scores, strict=True)
-        ]
+        found = self._listed(self._call(list(prompts), list(responses)), len(responses))
+        called = names or [f"response {index + 1}" for index in range(len(found))]
+        return [self._number(score, name) for score, name in zip(found, called, strict=True)]
 
-    def _number(self, score: object, rollout_id: str) -> float:
+    def _call(self, prompts: list[str], responses: list[str]) -> Any:
+        """What the user's code returns; of an iterator, as many values as are needed to judge it.
+
+        The user's code may raise anything, and in a worker all of it is an error of that code's:
+        Ray would take SystemExit for a worker that ends as it was meant to, and start another one.
+        """
         try:
-            value = float(score)  # type: ignore[arg-type]
-        except (TypeError, ValueError, OverflowError):
+            inspect.signature(self._function).bind(prompts, responses)
+        except ValueError:
+            pass  # a function written in C may not tell its arguments
+        except TypeError as error:
+            raise RewardError(
+                f"{self._title} takes other arguments ({one_line(error)}); it is called as "
+                "f(prompts, responses)"
+            ) from None
+        try:
+            returned = self._function(prompts, responses)
+            if isinstance(returned, Iterator):
+                return list(islice(returned, len(responses) + 1))
+            whole = hasattr(returned, "tolist") and len(getattr(returned, "shape", ())) == 1
+            return returned.tolist() if whole else returned
+        except self._passes:
+            raise
+        except BaseException as error:
+            raise RewardError(f"{self._title} raised {_raised(error)}") from error
+
+    def _listed(self, returned: Any, count: int) -> list[Any]:
+        """The returned values, one for each response."""
+        wrong = _instead_of_values(returned)
+        if not wrong:
+            values = list(returned)
+            if len(values) == count:
+                return values
+            wrong = f"{len(values)} scores"
+        if inspect.iscoroutine(returned):
+            returned.close()  # else Python warns that nobody awaited it
+        responses = "1 response" if count == 1 else f"{count} responses"
+        raise RewardError(
+            f"{self._title} returned {wrong} for {responses}; return a list of "
+            f"{'1 number' if count == 1 else f'{count} numbers'}"
+        )
+
+    def _number(self, score: Any, name: str) -> float:
+        try:
+            value = math.nan if isinstance(score, str | bytes) or _shape(score) else float(score)
+        except Exception:  # whatever its __float__ raises, it is not a number
             value = math.nan
         if not math.isfinite(value):
             raise RewardError(
-                f"reward function {self.target} returned {score!r} for rollout {rollout_id}; "
+                f"{self._title} returned {one_line(repr(score))} for {name}; "
                 "a score is a finite number"
             )
         return value
 
 
-def _resolve(target: str) -> Callable[[list[str], list[str]], Sequence[float]]:
+class _Nothing(BaseException):
+    """Never raised: passes nothing on."""
+
+
+def _instead_of_values(returned: Any) -> str:
+    """What was returned, when it is nothing to take a number for each response from."""
+    kind = type(returned).__name__
+    if inspect.isawaitable(returned):
+        return f"a {kind} (take 'async' out of its definition, or wait for the result in it)"
+    if isinstance(returned, AsyncIterator):
+        return f"an {kind} (take 'async' out of its definition)"
+    if returned is None:
+        return "None"
+    if isinstance(returned, str | bytes | Mapping | Set):
+        return f"a {kind}"
+    if len(_shape(returned)) > 1:
+        return f"a {kind} of shape {list(_shape(returned))}"
+    if not isinstance(returned, Iterable) or (hasattr(returned, "shape") and not _shape(returned)):
+        return f"one {kind}"
+    return ""
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    """Of an array or a tensor; () of a number, and of what has none."""
+    found = getattr(value, "shape", ())
+    return tuple(found) if isinstance(found, tuple) else ()
+
+
+def _raised(error: BaseException) -> str:
+    """An exception of the user's code on one line, with the file and line of that code."""
+    name, text = type(error).__name__, one_line(error)
+    place = _place(traceback.extract_tb(error.__traceback__)[1:])  # the first frame is ours
+    return f"{name}{'' if text == name else f': {text}'}{place}"
+
+
+def _place(frames: Sequence[traceback.FrameSummary]) -> str:
+    """The innermost frame that is not the language's own, nor an installed package's if another
+    is there."""
+    paths = sysconfig.get_paths()
+    python = ("<frozen", paths["stdlib"], paths["platstdlib"])
+    for known in ((*python, paths["purelib"], paths["platlib"]), python):
+        if theirs := [frame for frame in frames if not frame.filename.startswith(known)]:
+            return f" ({theirs[-1].filename}:{theirs[-1].lineno})"
+    return ""
+
+
+Function = Callable[[list[str], list[str]], Any]
+
+
+def _resolve(target: str, role: str, passes: type[BaseException]) -> Function:
     """Import the function. Raises ConfigError naming the part that is missing."""
     module_name, colon, name = target.partition(":")
     if not colon or not module_name or not name:
-        raise ConfigError(f"reward function '{target}': write it as package.module:function")
+        raise ConfigError(f"{role} '{target}': write it as package.module:function")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ConfigError(f"reward function '{target}': {error}") from None
-    except Exception as error:
-        # The user's module may raise anything while it is imported, SyntaxError included.
+        raise ConfigError(f"{role} '{target}': {one_line(error)}") from None
+    except passes:
+        raise
+    except BaseException as error:
+        # The user's module may raise anything while it is imported, SystemExit included.
         raise ConfigError(
-            f"reward function '{target}': importing {module_name} raised "
-            f"{type(error).__name__}: {error}"
+            f"{role} '{target}': importing {module_name} raised {_raised(error)}"
         ) from error
     function = getattr(module, name, None)
     if function is None:
         near = difflib.get_close_matches(name, dir(module), 1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise ConfigError(f"reward function '{target}': {module_name} has no '{name}'{hint}")
+        raise ConfigError(f"{role} '{target}': {module_name} has no '{name}'{hint}")
     if not callable(function):
-        raise ConfigError(f"reward function '{target}': '{name}' is not a function")
+        raise ConfigError(f"{role} '{target}': '{name}' is not a function")
     return function  # type: ignore[no-any-return]

@@ -24,6 +24,7 @@ import torch
 from common.errors import RewardError
 from common.logprobs import Sampling
 from common.model_config import ModelConfig
+from common.out_of_memory import memory_for
 from common.trajectory import Rollout, ScoredTrajectory, extend, from_table, to_table
 from common.worker_config import RewardComponent, RewardServiceConfig
 from reward_service.http_scorer import HttpScorer, HttpScorerSettings
@@ -75,10 +76,6 @@ class RewardWorker:
             else:
                 self.scorers[name] = _scorer(component)
 
-    def ping(self) -> str:
-        """Answer once the worker has started."""
-        return f"reward-{os.getpid()}"
-
     def score(self, *tables: pa.Table) -> tuple[ScoreFacts, pa.Table]:
         """Score and add ref_logprobs to every rollout of the tables, in their order."""
         begin = time.perf_counter()
@@ -87,9 +84,12 @@ class RewardWorker:
         model_scores: list[float] = []
         ref_logprobs: list[list[float]] = []
         for batch in [rollouts] if self.merge else batches:
-            scores, logprobs = frozen_pass(
-                batch, self.settings.micro_batch_tokens, self.reward_model, self.reference
-            )
+            budget = self.settings.micro_batch_tokens
+            with memory_for(
+                f"a frozen pass of up to {budget} padded tokens",
+                "lower reward_service.micro_batch_tokens",
+            ):
+                scores, logprobs = frozen_pass(batch, budget, self.reward_model, self.reference)
             model_scores += scores
             ref_logprobs += logprobs
         components, dead = self._components(rollouts, model_scores)
@@ -135,7 +135,6 @@ class RewardWorker:
                 rollout_id=r.rollout_id,
                 prompt_text=r.prompt_text,
                 response_text=r.response_text,
-                finished=r.finish_reason != "length",
             )
             for r in rollouts
         ]

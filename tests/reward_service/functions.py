@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import AsyncIterator, Iterator
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
 
 VALUE = 3
 CALLS: list[tuple[list[str], list[str]]] = []
@@ -66,3 +74,122 @@ def beyond_float(prompts: list[str], responses: list[str]) -> list[int]:
 def beyond_float32(prompts: list[str], responses: list[str]) -> list[float]:
     """A finite double that is infinite on the wire."""
     return [1e300] * len(responses)
+
+
+def an_array(prompts: list[str], responses: list[str]) -> Any:
+    """NumPy's numbers."""
+    return np.arange(len(responses), dtype=np.float32)
+
+
+def a_tensor(prompts: list[str], responses: list[str]) -> Any:
+    """Torch's numbers, with a gradient that nobody wants."""
+    return torch.arange(len(responses), dtype=torch.bfloat16, requires_grad=True)
+
+
+def mixed(prompts: list[str], responses: list[str]) -> list[Any]:
+    """Numbers of every type."""
+    some = [True, Decimal("0.5"), Fraction(1, 4), np.float32(3), np.array(4), torch.tensor(5)]
+    return some[: len(responses)]
+
+
+async def coroutine(prompts: list[str], responses: list[str]) -> list[float]:
+    """Async where nothing waits."""
+    return [1.0] * len(responses)
+
+
+async def async_generator(prompts: list[str], responses: list[str]) -> AsyncIterator[float]:
+    """Async, and one at a time."""
+    for _ in responses:
+        yield 1.0
+
+
+def one_float(prompts: list[str], responses: list[str]) -> float:
+    """A mean instead of numbers."""
+    return 0.5
+
+
+def one_numpy_number(prompts: list[str], responses: list[str]) -> Any:
+    """A mean of NumPy's."""
+    return np.mean([1.0, 2.0])
+
+
+def a_point(prompts: list[str], responses: list[str]) -> Any:
+    """A tensor of no dimension."""
+    return torch.tensor(1.0)
+
+
+def a_column(prompts: list[str], responses: list[str]) -> Any:
+    """A reward model's output, not squeezed."""
+    return np.zeros((len(responses), 1))
+
+
+def a_dict(prompts: list[str], responses: list[str]) -> dict[str, float]:
+    """Scores by response."""
+    return dict.fromkeys(responses, 1.0)
+
+
+def a_text(prompts: list[str], responses: list[str]) -> str:
+    """As many characters as responses."""
+    return "1" * len(responses)
+
+
+def digits(prompts: list[str], responses: list[str]) -> list[str]:
+    """Numbers as texts."""
+    return ["1"] * len(responses)
+
+
+def rows(prompts: list[str], responses: list[str]) -> list[list[float]]:
+    """A list for a score."""
+    return [[0.5]] * len(responses)
+
+
+def endless(prompts: list[str], responses: list[str]) -> Iterator[float]:
+    """A generator that does not end."""
+    while True:
+        yield 1.0
+
+
+def late(prompts: list[str], responses: list[str]) -> Iterator[float]:
+    """A generator that fails on the way."""
+    yield 1.0
+    yield 1.0 / len(prompts[0])
+
+
+def of_one(response: str) -> float:
+    """Takes one response."""
+    return 1.0
+
+
+def wrong_inside(prompts: list[str], responses: list[str]) -> list[float]:
+    """A TypeError of its own."""
+    return [len(None) for _ in responses]  # type: ignore[arg-type]
+
+
+def exits(prompts: list[str], responses: list[str]) -> list[float]:
+    """Ends the program."""
+    sys.exit(0)
+
+
+def interrupts(prompts: list[str], responses: list[str]) -> list[float]:
+    """Raises what Ctrl-C raises."""
+    raise KeyboardInterrupt
+
+
+def out_of_memory(prompts: list[str], responses: list[str]) -> list[float]:
+    """Python's way to say it."""
+    raise MemoryError
+
+
+def out_of_gpu_memory(prompts: list[str], responses: list[str]) -> list[float]:
+    """Torch's way to say it, on several lines."""
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+
+
+def deep(prompts: list[str], responses: list[str]) -> list[float]:
+    """Calls itself for ever."""
+    return deep(prompts, responses)
+
+
+def ends_its_process(prompts: list[str], responses: list[str]) -> list[float]:
+    """What a crash in native code looks like."""
+    os._exit(3)

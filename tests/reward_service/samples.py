@@ -41,9 +41,7 @@ def rollouts(count: int, *, seed: int = 0, vocab: int = 200, prefix: str = "0") 
 def requests(count: int) -> list[ScoreRequest]:
     """Requests r0, r1, ... whose responses spell their number."""
     return [
-        ScoreRequest(
-            rollout_id=f"r{i}", prompt_text=f"ask {i}", response_text=str(i), finished=True
-        )
+        ScoreRequest(rollout_id=f"r{i}", prompt_text=f"ask {i}", response_text=str(i))
         for i in range(count)
     ]
 

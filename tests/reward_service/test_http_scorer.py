@@ -26,7 +26,7 @@ def closed_port() -> str:
 
 def test_the_endpoint_gets_what_was_agreed_in_batches() -> None:
     asked = [
-        ScoreRequest(rollout_id="r0", prompt_text='ä "q"\n', response_text="7", finished=True),
+        ScoreRequest(rollout_id="r0", prompt_text='ä "q"\n', response_text="7"),
         *requests(5)[1:],
     ]
     with Endpoint(fine) as endpoint:
@@ -124,6 +124,9 @@ def test_a_failure_that_passes_is_retried(failure: Reply) -> None:
         pytest.param(scores([("r0", 1), ("r1", float("nan"))]).body, "r1 is nan", id="NaN"),
         pytest.param(scores([("r0", float("-inf")), ("r1", 1)]).body, "r0 is -inf", id="-inf"),
         pytest.param(scores([("r0", 1), ("r0", 1), ("r1", 1)]).body, "twice", id="doubled"),
+        pytest.param(b"<html>busy</html>", "no JSON but b'<html>busy</html>'", id="what it is"),
+        pytest.param(scores([("r0", "1"), ("r1", 1)]).body, 'of r0 is "1"', id="score a text"),
+        pytest.param(b'{"scores": [0.5, 1]}', "an entry is 0.5", id="bare numbers"),
         pytest.param(scores([("r0", 1)]).body, "asked for: r1", id="missing"),
         pytest.param(scores([]).body, "asked for: r0", id="none"),
         pytest.param(scores([("r0", 1), ("x9", 1)]).body, "asked for: r1", id="wrong"),

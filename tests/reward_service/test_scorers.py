@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import inspect
+import re
+
 import pytest
 
 from common.errors import ConfigError, RewardError
@@ -11,7 +14,7 @@ MODULE = "tests.reward_service.functions"
 
 def requests(*responses: str) -> list[ScoreRequest]:
     return [
-        ScoreRequest(rollout_id=f"r{i}", prompt_text="p" * i, response_text=r, finished=True)
+        ScoreRequest(rollout_id=f"r{i}", prompt_text="p" * i, response_text=r)
         for i, r in enumerate(responses)
     ]
 
@@ -53,7 +56,8 @@ def test_nothing_to_score_is_no_error() -> None:
         (f"{MODULE}:speled", "did you mean 'spelled'?"),
         (f"{MODULE}:zzz", f"{MODULE} has no 'zzz'"),
         (f"{MODULE}:VALUE", "'VALUE' is not a function"),
-        ("tests.reward_service.broken_module:f", "ValueError: no reward model next to me"),
+        ("tests.reward_service.broken_module:f", "ValueError: no reward model next to me (/"),
+        ("tests.reward_service.exiting_module:f", "raised SystemExit: 2 (/"),
     ],
 )
 def test_a_target_that_is_no_function_is_a_config_error(target: str, named: str) -> None:
@@ -74,7 +78,26 @@ def test_nothing_is_suggested_that_is_not_near() -> None:
     ("name", "named"),
     [
         ("one_short", "returned 2 scores for 3 responses"),
-        ("nothing", "TypeError: 'NoneType' object is not iterable"),
+        ("nothing", "returned None for 3 responses; return a list of 3 numbers"),
+        ("coroutine", "returned a coroutine (take 'async' out"),
+        ("async_generator", "returned an async_generator (take 'async' out"),
+        ("one_float", "returned one float for 3 responses; return a list of 3 numbers"),
+        ("one_numpy_number", "returned one float64 for 3 responses; "),
+        ("a_point", "returned one Tensor for 3 responses; "),
+        ("a_column", "returned a ndarray of shape [3, 1] for 3 responses; "),
+        ("a_dict", "returned a dict for 3 responses; "),
+        ("a_text", "returned a str for 3 responses; "),
+        ("digits", "returned '1' for rollout r0; a score is a finite number"),
+        ("rows", "returned [0.5] for rollout r0; "),
+        ("endless", "returned 4 scores for 3 responses; "),
+        ("late", "raised ZeroDivisionError: "),
+        ("of_one", "takes other arguments ("),
+        ("wrong_inside", "raised TypeError: object of type 'NoneType' has no len() (/"),
+        ("exits", "raised SystemExit: 0 (/"),
+        ("interrupts", "raised KeyboardInterrupt (/"),
+        ("out_of_memory", "raised MemoryError (/"),
+        ("out_of_gpu_memory", "raised OutOfMemoryError: CUDA out of memory. Tried to allocate 2"),
+        ("deep", "raised RecursionError: "),
         ("raising", "raised KeyError: 'score'"),
         ("second_is_nan", "returned nan for rollout r1"),
         ("infinite", "returned inf for rollout r0"),
@@ -90,6 +113,45 @@ def test_a_broken_function_is_a_reward_error_that_names_it(name: str, named: str
     message = str(caught.value)
     assert message.startswith(f"reward function {MODULE}:{name} ") and named in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["wrong_inside", "late", "exits", "deep"])
+def test_what_was_raised_is_named_with_the_line_of_the_users_code(name: str) -> None:
+    with pytest.raises(RewardError) as caught:
+        FunctionScorer(f"{MODULE}:{name}").score(requests("1", "2", "3"))
+    first = inspect.getsourcelines(getattr(functions, name))[1]
+    found = re.search(r"\((\S+):(\d+)\)$", str(caught.value))
+    assert found is not None and found[1] == functions.__file__
+    assert first < int(found[2]) < first + 5
+
+
+def test_arrays_and_numbers_of_any_type_are_scores() -> None:
+    for name, expected in (
+        ("an_array", [0.0, 1.0, 2.0]),
+        ("a_tensor", [0.0, 1.0, 2.0]),
+        ("mixed", [1.0, 0.5, 0.25, 3.0, 4.0, 5.0]),
+    ):
+        results = FunctionScorer(f"{MODULE}:{name}").score(requests(*"abcdef"[: len(expected)]))
+        assert [r.score for r in results] == expected
+        assert all(type(r.score) is float for r in results)
+
+
+def test_a_judge_says_the_same_in_its_own_name() -> None:
+    judge = FunctionScorer(f"{MODULE}:one_float", role="evaluate.judge", command=True)
+    with pytest.raises(RewardError) as caught:
+        judge.numbers(["p"], ["r"])
+    assert str(caught.value) == (
+        f"evaluate.judge {MODULE}:one_float returned one float for 1 response; "
+        "return a list of 1 number"
+    )
+    with pytest.raises(RewardError, match="returned nan for response 2; "):
+        FunctionScorer(f"{MODULE}:second_is_nan").numbers(["p", "p"], ["r", "r"])
+
+
+def test_ctrl_c_in_a_command_stays_ctrl_c() -> None:
+    judge = FunctionScorer(f"{MODULE}:interrupts", role="evaluate.judge", command=True)
+    with pytest.raises(KeyboardInterrupt):
+        judge.numbers(["p"], ["r"])
 
 
 def test_the_cause_of_a_raise_is_kept() -> None:

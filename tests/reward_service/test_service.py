@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -230,10 +229,6 @@ def test_a_model_component_needs_a_reward_model(workspace: RunConfig) -> None:
             1,
             merge=True,
         )
-
-
-def test_a_worker_that_started_answers(workspace: RunConfig) -> None:
-    assert worker(workspace, SPELLED).ping() == f"reward-{os.getpid()}"
 
 
 def test_a_table_of_another_kind_is_refused(workspace: RunConfig) -> None:
