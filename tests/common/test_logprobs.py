@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from common.logprobs import (
     Sampling,
     chosen_logprobs,
+    chosen_reader,
     draw,
     sampling_logits,
     sampling_logprobs,
@@ -70,6 +71,38 @@ def test_the_distribution_is_the_definition(
 def test_greedy_is_certain() -> None:
     logprobs = sampling_logprobs(torch.tensor([[0.0, 3.0, 1.0]]), Sampling(temperature=0.0))
     assert logprobs.tolist() == [[-math.inf, 0.0, -math.inf]]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "filters"),
+    [
+        (Sampling(), False),
+        (Sampling(temperature=0.5, min_tokens=3, endings=(1,)), False),
+        (Sampling(top_p=0.99), True),
+        (Sampling(top_k=7), True),
+        (Sampling(min_p=0.01), True),
+        (Sampling(temperature=0.0), True),
+    ],
+)
+def test_the_whole_distribution_keeps_temperature_and_length(
+    sampling: Sampling, filters: bool
+) -> None:
+    whole = sampling.unfiltered
+    assert sampling.filters == filters
+    assert (whole.top_p, whole.top_k, whole.min_p) == (1.0, 0, 0.0)
+    assert whole.temperature == (sampling.temperature or 1.0)
+    assert (whole.min_tokens, whole.endings) == (sampling.min_tokens, sampling.endings)
+    assert not whole.filters
+
+
+def test_the_reader_adds_what_the_filter_leaves_out() -> None:
+    """Of probabilities 0.6, 0.3 and 0.1, top-k 2 keeps two thirds and a third."""
+    logits = torch.tensor([0.6, 0.3, 0.1]).log().expand(3, 3)
+    chosen = torch.tensor([[0, 1, 1]])
+    read = chosen_reader(chosen, Sampling(top_k=2), lambda x: x[:, 2], unfiltered=True)
+    found = read(logits, slice(3)).exp()
+    expected = [[2 / 3, 0.1, 0.6], [1 / 3, 0.1, 0.3], [1 / 3, 0.1, 0.3]]
+    torch.testing.assert_close(found, torch.tensor(expected))
 
 
 def test_a_drawn_token_outside_the_filter_keeps_a_finite_logprob() -> None:

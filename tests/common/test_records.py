@@ -44,6 +44,7 @@ def trajectories(draw: st.DrawFn) -> ScoredTrajectory:
         response_ids=response,
         response_text=draw(st.text(max_size=5)),
         behavior_logprobs=draw(numbers),
+        unfiltered_logprobs=draw(st.none() | numbers),
         finish_reason=draw(st.sampled_from(["eos", "length"])),
         policy_version=draw(st.integers(0, 2**40)),
         weights_fingerprint="f",
@@ -62,13 +63,21 @@ def test_trajectories_come_back_from_arrow(rows: list[ScoredTrajectory]) -> None
 
 @given(trajectories())
 def test_lists_that_disagree_are_refused(row: ScoredTrajectory) -> None:
-    for name in ("behavior_logprobs", "ref_logprobs"):
-        bad = dataclasses.replace(row, **{name: [*getattr(row, name), 0.0]})
+    for name in ("behavior_logprobs", "unfiltered_logprobs", "ref_logprobs"):
+        bad = dataclasses.replace(row, **{name: [*(getattr(row, name) or row.response_ids), 0.0]})
         with pytest.raises(ValueError, match=name):
             to_table([bad], ScoredTrajectory)
     for name in ("prompt_ids", "response_ids"):
         with pytest.raises(ValueError, match="empty"):
             to_table([dataclasses.replace(row, **{name: []})], ScoredTrajectory)
+
+
+@given(trajectories())
+def test_where_nothing_filters_the_policys_logprobs_are_the_behaviours(
+    row: ScoredTrajectory,
+) -> None:
+    whole = row.unfiltered_logprobs
+    assert row.policy_logprobs == (row.behavior_logprobs if whole is None else whole)
 
 
 def test_a_table_of_another_kind_is_refused() -> None:

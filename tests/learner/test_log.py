@@ -55,7 +55,7 @@ def test_a_log_says_which_adapter_sampled(tmp_path: Path) -> None:
 
 def test_a_log_from_before_there_were_adapters_is_of_whole_weights(tmp_path: Path) -> None:
     path = written(tmp_path, "")
-    old = pq.read_table(path).drop_columns(["adapter"])
+    old = pq.read_table(path).drop_columns(["adapter", "unfiltered_logprobs"])
     note = json.loads(old.schema.metadata[b"talipot"])
     del note["config"]["rollout"]["lora"], note["config"]["train"]["lora"]
     old = old.replace_schema_metadata({b"talipot": json.dumps(note)})

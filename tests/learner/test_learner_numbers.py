@@ -1,0 +1,146 @@
+"""What a real learner makes of a batch whose right numbers are known: one rank, one iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from actors.engine import Engine
+from common.config import RunConfig
+from common.logprobs import sampling_of
+from common.palm import PaLM
+from common.trajectory import Rollout, ScoredTrajectory, extend, to_table
+from common.weights import load_weights
+from deploy.gang import LearnerGang
+from reward_service.models import ReferencePolicy, frozen_pass
+from tests.actors.test_engine import requests
+from tests.conftest import run_copy
+
+pytestmark = pytest.mark.usefixtures("cluster")
+EOS = 1
+
+
+@pytest.fixture(scope="module")
+def gang(workspace: RunConfig, cluster: None) -> Iterator[LearnerGang]:
+    learner = workspace.learner.model_copy(update={"ranks": 1})
+    made = LearnerGang(workspace.model_copy(update={"learner": learner}), "numbers")
+    yield made
+    made.stop()
+
+
+def batch(config: RunConfig, scores: list[float], away: float = 0.0) -> pa.Table:
+    """What the supervised policy samples, with its own log-probabilities as the reference's.
+
+    Args:
+        away: added to the log-probabilities that were sampled with.
+    """
+    path = config.run_dir / "sft" / "policy.safetensors"
+    palm = PaLM(config.model)
+    load_weights(palm, path, prefix="palm.")
+    sampling = sampling_of(config.rollout, EOS)
+    engine = Engine(palm.eval().requires_grad_(False), eos_id=EOS, sampling=sampling, max_tokens=8)
+    asked = requests([3, 9, 1, 17, 5, 2, 8, 4], copies=2)
+    rollouts = [
+        extend(
+            request,
+            Rollout,
+            response_ids=made.response_ids,
+            response_text="",
+            behavior_logprobs=[x + away for x in made.logprobs],
+            unfiltered_logprobs=made.unfiltered,
+            finish_reason=made.finish_reason,
+            policy_version=0,
+            weights_fingerprint="",
+            actor_id="",
+        )
+        for request, made in zip(asked, engine.generate(asked), strict=True)
+    ]
+    reference = ReferencePolicy(config.model, path, sampling)
+    _, logprobs = frozen_pass(rollouts, 500, None, reference)
+    made = [
+        extend(
+            rollout,
+            ScoredTrajectory,
+            score=scores[i % len(scores)],
+            score_components={},
+            ref_logprobs=logprobs[i],
+            reward_version=0,
+        )
+        for i, rollout in enumerate(rollouts)
+    ]
+    return to_table(made, ScoredTrajectory)
+
+
+def learn(gang: LearnerGang, config: RunConfig, table: pa.Table) -> dict[str, float]:
+    reward = str(config.run_dir / "reward_model" / "reward.safetensors")
+    policy = str(config.run_dir / "sft" / "policy.safetensors")
+    gang.call("begin_train", config, policy, reward, EOS)
+    found: dict[str, float] = gang.call("policy_phase", 0, None, table)
+    return found
+
+
+def recipe(workspace: RunConfig, folder: Path, precision: str = "fp32", **train: Any) -> RunConfig:
+    settings = {"ppg": None, "samples_per_prompt": 2, "missing_eos_penalty": None, "minibatches": 1}
+    return run_copy(
+        workspace,
+        folder,
+        learner={"ranks": 1, "zero_stage": 0, "precision": precision},
+        train=settings | train,
+    )
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [{"top_p": 0.9}, {"top_k": 4, "temperature": 0.7}, {"min_p": 0.2, "min_response_tokens": 3}],
+)
+def test_equal_policies_are_no_nats_apart_whatever_filters(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path, filters: dict[str, Any]
+) -> None:
+    config = recipe(workspace, tmp_path)
+    rollout = config.rollout.model_copy(update=filters)
+    config = config.model_copy(update={"rollout": rollout})
+    found = learn(gang, config, batch(config, [0.3, -1.0, 0.8]))
+    assert found["kl"] == pytest.approx(0.0, abs=1e-4), "of whole distributions"
+    assert found["ratio_deviation"] < 1e-4, "of the distribution that was sampled from"
+    assert found["mismatch_kl"] < 1e-8
+    assert found["mismatch_ratio"] == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo", "reinforce_pp"])
+def test_equal_scores_move_nothing(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path, algorithm: str
+) -> None:
+    """Also where log-probabilities carry the noise of bf16: its normalised gradient was 0.7."""
+    for precision, coef, most in (("fp32", 0.0, 0.0), ("fp32", 0.1, 1e-5), ("bf16", 0.1, 0.05)):
+        folder = tmp_path / f"{precision}{coef}"
+        config = recipe(workspace, folder, precision, algorithm=algorithm, kl_coef=coef)
+        found = learn(gang, config, batch(config, [1.0]))
+        assert found["gradient_norm"] <= most, (precision, coef)
+
+
+def test_a_mismatch_is_measured_always_and_corrected_where_precisions_differ(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path
+) -> None:
+    """Probabilities at sampling were half of the learner's: weights of 2, or of the cap."""
+    norms = {}
+    for precision in ("fp32", "bf16"):
+        for cap in (1.0, 1.5, 8.0):
+            config = recipe(
+                workspace,
+                tmp_path / f"{precision}{cap}",
+                precision,
+                algorithm="reinforce_pp",
+                behavior_cap=cap,
+                kl_coef=0.0,
+            )
+            found = learn(gang, config, batch(config, [0.0, 1.0, 3.0], away=-0.6931))
+            norms[precision, cap] = found["gradient_norm"]
+            assert found["mismatch_ratio"] == pytest.approx(2.0, rel=0.1)
+            assert found["mismatch_kl"] == pytest.approx(2.0 - 1.0 - 0.6931, rel=0.1)
+    assert norms["fp32", 1.0] == norms["fp32", 1.5] == norms["fp32", 8.0], "nothing to correct"
+    assert norms["bf16", 1.5] == pytest.approx(1.5 * norms["bf16", 1.0], rel=0.05)
+    assert norms["bf16", 8.0] == pytest.approx(2.0 * norms["bf16", 1.0], rel=0.05)
