@@ -36,8 +36,10 @@ from tests.deploy.simulated import TOKENS, SleepingActor
 
 
 def refused(request: RolloutRequest) -> bool:
-    """Whether a request's response will get no score: ``SHARE`` of all, as its prompt says."""
-    return request.seed < float(request.prompt_text) * 2**64
+    """Whether a request's response will get no score, as its prompt says: ``SHARE FIRST`` is this
+    share of all, from that iteration on."""
+    share, first = request.prompt_text.split()
+    return int(request.rollout_id[:6]) >= int(first) and request.seed < float(share) * 2**64
 
 
 class RefusingScorer:
@@ -156,13 +158,15 @@ class Workshop:
             made.append(pool)
         return made[0], made[1]
 
-    def controller(self, config: RunConfig, gang: Notes, share: float, **options: Any) -> Watched:
-        return Watched(config, prompts(share), gang, *self.pools(), **options)
+    def controller(
+        self, config: RunConfig, gang: Notes, share: float, first: int = 0, **options: Any
+    ) -> Watched:
+        return Watched(config, prompts(share, first), gang, *self.pools(), **options)
 
 
-def prompts(share: float) -> list[EncodedPrompt]:
-    """Some, of whose responses this share is refused."""
-    return [EncodedPrompt(uid=f"p{i}", text=str(share), ids=[1]) for i in range(5)]
+def prompts(share: float, first: int = 0) -> list[EncodedPrompt]:
+    """Some, of whose responses this share is refused, from this iteration on."""
+    return [EncodedPrompt(uid=f"p{i}", text=f"{share} {first}", ids=[1]) for i in range(5)]
 
 
 def requests(config: RunConfig, share: float) -> list[list[RolloutRequest]]:
@@ -194,7 +198,7 @@ def reasons(config: RunConfig, share: float) -> dict[str, int]:
 
 
 def recipe(folder: Path, seed: int, **train: Any) -> RunConfig:
-    """A run of 12 rollouts an iteration, in leases of 4, two responses to a prompt."""
+    """A run of 12 rollouts an iteration, in leases of 4; by default two responses to a prompt."""
     settings = {
         "iterations": 4,
         "prompts_per_iteration": 6,

@@ -13,10 +13,10 @@ import ray
 
 from common.errors import ClusterError, TrainingError, WorkerError
 from common.trajectory import Rollout, from_table
-from deploy.collector import Stale
+from deploy.collector import Scored, Stale
 from deploy.placement import waiting_for
 from deploy.pool import Surroundings
-from tests.deploy.simulated import Rig, is_running
+from tests.deploy.simulated import LEASE, Rig, is_running
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -274,6 +274,43 @@ def test_what_is_too_old_is_never_trained(rig: Callable[..., Rig], stale: Stale)
     here.ledger.train(row.rollout_id for row in rows)
     here.ledger.check()
     assert here.ledger.in_flight == 0
+
+
+def test_what_staleness_leaves_alone_is_dropped_too(rig: Callable[..., Rig]) -> None:
+    """Prompts' responses in leases of their own: some are of one old and one new version."""
+    here = rig(1)
+    here.ledger.issue(5, here.prompts.requests(5, 8, 2), 1)
+    here.pump_until(lambda: here.ledger.count("committed") >= 3)
+    here.publish(5)
+    batch: list[Scored] | None = None
+    while batch is None:
+        here.collector.pump(0.02)
+        batch = here.collector.take(5, oldest=4, stale="drop", least=2)
+    trained = [i for s in batch for i in s.trained]
+    assert {s.policy_version for s in batch} == {5}
+    dropped = here.ledger.dropped
+    assert dropped["stale"] >= 3
+    assert dropped["lone"] == dropped["stale"] % 2
+    assert trained == [f"000005-{i:06d}" for i in range(16 - len(trained), 16)]
+    here.ledger.train(trained)
+    here.ledger.check()
+    assert here.ledger.in_flight == 0
+
+
+def test_calls_of_a_history_rolled_back_twice_are_thrown_away(rig: Callable[..., Rig]) -> None:
+    """Their version fits the second history again, which it never was part of."""
+    here = rig(2, seconds_per_token=0.05)
+    requests = here.prompts.requests(3, 16, 1)
+    here.publish(3)
+    here.ledger.issue(3, requests, LEASE)
+    here.pump_until(lambda: here.ledger.count("leased") == 16)
+    for version in (2, 4):
+        here.ledger = here.ledger.rewound(None)
+        here.ledger.issue(3, requests, LEASE)
+        here.collector.rewind(here.ledger, version, 1)
+        assert here.ledger.count("queued") == 16
+    here.everything_once(16)
+    assert here.pool.failures == 0
 
 
 def test_actors_that_never_get_new_weights_are_an_error_and_no_endless_loop(

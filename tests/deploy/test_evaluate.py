@@ -10,16 +10,19 @@ import pytest
 from actors.prompts import EncodedPrompt
 from common.adapter_files import adapter_of, export_merged
 from common.config import RunConfig
+from common.errors import RewardError
 from common.lora import OFF, base_fingerprint
 from common.palm import PolicyNetwork
 from common.tokenizer import Tokenizer
 from common.weights import load_weights
+from common.worker_config import RewardServiceConfig
 from deploy.evaluate import Sampled, compare, policy_weights, sample_both, sample_scored
 from deploy.placement import reward_pool, rollout_pool
 from deploy.pool import Pool
 from deploy.stages import read_encoded_prompts
 from tests.actors.adapters import SETTINGS, carry
 from tests.conftest import run_copy
+from tests.reward_service.endpoint import Endpoint, Reply, Rows, always, scores
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -107,3 +110,35 @@ def test_whole_weights_take_turns(
     assert workspace.train.adapter == OFF
     assert before.responses == adapters[0].responses
     assert after.responses == adapters[1].responses, "the exported policy is the adapter, merged"
+
+
+def test_equal_policies_tie_whatever_an_endpoint_refuses(
+    trained: RunConfig, pools: tuple[Pool, Pool], prompts: list[EncodedPrompt]
+) -> None:
+    """Every fifth response gets no score; of the two sides they are of different prompts."""
+
+    def answer(number: int, rows: Rows) -> Reply:
+        (row,) = rows
+        at, side = divmod(int(row["rollout_id"][-6:]), 2)
+        if (at + 2 * side) % 5 == 0:
+            return Reply(status=400)
+        return scores([(row["rollout_id"], len(row["prompt"]))])
+
+    with Endpoint(answer) as endpoint:
+        judge = {"kind": "http", "target": endpoint.url, "batch_size": 1}
+        service = RewardServiceConfig.model_validate({"components": {"judge": judge}})
+        config = trained.model_copy(update={"reward_service": service})
+        folder = trained.run_dir
+        refusing = reward_pool(config, "refusing", folder / "tokenizer.json", sft(trained), None)
+        weights = sft(config), sft(config)
+        before, after = sample_both(config, *weights, prompts, pools[0], refusing, label="eval")
+        endpoint.behave = always(Reply(status=400))
+        with pytest.raises(RewardError, match=r"every one of 50 responses.*judge: HTTP 400"):
+            sample_both(config, *weights, prompts, pools[0], refusing, label="eval")
+        refusing.stop()
+    assert before.prompts == [i for i in range(25) if i % 5]
+    assert after.prompts == [i for i in range(25) if (i + 2) % 5]
+    found = compare([prompt.text for prompt in prompts], before, after, None)
+    assert (found["win_rate"], found["ties_share"]) == (0.5, 1.0)
+    assert (found["pairs_judged"], found["pairs_asked"]) == (15, 25)
+    assert found["score_sft"] == found["score_policy"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -212,6 +214,100 @@ def test_rollouts_that_outlived_a_failure_are_kept() -> None:
         "000001-000003",
     ]
     after.check()
+
+
+def compositions(ledger: Ledger) -> list[list[int]]:
+    """Numbers of the rollouts of every waiting lease, in the order they are handed out."""
+    found = []
+    for at in range(ledger.queued):
+        found.append([int(i[-6:]) for i in ledger.lease(f"w{at}", math.inf).rollout_ids])
+    return found
+
+
+def drop(ledger: Ledger, iteration: int, *numbers: int) -> None:
+    """Commit everything that waits, and drop some of it."""
+    while ledger.queued:
+        ledger.commit(ledger.lease("a", math.inf).rollout_ids)
+    ledger.drop([f"{iteration:06d}-{number:06d}" for number in numbers], "dead letter")
+
+
+def restored(ledger: Ledger) -> Ledger:
+    return Ledger.restore(json.loads(json.dumps(ledger.state())))
+
+
+def test_leases_are_composed_the_same_whenever_they_are_issued() -> None:
+    """Dropped rollouts are missing from theirs, and no other is moved up."""
+    ledger = Ledger()
+    ledger.issue(0, requests(0, 12), 4)
+    drop(ledger, 0, 1, 4, 5, 6, 7)
+    after = restored(ledger)
+    after.issue(0, requests(0, 12), 4)
+    assert after.issued == 12
+    assert compositions(after) == [[0, 2, 3], [8, 9, 10, 11]]
+
+
+def test_a_lease_under_way_goes_on_beside_what_was_dropped_before_it() -> None:
+    ledger = Ledger()
+    ledger.issue(0, requests(0, 8), 4)
+    ledger.commit(ledger.lease("a", math.inf).rollout_ids)
+    ledger.drop(["000000-000001"], "dead letter")
+    under_way = ledger.lease("b", math.inf)
+    books = ledger.rewound(json.loads(json.dumps(ledger.state())))
+    books.issue(0, requests(0, 8), 4)
+    books.adopt(under_way, "b", 9.0)
+    assert books.overdue(10.0) == [(under_way, "b")]
+    assert compositions(books) == [[0, 2, 3]]
+    books.check()
+
+
+def test_what_restored_books_do_not_know_to_be_dropped_waits_beside_a_lease_under_way() -> None:
+    """Dropped after the checkpoint, and the rest of its lease sampled again since."""
+    ledger = Ledger()
+    ledger.issue(0, requests(0, 4), 4)
+    ids = ledger.lease("a", math.inf).rollout_ids
+    ledger.commit(ids)
+    ledger.drop(ids[1:2], "dead letter")
+    ledger.resample([ids[0], *ids[2:]], "lost")
+    under_way = ledger.lease("b", math.inf)
+    books = ledger.rewound(None)
+    books.issue(0, requests(0, 4), 4)
+    books.adopt(under_way, "b", math.inf)
+    assert compositions(books) == [[1]]
+    books.check()
+    with pytest.raises(LedgerError, match="not waiting"):
+        books.adopt(under_way, "b", math.inf)
+
+
+@pytest.mark.parametrize(("dead", "least"), [((0, 1, 2, 3), 1), ((0, 2), 2)])
+def test_an_iteration_of_which_nothing_can_be_trained_is_issued_once_more(
+    dead: tuple[int, ...], least: int
+) -> None:
+    """Whoever resumes has mended the endpoint; what stayed dropped could never be trained."""
+
+    def paired(iteration: int) -> list[RolloutRequest]:
+        made = requests(iteration, 4)
+        return [replace(request, group=at // 2) for at, request in enumerate(made)]
+
+    ledger = Ledger()
+    ledger.issue(0, paired(0), 2)
+    ledger.issue(1, paired(1), 2)
+    while ledger.queued:
+        ledger.commit(ledger.lease("a", math.inf).rollout_ids)
+    ledger.drop([f"000001-{at:06d}" for at in dead], "dead letter")
+    ledger.train([f"000000-{at:06d}" for at in range(4)])
+    after = restored(ledger)
+    after.issue(1, paired(1), 2, least=least)
+    assert compositions(after) == [[0, 1], [2, 3]]
+    assert after.dropped == {"dead letter": len(dead)}
+    ids = [f"000001-{at:06d}" for at in range(4)]
+    after.commit(ids)
+    after.train(ids)
+    after.check()
+    assert after.issued == 8 + len(dead), "those were issued twice, dropped once, trained once"
+    with pytest.raises(LedgerError, match="issued twice"):
+        after.issue(0, paired(0), 2)
+    with pytest.raises(LedgerError, match="issued twice"):
+        after.issue(1, paired(1), 2)
 
 
 def test_what_cannot_be_is_refused() -> None:

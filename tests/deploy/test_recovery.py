@@ -16,12 +16,14 @@ from rich.console import Console
 
 from common.config import RunConfig
 from common.errors import DataError, WorkerError
-from common.trajectory import ScoredTrajectory, from_table
+from common.trajectory import ScoredTrajectory, derive_seed, from_table
 from deploy.gang import LearnerGang
 from deploy.replay import replay_run
 from learner.engine import ZeroEngine
+from learner.log import read_log
 from tests.conftest import run_copy
 from tests.deploy.test_controller import Run, _stop_idle_pools, finish
+from tests.reward_service.endpoint import Endpoint, Reply, Rows, scores
 
 pytestmark = pytest.mark.usefixtures("cluster", _stop_idle_pools.__name__)
 
@@ -120,6 +122,55 @@ def test_an_asynchronous_run_goes_on_within_its_bounds_and_can_be_replayed(
     log.write_bytes(other.read_bytes())
     with pytest.raises(DataError, match=r"iteration-000002\.parquet: .*iteration 1"):
         replay_run(config, console)
+
+
+def test_grpo_goes_on_without_what_an_endpoint_refuses_and_can_be_replayed(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path
+) -> None:
+    """A quarter of the responses gets no score, in asynchronous mode, and a rank dies."""
+
+    def refuses(rollout_id: str) -> bool:
+        return derive_seed(rollout_id) % 4 == 0
+
+    def answer(number: int, rows: Rows) -> Reply:
+        (row,) = rows
+        if refuses(row["rollout_id"]):
+            return Reply(status=400)
+        return scores([(row["rollout_id"], len(row["response"]))])
+
+    train = {
+        "algorithm": "grpo",
+        "prompts_per_iteration": 8,
+        "samples_per_prompt": 2,
+        "ppg": None,
+        "max_staleness": 2,
+        "iterations": 4,
+        "checkpoint_every": 2,
+    }
+    ids = [[f"{i:06d}-{j:06d}" for j in range(16)] for i in range(4)]
+    whole = [
+        pair
+        for of_one in ids
+        for pair in zip(of_one[::2], of_one[1::2], strict=True)
+        if not any(map(refuses, pair))
+    ]
+    dead = sum(refuses(i) for of_one in ids for i in of_one)
+    with Endpoint(answer) as endpoint:
+        judge = {"kind": "http", "target": endpoint.url, "batch_size": 1}
+        components = {"components": {"judge": judge}}
+        config = run_copy(workspace, tmp_path, train=train, reward_service=components)
+        arm(gang, "step", 7)  # in iteration 3, of which 2 is the newest checkpoint
+        with Run(config, gang) as controller:
+            facts = controller.run()
+            ledger = controller.ledger
+    assert facts["learner_restarts"] == 1
+    assert facts["rollouts_issued"] == facts["rollouts_trained"] + facts["rollouts_dropped"] == 64
+    assert ledger.dropped == {"dead letter": dead, "lone": 64 - dead - 2 * len(whole)}
+    rows = [r["rollout_id"] for i in range(4) for r in read_log(config.run_dir, i)[0].to_pylist()]
+    assert rows == [rollout_id for pair in whole for rollout_id in pair]
+    assert facts["rollouts_trained"] == len(rows)
+    replayed = replay_run(config, Console(file=io.StringIO()))
+    assert replayed["replayed_hash"] == facts["weights_hash"]
 
 
 def test_a_rank_that_keeps_dying_ends_the_run_and_is_named(

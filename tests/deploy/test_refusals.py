@@ -33,7 +33,7 @@ def settle(controller: Watched, gang: Notes) -> None:
     """What holds of every run that has ended well."""
     ledger, config = controller.ledger, controller.config
     ledger.check()
-    assert ledger.in_flight == 0
+    assert (ledger.in_flight, ledger.refused) == (0, 0)
     rows = [rollout_id for ids in gang.rows().values() for rollout_id in ids]
     assert len(rows) == len(set(rows)) == ledger.trained, "each trained at most once"
     assert ledger.issued == ledger.trained + sum(ledger.dropped.values())
@@ -47,6 +47,7 @@ def settle(controller: Watched, gang: Notes) -> None:
 @given(
     algorithm=st.sampled_from(ALGORITHMS),
     staleness=st.sampled_from([0, 2]),
+    samples=st.sampled_from([2, 4]),
     share=st.sampled_from([0.0, 0.1, 0.3, 0.6]),
     seed=st.integers(0, 2**20),
     every=st.integers(0, 2),
@@ -57,6 +58,7 @@ def test_every_rollout_is_trained_once_or_dropped_with_its_reason(
     workshop: Workshop,
     algorithm: str,
     staleness: int,
+    samples: int,
     share: float,
     seed: int,
     every: int,
@@ -70,6 +72,8 @@ def test_every_rollout_is_trained_once_or_dropped_with_its_reason(
             seed,
             algorithm=algorithm,
             max_staleness=staleness,
+            prompts_per_iteration=12 // samples,
+            samples_per_prompt=samples,
             checkpoint_every=every,
         )
         wanted = expected(config, share)
@@ -89,3 +93,27 @@ def test_every_rollout_is_trained_once_or_dropped_with_its_reason(
         assert gang.rows() == wanted
         settle(controller, gang)
         assert controller.ledger.dropped == reasons(config, share)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_run_that_ended_for_want_of_scores_can_be_resumed(
+    workshop: Workshop, algorithm: str, tmp_path: Path
+) -> None:
+    """The checkpoint knows dead letters of iterations ahead. They stay dropped where others of
+    their iteration are left; where none are, all of it is sampled once more."""
+    config = recipe(tmp_path, 3, algorithm=algorithm, max_staleness=2, checkpoint_every=1)
+    gang = Notes()
+    controller = workshop.controller(config, gang, 1.0, first=2)
+    with pytest.raises(RewardError, match=r"iteration 2 .*given up.*the last: refused"):
+        controller.run()
+    assert controller.iteration == 2
+    resumed = workshop.controller(config, gang, 0.0)
+    assert resumed.run()["finished"]
+    rows, whole = gang.rows(), expected(config, 0.0)
+    assert (rows[0], rows[1]) == (whole[0], whole[1])
+    for iteration in (2, 3):
+        assert rows[iteration]
+        assert set(rows[iteration]) <= set(whole[iteration])
+    ledger = resumed.ledger
+    assert ledger.trained == sum(map(len, rows.values()))
+    assert ledger.issued == ledger.trained + sum(ledger.dropped.values())

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.config import RunConfig
-from common.trajectory import ScoredTrajectory, to_table
+from common.trajectory import ScoredTrajectory, from_table, to_table
 from deploy.gang import LearnerGang
+from learner.log import log_path, read_log
 from learner.supervised import EncodedComparison, EncodedPair
 from tests.conftest import run_copy
 
@@ -155,6 +156,37 @@ def test_critic_free_algorithms_agree_over_ranks(
             },
         )
         found.append(train(gangs[ranks], config, iterations=1)[0])
+    close(found[0], found[1], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "kept"),
+    [("ppo", [5]), ("ppo", [0, 3, 20]), ("grpo", [2, 3]), ("reinforce_pp", [7])],
+)
+def test_rows_left_out_are_as_if_they_had_never_been(
+    workspace: RunConfig,
+    gangs: dict[int, LearnerGang],
+    tmp_path: Any,
+    algorithm: str,
+    kept: list[int],
+) -> None:
+    """Even where fewer are left than there are ranks and minibatches; the log holds the rest."""
+    train = {"algorithm": algorithm, "ppg": None, "samples_per_prompt": 2, "adam_eps": 1e-5}
+    rows = [r for table in trajectories() for r in from_table(table, ScoredTrajectory)]
+    left = to_table([rows[i] for i in kept], ScoredTrajectory)
+    out = [row.rollout_id for i, row in enumerate(rows) if i not in kept]
+    found = []
+    for ranks, tables, without in ((1, [left], []), (2, trajectories(), out)):
+        config = run_copy(workspace, tmp_path / str(ranks), train=train)
+        gang, reward = gangs[ranks], str(config.run_dir / "reward_model" / "reward.safetensors")
+        sft = str(config.run_dir / "sft" / "policy.safetensors")
+        gang.call("begin_train", config, sft, reward, 1)
+        log = str(log_path(config.run_dir, 0))
+        calls = gang.submit("policy_phase", 0, log, *tables, without=without)
+        assert gang.finish(calls, "policy_phase", lambda: None)["policy_steps"] == min(2, len(kept))
+        assert read_log(config.run_dir, 0)[0].equals(left)
+        gang.call("export_policy", str(config.run_dir / "policy"))
+        found.append(load_file(config.run_dir / "policy" / "policy.safetensors"))
     close(found[0], found[1], atol=2e-5)
 
 
