@@ -35,6 +35,7 @@ from common.weights import Manifest
 from deploy import checkpoints
 from deploy.collector import Collector, Scored, Weights
 from deploy.elastic import Elastic, Scaled
+from deploy.ends import at_the_end, take_all
 from deploy.facts import Status, record
 from deploy.gang import LearnerGang, LearnerLost
 from deploy.ledger import Ledger
@@ -109,12 +110,9 @@ class Controller:
             TalipotError: the run could not do its work; nothing committed is lost.
         """
         log = RunLog(self.run_dir)
-        try:
+        with at_the_end(self.elastic.release_room, log.close):
             self._start_workers()
             weights = self._train(log)
-        finally:
-            self.elastic.release_room()
-            log.close()
         self.ledger.check()
         facts = {
             "finished": bool(weights),
@@ -412,6 +410,6 @@ class Controller:
             self.gang.start()
 
     def end_workers(self) -> None:
-        """End the workers that this controller started."""
-        while self._own:
-            self._own.pop().stop()
+        """End the workers that this controller started, all of them; then raise what failed."""
+        own, self._own = self._own, []
+        take_all(*(each.stop for each in reversed(own)))

@@ -29,6 +29,7 @@ from common.config import RunConfig
 from common.errors import ConfigError, Interrupted, WorkerError
 from deploy.changes import changes
 from deploy.controller import Controller
+from deploy.ends import at_the_end
 from deploy.facts import Status
 from deploy.gang import LearnerGang, plain
 from deploy.placement import NAMESPACE
@@ -52,7 +53,7 @@ class ControllerActor(Controller):
         super().__init__(*args, **kwargs)
         self._ended = threading.Event()
         self._facts: dict[str, Any] | None = None
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         threading.Thread(target=self._work, name="run", daemon=True).start()
 
     def recipe(self) -> RunConfig:
@@ -68,10 +69,10 @@ class ControllerActor(Controller):
 
     def _work(self) -> None:
         try:
-            self._facts = self.run()
-        except Exception as error:  # handed to whoever asks for the outcome
+            with at_the_end(self.end_workers):
+                self._facts = self.run()
+        except BaseException as error:  # handed to whoever asks for the outcome
             self._error = error
-        self.end_workers()
         self._ended.set()
         time.sleep(LINGER_S)
         os._exit(0)

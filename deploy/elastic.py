@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from common.config import RunConfig
 from common.errors import StorageError
 from deploy.autoscale import Load, Trend, decide
+from deploy.ends import take_all
 from deploy.placement import release_room, request_room
 from deploy.pool import Event, Pool
 
@@ -53,14 +55,17 @@ class Elastic:
             pool.report = self._report
 
     def scale(self, actors: int | None, replicas: int | None) -> list[Scaled]:
-        """Wish for other sizes; None leaves one as it is. Returns at once."""
+        """Wish for other sizes; None leaves one as it is. Returns at once.
+
+        Raises:
+            StorageError: what was wished for holds, and is not in events.jsonl.
+        """
         found = []
         for pool, size in zip(self._pools, (actors, replicas), strict=False):
             if size is not None:
-                was = pool.scale(size)
-                found.append(Scaled(kind=pool.kind, was=was, will_be=size))
-                self._report(Event.now(pool.kind, "scaled", f"from {was} to {size}"))
-        self.request_room()
+                found.append(Scaled(kind=pool.kind, was=pool.scale(size), will_be=size))
+        said = [Event.now(s.kind, "scaled", f"from {s.was} to {s.will_be}") for s in found]
+        take_all(self.request_room, *(partial(self._report, event) for event in said))
         return found
 
     def adapt(self, metrics: Mapping[str, float]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -23,6 +24,7 @@ from common.config import RunConfig
 from common.errors import ClusterError, TalipotError, WorkerError
 from common.files import one_line
 from common.tokenizer import Tokenizer
+from deploy.ends import take_all
 from learner.rank import LearnerRank
 
 _GRACE_S = 15.0
@@ -105,12 +107,11 @@ class LearnerGang:
         self.call("connect", address, port, settings.deadline_s)
 
     def stop(self) -> None:
-        """End all ranks and free their resources."""
-        for rank in self.ranks:
-            ray.kill(rank)
-        if self._group is not None:
-            remove_placement_group(self._group)
+        """End all ranks and free their resources, all of them; then raise what failed."""
+        kill = [partial(ray.kill, rank) for rank in self.ranks]
+        free = [partial(remove_placement_group, self._group)] if self._group else []
         self.ranks, self._group = [], None
+        take_all(*kill, *free)
 
     def restart(self) -> None:
         """End what is left of this gang and start another; raises what `start` raises."""

@@ -217,15 +217,17 @@ def _pool(
 
 
 def leaving_nodes() -> dict[str, float]:
-    """Draining nodes (preempted, or taken away by the autoscaler) and when they go (unix seconds).
+    """Draining nodes (preempted, or taken away by the autoscaler) and when they go (monotonic).
 
+    Ray tells it in unix time: here alone the wall clock is asked for how long that is from now.
     Empty where this Ray does not tell: then a node that goes is a death like any other.
     """
     ask = getattr(state, "get_draining_nodes", None)
     if ask is None:
         return {}
     # No deadline is 0: the node stays until its work is done.
-    return {node: ms / 1000 if ms else time.time() + _NO_HURRY_S for node, ms in ask().items()}
+    now, unix = time.monotonic(), time.time()
+    return {node: now + (ms / 1000 - unix if ms else _NO_HURRY_S) for node, ms in ask().items()}
 
 
 def waiting_for(handle: Any, wants: str) -> str:

@@ -12,6 +12,9 @@ many. Waits for: nothing. Called from the loop that hands out work, and only the
 What workers were working on is the business of whoever submitted it (`deploy.collector`): it
 reports a failed call with `lost`, and gives the work to another. A worker gets work once it has
 answered for the first time, so that one which waits for room holds nothing up.
+
+All times are seconds of the monotonic clock, whatever is done to the wall clock; an `Event` alone,
+which is for people, bears the date.
 """
 
 from __future__ import annotations
@@ -21,12 +24,14 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, Literal
 
 import ray
 
 from common.errors import ClusterError, WorkerError
+from deploy.ends import take_all
 
 MakeWorker = Callable[[str], Any]
 """Name -> actor handle; where resources are placed."""
@@ -61,14 +66,14 @@ class Event:
 
 @dataclass(slots=True, kw_only=True)
 class Worker:
-    """One worker. All times are unix seconds."""
+    """One worker."""
 
     name: str
     handle: Any
     asked: float
     """When it was asked for."""
-    command: float
-    """When the command came that it was added for; 0 when it replaces another."""
+    command: float | None
+    """When the command came that it was added for; None when it replaces another."""
     state: State = "starting"
     busy: int = 0
     """Calls under way."""
@@ -89,7 +94,7 @@ class Surroundings:
     """What a pool asks about the cluster it lives in; `deploy.placement` answers."""
 
     leaving: Callable[[], Mapping[str, float]]
-    """Nodes that will go, and when (unix seconds)."""
+    """Nodes that will go, and when."""
     waiting_for: Callable[[Any], str]
     """Why an actor (by its handle) has no place yet; empty when it has one."""
 
@@ -129,12 +134,35 @@ class Pool:
     """Workers that left after draining."""
     scale_seconds: float = 0.0
     """From the last command that added workers to the first result of one of them."""
-    _commanded: float = 0.0
+    _commanded: float | None = None
     _recent: deque[float] = field(default_factory=deque)
+    """Times of the failures that count."""
+    _worked: float = -math.inf
+    """When a call came back last."""
     _backoff: float = 0.0
-    _not_before: float = 0.0
-    _looked: float = 0.0
+    _not_before: float = -math.inf
+    _looked: float = -math.inf
     _made: int = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_sent": time.monotonic()} | {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The clock of another machine has another zero: every time is moved to this one's."""
+        by = time.monotonic() - state.pop("_sent")
+        for name, value in state.items():
+            setattr(self, name, value)
+        self._recent = deque(at + by for at in self._recent)
+        self._commanded = None if self._commanded is None else self._commanded + by
+        self._worked += by
+        self._not_before += by
+        self._looked += by
+        for worker in self.workers.values():
+            worker.asked += by
+            worker.heard += by
+            worker.leave_by += by
+            worker.probe_until += by
+            worker.command = None if worker.command is None else worker.command + by
 
     @property
     def failures(self) -> int:
@@ -146,7 +174,7 @@ class Pool:
     def scale(self, size: int) -> int:
         """Wish for a size, from any thread; `tend` makes it so. Returns the size wished before."""
         before, self.target = self.target, size
-        self._commanded = time.time() if self.workers and size > before else 0.0
+        self._commanded = time.monotonic() if self.workers and size > before else None
         return before
 
     def free(self, depth: int) -> Worker | None:
@@ -161,35 +189,38 @@ class Pool:
     def succeeded(self, name: str) -> None:
         """A call came back."""
         self._backoff = 0.0
+        self._worked = time.monotonic()
         worker = self.workers.get(name)
         if worker is None:
             return
         worker.busy -= 1
-        worker.heard = time.time()
-        if worker.command:
+        worker.heard = self._worked
+        if worker.command is not None:
             if worker.command == self._commanded:
                 self.scale_seconds = worker.heard - worker.command
-                self._commanded = 0.0
-            worker.command = 0.0
+                self._commanded = None
+            worker.command = None
 
-    def lost(self, name: str, cause: Cause, detail: str) -> bool:
-        """Kill a failed worker, to be replaced; False when it was lost or gone already.
+    def lost(self, name: str, cause: Cause, detail: str) -> Cause | None:
+        """Kill a failed worker, to be replaced. Returns what it was lost by, as it is counted; None
+        when it was lost or gone already.
 
         Raises:
             WorkerError: too many failures within the window, with the last one's cause.
         """
         worker = self.workers.get(name)
         if worker is None:
-            return False
-        now = time.time()
+            return None
+        now = time.monotonic()
         if cause == "died" and worker.leave_by < math.inf:
             cause = "preempted"
         self.losses[cause] += 1
         self._remove(name, cause, detail)
         if cause == "preempted":
-            return True  # Nothing is wrong with a worker whose node was taken away.
+            return cause  # Nothing is wrong with a worker whose node was taken away.
         self._recent.append(now)
-        while self._recent[0] < now - self.window_s:
+        # Failures without one success between them are one trouble, however slowly they come.
+        while self._recent[0] < min(now - self.window_s, self._worked):
             self._recent.popleft()
         if len(self._recent) > self.max_failures + self.target:
             raise WorkerError(
@@ -199,13 +230,12 @@ class Pool:
         if now >= self._not_before:  # Losses during one wait are one event: a node that died.
             self._backoff = min(_LONGEST_WAIT_S, max(_FIRST_WAIT_S, 2.0 * self._backoff))
             self._not_before = now + self._backoff
-        return True
+        return cause
 
     def stop(self) -> None:
-        """End all workers."""
+        """End all workers; what cannot be reported of it is raised after."""
         self.target = 0
-        for name in list(self.workers):
-            self._remove(name, "stopped", "")
+        take_all(*(partial(self._remove, name, "stopped", "") for name in list(self.workers)))
 
     # ------------------------------------------------------------------ the loop
 
@@ -216,7 +246,7 @@ class Pool:
             WorkerError: too many failures.
             ClusterError: no worker works, and one that was asked for has been given no place.
         """
-        now = time.time()
+        now = time.monotonic()
         self._take_answers(now)
         self._look_for_leaving_nodes(now)
         self._settle_size(now)

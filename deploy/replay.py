@@ -14,6 +14,7 @@ from rich.console import Console
 
 from common.config import RunConfig
 from common.errors import DataError, TrainingError
+from deploy.ends import at_the_end
 from deploy.facts import recorded_facts
 from deploy.gang import LearnerGang
 from deploy.session import open_session
@@ -41,13 +42,12 @@ def replay_run(config: RunConfig, console: Console) -> dict[str, Any]:
         read_log(config.run_dir, iteration)
     folder = config.run_dir.with_name(f"{config.name}.replay")
     with open_session(config, console, record=False) as session:
-        gang = LearnerGang(config, f"{config.name}.replay")
-        try:
+        gang = LearnerGang(config, f"{config.name}.replay", start=False)
+        with at_the_end(gang.stop):
+            gang.start()
             with session.progress("replay", iterations) as bar:
                 _replay(gang, config, iterations, folder, bar.update)
             found: str = gang.call("export_policy", str((folder / "policy").absolute()))
-        finally:
-            gang.stop()
     expected = recorded["weights_hash"]
     if found != expected:
         raise TrainingError(

@@ -12,6 +12,7 @@ from ray.util.metrics import Gauge
 from torch.utils.tensorboard import SummaryWriter
 
 from common.errors import StorageError
+from deploy.ends import take_all
 
 
 class RunLog:
@@ -22,9 +23,9 @@ class RunLog:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf8")
+            self._board = SummaryWriter(str(run_dir / "tensorboard"))
         except OSError as error:
             raise StorageError(f"{run_dir}: cannot be written: {error}") from None
-        self._board = SummaryWriter(str(run_dir / "tensorboard"))
         self._gauges: dict[str, Gauge] = {}
 
     def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
@@ -49,9 +50,15 @@ class RunLog:
             raise StorageError(f"{self.run_dir}: metrics cannot be written: {error}") from None
 
     def close(self) -> None:
-        """Flush and close."""
-        self._file.close()
-        self._board.close()
+        """Flush and close.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        try:
+            take_all(self._file.close, self._board.close)
+        except OSError as error:
+            raise StorageError(f"{self.run_dir}: metrics cannot be written: {error}") from None
 
     def _gauge(self, name: str) -> Gauge:
         # Ray throws away what is named otherwise, "dropped/dead letter" for one.

@@ -15,6 +15,7 @@ from common.config import RunConfig
 from common.errors import StorageError
 from common.recipe import save_config
 from common.tokenizer import Tokenizer
+from deploy.ends import at_the_end, take_all
 from deploy.gang import LearnerGang
 from deploy.placement import start_cluster
 from deploy.pool import Pool
@@ -66,7 +67,8 @@ class Session:
     def gang(self) -> LearnerGang:
         """The learner gang, started at its first use."""
         if self._gang is None:
-            self._gang = LearnerGang(self.config, self.config.name)
+            self._gang = LearnerGang(self.config, self.config.name, start=False)
+        self._gang.start()
         return self._gang
 
     def started_gang(self) -> LearnerGang | None:
@@ -79,12 +81,10 @@ class Session:
         return pool
 
     def close(self) -> None:
-        """End all workers and free their resources."""
-        while self._pools:
-            self._pools.pop().stop()
-        if self._gang is not None:
-            self._gang.stop()
-            self._gang = None
+        """End all workers and free their resources, all of them; then raise what failed."""
+        ends = [pool.stop for pool in self._pools] + ([self._gang.stop] if self._gang else [])
+        self._pools, self._gang = [], None
+        take_all(*ends)
 
     def log(self) -> RunLog:
         """A writer of this run's logs; close it after use."""
@@ -122,12 +122,8 @@ def open_session(config: RunConfig, console: Console, *, record: bool = True) ->
     joined = ray.is_initialized()  # by a program that uses this as a library: its own to end
     url = start_cluster(config)
     session = Session(config, console)
-    try:
+    with at_the_end(session.close, *(() if joined else (ray.shutdown,))):
         if not config.cluster.autoscales:
             explain(config, ray.cluster_resources())  # type: ignore[no-untyped-call]
         say(console, (f"run {config.run_dir} · dashboard {url or 'off'}", "dim"))
         yield session
-    finally:
-        session.close()
-        if not joined:
-            ray.shutdown()

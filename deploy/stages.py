@@ -33,6 +33,7 @@ from common.trajectory import derive_seed
 from deploy import checkpoints
 from deploy.changes import require_resumable
 from deploy.driver import controller_name, follow, living_controller, start_controller
+from deploy.ends import at_the_end
 from deploy.facts import Status, recorded_facts
 from deploy.gang import LearnerGang
 from deploy.placement import reward_pool, rollout_pool
@@ -162,19 +163,16 @@ def _advance(session: Session, stage: str, title: str, total: int) -> dict[str, 
     gang, portion = session.gang(), max(1, total // 20)
     metrics: dict[str, float] = {}
     log = session.log()
-    try:
-        with session.progress(title, total) as bar:
-            for done in range(0, total, portion):
-                begin = time.perf_counter()
-                metrics = gang.call("advance", portion)
-                seconds = time.perf_counter() - begin
-                if "tokens" in metrics:
-                    metrics["tokens_per_second"] = metrics.pop("tokens") / seconds
-                step = min(total, done + portion)
-                log.write(stage, step, metrics)
-                bar.update(step, f"loss {metrics['loss']:.3f}")
-    finally:
-        log.close()
+    with at_the_end(log.close), session.progress(title, total) as bar:
+        for done in range(0, total, portion):
+            begin = time.perf_counter()
+            metrics = gang.call("advance", portion)
+            seconds = time.perf_counter() - begin
+            if "tokens" in metrics:
+                metrics["tokens_per_second"] = metrics.pop("tokens") / seconds
+            step = min(total, done + portion)
+            log.write(stage, step, metrics)
+            bar.update(step, f"loss {metrics['loss']:.3f}")
     return metrics
 
 
@@ -274,8 +272,8 @@ def make_pools(session: Session, config: RunConfig, name: str, *, start: bool) -
 def with_log(session: Session, stage: str, step: int, metrics: dict[str, float]) -> None:
     """Append one line to the run's log."""
     log = session.log()
-    log.write(stage, step, metrics)
-    log.close()
+    with at_the_end(log.close):
+        log.write(stage, step, metrics)
 
 
 def _show(update: Callable[[int, str], None], status: Status) -> None:
