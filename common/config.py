@@ -308,7 +308,7 @@ class ClusterConfig(Section):
     """Failures of one kind of elastic worker within `restart_window_s`, beside one for each worker,
     that the run outlives. Preempted workers do not count."""
     restart_window_s: PositiveFloat = 600.0
-    """Failures longer ago are forgotten."""
+    """Failures longer ago are forgotten, once a worker of the kind has done something since."""
     stop_timeout_s: PositiveFloat = 60.0
     """Longest wait of a terminated command for the run to stop with a checkpoint."""
 

@@ -55,7 +55,9 @@ class RolloutConfig(Section):
     lease_size: PositiveInt = 64
     """Rollouts in one lease: the unit of work, of reissue and of batching."""
     lease_deadline_s: PositiveFloat = 300.0
-    """A worker silent for longer is taken for hung, killed and replaced."""
+    """A worker silent for longer is taken for hung, killed and replaced: longest time in which a
+    lease is sampled or scored, in asynchronous mode several of together at most 8 x
+    `reward_service.micro_batch_tokens` tokens. What costs three workers in a row ends the run."""
     max_response_tokens: PositiveInt = 32
     """Longest response."""
     temperature: NonNegativeFloat = 1.0

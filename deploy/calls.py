@@ -16,14 +16,27 @@ _INLINE = 100 * 1024
 _ANSWER_S = 10.0
 
 
+_NODE_DIED = "its node has died"
+"""What Ray's message says of an actor that did not end by itself."""
+
+
 class ArgumentLost(Exception):
     """A call could not begin: what it was to work on went down with a node."""
 
 
+class WorkerLost(Exception):
+    """A call's worker was lost: in this call, or earlier or with its node (`by_itself` False)."""
+
+    def __init__(self, words: str, *, by_itself: bool) -> None:
+        super().__init__(words)
+        self.by_itself = by_itself
+
+
 def result(ref: ray.ObjectRef[Any], pool: Pool, worker: str) -> Any:
-    """A finished call's result, or None when its worker was lost; the pool is told either way.
+    """A finished call's result; the pool is told what came of it.
 
     Raises:
+        WorkerLost: the worker is no more.
         ArgumentLost: what it was to work on is no more; the worker itself is well.
         TalipotError: what the worker raised.
     """
@@ -39,8 +52,9 @@ def result(ref: ray.ObjectRef[Any], pool: Pool, worker: str) -> Any:
             raise ArgumentLost from None
         raise
     except ray.exceptions.RayError as error:
-        pool.lost(worker, "died", last_words(error))
-        return None
+        words = last_words(error)
+        cause = pool.lost(worker, "died", words)
+        raise WorkerLost(words, by_itself=cause == "died" and _NODE_DIED not in words) from None
     pool.succeeded(worker)
     return found
 

@@ -12,6 +12,10 @@ A lease stays leased until its rollouts are *scored*; whatever dies before, the 
 and sampled again, and comes out the same (randomness is counter-based). A reward worker's death
 loses nothing: the rollouts are still in the object store and go to its replacement. Rollouts whose
 table went down with a node, or which are too old to be trained, are sampled again too.
+
+A worker does one call at a time, and a deadline begins with the call that is in work. A lease that
+costs a worker three times in a row, by its deadline or by the worker's death, would cost every
+worker: it ends the run.
 """
 
 from __future__ import annotations
@@ -19,83 +23,30 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import ray
 
 from actors.rollout_actor import LeaseFacts
-from common.errors import TrainingError
+from common.errors import TrainingError, WorkerError
 from common.trajectory import RolloutRequest, to_table
-from common.weights import CorruptSliceError, Manifest
-from deploy.calls import ArgumentLost, gone, result
+from common.weights import CorruptSliceError
+from deploy.calls import ArgumentLost, WorkerLost, gone, result
 from deploy.groups import lone
+from deploy.jobs import Sampled, Sampling, Scored, Scoring, Weights, first_share
 from deploy.ledger import Lease, Ledger
 from deploy.pool import Pool
 from reward_service.service import ScoreFacts
 
 _LEASES_PER_ACTOR = 2
 """One in work and one waiting, so that an actor never idles."""
+_TRIES = 3
+"""Workers that a lease may cost in a row; with the last one the run ends."""
+CALL_TOKENS = 65_536
+"""Tokens of prompts and responses of several leases that are scored in one call."""
 
 Stale = Literal["drop", "wait"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Weights:
-    """What actors must sample from: the manifest and the references to its slices."""
-
-    manifest: Manifest
-    payloads: tuple[ray.ObjectRef[Any], ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scored:
-    """Committed trajectories of one scoring call; the table stays in the object store."""
-
-    table: ray.ObjectRef[Any]
-    rollout_ids: tuple[str, ...]
-    """Rows of the table."""
-    iteration: int
-    """Iteration that the rollouts were issued for."""
-    policy_version: int
-    """Version that sampled every one of them."""
-    leases: tuple[Lease, ...]
-    """What they were leased as; dead letters among them are not in the table."""
-    lone: frozenset[str] = frozenset()
-    """Rows that are not trained: nothing of their prompt is left to compare them with."""
-
-    @property
-    def requests(self) -> list[RolloutRequest]:
-        """What the rows of the table were asked for by."""
-        rows = set(self.rollout_ids)
-        return [r for lease in self.leases for r in lease.requests if r.rollout_id in rows]
-
-    @property
-    def trained(self) -> list[str]:
-        """Rows that are trained."""
-        return [rollout_id for rollout_id in self.rollout_ids if rollout_id not in self.lone]
-
-
-@dataclass(frozen=True, slots=True)
-class _Sampling:
-    worker: str
-    lease: Lease
-    weights: Weights
-    table: ray.ObjectRef[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class _Sampled:
-    lease: Lease
-    version: int
-    table: ray.ObjectRef[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class _Scoring:
-    worker: str
-    sampled: tuple[_Sampled, ...]
-    table: ray.ObjectRef[Any]
 
 
 class Collector:
@@ -110,9 +61,11 @@ class Collector:
         deadline_s: float,
         merge: bool,
         observe: Callable[[LeaseFacts], None],
+        call_tokens: int = CALL_TOKENS,
     ) -> None:
-        """`merge` hands all waiting tables to a reward worker in one call; without a reward pool
-        rollouts are committed as they are sampled (evaluation, data collection)."""
+        """`merge` scores waiting tables together, up to `call_tokens` in a call, shared out evenly
+        among the workers that are free; without a reward pool rollouts are committed as they are
+        sampled (evaluation, data collection)."""
         self.ledger = ledger
         self.rollout = rollout
         self.reward = reward
@@ -128,10 +81,13 @@ class Collector:
         """Version of which a worker could not get an intact slice."""
         self._deadline_s = deadline_s
         self._merge = merge
+        self._call_tokens = call_tokens
         self._observe = observe
-        self._sampling: dict[ray.ObjectRef[Any], _Sampling] = {}
-        self._sampled: list[_Sampled] = []
-        self._scoring: dict[ray.ObjectRef[Any], _Scoring] = {}
+        self._sampling: dict[ray.ObjectRef[Any], Sampling] = {}
+        self._turns: dict[str, list[ray.ObjectRef[Any]]] = {}
+        """By rollout worker, its calls: the first is in work, what follows waits behind it."""
+        self._sampled: list[Sampled] = []
+        self._scoring: dict[ray.ObjectRef[Any], Scoring] = {}
         self._void: dict[ray.ObjectRef[Any], float] = {}
         """Calls of a history that was rolled back, and their deadlines: what they bring is thrown
         away."""
@@ -242,14 +198,15 @@ class Collector:
             ledger.drop(set(ledger.commit(ids)).difference(scored.rollout_ids), "dead letter")
         for sampled in self._sampled:
             ledger.adopt(sampled.lease, "", math.inf)
-        until = time.monotonic() + self._deadline_s * _LEASES_PER_ACTOR
+        until = time.monotonic() + self._deadline_s
         for ref, sampling in self._sampling.items():
             if ref in self._void:
                 continue  # Of a history that was rolled back before this one.
+            due = until if self._turns[sampling.worker][0] == ref else math.inf
             if fits(sampling.lease.iteration, sampling.weights.manifest.policy_version):
-                ledger.adopt(sampling.lease, sampling.worker, until)
+                ledger.adopt(sampling.lease, sampling.worker, due)
             else:
-                self._void[ref] = until
+                self._void[ref] = due
         for ref, scoring in self._scoring.items():
             if ref in self._void:
                 continue
@@ -270,14 +227,16 @@ class Collector:
             self.ledger.queued and self.weights and (worker := self.rollout.free(_LEASES_PER_ACTOR))
         ):
             worker.busy += 1
-            lease = self.ledger.lease(worker.name, now + self._deadline_s * worker.busy)
+            turns = self._turns.setdefault(worker.name, [])
+            lease = self.ledger.lease(worker.name, math.inf if turns else now + self._deadline_s)
             table = to_table(lease.requests, RolloutRequest)
             facts, rollouts = worker.handle.generate.options(num_returns=2).remote(
                 table, self.weights.manifest, *self.weights.payloads
             )
-            self._sampling[facts] = _Sampling(worker.name, lease, self.weights, rollouts)
-        while self._sampled and self.reward and (scorer := self.reward.free(1)):
-            part = self._next_to_score()
+            self._sampling[facts] = Sampling(worker.name, lease, self.weights, rollouts)
+            turns.append(facts)
+        while self._sampled and self.reward and (scorers := self.reward.able(1)):
+            scorer, part = scorers[0], self._next_to_score(len(scorers))
             self._sampled = [s for s in self._sampled if s not in part]
             scorer.busy += 1
             for sampled in part:
@@ -286,26 +245,50 @@ class Collector:
             facts, table = scorer.handle.score.options(num_returns=2).remote(
                 *(s.table for s in part)
             )
-            self._scoring[facts] = _Scoring(scorer.name, part, table)
+            self._scoring[facts] = Scoring(scorer.name, part, table)
 
-    def _next_to_score(self) -> tuple[_Sampled, ...]:
-        """Tables for one call; of one version, so that a scored table is stale as a whole."""
+    def _next_to_score(self, workers: int) -> tuple[Sampled, ...]:
+        """Tables for one call while so many workers are free; of one version, so that a scored
+        table is stale as a whole. One that cost a worker goes alone: the cause, or its company.
+        """
         first = self._sampled[0]
-        if not self._merge:
+        if not self._merge or self.ledger.failures(first.lease):
             return (first,)
         key = (first.lease.iteration, first.version)
-        return tuple(s for s in self._sampled if (s.lease.iteration, s.version) == key)
+        alike = [s for s in self._sampled if (s.lease.iteration, s.version) == key]
+        together = [s for s in alike if not self.ledger.failures(s.lease)]
+        return tuple(together[: first_share(together, workers, self._call_tokens)])
+
+    def _next_turn(self, worker: str, ended: ray.ObjectRef[Any]) -> None:
+        """A call has ended: the time of what waited behind it begins."""
+        turns = self._turns[worker]
+        first = turns[0] == ended
+        turns.remove(ended)
+        if not turns:
+            del self._turns[worker]
+        elif first and worker in self.rollout.workers:
+            until = time.monotonic() + self._deadline_s
+            if turns[0] in self._void:
+                self._void[turns[0]] = until
+            else:
+                self.ledger.pass_on(self._sampling[turns[0]].lease.lease_id, worker, until)
 
     # ------------------------------------------------------------------ taking in
 
-    def _take_sampled(self, ref: ray.ObjectRef[Any], job: _Sampling) -> None:
+    def _take_sampled(self, ref: ray.ObjectRef[Any], job: Sampling) -> None:
         facts: LeaseFacts | None = None
         try:
             facts = result(ref, self.rollout, job.worker)
+        except WorkerLost as lost:
+            in_work = self._turns[job.worker][0]
+            if lost.by_itself and in_work not in self._void:
+                guilty = job if in_work == ref else self._sampling[in_work]
+                self._blame([guilty.lease], job.worker, f"died: {lost}")
         except CorruptSliceError as error:
             self._corrupt(job, error)
         except ArgumentLost:
             pass  # A slice of the weights went down with a learner's node: the gang will tell.
+        self._next_turn(job.worker, ref)
         if self._is_void(ref):
             return
         lease = job.lease
@@ -320,14 +303,16 @@ class Collector:
             )
         self.weights_reloaded += facts.reloads
         self._observe(facts)
-        sampled = _Sampled(lease, facts.policy_version, job.table)
+        self.ledger.done(lease)
+        tokens = facts.response_tokens + sum(len(r.prompt_ids) for r in lease.requests)
+        sampled = Sampled(lease, facts.policy_version, tokens, job.table)
         if self.reward is None:
             self._commit(job.table, facts.rollout_ids, (), (sampled,))
         else:
             self.ledger.pass_on(lease.lease_id, "", math.inf)  # A scorer may be long in coming.
             self._sampled.append(sampled)
 
-    def _corrupt(self, job: _Sampling, error: CorruptSliceError) -> None:
+    def _corrupt(self, job: Sampling, error: CorruptSliceError) -> None:
         """One worker may have a bad copy; when its successor has one too, the source is bad."""
         version = job.weights.manifest.policy_version
         if self._corrupt_at == version:
@@ -336,12 +321,15 @@ class Collector:
         self.weights_reloaded += 1
         self.rollout.lost(job.worker, "corrupt", str(error))
 
-    def _take_scored(self, ref: ray.ObjectRef[Any], job: _Scoring) -> None:
+    def _take_scored(self, ref: ray.ObjectRef[Any], job: Scoring) -> None:
         assert self.reward is not None
         facts: ScoreFacts | None = None
         lost = False
         try:
             facts = result(ref, self.reward, job.worker)
+        except WorkerLost as words:
+            if words.by_itself and ref not in self._void:
+                self._blame([s.lease for s in job.sampled], job.worker, f"died: {words}")
         except ArgumentLost:
             lost = True
         if self._is_void(ref):
@@ -358,6 +346,8 @@ class Collector:
             self.last_dead_letter = next(iter(facts.dead_letters.values()))
         self.component_means = dict(facts.component_means)
         self.score_seconds += facts.seconds
+        for sampled in job.sampled:
+            self.ledger.done(sampled.lease)
         self._commit(job.table, facts.rollout_ids, tuple(facts.dead_letters), job.sampled)
 
     def _commit(
@@ -365,7 +355,7 @@ class Collector:
         table: ray.ObjectRef[Any],
         rollout_ids: tuple[str, ...],
         dead: tuple[str, ...],
-        sampled: tuple[_Sampled, ...],
+        sampled: tuple[Sampled, ...],
     ) -> None:
         """Enter a table's rollouts in the books, and keep it to be trained."""
         accepted = self.ledger.commit([*rollout_ids, *dead])
@@ -390,29 +380,44 @@ class Collector:
     def _overdue(self) -> None:
         """Find hung workers by their deadlines; their calls then fail like a death."""
         now = time.monotonic()
-        holders = [holder for _, holder in self.ledger.overdue(now)]
-        jobs: dict[ray.ObjectRef[Any], _Sampling | _Scoring] = {**self._sampling, **self._scoring}
-        holders += [jobs[ref].worker for ref, until in self._void.items() if until < now]
-        for holder in holders:
-            for pool in self._pools():
-                pool.lost(holder, "hung", f"no answer within {self._deadline_s:.0f} s")
+        late: dict[str, list[Lease]] = {}
+        for lease, holder in self.ledger.overdue(now):
+            late.setdefault(holder, []).append(lease)
+        jobs: dict[ray.ObjectRef[Any], Sampling | Scoring] = {**self._sampling, **self._scoring}
+        for ref, until in self._void.items():
+            if until < now:
+                late.setdefault(jobs[ref].worker, [])
+        why = f"no answer within {self._deadline_s:g} s"
+        for holder, leases in late.items():
+            if any(pool.lost(holder, "hung", why) for pool in self._pools()):
+                self._blame(leases, holder, f"hung: {why} (rollout.lease_deadline_s)")
+
+    def _blame(self, leases: Sequence[Lease], worker: str, how: str) -> None:
+        """A worker was lost at work on these.
+
+        Raises:
+            WorkerError: one of them costs every worker that gets it; named, with what to change.
+        """
+        for lease in leases:
+            if self.ledger.failed(lease) >= _TRIES:
+                ids = lease.rollout_ids
+                raise WorkerError(
+                    f"lease {lease.lease_id} (rollouts {ids[0]} to {ids[-1]}) cost {_TRIES} "
+                    f"workers in a row, and would cost others; the last was {worker}, {how}. Raise "
+                    "rollout.lease_deadline_s if it takes longer than that; lower rollout.cache_mb "
+                    "or reward_service.micro_batch_tokens if memory ran out"
+                )
 
     def _hand_back(self) -> None:
         """Of a draining worker's leases all but the one in work go to others."""
-        leaving = {w.name: w for w in self.rollout.workers.values() if w.state == "draining"}
-        if not any(worker.busy > 1 for worker in leaving.values()):
-            return
-        started = set()
-        for ref, job in list(self._sampling.items()):  # in the order of their submission
-            if job.worker not in leaving:
+        for worker in self.rollout.workers.values():
+            if worker.state != "draining":
                 continue
-            if job.worker not in started:
-                started.add(job.worker)
-                continue
-            del self._sampling[ref]
-            self._void.pop(ref, None)
-            leaving[job.worker].busy -= 1
-            self.ledger.give_back(job.lease.lease_id, job.worker)
+            for ref in self._turns.get(worker.name, [])[1:]:
+                self._turns[worker.name].remove(ref)
+                self._void.pop(ref, None)
+                worker.busy -= 1
+                self.ledger.give_back(self._sampling.pop(ref).lease.lease_id, worker.name)
 
     def _forget(self, some: Sequence[Scored], reason: str, *, drop: bool = False) -> None:
         """Take tables out of what is to be trained, to be sampled again or dropped."""

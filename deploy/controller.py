@@ -33,15 +33,20 @@ from common.config import RunConfig
 from common.errors import RewardError, WorkerError
 from common.weights import Manifest
 from deploy import checkpoints
-from deploy.collector import Collector, Scored, Weights
+from deploy.collector import Collector
 from deploy.elastic import Elastic, Scaled
 from deploy.ends import at_the_end, take_all
 from deploy.facts import Status, record
 from deploy.gang import LearnerGang, LearnerLost
+from deploy.jobs import Scored, Weights
 from deploy.ledger import Ledger
 from deploy.pool import Pool
 from deploy.run_log import RunLog
 from learner.log import log_path
+
+_PASSES_PER_CALL = 8
+"""Frozen passes of `reward_service.micro_batch_tokens` that several leases may fill in one scoring
+call: enough that a call costs little beside them, and few enough for the deadline of a lease."""
 
 
 class _Stopped(Exception):
@@ -77,6 +82,7 @@ class Controller:
             deadline_s=config.rollout.lease_deadline_s,
             merge=config.train.max_staleness > 0,
             observe=self._observe,
+            call_tokens=_PASSES_PER_CALL * config.reward_service.micro_batch_tokens,
         )
         self.elastic = Elastic(config, rollout, reward)
         self._encoded = prompts

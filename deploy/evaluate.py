@@ -18,7 +18,8 @@ from common.lora import OFF, adapter_tensors, add_adapter, base_fingerprint
 from common.palm import PaLM
 from common.trajectory import Rollout, ScoredTrajectory, from_table
 from common.weights import load_weights, manifest_of, torch_dtype
-from deploy.collector import Collector, Weights
+from deploy.collector import Collector
+from deploy.jobs import Weights
 from deploy.ledger import Ledger
 from deploy.pool import Pool
 from deploy.statistics import win_rate

@@ -86,6 +86,9 @@ class Ledger:
         self._leases: Counter[State] = Counter()
         self._pending: Counter[int] = Counter()
         """Rollouts queued or leased, by iteration."""
+        self._failures: Counter[str] = Counter()
+        """Workers in a row that a rollout in flight was lost with: by rollout, because leases are
+        parted, put together and numbered anew."""
         self._settled = Settled()
         self._next = 0
 
@@ -181,6 +184,20 @@ class Ledger:
             self._move(entry, "queued")
             self._queue.appendleft(lease_id)
 
+    def failed(self, lease: Lease) -> int:
+        """A worker was lost by this lease, as far as is known; returns how many in a row."""
+        self._failures.update(i for i in lease.rollout_ids if i in self._lease_of)
+        return self.failures(lease)
+
+    def failures(self, lease: Lease) -> int:
+        """Workers in a row that were lost by this lease, or by one that it is a part of."""
+        return max(self._failures[i] for i in lease.rollout_ids)
+
+    def done(self, lease: Lease) -> None:
+        """A worker did what a lease asks of it: what failed before was not the lease's fault."""
+        for rollout_id in lease.rollout_ids:
+            self._failures.pop(rollout_id, None)
+
     # ------------------------------------------------------------------ the commit and after
 
     def commit(self, rollout_ids: Iterable[str]) -> list[str]:
@@ -248,10 +265,12 @@ class Ledger:
     def rewound(self, state: dict[str, Any] | None) -> Ledger:
         """Books as `state` gave them (None: empty), with nothing in flight.
 
-        Lease numbers go on where these stand, so that no number ever means two leases.
+        Lease numbers go on where these stand, so that no number ever means two leases; and so do
+        failures, which are the same whatever history they happen in.
         """
         ledger = Ledger() if state is None else Ledger.restore(state)
         ledger._next = max(ledger._next, self._next)
+        ledger._failures = self._failures
         return ledger
 
     def adopt(self, lease: Lease, holder: str, until: float) -> None:
@@ -392,6 +411,7 @@ class Ledger:
             entry.unsettled -= ids
             for rollout_id in sorted(ids):
                 del self._lease_of[rollout_id]
+                self._failures.pop(rollout_id, None)
                 self._settled.add(rollout_id, dropped=what == "dropped")
             if not entry.unsettled:
                 self._tally(entry, 0, -1)

@@ -114,7 +114,8 @@ class Pool:
     kind: str
     make: MakeWorker
     max_failures: int
-    """Failures within `window_s`, beside one for each worker, that end the run."""
+    """Failures within `window_s` or since a call came back, beside one for each worker, that are
+    outlived."""
     window_s: float = 600.0
     silence_s: float = 300.0
     """An idle worker that does not answer for so long is hung."""
@@ -177,10 +178,13 @@ class Pool:
         self._commanded = time.monotonic() if self.workers and size > before else None
         return before
 
+    def able(self, depth: int) -> list[Worker]:
+        """Working workers with fewer than `depth` calls under way."""
+        return [w for w in self.workers.values() if w.state == "working" and w.busy < depth]
+
     def free(self, depth: int) -> Worker | None:
-        """The least busy working worker with fewer than `depth` calls under way, if any."""
-        able = [w for w in self.workers.values() if w.state == "working" and w.busy < depth]
-        return min(able, key=lambda w: (w.busy, w.name)) if able else None
+        """The least busy of these, if any."""
+        return min(self.able(depth), key=lambda w: (w.busy, w.name), default=None)
 
     def probes(self) -> list[ray.ObjectRef[Any]]:
         """Answers that are waited for."""
@@ -206,7 +210,8 @@ class Pool:
         when it was lost or gone already.
 
         Raises:
-            WorkerError: too many failures within the window, with the last one's cause.
+            WorkerError: too many failures within the window, or without a success between them,
+                with the last one's cause.
         """
         worker = self.workers.get(name)
         if worker is None:
@@ -224,8 +229,9 @@ class Pool:
             self._recent.popleft()
         if len(self._recent) > self.max_failures + self.target:
             raise WorkerError(
-                f"{len(self._recent)} {self.kind} workers failed within {self.window_s:.0f} s "
-                f"(cluster.max_restarts); the last was {name}, {cause}: {detail}"
+                f"{len(self._recent)} {self.kind} workers failed within {self.window_s:.0f} s, or "
+                f"since one of them did anything (cluster.max_restarts); the last was {name}, "
+                f"{cause}: {detail}"
             )
         if now >= self._not_before:  # Losses during one wait are one event: a node that died.
             self._backoff = min(_LONGEST_WAIT_S, max(_FIRST_WAIT_S, 2.0 * self._backoff))

@@ -16,7 +16,8 @@ from actors.prompts import EncodedPrompt, PromptStream
 from actors.rollout_actor import LeaseFacts
 from common.trajectory import SCHEMAS, Rollout, RolloutRequest, ScoredTrajectory
 from common.weights import Manifest
-from deploy.collector import Collector, Weights
+from deploy.collector import Collector
+from deploy.jobs import Weights
 from deploy.ledger import Ledger
 from deploy.pool import Pool
 from reward_service.service import ScoreFacts

@@ -13,11 +13,13 @@ import ray
 
 from actors.prompts import EncodedPrompt, PromptStream
 from actors.rollout_actor import LeaseFacts
-from common.trajectory import SCHEMAS, Rollout, RolloutRequest
+from common.trajectory import SCHEMAS, Rollout, RolloutRequest, ScoredTrajectory
 from common.weights import Manifest
-from deploy.collector import Collector, Weights
+from deploy.collector import Collector
+from deploy.jobs import Weights
 from deploy.ledger import Ledger
 from deploy.pool import Event, Pool
+from reward_service.service import ScoreFacts
 
 TOKENS = 10
 LEASE = 4
@@ -44,10 +46,7 @@ class SleepingActor:
             "weights_fingerprint": manifest.fingerprint,
             "actor_id": self.actor_id,
         }
-        table = requests
-        for field in list(SCHEMAS[Rollout])[len(SCHEMAS[RolloutRequest]) :]:
-            column = pa.array([constant[field.name]] * len(table), type=field.type)
-            table = table.append_column(field, column)
+        table = _widened(requests, RolloutRequest, Rollout, constant)
         facts = LeaseFacts(
             actor_id=self.actor_id,
             policy_version=manifest.policy_version,
@@ -58,11 +57,41 @@ class SleepingActor:
             load_seconds=0.0,
             reloads=0,
         )
-        return facts, table.cast(SCHEMAS[Rollout])
+        return facts, table
+
+
+class SleepingScorer:
+    """The interface of `reward_service.service.RewardWorker`; every score is 1."""
+
+    def score(self, *tables: pa.Table) -> tuple[ScoreFacts, pa.Table]:
+        constant = {
+            "score": 1.0,
+            "score_components": [("constant", 1.0)],
+            "ref_logprobs": [-1.0] * TOKENS,
+            "reward_version": 0,
+        }
+        table = _widened(pa.concat_tables(tables), Rollout, ScoredTrajectory, constant)
+        facts = ScoreFacts(
+            rollout_ids=tuple(table["rollout_id"].to_pylist()),
+            dead_letters={},
+            component_means={"constant": 1.0},
+            seconds=0.0,
+        )
+        return facts, table
+
+
+def _widened(table: pa.Table, narrow: type, wide: type, constant: dict[str, Any]) -> pa.Table:
+    for field in list(SCHEMAS[wide])[len(SCHEMAS[narrow]) :]:
+        column = pa.array([constant[field.name]] * len(table), type=field.type)
+        table = table.append_column(field, column)
+    return table.cast(SCHEMAS[wide])
 
 
 class Rig:
-    """Ledger, collector and a pool of sleeping actors; the caller is the controller."""
+    """Ledger, collector, a pool of sleeping actors and, where wished for, one of scorers.
+
+    The caller is the controller.
+    """
 
     def __init__(
         self,
@@ -72,11 +101,14 @@ class Rig:
         text: str = "text",
         deadline_s: float = 60.0,
         options: Callable[[str], dict[str, Any]] = lambda name: {},
+        actor: type = SleepingActor,
+        scorers: int = 0,
+        scorer: type = SleepingScorer,
         **pool: Any,
     ) -> None:
         def make(name: str) -> Any:
             placed = {"num_cpus": 0.1} | options(name)
-            return ray.remote(SleepingActor).options(**placed).remote(name, seconds_per_token, text)
+            return ray.remote(actor).options(**placed).remote(name, seconds_per_token, text)
 
         self.events: list[Event] = []
         self.by: Counter[str] = Counter()
@@ -87,13 +119,20 @@ class Rig:
             **{"max_failures": 10, "report": self.events.append} | pool,
         )
         self.pool.scale(size)
+        self.scorers = Pool(
+            kind="reward",
+            make=lambda name: ray.remote(scorer).options(num_cpus=0.1).remote(),
+            max_failures=10,
+            report=self.events.append,
+        )
+        self.scorers.scale(scorers)
         self.ledger = Ledger()
         self.collector = Collector(
             self.ledger,
             self.pool,
-            None,
+            self.scorers if scorers else None,
             deadline_s=deadline_s,
-            merge=False,
+            merge=bool(scorers),
             observe=self._observe,
         )
         self.publish(0)
@@ -127,6 +166,10 @@ class Rig:
 
     def said(self, what: str) -> list[Event]:
         return [event for event in self.events if event.what == what]
+
+    def stop(self) -> None:
+        self.pool.stop()
+        self.scorers.stop()
 
     def everything_once(self, count: int) -> None:
         """All of so many rollouts are committed, each in one table."""

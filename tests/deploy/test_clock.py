@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
+from ray import cloudpickle
 
 from common.errors import WorkerError
 from deploy import placement, pool
@@ -92,7 +93,7 @@ def test_a_pool_that_is_handed_to_another_machine_keeps_its_deadlines(
         name="rollout-0", handle=None, asked=clock.now, command=None, probe_until=clock.now + 120.0
     )
     made._recent.append(clock.now - 5.0)
-    sent = pickle.dumps(made)
+    sent = cloudpickle.dumps(made)
     clock.now = 60.0
     (worker,) = pickle.loads(sent).workers.values()
     assert (worker.asked, worker.probe_until, worker.command) == (60.0, 180.0, None)
@@ -118,11 +119,8 @@ def test_failures_that_come_slowly_end_the_run_unless_something_works(
             clock.now += 120.0
             made.lost(name, "hung", "has not started within 120 s")
 
-    def ask(worker: Worker, until: float) -> None:
-        worker.probe_until = until
-
-    monkeypatch.setattr(Pool, "_ask", lambda self, worker, until: ask(worker, until))
+    monkeypatch.setattr(Pool, "_ask", lambda self, worker, until: None)
     fail(100, works=True)
-    fail(6, works=False)  # with the five of the window: eleven, which one worker may have
+    fail(9, works=False)  # with the two around the last success: eleven, which one worker may have
     with pytest.raises(WorkerError, match=r"cluster\.max_restarts.*has not started within 120 s"):
         fail(1, works=False)

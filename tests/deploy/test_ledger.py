@@ -310,6 +310,32 @@ def test_an_iteration_of_which_nothing_can_be_trained_is_issued_once_more(
         after.issue(1, paired(1), 2)
 
 
+def test_failures_are_counted_by_rollout_whatever_becomes_of_the_lease() -> None:
+    ledger = Ledger()
+    ledger.issue(0, requests(0, 4), 4)
+    whole = ledger.lease("a", 1.0)
+    assert (ledger.failures(whole), ledger.failed(whole)) == (0, 1)
+    ledger.give_back(whole.lease_id, "a")
+    ledger.commit(whole.rollout_ids[:2])  # parted
+    part = ledger.lease("b", 1.0)
+    assert part.rollout_ids == whole.rollout_ids[2:]
+    assert ledger.failed(part) == 2
+
+    # The learner goes back to the start: what is under way is adopted, of other leases by now.
+    after = ledger.rewound(None)
+    after.issue(0, requests(0, 4), 2)
+    after.adopt(part, "b", 1.0)
+    assert after.failures(part) == 2
+    after.give_back(part.lease_id, "b")
+    assert after.failed(after.lease("c", 1.0)) == 3, "given back, it is the next one"
+    after.done(part)
+    assert after.failures(part) == 0
+    assert after.failed(part) == 1
+    after.commit(part.rollout_ids)
+    after.train(part.rollout_ids)
+    assert after.failures(part) == 0, "nothing is kept of what is settled"
+
+
 def test_what_cannot_be_is_refused() -> None:
     ledger = Ledger()
     ledger.issue(0, requests(0, 2), 2)
