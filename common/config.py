@@ -266,7 +266,7 @@ class EvaluateConfig(Section):
     """``package.module:function`` that scores (prompts, responses) for the win rate; empty takes
     the run's own reward, which the policy was trained on."""
     best_of: NonNegativeInt = 0
-    """Samples per prompt of the best-of-N line; 0 leaves it out."""
+    """Samples per prompt of the quickstart's best-of-N line; 0 leaves it out."""
 
 
 class QuickstartConfig(Section):

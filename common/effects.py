@@ -8,10 +8,11 @@ mistake of a recipe.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from common.config import RunConfig
+from common.errors import ConfigError
 from common.worker_config import RewardComponent
 from common.yaml_text import Key
 
@@ -114,6 +115,28 @@ _OF_KIND: dict[str, frozenset[str]] = {
     "http": frozenset(RewardComponent.model_fields),
 }
 """What each kind of reward component looks at."""
+
+
+NOT_EVALUATED = (
+    *("sft", "reward_model", "train", "quickstart", "tokenizer", "preset", "evaluate.best_of"),
+    *("data.demonstrations", "data.comparisons", "data.prompts"),
+)
+"""What the evaluation of a finished run does not look at, or must not find changed."""
+
+
+def require_evaluated(overrides: Sequence[str]) -> None:
+    """Refuse overrides that an evaluation does not look at.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    for override in overrides:
+        field = override.partition("=")[0]
+        if any(field == name or field.startswith(f"{name}.") for name in NOT_EVALUATED):
+            raise ConfigError(
+                f"override '{override}': {field} has no effect on an evaluation, which takes the "
+                "run's policies as they are; leave it out"
+            )
 
 
 def without_effect(config: RunConfig) -> dict[Key, str]:

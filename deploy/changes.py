@@ -15,49 +15,85 @@ from common.errors import ConfigError
 
 Kind = Literal["free", "rounding", "fixed"]
 
+_ORDER = "sums are taken in another order"
+_PLACE = "another processor may sum in another order"
+_THREADS = "threads follow, and share sums out in another way"
+_ASKED = "how an endpoint is asked, not what it answers"
+
 RULES: dict[str, tuple[Kind, str]] = {
     "": ("fixed", "the checkpoint was trained under it"),
-    # Where things are and how many work: results are the same bit for bit (invariant I5).
+    # Where things are, how many work and how long is waited: in synchronous mode results are the
+    # same bit for bit (invariant I5); an asynchronous run is not reproducible to begin with.
     "name": ("free", "a run may be moved"),
     "output": ("free", "a run may be moved"),
-    "cluster": ("free", "the cluster changes no result"),
+    "cluster": ("free", "how a cluster is joined and how long it is waited for"),
     "rollout.actors": ("free", "actors change speed, never results"),
-    "rollout.cpus_per_actor": ("free", "a reservation"),
     "rollout.gpus_per_actor": ("free", "a reservation"),
     "rollout.lease_deadline_s": ("free", "a deadline"),
-    "rollout.labels": ("free", "where workers are, not what they do"),
-    "reward_service.labels": ("free", "where workers are, not what they do"),
-    "learner.labels": ("free", "where workers are, not what they do"),
     "reward_service.replicas": ("free", "replicas change speed, never results"),
-    "reward_service.cpus_per_replica": ("free", "a reservation"),
     "reward_service.gpus_per_replica": ("free", "a reservation"),
-    "learner.cpus_per_rank": ("free", "a reservation"),
+    "learner.gpus_per_rank": ("free", "a reservation"),
     "learner.deadline_s": ("free", "a deadline"),
     "learner.max_restarts": ("free", "a bound on failures"),
     "train.checkpoint_every": ("free", "how often, not what"),
     "train.keep_checkpoints": ("free", "how many, not what"),
+    "reward_service.components.*.token_env": ("free", _ASKED),
+    "reward_service.components.*.timeout_s": ("free", _ASKED),
+    "reward_service.components.*.max_concurrency": ("free", _ASKED),
+    "reward_service.components.*.max_retries": ("free", _ASKED),
+    "reward_service.components.*.give_up_after_s": ("free", _ASKED),
+    "reward_service.components.*.dead_letters": ("free", "where refused responses go"),
     # Stages that are not policy training: done before it, or after.
     "evaluate": ("free", "comes after training"),
     "data.evaluation": ("free", "comes after training"),
+    "data.demonstrations": ("free", "read before training"),
+    "data.comparisons": ("free", "read before training"),
     "sft": ("free", "its weights are made"),
     "reward_model": ("free", "its weights are made"),
     "quickstart": ("free", "its data is made"),
     # The same mathematics in another order of summing.
-    "learner.ranks": ("rounding", "sums are taken in another order"),
-    "learner.zero_stage": ("rounding", "sums are taken in another order"),
-    "learner.micro_batch_tokens": ("rounding", "sums are taken in another order"),
-    "learner.gpus_per_rank": ("rounding", "another processor sums in another order"),
-    "reward_service.micro_batch_tokens": ("rounding", "sums are taken in another order"),
-    "rollout.slots": ("rounding", "sums are taken in another order"),
+    "cluster.address": ("rounding", _PLACE),
+    "learner.labels": ("rounding", _PLACE),
+    "rollout.labels": ("rounding", _PLACE),
+    "reward_service.labels": ("rounding", _PLACE),
+    "learner.cpus_per_rank": ("rounding", _THREADS),
+    "rollout.cpus_per_actor": ("rounding", _THREADS),
+    "reward_service.cpus_per_replica": ("rounding", _THREADS),
+    "learner.ranks": ("rounding", _ORDER),
+    "learner.zero_stage": ("rounding", _ORDER),
+    "learner.micro_batch_tokens": ("rounding", _ORDER),
+    "reward_service.micro_batch_tokens": ("rounding", _ORDER),
+    "rollout.slots": ("rounding", _ORDER),
     "rollout.cache_mb": ("rounding", "fewer slots sum in another order"),
-    "rollout.prefill_tokens": ("rounding", "sums are taken in another order"),
-    "rollout.kernels": ("rounding", "sums are taken in another order"),
-    "rollout.lora": ("rounding", "sums are taken in another order"),
+    "rollout.prefill_tokens": ("rounding", _ORDER),
+    "rollout.kernels": ("rounding", _ORDER),
+    "rollout.lora": ("rounding", _ORDER),
     "model.activation_checkpointing": ("rounding", "activations are made again"),
-    "model.logits_mb": ("rounding", "sums are taken in another order"),
+    "model.logits_mb": ("rounding", _ORDER),
     # Upward only (see `changes`): what was trained was annealed towards the old end.
     "train.iterations": ("rounding", "learning rates anneal towards the new end from here on"),
+    # Another run.
+    "seed": ("fixed", "every random number of the run derives from it"),
+    "preset": ("fixed", "the checkpoint holds a network of another shape"),
+    "model": ("fixed", "the checkpoint holds a network of another shape"),
+    "data.prompts": ("fixed", "the run goes through the prompts that it began with"),
+    "data.too_long": ("fixed", "it decides which prompts there are"),
+    "tokenizer": ("fixed", "the networks know the tokens that the run began with"),
+    "learner.precision": ("fixed", "the checkpoint was trained under it"),
+    "rollout.lease_size": ("fixed", "rollouts are sampled in batches of it"),
+    "rollout.max_response_tokens": ("fixed", "it is part of what is sampled"),
+    "rollout.min_response_tokens": ("fixed", "it is part of what is sampled"),
+    "rollout.temperature": ("fixed", "it is part of what is sampled"),
+    "rollout.top_p": ("fixed", "it is part of what is sampled"),
+    "rollout.top_k": ("fixed", "it is part of what is sampled"),
+    "rollout.min_p": ("fixed", "it is part of what is sampled"),
+    "rollout.stop": ("fixed", "it is part of what is sampled"),
+    "rollout.stop_ids": ("fixed", "it is part of what is sampled"),
+    "rollout.precision": ("fixed", "it is part of what is sampled"),
+    "reward_service.components": ("fixed", "the policy was trained by another score"),
+    "train": ("fixed", "the checkpoint was trained under it"),
 }
+"""By prefix of a dotted field; ``*`` is one of the user's own names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,11 +121,16 @@ def changes(saved: RunConfig, new: RunConfig, trained: int) -> list[Change]:
         old, wanted = old_fields.get(field, "absent"), new_fields.get(field, "absent")
         if old == wanted:
             continue
-        kind, reason = RULES[max((p for p in RULES if _within(field, p)), key=len)]
+        kind, reason = RULES[prefix_of(field)]
         if field == "train.iterations" and wanted < trained:
             kind, reason = "fixed", f"{trained} are trained already"
         found.append(Change(field=field, old=old, new=wanted, kind=kind, reason=reason))
     return found
+
+
+def prefix_of(field: str) -> str:
+    """Whose rule holds for a dotted field; "" where nobody thought of it."""
+    return max((prefix for prefix in RULES if _within(field, prefix)), key=len)
 
 
 def require_resumable(
@@ -111,6 +152,9 @@ def require_resumable(
 
 
 def _within(field: str, prefix: str) -> bool:
+    before, star, after = prefix.partition("*")
+    if star:
+        return field.startswith(before) and field.endswith(after)
     return not prefix or field == prefix or field.startswith(f"{prefix}.")
 
 

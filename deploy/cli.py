@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.config import RunConfig
+from common.effects import require_evaluated
 from common.errors import ConfigError, StorageError, TalipotError
 from common.recipe import load_config
 from deploy.screen import degrade_unprintable, make_console, say, show
@@ -50,10 +51,12 @@ def quickstart(
     overrides: Overrides = None, config: ConfigOption = "quickstart", address: AddressOption = None
 ) -> None:
     """Run the whole pipeline on data from this Python environment; takes some minutes."""
+    from deploy.preflight import require_trainable
     from deploy.quickstart.pipeline import run_quickstart
     from deploy.session import open_session
 
     resolved = _load(config, overrides, address)
+    require_trainable(resolved)
     with open_session(resolved, console) as session:
         summary = run_quickstart(session)
     _show_summary(resolved, summary)
@@ -107,6 +110,7 @@ def evaluate(run: RunArgument, overrides: Overrides = None, address: AddressOpti
     """Compare a run's trained policy with its supervised one on held-out prompts."""
     from deploy.run_tools import evaluate_run
 
+    require_evaluated(overrides or [])
     config = _of_run(run, overrides, address)
     _print_numbers("evaluation", evaluate_run(config, console))
 
@@ -167,9 +171,10 @@ def preflight(
     import ray
 
     from deploy.placement import start_cluster
-    from deploy.preflight import explain
+    from deploy.preflight import explain, require_trainable
 
     resolved = _load(config, overrides, address)
+    require_trainable(resolved)
     joined = ray.is_initialized()
     start_cluster(resolved)
     try:
@@ -234,11 +239,15 @@ def _run(arguments: Sequence[str] | None) -> None:
 def _stage(name: str, resolved: RunConfig, stop_after: int | None = None) -> None:
     """One stage of a run, in a session of its own."""
     from deploy import stages
+    from deploy.preflight import require_trainable
     from deploy.session import open_session
 
     # A recipe that is refused leaves the run's own in place: training writes it down once accepted.
-    if name == "train" and stages.resumable(resolved, console) is not None:
-        return
+    if name == "train":
+        require_trainable(resolved)
+        if stages.resumable(resolved)[1] is not None:
+            say(console, stages.finished(resolved))
+            return
     with open_session(resolved, console, record=name != "train") as session:
         with session.stage("tokenizer", "tokenizer"):
             resolved = stages.prepare_tokenizer(session, resolved)

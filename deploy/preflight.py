@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from common.config import RunConfig
-from common.errors import ClusterError
+from common.errors import ClusterError, ConfigError
 from common.palm import count_parameters
 
 _BYTES_PER_TRAINED = 16
@@ -24,6 +24,27 @@ class Demand:
     gpus: float
     gang: bool
     """All or nothing: the learner's placement group."""
+
+
+def require_trainable(config: RunConfig) -> None:
+    """Refuse to train from greedy samples, which evaluation may take.
+
+    Raises:
+        ConfigError: sampling leaves one token to choose from, so its log-probability is always 0
+            and has no gradient.
+    """
+    rollout = config.rollout
+    for field, greedy, mend in (
+        ("temperature", rollout.temperature == 0, "above 0"),
+        ("top_k", rollout.top_k == 1, "to 0 or above 1"),
+        ("min_p", rollout.min_p == 1, "below 1"),
+    ):
+        if greedy:
+            given = f"rollout.{field}={getattr(rollout, field):g}"
+            raise ConfigError(
+                f"{given} always takes the most probable token, so there is nothing to learn from: "
+                f"set it {mend} for training; `talipot evaluate RUN {given}` may have it"
+            )
 
 
 def demands(config: RunConfig) -> list[Demand]:

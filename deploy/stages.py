@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import ray
-from rich.console import Console
 
 from actors.prompts import EncodedPrompt, encode_prompts
 from common.config import RunConfig
@@ -31,13 +30,14 @@ from common.recipe import save_config
 from common.tokenizer import Tokenizer
 from common.trajectory import derive_seed
 from deploy import checkpoints
-from deploy.changes import require_resumable
+from deploy.changes import Change, require_resumable
 from deploy.driver import controller_name, follow, living_controller, start_controller
 from deploy.ends import at_the_end
 from deploy.facts import Status, recorded_facts
 from deploy.gang import LearnerGang
 from deploy.placement import reward_pool, rollout_pool
 from deploy.pool import Pool
+from deploy.preflight import require_trainable
 from deploy.screen import say
 from deploy.session import Session
 from learner.supervised import EncodedComparison, EncodedPair
@@ -49,7 +49,8 @@ def prepare_tokenizer(session: Session, config: RunConfig) -> RunConfig:
     """Train or load the tokenizer; returns the config with the model's vocabulary filled in.
 
     Raises:
-        ConfigError: model.vocab_size is set to something else than the tokenizer has.
+        ConfigError: model.vocab_size is set to something else than the tokenizer has, or
+            rollout.stop_ids names a token that it has not.
     """
     path = session.tokenizer_path
     if config.tokenizer.path is not None:
@@ -66,6 +67,12 @@ def prepare_tokenizer(session: Session, config: RunConfig) -> RunConfig:
         raise ConfigError(
             f"model.vocab_size={size}, but the tokenizer has {tokenizer.vocab_size} tokens; "
             "set it to 0 to take the tokenizer's"
+        )
+    unknown = [token for token in config.rollout.stop_ids if token >= tokenizer.vocab_size]
+    if unknown:
+        raise ConfigError(
+            f"rollout.stop_ids: {unknown[0]} is no token; the tokenizer has "
+            f"{tokenizer.vocab_size}, from 0"
         )
     model = config.model.model_copy(update={"vocab_size": tokenizer.vocab_size})
     return config.model_copy(update={"model": model})
@@ -190,8 +197,12 @@ def run_train(
     Returns the controller's facts. Raises whatever stopped the run.
     """
     _require(config.data.prompts, "data.prompts", "train")
-    facts = resumable(config, session.console)
+    require_trainable(config)
+    changed, facts = resumable(config)
+    for change in changed:
+        say(session.console, f"changed: {change}")
     if facts is not None:
+        say(session.console, finished(config))
         return facts
     prompts, skipped = read_encoded_prompts(config.data.prompts, session.tokenizer(), config)
     if skipped:
@@ -209,27 +220,28 @@ def run_train(
         return follow(controller, config, lambda status: _show(bar.update, status))
 
 
-def resumable(config: RunConfig, console: Console) -> dict[str, Any] | None:
-    """Compare with the run's newest checkpoint, if it has one, and show what has changed.
-
-    Returns the facts of a run that is finished already: then there is nothing to train.
+def resumable(config: RunConfig) -> tuple[list[Change], dict[str, Any] | None]:
+    """Compare with the run's newest checkpoint, if it has one: what has changed, but for the run's
+    name and place, and the facts of a run that is finished already.
 
     Raises:
         ConfigError: a field changed that cannot; each is named with both values.
     """
     found = checkpoints.newest(config.run_dir)
     if found is None:
-        return None
+        return [], None
     state = found[1]
     saved = RunConfig.model_validate(state["config"])
-    for change in require_resumable(saved, config, state["iteration"], config.run_dir):
-        if change.field not in ("name", "output"):
-            say(console, f"changed: {change}")
+    changed = require_resumable(saved, config, state["iteration"], config.run_dir)
     facts = recorded_facts(config.run_dir)
-    if facts is None or facts["iterations"] < config.train.iterations:
-        return None
-    say(console, f"{config.run_dir} is finished; nothing to train")
-    return facts
+    if facts is not None and facts["iterations"] < config.train.iterations:
+        facts = None
+    return [change for change in changed if change.field not in ("name", "output")], facts
+
+
+def finished(config: RunConfig) -> str:
+    """What is said of a run that is finished."""
+    return f"{config.run_dir} is finished; nothing to train"
 
 
 def _start(
@@ -318,11 +330,11 @@ def _reference_pairs(config: RunConfig, tokenizer: Tokenizer) -> list[EncodedPai
 
 
 def _hold_out(data: Sequence[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
-    """Split off at least one record, by seed."""
+    """Split off at least one record, by seed, and leave at least one."""
     if len(data) < 2:
         raise DataError(f"{len(data)} usable records; at least 2 are needed, 1 to hold out")
     order = np.random.default_rng(derive_seed(seed, "hold out")).permutation(len(data))
-    count = max(1, round(share * len(data)))
+    count = min(len(data) - 1, max(1, round(share * len(data))))
     return [data[i] for i in order[count:]], [data[i] for i in order[:count]]
 
 

@@ -41,10 +41,11 @@ def run_quickstart(session: Session) -> dict[str, Any]:
     begin = time.perf_counter()
     config, console = session.config, session.console
     folder = session.run_dir / "data"
+    with_data = quickstart_task.with_data(config, folder)
     with session.stage("harvest", "harvested signatures and docstrings of this environment"):
         task, facts = quickstart_task.prepare(config.quickstart, config.seed, folder)
     say(console, f"  {facts['pairs']} pairs, fingerprint {facts['fingerprint'][:12]}")
-    config = quickstart_task.with_data(config, folder)
+    config = with_data
     with session.stage("tokenizer", "trained a byte-level BPE tokenizer"):
         config = stages.prepare_tokenizer(session, config)
         save_config(config, session.run_dir / "config.yaml")

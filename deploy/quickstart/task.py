@@ -12,6 +12,7 @@ import numpy as np
 
 from common.config import DataConfig, QuickstartConfig, RunConfig
 from common.data import Comparison, Demonstration, Prompt, write_jsonl
+from common.errors import ConfigError
 from common.trajectory import derive_seed
 from deploy.quickstart import judges
 from deploy.quickstart.harvest import Pair, fingerprint, harvest, prompt_text, split
@@ -57,7 +58,11 @@ def prepare(settings: QuickstartConfig, seed: int, folder: Path) -> tuple[Task, 
 
 
 def with_data(config: RunConfig, folder: Path) -> RunConfig:
-    """The config with its data section pointing at the prepared files."""
+    """The config with its data section pointing at the prepared files.
+
+    Raises:
+        ConfigError: it points at others, which would not be read.
+    """
     data = DataConfig(
         demonstrations=(str(folder / "demonstrations.jsonl"),),
         comparisons=(str(folder / "comparisons.jsonl"),),
@@ -65,6 +70,11 @@ def with_data(config: RunConfig, folder: Path) -> RunConfig:
         evaluation=(str(folder / "evaluation.jsonl"),),
         too_long="skip",
     )
+    if config.data not in (DataConfig(), data):
+        raise ConfigError(
+            "data has no effect here: the quickstart makes its own; leave it out, or take your "
+            "files through `talipot sft`, `talipot reward` and `talipot train`"
+        )
     return config.model_copy(update={"data": data})
 
 

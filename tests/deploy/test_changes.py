@@ -7,7 +7,8 @@ import pytest
 from common.config import RunConfig
 from common.errors import ConfigError
 from common.recipe import fields, load_config
-from deploy.changes import RULES, changes, require_resumable
+from common.worker_config import RewardComponent
+from deploy.changes import RULES, changes, prefix_of, require_resumable
 
 
 def changed(*overrides: str, trained: int = 3) -> dict[str, str]:
@@ -21,6 +22,14 @@ def changed(*overrides: str, trained: int = 3) -> dict[str, str]:
         ("rollout.actors=5", "free"),
         ("cluster.dashboard=false", "free"),
         ("train.checkpoint_every=1", "free"),
+        ("learner.cpus_per_rank=4", "rounding"),  # its threads share sums out
+        ("rollout.cpus_per_actor=4", "rounding"),
+        ("reward_service.cpus_per_replica=4", "rounding"),
+        ("rollout.labels.zone=a", "rounding"),
+        ("cluster.address=auto", "rounding"),
+        ("learner.deadline_s=5", "free"),
+        ("rollout.lease_deadline_s=5", "free"),
+        ("reward_service.replicas=3", "free"),
         ("learner.ranks=1", "rounding"),
         ("learner.zero_stage=3", "rounding"),
         ("train.iterations=30", "rounding"),
@@ -58,7 +67,45 @@ def test_all_that_cannot_change_is_named_at_once() -> None:
     assert "actors" not in str(error.value)
 
 
+def test_how_an_endpoint_is_asked_may_change_but_not_what_counts() -> None:
+    name = "reward_service.components.my.judge"
+    values = {"kind": "http", "target": "http://x/"}
+
+    def under(**more: object) -> RunConfig:
+        components = {"my.judge": {**values, **more}}
+        return RunConfig.model_validate({"reward_service": {"components": components}})
+
+    asked = under(timeout_s=99, max_retries=9, give_up_after_s=999, dead_letters="f", token_env="T")
+    names = ("timeout_s", "max_retries", "give_up_after_s", "dead_letters", "token_env")
+    found = {c.field: c.kind for c in changes(under(), asked, 3)}
+    assert found == {f"{name}.{field}": "free" for field in names}
+    for more in ({"weight": 2}, {"target": "http://y/"}):
+        assert [c.kind for c in changes(under(), under(**more), 3)] == ["fixed"]
+
+
+def test_every_field_was_classified_by_somebody() -> None:
+    every = [name for name, _, _ in fields()]
+    every += [f"reward_service.components.mine.{name}" for name in RewardComponent.model_fields]
+    assert [name for name in every if not prefix_of(name)] == []
+
+
+def test_what_computes_never_counts_as_changing_no_bit() -> None:
+    """Each field that is said to be free, and why it may be; another one needs a reason here."""
+    free = {name for name, _, _ in fields() if RULES[prefix_of(name)][0] == "free"}
+    other_stages = ("sft.", "reward_model.", "quickstart.", "evaluate.")
+    assert {name for name in free if not name.startswith((*other_stages, "cluster."))} == {
+        "name",
+        "output",
+        *("data.evaluation", "data.demonstrations", "data.comparisons"),
+        *("rollout.actors", "rollout.gpus_per_actor", "rollout.lease_deadline_s"),
+        *("reward_service.replicas", "reward_service.gpus_per_replica"),
+        *("learner.gpus_per_rank", "learner.deadline_s", "learner.max_restarts"),
+        *("train.checkpoint_every", "train.keep_checkpoints"),
+    }
+
+
 def test_rules_are_of_fields_that_exist() -> None:
     names = [name for name, _, _ in fields()]
+    names += [f"reward_service.components.*.{name}" for name in RewardComponent.model_fields]
     for prefix in RULES:
         assert any(n == prefix or n.startswith(f"{prefix}.") or not prefix for n in names), prefix

@@ -237,6 +237,48 @@ def test_a_resumed_run_keeps_what_cannot_change(
     assert (folder / "config.yaml").read_bytes() == kept
 
 
+def test_greedy_samples_are_refused_before_anything_starts(
+    run: Run, recipe: Callable[..., str]
+) -> None:
+    path = recipe()
+    for command in ("train", "preflight", "quickstart"):
+        begin = time.monotonic()
+        outcome = run(command, "--config", path, "rollout.temperature=0")
+        refused(outcome, 2, "rollout.temperature=0", "nothing to learn", "evaluate")
+        assert time.monotonic() - begin < 5
+    assert run("config", "--config", path, "rollout.temperature=0").code == 0
+
+
+def test_what_changed_is_told_once(run: Run, recipe: Callable[..., str], tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    path, folder = recipe(data={"prompts": [str(prompts)]}), tmp_path / "run"
+    (folder / "config.yaml").write_bytes(Path(path).read_bytes())
+    state = {"iteration": 3, "config": yaml.safe_load(Path(path).read_bytes())}
+    checkpoints.write(folder, 3, lambda _: state, keep=2)
+    outcome = run("train", "--resume", str(folder), "rollout.actors=3")
+    refused(outcome, 3, "prompts.jsonl")  # it is missing: the run ends after the recipe was taken
+    assert outcome.out.count("changed: rollout.actors: 2 -> 3") == 1, outcome.out
+
+
+def test_overrides_that_an_evaluation_does_not_look_at(
+    run: Run, recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    path = recipe()
+    (tmp_path / "run" / "config.yaml").write_bytes(Path(path).read_bytes())
+    for override in ("train.lr=1", "evaluate.best_of=4", "data.prompts=[x]", "sft={epochs: 3}"):
+        says = ["no effect on an evaluation", override.split("=")[0]]
+        refused(run("evaluate", str(tmp_path / "run"), override), 2, *says)
+
+
+def test_the_quickstart_makes_its_own_data(run: Run, recipe: Callable[..., str]) -> None:
+    refused(run("quickstart", "--config", recipe()), 2, "the quickstart makes its own")
+
+
+def test_stop_tokens_that_are_none(run: Run, recipe: Callable[..., str]) -> None:
+    path = recipe(rollout={"stop_ids": [289, 290]})
+    refused(run("sft", "--config", path), 2, "rollout.stop_ids: 290 is no token", "290, from 0")
+
+
 def test_an_empty_prompt(run: Run, recipe: Callable[..., str], tmp_path: Path) -> None:
     path = recipe()
     (tmp_path / "run" / "config.yaml").write_bytes(Path(path).read_bytes())

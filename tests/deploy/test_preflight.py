@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from common.config import RunConfig
-from common.errors import ClusterError
+from common.errors import ClusterError, ConfigError
 from common.palm import count_parameters
 from common.recipe import load_config
-from deploy.preflight import explain, learner_bytes
+from deploy.preflight import explain, learner_bytes, require_trainable
 
 
 def recipe(*overrides: str) -> RunConfig:
@@ -60,3 +60,14 @@ def test_bytes_of_each_zero_stage_by_hand() -> None:
         assert learner_bytes(config) == pytest.approx(size)
     shared = recipe(f"learner.ranks={ranks}", "train.value_network=shared", "learner.zero_stage=0")
     assert learner_bytes(shared) == pytest.approx(8 * parameters)
+
+
+@pytest.mark.parametrize("greedy", ["temperature=0", "top_k=1", "min_p=1"])
+def test_there_is_nothing_to_learn_from_greedy_samples(greedy: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^rollout\.{greedy} always takes the most probable"):
+        require_trainable(recipe(f"rollout.{greedy}"))
+
+
+@pytest.mark.parametrize("sampled", ["temperature=0.1", "top_k=2", "top_k=0", "min_p=0.9"])
+def test_what_samples_is_trainable(sampled: str) -> None:
+    require_trainable(recipe(f"rollout.{sampled}"))
