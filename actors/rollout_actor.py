@@ -24,6 +24,7 @@ from actors.engine import Engine, Stops
 from common.logprobs import sampling_of
 from common.lora import OFF, adapter_tensors, add_adapter, base_fingerprint
 from common.model_config import LoraConfig, ModelConfig
+from common.out_of_memory import memory_for
 from common.palm import PaLM
 from common.tokenizer import Tokenizer
 from common.trajectory import Rollout, RolloutRequest, extend, from_table, to_table
@@ -95,9 +96,13 @@ def engine_of(
     )
 
 
+_memory = memory_for("a rollout actor", "lower rollout.cache_mb, or rollout.prefill_tokens")
+
+
 class RolloutActor:
     """Generation engine, weights and tokenizer of one worker."""
 
+    @_memory
     def __init__(
         self,
         actor_id: str,
@@ -129,10 +134,6 @@ class RolloutActor:
         self.reloads = 0
         """Corrupted slices found over the actor's life."""
 
-    def ping(self) -> str:
-        """Answer once the worker has started."""
-        return self.actor_id
-
     def load(self, manifest: Manifest, payloads: Sequence[Payload]) -> str:
         """Hold these weights; returns the fingerprint of what is now held.
 
@@ -154,6 +155,7 @@ class RolloutActor:
         self.policy_version, self.fingerprint = manifest.policy_version, found
         return found
 
+    @_memory
     def generate(
         self, requests: pa.Table, manifest: Manifest, *payloads: Payload
     ) -> tuple[LeaseFacts, pa.Table]:

@@ -22,13 +22,13 @@ from ray._private.state import actors as ray_actors
 from ray._private.state import state
 from ray.autoscaler.sdk import request_resources
 
-from actors.rollout_actor import AdapterOnWire, RolloutActor
+from actors.rollout_actor import AdapterOnWire
 from common.config import RunConfig
 from common.errors import ClusterError
 from common.logprobs import sampling_of
 from common.tokenizer import Tokenizer
+from deploy.hosted import HostedRewardWorker, HostedRolloutActor
 from deploy.pool import MakeWorker, Pool, Surroundings
-from reward_service.service import RewardWorker
 
 NAMESPACE = "talipot"
 _ANSWER_S = 10.0
@@ -109,7 +109,7 @@ def rollout_pool(
 
     def make(name: str) -> Any:
         return (
-            ray.remote(RolloutActor)
+            ray.remote(HostedRolloutActor)
             .options(name=f"{run}:{name}", **options)
             .remote(
                 name,
@@ -140,7 +140,7 @@ def reward_pool(
 
     def make(name: str) -> Any:
         return (
-            ray.remote(RewardWorker)
+            ray.remote(HostedRewardWorker)
             .options(name=f"{run}:{name}", **options)
             .remote(
                 settings,
@@ -153,7 +153,14 @@ def reward_pool(
             )
         )
 
-    return _pool("reward", make, settings.replicas if start else 0, config, options)
+    pool = _pool("reward", make, settings.replicas if start else 0, config, options)
+    functions = [c.target for c in settings.components.values() if c.kind == "function"]
+    if functions:
+        pool.hint = (
+            f"; {', '.join(functions)} runs in these workers, and os._exit or a crash of native "
+            "code in it ends them"
+        )
+    return pool
 
 
 def request_room(config: RunConfig, actors: int, replicas: int) -> None:

@@ -20,7 +20,6 @@ which is for people, bears the date.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
@@ -30,8 +29,10 @@ from typing import Any, Literal
 
 import ray
 
-from common.errors import ClusterError, WorkerError
+from common.errors import ClusterError, TalipotError, WorkerError
 from deploy.ends import take_all
+from deploy.gang import plain
+from deploy.hosted import whereabouts
 
 MakeWorker = Callable[[str], Any]
 """Name -> actor handle; where resources are placed."""
@@ -124,6 +125,8 @@ class Pool:
     start_s: float = 120.0
     """A worker that has a place and does not answer for so long is hung; one that has none is
     reported, and ends the run when no other works or may start."""
+    hint: str = ""
+    """What the error of too many failures adds: what else may end these workers."""
     around: Surroundings = ALONE
     report: Callable[[Event], None] = _no_report
     workers: dict[str, Worker] = field(default_factory=dict)
@@ -231,7 +234,7 @@ class Pool:
             raise WorkerError(
                 f"{len(self._recent)} {self.kind} workers failed within {self.window_s:.0f} s, or "
                 f"since one of them did anything (cluster.max_restarts); the last was {name}, "
-                f"{cause}: {detail}"
+                f"{cause}: {detail}{self.hint}"
             )
         if now >= self._not_before:  # Losses during one wait are one event: a node that died.
             self._backoff = min(_LONGEST_WAIT_S, max(_FIRST_WAIT_S, 2.0 * self._backoff))
@@ -265,7 +268,7 @@ class Pool:
                 self._ask(worker, now + self.silence_s)
 
     def _ask(self, worker: Worker, until: float) -> None:
-        worker.probe = worker.handle.__ray_call__.remote(_whereabouts)
+        worker.probe = worker.handle.__ray_call__.remote(whereabouts)
         worker.probe_until = until
 
     def _take_answers(self, now: float) -> None:
@@ -279,6 +282,8 @@ class Pool:
             try:
                 worker.node, worker.pid = ray.get(ref)
             except ray.exceptions.RayError as error:
+                if isinstance(refusal := plain(error), TalipotError):
+                    raise refusal from None
                 cause: Cause = "unstarted" if worker.state == "starting" else "died"
                 self.lost(worker.name, cause, last_words(error))
                 continue
@@ -359,8 +364,3 @@ def last_words(error: Exception) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     found = lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
     return found.partition(" Some common causes include")[0]
-
-
-def _whereabouts(_: object) -> tuple[str, int]:
-    """Run in a worker: its node and its process."""
-    return ray.get_runtime_context().get_node_id(), os.getpid()

@@ -20,6 +20,7 @@ from common.config import RunConfig
 from common.errors import StorageError
 from common.files import one_line
 from common.metrics import read
+from common.out_of_memory import memory_for
 from common.trajectory import rows_without
 from common.weights import Payload, save_weights, state_hash
 from learner import engine
@@ -27,6 +28,12 @@ from learner.learner import Learner
 from learner.log import write_log
 from learner.publisher import Publication
 from learner.supervised import EncodedComparison, EncodedPair, RewardStage, SftStage
+
+_passes = memory_for("a learner rank's passes", "lower learner.micro_batch_tokens")
+_states = memory_for(
+    "building a learner rank's networks",
+    "take a smaller model, or more learner.ranks on other nodes with learner.zero_stage=3",
+)
 
 
 class LearnerRank:
@@ -58,6 +65,7 @@ class LearnerRank:
 
     # ---------------------------------------------------------------- supervised stages
 
+    @_states
     def begin_sft(
         self,
         config: RunConfig,
@@ -68,6 +76,7 @@ class LearnerRank:
         self._stage = SftStage(config, train, held_out)
         return self._stage.total_steps
 
+    @_states
     def begin_reward(
         self,
         config: RunConfig,
@@ -80,16 +89,19 @@ class LearnerRank:
         self._stage = RewardStage(config, train, held_out, Path(sft), seed)
         return self._stage.total_steps
 
+    @_passes
     def advance(self, steps: int) -> dict[str, float]:
         """Some optimizer steps of the current supervised stage."""
         assert self._stage is not None
         return read(self._stage.advance(steps))
 
+    @_passes
     def evaluate(self) -> dict[str, float]:
         """Held-out metrics of the current supervised stage."""
         assert self._stage is not None
         return read(self._stage.evaluate())
 
+    @_passes
     def shift(self, reference: Sequence[EncodedPair]) -> dict[str, float]:
         """Centre the reward model on reference responses."""
         assert isinstance(self._stage, RewardStage)
@@ -102,12 +114,14 @@ class LearnerRank:
 
     # ---------------------------------------------------------------- policy training
 
+    @_states
     def begin_train(self, config: RunConfig, policy: str, reward: str | None, eos_id: int) -> None:
         """Build policy and value engines."""
         self._stage = None
         weights = Path(reward) if reward else None
         self._learner = Learner(config, Path(policy), weights, eos_id)
 
+    @_passes
     def policy_phase(
         self,
         iteration: int,
@@ -124,6 +138,7 @@ class LearnerRank:
             write_log(Path(log), pa.concat_tables(kept), iteration, self._train.config)
         return read(self._train.policy_phase(kept, iteration))
 
+    @_passes
     def auxiliary_phase(self, iteration: int) -> dict[str, float]:
         """One auxiliary phase."""
         return read(self._train.auxiliary_phase(iteration))

@@ -48,6 +48,10 @@ class ScoreFacts:
 class RewardWorker:
     """Reward model, reference policy and remote or local components of one worker."""
 
+    @memory_for(
+        "loading a reward worker's models",
+        "place reward workers on nodes with more memory (reward_service.labels)",
+    )
     def __init__(
         self,
         settings: RewardServiceConfig,
