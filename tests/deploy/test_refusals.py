@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from common.errors import RewardError
@@ -43,7 +43,8 @@ def settle(controller: Watched, gang: Notes) -> None:
         assert all(0 <= iteration - v <= config.train.max_staleness for _, v in versions)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example("grpo", 2, 2, 0.3, 1, 1, {2: 12}, None)
 @given(
     algorithm=st.sampled_from(ALGORITHMS),
     staleness=st.sampled_from([0, 2]),
