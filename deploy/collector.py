@@ -37,6 +37,7 @@ from deploy.groups import lone
 from deploy.jobs import Sampled, Sampling, Scored, Scoring, Weights, first_share
 from deploy.ledger import Lease, Ledger
 from deploy.pool import Pool
+from deploy.tally import Tally
 from reward_service.service import ScoreFacts
 
 _LEASES_PER_ACTOR = 2
@@ -75,8 +76,7 @@ class Collector:
         self.score_seconds = 0.0
         """Time that reward workers spent since it was last set to 0."""
         self.last_dead_letter = ""
-        self.weights_reloaded = 0
-        """Times that a slice of weights arrived corrupted and was read again."""
+        self.tally = Tally(self._pools())
         self._corrupt_at = -1
         """Version of which a worker could not get an intact slice."""
         self._deadline_s = deadline_s
@@ -155,26 +155,8 @@ class Collector:
         return [replace(s, lone=alone.intersection(s.rollout_ids)) for s in fresh]
 
     def counts(self) -> dict[str, float]:
-        """What happened since the run began (or was resumed), as metrics; from any thread."""
-        ledger = self.ledger
-        found: dict[str, float] = {
-            "leases_reissued": ledger.reissued,
-            "late_commits": ledger.refused,
-            "weights_reloaded": self.weights_reloaded,
-        }
-        found |= {f"dropped/{reason}": n for reason, n in dict(ledger.dropped).items()}
-        found |= {f"resampled/{reason}": n for reason, n in dict(ledger.resampled).items()}
-        for pool in self._pools():
-            found[f"workers/{pool.kind}"] = len(pool.workers)
-            found[f"workers_lost/{pool.kind}"] = pool.failures
-            found |= {
-                f"workers_lost/{pool.kind}/{cause}": n for cause, n in dict(pool.losses).items()
-            }
-            if pool.left:
-                found[f"workers_drained/{pool.kind}"] = pool.left
-            if pool.scale_seconds:
-                found[f"scale_seconds/{pool.kind}"] = pool.scale_seconds
-        return found
+        """What happened since the run began, as metrics; from any thread."""
+        return self.tally.metrics(self.ledger)
 
     # ------------------------------------------------------------------ the learner's restart
 
@@ -301,7 +283,7 @@ class Collector:
                 f"{facts.actor_id} sampled from weights {facts.weights_fingerprint[:12]}, not "
                 f"from version {expected.policy_version} ({expected.fingerprint[:12]})"
             )
-        self.weights_reloaded += facts.reloads
+        self.tally.add({"weights_reloaded": facts.reloads})
         self._observe(facts)
         self.ledger.done(lease)
         tokens = facts.response_tokens + sum(len(r.prompt_ids) for r in lease.requests)
@@ -318,7 +300,7 @@ class Collector:
         if self._corrupt_at == version:
             raise error from None
         self._corrupt_at = version
-        self.weights_reloaded += 1
+        self.tally.add({"weights_reloaded": 1})
         self.rollout.lost(job.worker, "corrupt", str(error))
 
     def _take_scored(self, ref: ray.ObjectRef[Any], job: Scoring) -> None:
@@ -332,6 +314,8 @@ class Collector:
                 self._blame([s.lease for s in job.sampled], job.worker, f"died: {words}")
         except ArgumentLost:
             lost = True
+        if facts is not None:
+            self.tally.add({f"http/{name}": count for name, count in facts.http.items()})
         if self._is_void(ref):
             return
         if facts is None:

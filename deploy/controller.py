@@ -128,7 +128,7 @@ class Controller:
             "rollouts_trained": self.ledger.trained,
             "rollouts_dropped": sum(self.ledger.dropped.values()),
             "rollouts_in_flight": self.ledger.in_flight,
-            "worker_failures": self.status().worker_failures,
+            "worker_failures": self.collector.tally.failures,
             "learner_restarts": self.learner_restarts,
             "leases_reissued": self.ledger.reissued,
             "train_kl": self.metrics.get("kl", 0.0),
@@ -235,7 +235,7 @@ class Controller:
             in_flight=self.ledger.in_flight,
             rollout_workers=len(rollout.workers),
             reward_workers=len(reward.workers) if reward else 0,
-            worker_failures=rollout.failures + (reward.failures if reward else 0),
+            worker_failures=self.collector.tally.failures,
             learner_restarts=self.learner_restarts,
             counts=self.collector.counts(),
             workers=self.elastic.views(),
@@ -375,6 +375,7 @@ class Controller:
             "ledger": self.ledger.state(),
             "learner": learner,
             "learner_restarts": self.learner_restarts,
+            "counts": self.collector.tally.counted(),
         }
 
     def _restore(self) -> None:
@@ -391,6 +392,7 @@ class Controller:
         issued = self._issued_until
         self.iteration = self._issued_until = self._saved = state.get("iteration", 0)
         self.learner_restarts = max(self.learner_restarts, state.get("learner_restarts", 0))
+        self.collector.tally.carry_on(state.get("counts", {}))
         self.prompts = self._stream(state.get("prompt_position", 0))
         self._positions = {}
         self.ledger = self.ledger.rewound(state.get("ledger"))

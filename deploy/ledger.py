@@ -266,11 +266,14 @@ class Ledger:
         """Books as `state` gave them (None: empty), with nothing in flight.
 
         Lease numbers go on where these stand, so that no number ever means two leases; and so do
-        failures, which are the same whatever history they happen in.
+        counts of what went wrong, which happened though it is of a history that is no more.
         """
         ledger = Ledger() if state is None else Ledger.restore(state)
         ledger._next = max(ledger._next, self._next)
         ledger._failures = self._failures
+        ledger.reissued = max(ledger.reissued, self.reissued)
+        ledger.refused = max(ledger.refused, self.refused)
+        ledger.resampled |= self.resampled
         return ledger
 
     def adopt(self, lease: Lease, holder: str, until: float) -> None:

@@ -60,6 +60,11 @@ class HttpScorerSettings:
     """JSON lines of responses given up."""
 
 
+COUNTS = ("requests", "retries", "failures", "dead_letters", "circuit_opened")
+"""What a scorer counts: tries sent, tries after the first, tries that failed, responses given up,
+times that the circuit opened."""
+
+
 class _Refused(Exception):
     """An answer that no retry can mend."""
 
@@ -106,7 +111,7 @@ class HttpScorer:
         return [result for batch in answered for result in batch]
 
     def stats(self) -> dict[str, int]:
-        """Counts of requests, retries, failures, dead_letters, circuit_opened."""
+        """Those of `COUNTS` that are not 0."""
         with self._lock:
             return dict(self._counts)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,7 +27,7 @@ from common.model_config import ModelConfig
 from common.out_of_memory import memory_for
 from common.trajectory import Rollout, ScoredTrajectory, extend, from_table, to_table
 from common.worker_config import RewardComponent, RewardServiceConfig
-from reward_service.http_scorer import HttpScorer, HttpScorerSettings
+from reward_service.http_scorer import COUNTS, HttpScorer, HttpScorerSettings
 from reward_service.models import ReferencePolicy, RewardModel, frozen_pass
 from reward_service.scorers import FunctionScorer, Scorer, ScoreRequest
 
@@ -43,6 +43,8 @@ class ScoreFacts:
     component_means: Mapping[str, float]
     """Mean of each component, for metrics."""
     seconds: float
+    http: Mapping[str, int] = field(default_factory=dict)
+    """What remote components counted in this call: ``component/count`` -> how many."""
 
 
 class RewardWorker:
@@ -82,7 +84,7 @@ class RewardWorker:
 
     def score(self, *tables: pa.Table) -> tuple[ScoreFacts, pa.Table]:
         """Score and add ref_logprobs to every rollout of the tables, in their order."""
-        begin = time.perf_counter()
+        begin, counted = time.perf_counter(), self._counted()
         batches = [from_table(table, Rollout) for table in tables]
         rollouts = [rollout for batch in batches for rollout in batch]
         model_scores: list[float] = []
@@ -122,8 +124,18 @@ class RewardWorker:
             dead_letters=dead,
             component_means=means,
             seconds=time.perf_counter() - begin,
+            http={name: count - counted[name] for name, count in self._counted().items()},
         )
         return facts, to_table(scored, ScoredTrajectory)
+
+    def _counted(self) -> dict[str, int]:
+        """What remote components have counted over this worker's life."""
+        found: dict[str, int] = {}
+        for name, scorer in self.scorers.items():
+            if isinstance(scorer, HttpScorer):
+                stats = scorer.stats()
+                found |= {f"{name}/{count}": stats.get(count, 0) for count in COUNTS}
+        return found
 
     def _components(
         self, rollouts: Sequence[Rollout], model_scores: Sequence[float]

@@ -28,6 +28,7 @@ from deploy.pool import Pool
 from deploy.stages import read_encoded_prompts
 from learner.log import read_log
 from tests.conftest import run_copy
+from tests.reward_service.endpoint import DOWN, Endpoint, Reply, Rows, scores
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -446,6 +447,36 @@ def test_a_dead_endpoint_dead_letters_and_says_so(
     )
     with pytest.raises(RewardError, match=r"given up by the reward service.*ConnectError"):
         finish(config, gang)
+
+
+def test_no_count_falls_on_a_resume(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path
+) -> None:
+    """Of workers lost, and of what a flaky endpoint cost."""
+
+    def behave(number: int, rows: Rows) -> Reply:
+        return DOWN if number % 5 == 4 else scores([(row["rollout_id"], 1.0) for row in rows])
+
+    with Endpoint(behave) as endpoint:
+        remote = {"kind": "http", "target": endpoint.url, "batch_size": 4}
+        config = run_copy(workspace, tmp_path, reward_service={"components": {"remote": remote}})
+        with Run(config, gang, stop_after=3) as controller:
+            thread = when(
+                lambda: controller.iteration >= 1, lambda: kill_worker(controller, "rollout")
+            )
+            assert controller.run()["worker_failures"] == 1
+            thread.join()
+        assert finish(config, gang)["worker_failures"] == 1
+    lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
+    logged = [json.loads(line)["metrics"] for line in lines]
+    for name in ("workers_lost/rollout", "http/remote/requests", "http/remote/failures"):
+        values = [metrics[name] for metrics in logged]
+        assert values == sorted(values), name
+    last = logged[-1]
+    assert last["workers_lost/rollout"] == last["workers_lost/rollout/died"] == 1
+    assert last["http/remote/requests"] == len(endpoint.calls)
+    assert last["http/remote/failures"] == last["http/remote/retries"] == len(endpoint.calls) // 5
+    assert last["http/remote/dead_letters"] == last["http/remote/circuit_opened"] == 0
 
 
 def test_nan_weights_stop_the_run(workspace: RunConfig, gang: LearnerGang, tmp_path: Path) -> None:

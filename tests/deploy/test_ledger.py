@@ -310,6 +310,19 @@ def test_an_iteration_of_which_nothing_can_be_trained_is_issued_once_more(
         after.issue(1, paired(1), 2)
 
 
+def test_what_went_wrong_stays_counted_when_the_learner_goes_back() -> None:
+    ledger = Ledger()
+    ledger.issue(0, requests(0, 2), 2)
+    before = ledger.state()
+    lease = ledger.lease("a", 1.0)
+    ledger.give_back(lease.lease_id, "a")
+    ledger.commit(ledger.lease("b", 1.0).rollout_ids)
+    ledger.commit(lease.rollout_ids)
+    ledger.resample(lease.rollout_ids, "lost")
+    after = ledger.rewound(json.loads(json.dumps(before)))
+    assert (after.reissued, after.refused, after.resampled) == (1, 2, {"lost": 2})
+
+
 def test_failures_are_counted_by_rollout_whatever_becomes_of_the_lease() -> None:
     ledger = Ledger()
     ledger.issue(0, requests(0, 4), 4)

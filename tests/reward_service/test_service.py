@@ -18,7 +18,7 @@ from common.weights import save_weights
 from common.worker_config import RewardServiceConfig
 from reward_service.models import frozen_pass
 from reward_service.service import RewardWorker
-from tests.reward_service.endpoint import Endpoint, Reply, Rows, fine, scores
+from tests.reward_service.endpoint import Endpoint, Reply, Rows, fine, first, scores
 from tests.reward_service.samples import rollouts
 
 FUNCTIONS = "tests.reward_service.functions"
@@ -139,6 +139,17 @@ def test_without_a_model_component_no_reward_model_is_needed(workspace: RunConfi
     assert out["score"].to_pylist() == [0.0, 1.0, 2.0]
     assert facts.component_means == {"spelled": 1.0}
     assert all(values for values in out["ref_logprobs"].to_pylist())
+
+
+def test_each_call_says_what_its_remote_components_counted_in_it(workspace: RunConfig) -> None:
+    with Endpoint(first(Reply(status=500))) as endpoint:
+        remote = http(endpoint, max_retries=1, max_concurrency=1)
+        made = worker(workspace, {**SPELLED, "remote": remote})
+        facts = [made.score(table(rollouts(3)))[0].http for _ in range(2)]
+    none = {"remote/dead_letters": 0, "remote/circuit_opened": 0}
+    once = {"remote/requests": 4, "remote/retries": 1, "remote/failures": 1}
+    assert facts[0] == once | none
+    assert facts[1] == {"remote/requests": 3, "remote/retries": 0, "remote/failures": 0} | none
 
 
 def test_a_dead_letter_is_dropped_named_and_costs_no_other(
