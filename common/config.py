@@ -140,7 +140,7 @@ class PpgConfig(Section):
     e_aux: PositiveInt = 2
     """Epochs of the auxiliary phase."""
     beta_clone: NonNegativeFloat = 1.0
-    """Weight of KL(pi_old || pi) in the joint loss."""
+    """Weight of KL(pi_old || pi) in the joint loss, whose value term is in units of values."""
     minibatches: PositiveInt = 4
     """Minibatches per auxiliary epoch and iteration in memory."""
     lr: PositiveFloat = 1e-4
@@ -171,8 +171,9 @@ class TrainConfig(Section):
     clip_range: PositiveFloat = 0.2
     """epsilon of the clipped objective."""
     value_clip_range: PositiveFloat | None = 0.5
-    """Clip of the value update around the old values, as a share of the root mean square of
-    returns - old values of the batch; null switches it off."""
+    """Clip of the value update around the old values, as a share of the deviation of the batch's
+    returns, or of the root mean square of returns - old values where that is more; null switches
+    it off."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
     gamma: Fraction = 1.0

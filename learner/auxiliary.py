@@ -1,7 +1,7 @@
 """The auxiliary phase of phasic policy gradient (Cobbe 2020, algorithm 1) on ZeRO.
 
-Per epoch over the whole memory: ``L_joint = 0.5 (V_aux - V_targ)^2 + beta_clone KL(pi_old || pi)``
-on the policy network, and the value loss on the value network. V_targ are those of the policy
+Per epoch over the whole memory: the joint loss of `learner.ppg` on the policy network, and the
+value loss on the value network. V_targ are those of the policy
 phase; pi_old is a frozen copy of the policy as it is when the phase starts.
 """
 
@@ -59,7 +59,7 @@ def _epochs(
     lr: float,
     iteration: int,
 ) -> Metrics:
-    sequences, targets_NR = memory.sequences, memory.targets_NR
+    sequences, targets_NR, unit = memory.sequences, memory.targets_NR, memory.value_unit
     parts = settings.minibatches * memory.iterations
     metrics: Metrics = {}
     step = 0
@@ -82,6 +82,7 @@ def _epochs(
                     micro.mask_BR,
                     beta_clone=settings.beta_clone,
                     normalizer=normalizer,
+                    value_unit=unit,
                 )
                 require_finite("auxiliary loss", float(found.total.detach()), where)
                 engine.backward(found.total, last=micro.last)

@@ -21,7 +21,8 @@ from learner.experience import Sequences
 from learner.shards import MicroBatch, Shards
 
 SHARED_VALUE_COEF = 0.1
-"""Weight of the value loss when one network does both (Stiennon 2020, implementation)."""
+"""Weight of the value loss, in units of values, when one network does both (Stiennon 2020,
+implementation)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +37,15 @@ class Targets:
     """float32, whitened for PPO."""
     returns_NR: Tensor
     """float32 value targets."""
-    value_clip: float | None
-    """How far values may move from `values_NR`; None: as far as they will."""
+    value_unit: float
+    """What values are measured in (`ppo.value_unit`)."""
     importance_NR: Tensor | None
     """float32 truncated proximal/behaviour weights; None where the two are the same policy in the
     same precision (`RunConfig.corrects_mismatch`)."""
+
+    def value_clip(self, share: float | None) -> float | None:
+        """How far values may move from `values_NR`; None: as far as they will."""
+        return None if share is None else share * self.value_unit
 
 
 def policy_epochs(
@@ -126,10 +131,10 @@ def _policy_loss(
             micro.cut(targets.values_NR),
             micro.cut(targets.returns_NR),
             micro.mask_BR,
-            value_clip_range=targets.value_clip,
+            value_clip_range=targets.value_clip(train.value_clip_range),
             normalizer=normalizer,
         )
-        loss = loss + SHARED_VALUE_COEF * value.loss
+        loss = loss + SHARED_VALUE_COEF / targets.value_unit**2 * value.loss
     return loss, found
 
 

@@ -127,7 +127,9 @@ class Learner:
         )
         metrics |= self._value_epochs(batch, targets, iteration)
         if self.train.ppg is not None:
-            self.memory.add(batch.sequences, targets.returns_NR, batch.versions)
+            missed_NR = (targets.returns_NR - proximal.values_NR) * batch.mask_NR
+            missed = float(missed_NR.square().sum(dtype=torch.float64))
+            self.memory.add(batch.sequences, targets.returns_NR, batch.versions, missed=missed)
         return metrics
 
     def auxiliary_phase(self, iteration: int) -> Metrics:
@@ -242,7 +244,7 @@ class Learner:
     ) -> Targets:
         """Advantages and value targets by the algorithm's estimator."""
         mask, train = batch.mask_NR, self.train
-        returns_NR, clip = torch.zeros_like(values_NR), None
+        returns_NR = torch.zeros_like(values_NR)
         if train.algorithm == "ppo":
             raw, returns_NR = gae.gae(
                 shaped.total,
@@ -252,8 +254,6 @@ class Learner:
                 gae_lambda=train.gae_lambda,
             )
             found = gae.whiten(raw, mask)
-            if train.value_clip_range is not None:
-                clip = ppo.value_clip(values_NR, returns_NR, mask, share=train.value_clip_range)
         else:
             found = advantages.critic_free(
                 train.algorithm, shaped, batch.groups_N, mask, gamma=train.gamma
@@ -268,7 +268,7 @@ class Learner:
             values_NR=values_NR,
             advantages_NR=found.float(),
             returns_NR=returns_NR.float(),
-            value_clip=clip,
+            value_unit=ppo.value_unit(values_NR, returns_NR, mask),
             importance_NR=importance_NR,
         )
 
@@ -288,7 +288,7 @@ class Learner:
             batch.sequences,
             targets.returns_NR,
             old_values_NR=targets.values_NR,
-            clip=targets.value_clip,
+            clip=targets.value_clip(self.train.value_clip_range),
             epochs=self.train.e_v,
             minibatches=self.train.minibatches,
             lr=self.train.value_lr * self._anneal(iteration),

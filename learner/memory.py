@@ -16,6 +16,7 @@ from torch import Tensor
 
 from common.batching import pad_rows
 from learner.experience import Sequences
+from learner.ppo import unit_of
 
 _SCHEMA = pa.schema(
     [
@@ -37,6 +38,9 @@ class AuxiliaryMemory:
     versions: list[int] = field(default_factory=list)
     iterations: int = 0
     """Policy phases since the memory was emptied."""
+    missed: float = 0.0
+    """Sum of the squares that the auxiliary head misses the targets by, as it was when they were
+    made; 0 where nobody measured it."""
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -46,6 +50,8 @@ class AuxiliaryMemory:
         sequences: Sequences,
         returns_NR: Tensor,
         versions: Sequence[int],
+        *,
+        missed: float = 0.0,
     ) -> None:
         """Append one iteration."""
         self.sequences.prompts.extend(sequences.prompts)
@@ -56,6 +62,12 @@ class AuxiliaryMemory:
         ]
         self.versions += versions
         self.iterations += 1
+        self.missed += missed
+
+    @property
+    def value_unit(self) -> float:
+        """What the auxiliary head's values are measured in (`ppo.value_unit`)."""
+        return unit_of(self.missed, self.targets_NR, self.sequences.mask_NR)
 
     @property
     def targets_NR(self) -> Tensor:
@@ -73,17 +85,19 @@ class AuxiliaryMemory:
             ],
             schema=_SCHEMA,
         )
-        table = table.replace_schema_metadata({"iterations": str(self.iterations)})
+        numbers = {"iterations": str(self.iterations), "missed": repr(self.missed)}
+        table = table.replace_schema_metadata(numbers)
         pq.write_table(table, path)
 
     @classmethod
     def load(cls, path: Path) -> AuxiliaryMemory:
         """Read what `save` wrote."""
         table = pq.read_table(path)
-        columns = table.to_pydict()
+        columns, numbers = table.to_pydict(), table.schema.metadata or {}
         return cls(
             sequences=Sequences(prompts=columns["prompt_ids"], responses=columns["response_ids"]),
             value_targets=columns["value_targets"],
             versions=columns["policy_version"],
-            iterations=int((table.schema.metadata or {})[b"iterations"]),
+            iterations=int(numbers[b"iterations"]),
+            missed=float(numbers.get(b"missed", 0.0)),  # earlier versions did not measure it
         )

@@ -1,7 +1,9 @@
 """Phasic policy gradient (Cobbe 2020, arXiv 2009.04416): the auxiliary phase's losses.
 
-``L_joint = 0.5 (V_aux - V_targ)^2 + beta_clone KL(pi_old || pi)``, the KL over the full
-distribution. Sums over the mask divided by `normalizer`, as in `learner.ppo`.
+``L_joint = 0.5 (V_aux - V_targ)^2 / u^2 + beta_clone KL(pi_old || pi)``, the KL over the full
+distribution: all of the vocabulary, no filter, temperature 1. Departure: the unit u, for the paper
+normalises rewards, and beta_clone would weigh otherwise for every scale of scores. Sums over the
+mask divided by `normalizer`, as in `learner.ppo`.
 Shape suffixes: B sequences, R response positions, V vocabulary.
 """
 
@@ -46,8 +48,9 @@ def joint_loss(
     *,
     beta_clone: float,
     normalizer: float,
+    value_unit: float = 1.0,
 ) -> JointLoss:
-    """The policy network's loss in the auxiliary phase."""
+    """The policy network's loss in the auxiliary phase; `value_unit` is u."""
     value = auxiliary_value_loss(v_aux, v_targ, mask, normalizer=normalizer)
     kl = clone_kl(old_logits, logits, mask, normalizer=normalizer)
-    return JointLoss(value + beta_clone * kl, value.detach(), kl.detach())
+    return JointLoss(value / value_unit**2 + beta_clone * kl, value.detach(), kl.detach())

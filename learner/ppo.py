@@ -12,10 +12,13 @@ Shape suffixes: B sequences, R response positions, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from learner.gae import ROUNDING, masked_moments
 
 
 class PolicyLoss(NamedTuple):
@@ -72,7 +75,9 @@ def value_loss(
 ) -> ValueLoss:
     """``0.5 max((V - R)^2, (clip(V, V_old +- c) - R)^2)`` over the mask, ``[B, R]`` tensors.
 
-    `value_clip_range` is c in the values' own unit (see `value_clip`); None leaves the clip out.
+    `value_clip_range` is c, None leaves the clip out. Departure: Stiennon's code has a constant c,
+    which fits scores of deviation 1; callers here take a share of `value_unit`. From returns near
+    50 values would be 250 iterations of c = 0.2 away.
     """
     error = (values - returns).square()
     hit = torch.zeros((), dtype=torch.int64, device=values.device)
@@ -84,14 +89,20 @@ def value_loss(
     return ValueLoss(0.5 * error.masked_fill(~mask, 0.0).sum() / normalizer, hit.detach())
 
 
-def value_clip(old_values: Tensor, returns: Tensor, mask: Tensor, *, share: float) -> float:
-    """``c = share RMS(R - V_old)`` over the mask of a whole batch: how far its values may move.
-
-    Departure: Stiennon's code has a constant c, which fits scores of deviation 1 alone. From
-    returns near 50 values would be 250 iterations of c = 0.2 away.
-    """
+def value_unit(old_values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """What values are measured in, so that no setting depends on scale and shift of the scores:
+    the deviation of a whole batch's returns, or ``RMS(R - V_old)`` where that is more."""
     missed = (returns.double() - old_values.double()).masked_fill(~mask, 0.0)
-    return share * float((missed.square().sum() / mask.sum()).sqrt())
+    return unit_of(float(missed.square().sum()), returns, mask)
+
+
+def unit_of(missed: float, returns: Tensor, mask: Tensor) -> float:
+    """As `value_unit`, from the sum of the squares that values miss returns by. 1 where all is
+    equal but for its rounding: there is nothing to measure."""
+    _, variance, count = masked_moments(returns, mask)
+    unit = math.sqrt(max(float(variance), missed / float(count)))
+    largest = float(returns.double().masked_fill(~mask, 0.0).abs().max())
+    return unit if unit > ROUNDING * largest else 1.0
 
 
 def entropy(logits_BRV: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def data() -> tuple[Sequences, Targets]:
         values_NR=torch.zeros(shape),
         advantages_NR=torch.from_numpy(rng.standard_normal(shape).astype(np.float32)),
         returns_NR=torch.zeros(shape),
-        value_clip=None,
+        value_unit=1.0,
         importance_NR=None,
     )
 

@@ -81,11 +81,14 @@ def test_the_memory_comes_back_from_its_file(tmp_path: Path) -> None:
     memory = AuxiliaryMemory()
     for start in (0, 10):
         sequences = Sequences(prompts=[[start + 1], [2]], responses=[[3], [4, 5]])
-        memory.add(sequences, torch.tensor([[0.5, 0.0], [1.5, 2.5]]), [start, start])
+        targets = torch.tensor([[0.5, 0.0], [1.5, 2.5]])
+        memory.add(sequences, targets, [start, start], missed=start + 0.1)
     memory.save(tmp_path / "memory.parquet")
     found = AuxiliaryMemory.load(tmp_path / "memory.parquet")
     assert found == memory
     assert found.iterations == 2
+    # 0.1 and 10.1 over six tokens are more than the targets' own variance.
+    assert found.value_unit == pytest.approx((10.2 / 6) ** 0.5)
     assert found.versions == [0, 0, 10, 10]
     assert found.targets_NR.tolist() == [[0.5, 0.0], [1.5, 2.5]] * 2
     AuxiliaryMemory().save(tmp_path / "empty.parquet")

@@ -86,6 +86,28 @@ def test_joint_loss_adds_its_parts(batch: Ragged, beta: float) -> None:
     same(found.total, value + beta * kl, torch.float32)
 
 
+@EXAMPLES
+@given(batch=raggeds(dtype=torch.float64), scale=st.sampled_from([2.0**-12, 2.0**12]))
+def test_the_clone_kl_weighs_the_same_whatever_the_scores_scale(
+    batch: Ragged, scale: float
+) -> None:
+    v_aux, v_targ, mask = batch.numbers(), batch.numbers(), batch.mask_BR
+    old, new = logits_pair(batch)
+    settings = {"beta_clone": 0.5, "normalizer": 3.0}
+    plain = joint_loss(v_aux, v_targ, old, new, mask, **settings, value_unit=0.8)
+    other = joint_loss(
+        v_aux * scale + 50.0,
+        v_targ * scale + 50.0,
+        old,
+        new,
+        mask,
+        **settings,
+        value_unit=0.8 * scale,
+    )
+    same(other.total.float(), float(plain.total), torch.float32)
+    same(other.aux_value / scale**2, float(plain.aux_value), torch.float64)
+
+
 def test_joint_loss_trains_head_and_policy_and_reports_detached_parts() -> None:
     generator = torch.Generator().manual_seed(0)
     v_aux = torch.randn(2, 3, generator=generator, requires_grad=True)

@@ -20,8 +20,8 @@ from learner.ppo import (
     kl_k3,
     mismatch,
     policy_loss,
-    value_clip,
     value_loss,
+    value_unit,
 )
 from tests import reference
 from tests.learner.ragged import EXAMPLES, Ragged, raggeds, same, widen
@@ -270,7 +270,7 @@ def regress(returns: Tensor, start: Tensor, mask: Tensor, *, share: float, times
     """Values after so many iterations, each of which minimises the clipped loss as it can."""
     values = start
     for _ in range(times):
-        old, clip = values, value_clip(values, returns, mask, share=share)
+        old, clip = values, share * value_unit(values, returns, mask)
         for _ in range(60):
             moved = values.clone().requires_grad_()
             loss = value_loss(moved, old, returns, mask, value_clip_range=clip, normalizer=1.0)
@@ -293,7 +293,7 @@ def test_values_arrive_at_far_returns_within_a_few_iterations() -> None:
 @given(
     batch=raggeds(dtype=torch.float64),
     scale=st.sampled_from([1e-3, 1e3]),
-    shift=st.sampled_from([0.0, -300.0]),
+    shift=st.sampled_from([0.0, 50.0]),
     share=st.sampled_from([0.2, 0.5]),
 )
 def test_values_follow_scale_and_shift_of_the_returns(
@@ -302,16 +302,21 @@ def test_values_follow_scale_and_shift_of_the_returns(
     mask = batch.mask_BR
     returns, start = batch.numbers(), batch.numbers()
     plain = regress(returns, start, mask, share=share, times=2)
-    other = regress(returns * scale + shift, start * scale + shift, mask, share=share, times=2)
-    torch.testing.assert_close((other - shift)[mask] / scale, plain[mask], rtol=1e-6, atol=1e-6)
+    other = regress((returns + shift) * scale, (start + shift) * scale, mask, share=share, times=2)
+    torch.testing.assert_close(other[mask] / scale - shift, plain[mask], rtol=1e-6, atol=1e-6)
 
 
-def test_the_value_clip_is_a_share_of_what_values_miss() -> None:
+def test_the_unit_of_values_by_hand() -> None:
     mask = torch.tensor([[True, True, False]])
     old, returns = torch.tensor([[1.0, 2.0, math.nan]]), torch.tensor([[4.0, 6.0, math.nan]])
-    # Missed by 3 and 4: the root of 12.5.
-    assert value_clip(old, returns, mask, share=0.2) == pytest.approx(0.2 * 12.5**0.5)
-    assert value_clip(old, old, mask, share=0.2) == 0.0
+    # Missed by 3 and 4: the root of 12.5, more than the returns' own deviation of 1.
+    assert value_unit(old, returns, mask) == pytest.approx(12.5**0.5)
+    assert value_unit(returns, returns, mask) == 1.0, "that deviation"
+    assert value_unit(returns * 7, returns * 7, mask) == pytest.approx(7.0)
+    same_returns = torch.full((1, 3), 5.0)
+    assert value_unit(same_returns, same_returns, mask) == 1.0
+    assert value_unit(same_returns + 1e-6, same_returns, mask) == 1.0, "rounding is no unit"
+    assert value_unit(same_returns + 1e-3, same_returns, mask) == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_the_mismatch_is_by_hand() -> None:
