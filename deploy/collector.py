@@ -92,14 +92,22 @@ class Collector:
         """Calls of a history that was rolled back, and their deadlines: what they bring is thrown
         away."""
 
+    def tend(self) -> None:
+        """Look after the workers alone, while there is no work for them yet.
+
+        Raises:
+            TalipotError: too many were lost, or none can start.
+        """
+        for pool in self._pools():
+            pool.tend()
+
     def pump(self, timeout: float = 0.1) -> None:
         """Dispatch what can be dispatched, and take in what has finished.
 
         Raises:
             TalipotError: a worker cannot do its work, or too many were lost.
         """
-        for pool in self._pools():
-            pool.tend()
+        self.tend()
         self._dispatch()
         outstanding = [*self._sampling, *self._scoring]
         waited = [*outstanding, *(ref for pool in self._pools() for ref in pool.probes())]

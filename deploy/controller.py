@@ -182,7 +182,7 @@ class Controller:
             if error.data_lost:  # trained on again, it would be lost again
                 self._batch = []
             try:
-                self.gang.restart()
+                self.gang.restart(self.collector.tend)
                 return
             except LearnerLost as again:
                 error = again
@@ -384,11 +384,12 @@ class Controller:
         What was issued beyond is issued again, less what is in flight and still of use.
         """
         found = checkpoints.newest(self.run_dir)
-        self.gang.begin_train(self.config)
+        self.gang.begin_train(self.config, self.collector.tend)
         state: dict[str, Any] = {}
         if found is not None:
             folder, state = found
-            self.gang.call("load", str(folder.absolute()), state["learner"])
+            refs = self.gang.submit("load", str(folder.absolute()), state["learner"])
+            self.gang.finish(refs, "load", self.collector.tend)
         issued = self._issued_until
         self.iteration = self._issued_until = self._saved = state.get("iteration", 0)
         self.learner_restarts = max(self.learner_restarts, state.get("learner_restarts", 0))
@@ -405,7 +406,7 @@ class Controller:
         self._publish(self.iteration)
 
     def _start_workers(self) -> None:
-        """Start what was not started yet: those workers are this process's own."""
+        """Start what was not started yet, all at once: those workers are this process's own."""
         sizes = self.config.rollout.actors_at_start, self.config.reward_service.replicas
         pools = self.collector.rollout, self.collector.reward
         for pool, size in zip(pools, sizes, strict=True):
@@ -415,7 +416,7 @@ class Controller:
         self.elastic.request_room()
         if not self.gang.started:
             self._own.append(self.gang)
-            self.gang.start()
+            self.gang.start(self.collector.tend)
 
     def end_workers(self) -> None:
         """End the workers that this controller started, all of them; then raise what failed."""

@@ -32,6 +32,9 @@ _GRACE_S = 15.0
 survivors a moment before Ray notices the death."""
 _WAIT_S, _PUMP_S = 1.0, 0.02
 
+Meanwhile = Callable[[], None]
+"""What keeps other work moving while ranks are waited for: short, and called again and again."""
+
 
 class LearnerLost(WorkerError):
     """A rank died or outran its deadline; only a new gang can go on."""
@@ -64,8 +67,11 @@ class LearnerGang:
         """Whether ranks were started and not stopped."""
         return bool(self.ranks)
 
-    def start(self) -> None:
+    def start(self, meanwhile: Meanwhile | None = None) -> None:
         """Place all ranks and let them meet; nothing to do when they are there.
+
+        From when they have their place `meanwhile` is called, again and again, until they have met:
+        what starts beside them takes no room that they need.
 
         Raises:
             ClusterError: no room for all of them.
@@ -103,8 +109,10 @@ class LearnerGang:
             .remote(rank, settings.ranks, max(1, int(settings.cpus_per_rank)))
             for rank in range(settings.ranks)
         ]
-        address, port = self._results([self.ranks[0].address.remote()], "address")[0]
-        self.call("connect", address, port, settings.deadline_s)
+        address, port = self.finish([self.ranks[0].address.remote()], "address", meanwhile)
+        self.finish(
+            self.submit("connect", address, port, settings.deadline_s), "connect", meanwhile
+        )
 
     def stop(self) -> None:
         """End all ranks and free their resources, all of them; then raise what failed."""
@@ -113,23 +121,24 @@ class LearnerGang:
         self.ranks, self._group = [], None
         take_all(*kill, *free)
 
-    def restart(self) -> None:
+    def restart(self, meanwhile: Meanwhile | None = None) -> None:
         """End what is left of this gang and start another; raises what `start` raises."""
         self.stop()
         self._generation += 1
-        self.start()
+        self.start(meanwhile)
 
-    def begin_train(self, config: RunConfig) -> None:
+    def begin_train(self, config: RunConfig, meanwhile: Meanwhile | None = None) -> None:
         """Build policy and value engines from the weights in the run's folder."""
         folder = config.run_dir.absolute()
         reward = folder / "reward_model" / "reward.safetensors"
-        self.call(
+        refs = self.submit(
             "begin_train",
             config,
             str(folder / "sft" / "policy.safetensors"),
             str(reward) if config.reward_service.needs_model else None,
             Tokenizer.load(folder / "tokenizer.json").eos_id,
         )
+        self.finish(refs, "begin_train", meanwhile)
 
     def call(self, method: str, *args: Any) -> Any:
         """Call a method on every rank together; rank 0's answer.
@@ -144,10 +153,10 @@ class LearnerGang:
         return [getattr(rank, method).remote(*args, **named) for rank in self.ranks]
 
     def finish(
-        self, refs: Sequence[ray.ObjectRef[Any]], method: str, pump: Callable[[], None]
+        self, refs: Sequence[ray.ObjectRef[Any]], method: str, meanwhile: Meanwhile | None
     ) -> Any:
-        """Wait for a started call while `pump` keeps other work moving."""
-        return self._results(refs, method, pump)[0]
+        """Wait for a started call while `meanwhile` keeps other work moving; rank 0's answer."""
+        return self._results(refs, method, meanwhile)[0]
 
     def publish(self) -> tuple[list[Any], list[ray.ObjectRef[Any]]]:
         """Every rank's facts, and references to the bytes (which stay in the object store)."""
@@ -158,14 +167,14 @@ class LearnerGang:
         self,
         refs: Sequence[ray.ObjectRef[Any]],
         method: str,
-        pump: Callable[[], None] | None = None,
+        meanwhile: Meanwhile | None = None,
     ) -> list[Any]:
         """Every rank's answer, or the failure that explains those of the others."""
         names = {ref: f"learner-{rank}" for rank, ref in enumerate(refs)}
         waiting, found = list(refs), dict[ray.ObjectRef[Any], Any]()
         deadline, broken = time.monotonic() + self.deadline_s, list[tuple[str, Exception]]()
         while waiting:
-            ready, waiting = ray.wait(waiting, timeout=_PUMP_S if pump else _WAIT_S)
+            ready, waiting = ray.wait(waiting, timeout=_PUMP_S if meanwhile else _WAIT_S)
             for ref in ready:
                 try:
                     found[ref] = ray.get(ref)
@@ -179,8 +188,8 @@ class LearnerGang:
                     deadline = min(deadline, time.monotonic() + _GRACE_S)
             if waiting and not ready and time.monotonic() > deadline:
                 raise self._late([names[ref] for ref in waiting], method, broken)
-            if pump:
-                pump()
+            if meanwhile:
+                meanwhile()
         if broken:  # and nobody died: it is not the gang that failed
             raise broken[0][1] from None
         return [found[ref] for ref in refs]

@@ -22,6 +22,7 @@ from common.errors import CheckpointError, RewardError, TrainingError, WorkerErr
 from common.tokenizer import Tokenizer
 from common.trajectory import ScoredTrajectory, from_table
 from deploy.controller import Controller
+from deploy.ends import at_the_end
 from deploy.gang import LearnerGang
 from deploy.placement import reward_pool, rollout_pool
 from deploy.pool import Pool
@@ -54,7 +55,14 @@ class Run:
 
     count = 0
 
-    def __init__(self, config: RunConfig, gang: LearnerGang, stop_after: int | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        gang: LearnerGang,
+        stop_after: int | None = None,
+        *,
+        start: bool = True,
+    ) -> None:
         Run.count += 1
         folder = config.run_dir.absolute()
         sft = folder / "sft" / "policy.safetensors"
@@ -67,9 +75,9 @@ class Run:
             f"{config.reward_service.model_dump_json()}"
         )
         name = f"run{Run.count}"
-        self.pools = _IDLE.pop(self.key, None) or (
-            rollout_pool(config, name, folder / "tokenizer.json", sft),
-            reward_pool(config, name, folder / "tokenizer.json", sft, model),
+        self.pools = (_IDLE.pop(self.key, None) if start else None) or (
+            rollout_pool(config, name, folder / "tokenizer.json", sft, start=start),
+            reward_pool(config, name, folder / "tokenizer.json", sft, model, start=start),
         )
         self.failures = sum(pool.failures for pool in self.pools)
         self.controller = Controller(config, prompts_of(config), gang, *self.pools, stop_after)
@@ -78,8 +86,8 @@ class Run:
         return self.controller
 
     def __exit__(self, *_: object) -> None:
-        idle = not any(w.busy for pool in self.pools for w in pool.workers.values())
-        if idle and sum(pool.failures for pool in self.pools) == self.failures:
+        busy = [w.busy for pool in self.pools for w in pool.workers.values()]
+        if busy and not any(busy) and sum(pool.failures for pool in self.pools) == self.failures:
             _IDLE[self.key] = self.pools
             return
         for pool in self.pools:
@@ -477,6 +485,24 @@ def test_no_count_falls_on_a_resume(
     assert last["http/remote/requests"] == len(endpoint.calls)
     assert last["http/remote/failures"] == last["http/remote/retries"] == len(endpoint.calls) // 5
     assert last["http/remote/dead_letters"] == last["http/remote/circuit_opened"] == 0
+
+
+def test_everything_starts_at_once(workspace: RunConfig, tmp_path: Path) -> None:
+    """Actors and reward workers are there when the gang is, not some seconds after."""
+    config = run_copy(workspace, tmp_path)
+    gang = LearnerGang(config, "at-once", start=False)
+    with Run(config, gang, start=False) as controller:
+        with at_the_end(controller.end_workers):
+            controller._start_workers()
+            pools = controller.collector.rollout, controller.collector.reward
+            workers = [w for pool in pools if pool for w in pool.workers.values()]
+            assert len(workers) == 3, "asked for while the gang started"
+            # Looked after while it begins: whoever answers in that time works from then on.
+            for worker in workers:
+                ray.get(worker.handle.__ray_call__.remote(lambda _: None))
+            gang.begin_train(config, controller.collector.tend)
+            assert [w.state for w in workers] == ["working"] * 3
+        assert not gang.started
 
 
 def test_nan_weights_stop_the_run(workspace: RunConfig, gang: LearnerGang, tmp_path: Path) -> None:
