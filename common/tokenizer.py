@@ -23,10 +23,10 @@ from tokenizers.trainers import BpeTrainer
 
 from common.errors import ConfigError, DataError
 from common.files import one_line, resolve, write_atomic
+from common.tokenizer_file import require_faithful, switched_off
 
 PAD: Final = "<|pad|>"
 EOS: Final = "<|eos|>"
-BOS: Final = "<|bos|>"
 SMALLEST_VOCABULARY: Final = 256 + 2
 
 Words = Literal["spaced", "identifiers"]
@@ -34,9 +34,18 @@ Words = Literal["spaced", "identifiers"]
 # Capitalised or lower-case words, runs of capitals, numbers, white space, everything else.
 _IDENTIFIER: Final = r"\p{Lu}?\p{Ll}+|\p{Lu}+(?!\p{Ll})|[^\P{L}\p{Ll}]|\p{N}+|\s+|[^\s\p{L}\p{N}]+"
 
-# Every byte that UTF-8 uses, runs of spaces, and the special tokens as plain text.
-_PROBE: Final = (
-    "".join(map(chr, range(0x100))) + "  \n\t\u0800\uffff\U00010000\U0010ffff" + PAD + EOS + BOS
+# Every byte that UTF-8 uses, each in a character of its own; runs of blanks.
+_PROBE: Final = "".join(
+    map(
+        chr,
+        (
+            *range(0x100),  # one byte, and all that follow a first one
+            *range(0x100, 0x800, 0x40),  # the first of two, of three, of four
+            *(0x800, *range(0x1000, 0x10000, 0x1000)),
+            *range(0x10000, 0x110000, 0x40000),
+            *b"  \n\t",
+        ),
+    )
 )
 
 
@@ -45,14 +54,13 @@ class Tokenizer:
 
     def __init__(self, rust: RustTokenizer) -> None:
         """Take a tokenizer whose PAD and EOS are known to exist."""
-        # These are settings of the object; a tokenizer.json may carry the first two switched on.
-        rust.no_truncation()
-        rust.no_padding()
-        rust.encode_special_tokens = True
+        rust.encode_special_tokens = True  # a setting of the object, not of the file
         self._rust = rust
         pad_id, eos_id = rust.token_to_id(PAD), rust.token_to_id(EOS)
         assert pad_id is not None and eos_id is not None, "train and load see to both"
         self._pad_id, self._eos_id = pad_id, eos_id
+        # A vocabulary may have holes: ids that no token has.
+        self._size = 1 + max(rust.get_vocab(with_added_tokens=True).values())
 
     @classmethod
     def train(cls, texts: Iterator[str], vocab_size: int, words: Words = "spaced") -> Tokenizer:
@@ -91,7 +99,8 @@ class Tokenizer:
         """Read a `tokenizer.json` (local path or URI).
 
         Raises:
-            DataError: missing, torn, without special PAD and EOS tokens, or lossy.
+            DataError: missing, torn, without special PAD and EOS tokens, or lossy; names the part
+                of the file (`common.tokenizer_file`).
         """
         name = os.fspath(path)
         filesystem, inner = resolve(path)
@@ -108,20 +117,53 @@ class Tokenizer:
             raise DataError(
                 f"{name}: torn or not a tokenizer.json ({one_line(error)}); train or copy it again"
             ) from error
-        special = {t.content for t in rust.get_added_tokens_decoder().values() if t.special}
+        values = json.loads(raw)
+        require_faithful(values, name)
+        clean = switched_off(values)
+        if clean != values:
+            rust = RustTokenizer.from_str(json.dumps(clean))
+        tokens = rust.get_added_tokens_decoder()
+        special = {token.content for token in tokens.values() if token.special}
         for token in (PAD, EOS):
             if token not in special:
                 raise DataError(
                     f"{name}: field 'added_tokens': no special token {token!r}; PAD and EOS must "
                     "be two special tokens of these names, so train a tokenizer or add them"
                 )
+        for stated in clean["added_tokens"]:
+            if (found := rust.token_to_id(stated["content"])) != stated["id"]:
+                raise DataError(
+                    f"{name}: field 'added_tokens': {stated['content']!r} is to be {stated['id']} "
+                    f"and becomes {found}; give it the next free id, or the vocabulary's own"
+                )
         tokenizer = cls(rust)
-        if tokenizer.decode(tokenizer.encode(_PROBE)) != _PROBE:
+        tokenizer._require_lossless(name)
+        return tokenizer
+
+    def _require_lossless(self, name: str) -> None:
+        """Raises DataError where a text does not come back, or spells a special token."""
+        if self.decode(self.encode(_PROBE)) != _PROBE:
             raise DataError(
                 f"{name}: text does not come back as it went in; use a byte-level tokenizer "
-                "without a normalizer"
+                "without a normalizer, whose vocabulary has all 256 bytes"
             )
-        return tokenizer
+        tokens = self._rust.get_added_tokens_decoder()
+        special = {token_id for token_id, token in tokens.items() if token.special}
+        for token in tokens.values():
+            word = token.content
+            for text in (word, f" {word} ", f"a{word}b", f"{word}{word}"):
+                ids = self.encode(text)
+                if not special.isdisjoint(ids):
+                    raise DataError(
+                        f"{name}: field 'added_tokens': a text that spells {word!r} becomes a "
+                        "special token; take it out of model.vocab, or set model.ignore_merges "
+                        "to false"
+                    )
+                if self.decode(ids) != text:
+                    raise DataError(
+                        f"{name}: field 'added_tokens': {word!r} does not come back as it went "
+                        "in; take it out"
+                    )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a `tokenizer.json` atomically. Raises: StorageError."""
@@ -153,16 +195,9 @@ class Tokenizer:
         return self._eos_id
 
     @property
-    def bos_id(self) -> int | None:
-        """The id of `<|bos|>` where a loaded tokenizer has one; ours have none."""
-        found: int | None = self._rust.token_to_id(BOS)
-        return found
-
-    @property
     def vocab_size(self) -> int:
-        """Number of ids, special tokens included: the rows of the embedding."""
-        size: int = self._rust.get_vocab_size(with_added_tokens=True)
-        return size
+        """The largest id and one: the rows of the embedding, special tokens included."""
+        return self._size
 
     def fingerprint(self) -> str:
         """32 hex digits of what the tokenizer does; equal after save and load."""

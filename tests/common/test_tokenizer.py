@@ -63,7 +63,6 @@ def test_special_tokens_written_by_a_user_stay_text(tokenizer: Tokenizer, text: 
 
 def test_special_ids_are_distinct_and_not_decoded(tokenizer: Tokenizer) -> None:
     assert tokenizer.pad_id != tokenizer.eos_id
-    assert tokenizer.bos_id is None
     ids = [*tokenizer.encode("circle"), tokenizer.eos_id, tokenizer.pad_id]
     assert tokenizer.decode(ids) == "circle"
 
@@ -102,21 +101,150 @@ def _edited(tokenizer: Tokenizer, path: Path, edit: Callable[[dict[str, Any]], N
     return path
 
 
-def test_truncation_and_padding_of_a_file_are_switched_off(
+Edit = Callable[[dict[str, Any]], None]
+
+# ------------------------------------------------------------------ what files of others carry
+
+
+def _truncation(content: dict[str, Any]) -> None:
+    content["truncation"] = {
+        "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0
+    }  # fmt: skip
+
+
+def _padding(content: dict[str, Any]) -> None:
+    content["padding"] = {
+        "strategy": {"Fixed": 99}, "direction": "Right", "pad_to_multiple_of": None,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": PAD,
+    }  # fmt: skip
+
+
+def _dropout(content: dict[str, Any]) -> None:
+    content["model"]["dropout"] = 0.3
+
+
+def _twice(content: dict[str, Any]) -> None:
+    once, other = ({"Sequence": {"id": i, "type_id": 0}} for i in "AB")
+    content["post_processor"] = {
+        "type": "TemplateProcessing", "single": [once, once], "pair": [once, other],
+        "special_tokens": {},
+    }  # fmt: skip
+
+
+def _with_eos(content: dict[str, Any]) -> None:
+    text, eos = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": EOS, "type_id": 0}}
+    content["post_processor"] = {
+        "type": "TemplateProcessing", "single": [eos, text, eos], "pair": [eos, text, eos],
+        "special_tokens": {EOS: {"id": EOS, "ids": [1], "tokens": [EOS]}},
+    }  # fmt: skip
+
+
+def _trim(content: dict[str, Any]) -> None:
+    content["post_processor"] = {
+        "type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True
+    }  # fmt: skip
+
+
+def _nothing(content: dict[str, Any]) -> None:
+    """As it was."""
+
+
+def _adds(text: str, **flags: Any) -> Edit:
+    """One more added token, with the next free id."""
+
+    def edit(content: dict[str, Any]) -> None:
+        plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+        added = {"content": text, **plain, "id": 300, **flags}
+        content["added_tokens"].append(added)
+
+    return edit
+
+
+def _both(*edits: Edit) -> Edit:
+    def edit(content: dict[str, Any]) -> None:
+        for one in edits:
+            one(content)
+
+    return edit
+
+
+def _ignores_merges(content: dict[str, Any]) -> None:
+    content["model"]["ignore_merges"] = True
+
+
+HARMLESS: dict[str, Edit] = {
+    edit.__name__: edit
+    for edit in (_nothing, _truncation, _padding, _dropout, _twice, _with_eos, _trim)
+}
+ADDED: dict[str, Edit] = {
+    "plain": _adds("<tool>"),
+    "lstrip": _adds("<tool>", lstrip=True),
+    "rstrip": _adds("<tool>", rstrip=True, normalized=True),
+    "both": _adds("<tool>", lstrip=True, rstrip=True, single_word=True),
+    "special": _adds("<tool>", lstrip=True, rstrip=True, special=True),
+    "blanks": _adds("  "),
+    "none": _nothing,
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_a_setting_of_the_encoder_is_switched_off(
+    tokenizer: Tokenizer, tmp_path: Path, name: str
+) -> None:
+    loaded = Tokenizer.load(_edited(tokenizer, tmp_path / "t.json", HARMLESS[name]))
+    streams = {tuple(loaded.encode(TEXTS[0])) for _ in range(20)}
+    assert streams == {tuple(tokenizer.encode(TEXTS[0]))}
+    assert loaded.encode_batch([TEXTS[0]]) == [tokenizer.encode(TEXTS[0])]
+    assert loaded.fingerprint() == tokenizer.fingerprint(), "and stays so once saved"
+
+
+@pytest.fixture(scope="module")
+def foreign(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> list[Tokenizer]:
+    """Files of others in every pair of what they carry and what they add."""
+    folder = tmp_path_factory.mktemp("foreign")
+    every = _both(*HARMLESS.values(), _ignores_merges)
+    return [
+        Tokenizer.load(_edited(tokenizer, folder / "t.json", _both(carries, adds)))
+        for carries in (_dropout, _twice, every)
+        for adds in ADDED.values()
+    ]
+
+
+_WRITTEN = st.lists(
+    st.sampled_from(["<tool>", "<tool", " ", "  ", "\n", "a", "é", "\u4e2d", EOS, PAD, "open"])
+    | st.characters(exclude_categories=["Cs"])
+).map("".join)
+
+
+@given(_WRITTEN)
+def test_tokens_are_a_function_of_the_text_and_it_of_them(
+    foreign: list[Tokenizer], text: str
+) -> None:
+    for one in foreign:
+        ids = one.encode(text)
+        assert one.encode_batch([text, text]) == [ids, ids]
+        assert one.decode(ids) == text
+        assert not {one.pad_id, one.eos_id} & set(ids)
+        assert all(0 <= token < one.vocab_size for token in ids)
+
+
+@given(_WRITTEN)
+def test_a_special_token_of_others_stays_text_too(foreign: list[Tokenizer], text: str) -> None:
+    with_special = foreign[list(ADDED).index("special")]
+    assert 300 not in with_special.encode(text)
+    plain = foreign[list(ADDED).index("plain")]
+    assert plain.encode(f" {text}<tool> ").count(300) == text.count("<tool>") + 1
+
+
+def test_a_vocabulary_with_holes_has_rows_up_to_its_largest_id(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    def edit(content: dict[str, Any]) -> None:
-        content["truncation"] = {
-            "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0
-        }  # fmt: skip
-        content["padding"] = {
-            "strategy": {"Fixed": 99}, "direction": "Right", "pad_to_multiple_of": None,
-            "pad_id": 0, "pad_type_id": 0, "pad_token": PAD,
-        }  # fmt: skip
+    def hole(content: dict[str, Any]) -> None:
+        content["model"]["vocab"]["zzz"] = 1000
 
-    loaded = Tokenizer.load(_edited(tokenizer, tmp_path / "t.json", edit))
+    loaded = Tokenizer.load(_edited(tokenizer, tmp_path / "t.json", hole))
+    assert loaded.vocab_size == 1001
     assert loaded.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
-    assert loaded.fingerprint() == tokenizer.fingerprint()
 
 
 def _drop_eos(content: dict[str, Any]) -> None:
@@ -127,8 +255,46 @@ def _plain_pad(content: dict[str, Any]) -> None:
     content["added_tokens"][0]["special"] = False
 
 
-def _lower_case(content: dict[str, Any]) -> None:
-    content["normalizer"] = {"type": "Lowercase"}
+def _normalizer(name: str) -> Edit:
+    def edit(content: dict[str, Any]) -> None:
+        content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": name}]}
+
+    return edit
+
+
+def _cuts(**settings: Any) -> Edit:
+    def edit(content: dict[str, Any]) -> None:
+        parts = [settings, content["pre_tokenizer"]]
+        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
+
+    return edit
+
+
+def _prefix(content: dict[str, Any]) -> None:
+    content["pre_tokenizer"]["add_prefix_space"] = True
+
+
+def _strips(content: dict[str, Any]) -> None:
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    content["decoder"] = {"type": "Sequence", "decoders": [content["decoder"], strip]}
+
+
+def _no_decoder(content: dict[str, Any]) -> None:
+    content["decoder"] = None
+
+
+def _unigram(content: dict[str, Any]) -> None:
+    vocab = [[token, -1.0] for token in content["model"]["vocab"]]
+    content["model"] = {"type": "Unigram", "vocab": vocab, "unk_id": None, "byte_fallback": False}
+
+
+def _no_chinese(content: dict[str, Any]) -> None:
+    del content["model"]["vocab"]["\u00e4"]  # the symbol of byte 0xe4
+
+
+def _whole_words(content: dict[str, Any]) -> None:
+    _ignores_merges(content)
+    content["pre_tokenizer"]["use_regex"] = False
 
 
 @pytest.mark.parametrize(
@@ -136,7 +302,31 @@ def _lower_case(content: dict[str, Any]) -> None:
     [
         (_drop_eos, "no special token '<|eos|>'; "),
         (_plain_pad, "no special token '<|pad|>'; "),
-        (_lower_case, "text does not come back as it went in; "),
+        *(
+            (
+                _normalizer(name),
+                f"text does not come back as it went in; field 'normalizer': {name}",
+            )
+            for name in ("Lowercase", "NFC", "NFKC", "StripAccents")
+        ),
+        (
+            _cuts(type="Split", pattern={"String": "qqq"}, behavior="Removed", invert=False),
+            "field 'pre_tokenizer': Split drops ",
+        ),
+        (_cuts(type="CharDelimiterSplit", delimiter="q"), "CharDelimiterSplit drops "),
+        (_cuts(type="Whitespace"), "Whitespace drops "),
+        (_prefix, "add_prefix_space puts a blank before it; set it to false"),
+        (_strips, "field 'decoder': is ByteLevel and Strip; "),
+        (_no_decoder, "field 'decoder': is null; "),
+        (_unigram, "field 'model': is Unigram; "),
+        (_no_chinese, "whose vocabulary has all 256 bytes"),
+        (_whole_words, "a text that spells '<|pad|>' becomes a special token; "),
+        (_adds("café"), "'café' does not come back as it went in; take it out"),
+        (_adds("\u0120q"), "does not come back as it went in; take it out"),
+        (_adds("<x>", id=5000), "'<x>' is to be 5000 and becomes 300; "),
+        (_adds("<x>", id=7), "'<x>' is to be 7 and becomes 300; "),
+        (_both(_adds("<x>"), _adds("<x>", id=301)), "content '<x>' is there 2 times; keep one"),
+        (_both(_adds("<x>"), _adds("<y>")), "id 300 is there 2 times; keep one"),
     ],
 )
 def test_unfit_tokenizer_is_refused(
