@@ -30,6 +30,8 @@ from common.yaml_text import Key, Written, read_yaml
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 60
 _NULLS = ("~", "null", "Null", "NULL")
+_BEFORE: dict[str, dict[str, Any]] = {"train": {"adam_eps": 1e-5}}
+"""What versions did that had no setting for it, where it was not what is the default now."""
 _WORDS = {
     "tuple_type": "should be a list",
     "model_type": "should be a section",
@@ -61,6 +63,8 @@ def load_config(
     draft = Draft(RunConfig, "overrides" if path is None else str(path))
     if path is not None:
         draft.add_file(read_yaml(_text(Path(path)), partial(_at, str(path))))
+        if saved:
+            draft.values = _as_it_was(draft.values)
     for override in overrides:
         _apply_override(draft, override)
     config = _validate(draft)
@@ -70,6 +74,15 @@ def load_config(
     for name, value in given.items():
         draft.override(tuple(name.split(".")), Written(values=value), name)
     return _validate(draft)
+
+
+def saved_config(values: Mapping[str, Any]) -> RunConfig:
+    """What a run wrote down of its configuration, of this version or of an earlier one.
+
+    Raises:
+        ValidationError: it is none.
+    """
+    return RunConfig.model_validate(_as_it_was(values))
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -100,6 +113,13 @@ def fields(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[tup
             yield prefix + name, default, info.description or ""
         if inner is not None:
             yield from fields(inner, f"{prefix}{name}.")
+
+
+def _as_it_was(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _BEFORE[name] | part if name in _BEFORE and isinstance(part, Mapping) else part
+        for name, part in values.items()
+    }
 
 
 def _at(name: str, line: int | None) -> str:

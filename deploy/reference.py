@@ -37,9 +37,25 @@ of a path is the home folder:
 talipot train --config recipe.yaml learner.zero_stage=3 train.ppg=null
 ```
 
-Unknown keys are refused with the nearest valid name. `talipot config --config recipe.yaml` prints
-a recipe with every default filled in; the same text is saved as `config.yaml` in the run's folder.
-`train.ppg: null` switches the auxiliary phase off.
+Of two overrides of one field the last counts. One that names a section sets the fields that it
+names and leaves the others as they are: `train={lr: 1e-4}` is `train.lr=1e-4`.
+
+A section, list or mapping under which nothing stands, or only comments, means its defaults;
+`train.ppg: null` switches the auxiliary phase off, because null is a value of that field. Refused,
+with file and line, are
+
+- a key that is given twice in a section, as YAML would silently forget the first;
+- an unknown key, with the nearest valid name;
+- a number that is not finite, or is `yes` or `no`;
+- **a setting that changes nothing under the others**, as `train.gae_lambda` under
+  `train.algorithm: grpo`, with where it would. What is asked for is whether it was written, not
+  whether it is the default. Only in a section in which every field is written, as it was printed or
+  saved for you, a default is not taken for a wish.
+
+`talipot config --config recipe.yaml` prints a recipe with every default filled in; the same text is
+saved as `config.yaml` in the run's folder.
+
+Defaults stand on this page and in no other.
 """
 
 

@@ -26,7 +26,7 @@ from common.data import (
 )
 from common.errors import ConfigError, DataError
 from common.files import is_utf8
-from common.recipe import save_config
+from common.recipe import save_config, saved_config
 from common.tokenizer import Tokenizer
 from common.trajectory import derive_seed
 from deploy import checkpoints
@@ -231,7 +231,7 @@ def resumable(config: RunConfig) -> tuple[list[Change], dict[str, Any] | None]:
     if found is None:
         return [], None
     state = found[1]
-    saved = RunConfig.model_validate(state["config"])
+    saved = saved_config(state["config"])
     changed = require_resumable(saved, config, state["iteration"], config.run_dir)
     facts = recorded_facts(config.run_dir)
     if facts is not None and facts["iterations"] < config.train.iterations:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from common.config import RunConfig
 from common.errors import DataError
 from common.files import one_line, write_atomic
+from common.recipe import saved_config
 from common.trajectory import SCHEMAS, ScoredTrajectory
 
 _KEY = b"talipot"
@@ -56,7 +57,7 @@ def read_log(run_dir: Path, iteration: int) -> tuple[pa.Table, RunConfig]:
     try:
         table = pq.read_table(path, page_checksum_verification=True)
         note: dict[str, Any] = json.loads((table.schema.metadata or {})[_KEY])
-        config = RunConfig.model_validate(note["config"])
+        config = saved_config(note["config"])
         if note["iteration"] != iteration:
             raise DataError(f"{path}: is the log of iteration {note['iteration']}")
         schema, table = SCHEMAS[ScoredTrajectory], table.replace_schema_metadata(None)

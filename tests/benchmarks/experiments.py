@@ -185,7 +185,7 @@ def reward_data(out: Path) -> None:
 def over_optimisation(out: Path) -> None:
     """Proxy score, labeler and judges along the pushed run, from its own trajectory log."""
     folder = out / "pushed"
-    config = load_config(folder / "config.yaml")
+    config = load_config(folder / "config.yaml", saved=True)
     by_prompt = {prompt_text(pair): pair for pair in task_of(config).train}
     rows = []
     for path in sorted((folder / "trajectories").glob("*.parquet")):

@@ -11,7 +11,7 @@ from common.config import RunConfig
 from common.draft import annotation_of
 from common.effects import RULES, without_effect
 from common.errors import ConfigError
-from common.recipe import dump_config, load_config, save_config
+from common.recipe import dump_config, load_config, save_config, saved_config
 from common.worker_config import RewardComponent
 from tests.common.recipes import load, refusal
 
@@ -164,6 +164,15 @@ def test_what_a_run_saved_is_no_wish_but_an_override_of_it_is(folder: Path) -> N
     says = refusal(text, "train.stale=wait", saved=True)
     assert says.startswith("override 'train.stale=wait': train.stale has no effect here")
     assert "behavior_cap" not in says
+
+
+def test_a_run_of_before_goes_on_as_it_was(folder: Path) -> None:
+    values = yaml.safe_load(dump_config(RunConfig()))
+    assert saved_config(values) == RunConfig()
+    del values["train"]["adam_eps"]  # which was 1e-5 when there was no such setting
+    assert saved_config(values).train.adam_eps == 1e-5
+    assert load(yaml.safe_dump(values), saved=True) == saved_config(values)
+    assert load(yaml.safe_dump(values)).train.adam_eps == RunConfig().train.adam_eps
 
 
 def test_a_resolved_recipe_that_was_changed_is_asked_about_the_rest(folder: Path) -> None:

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
+from pydantic import ValidationError
 
 from common import errors
 from common.config import RunConfig
 from common.data import read_comparisons, read_demonstrations, read_prompts
+from common.draft import Draft
 from common.errors import TalipotError
 from common.recipe import fields, load_config
+from common.yaml_text import read_yaml
 from tests.deploy.commands import parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,6 +131,59 @@ def test_every_error_has_its_exit_code() -> None:
         if isinstance(kind, type) and issubclass(kind, TalipotError) and kind is not TalipotError
     }
     assert listed == defined
+
+
+HAND_WRITTEN = [path for path in PAGES if "do not edit" not in path.read_text(encoding="utf8")]
+_VALUE = r"(-?\d[\d_.]*(?:e-?\d+)?|null|true|false)"
+
+
+def claims(text: str) -> set[tuple[str, str]]:
+    """What a text says to be the value of a field: ``field`` with a value in brackets after it, or
+    a value that is called the default."""
+    found = re.findall(rf"`([a-z_]+(?:\.[a-z_]+)+)`[^`.|]{{0,60}}?\({_VALUE}\b(?![-%])", text)
+    found += re.findall(
+        rf"`([a-z_]+(?:\.[a-z_]+)+)`[^`.|]{{0,60}}?\b{_VALUE}[, ]+(?:the|by) default", text
+    )
+    return {(name, value) for name, value in found if name in FIELDS}
+
+
+@pytest.mark.parametrize("path", HAND_WRITTEN, ids=lambda path: path.name)
+def test_defaults_that_are_named_are_those_of_the_code(path: Path) -> None:
+    text = " ".join(path.read_text(encoding="utf8").split())
+    defaults = {name: default for name, default, _ in fields()}
+    for name, value in claims(text):
+        assert yaml.safe_load(value) == defaults[name], f"{name}: {value}"
+
+
+@pytest.mark.parametrize("path", HAND_WRITTEN, ids=lambda path: path.name)
+def test_the_configuration_page_is_the_only_home_of_defaults(path: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf8"), flags=re.M | re.S)
+    for sentence in re.split(r"(?<=[.:;|])\s+", text):
+        if re.search(r"\bdefaults?\b", sentence):
+            assert not re.search(r"\d", sentence), sentence
+
+
+@page
+def test_values_that_are_named_can_be_set(path: Path) -> None:
+    """``field: value`` and ``field=value`` in the text, where the value is one and no stand-in."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf8"), flags=re.M | re.S)
+    for name, value in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:: |=)([^` ]+|[\[{][^`]+)`", text):
+        if name in FIELDS and not re.fullmatch(r"[kKN]|[A-Z_]+", value):
+            draft = Draft(RunConfig, path.name)
+            draft.override(tuple(name.split(".")), read_yaml(value, str), name)
+            try:
+                RunConfig.model_validate(draft.values)
+            except ValidationError as error:
+                # Settings that must go together are not all in one name.
+                assert all(item["loc"] in ((), ("train",)) for item in error.errors()), name
+
+
+def test_a_wrong_default_is_found() -> None:
+    assert claims("every `train.checkpoint_every` iterations (0, the default, writes") == {
+        ("train.checkpoint_every", "0")
+    }
+    assert claims("`train.ppg.n_pi` is 9 by default") == {("train.ppg.n_pi", "9")}
+    assert claims("`train.lr` and `train.e_pi` (Schulman 2017)") == set()
 
 
 def test_a_field_that_does_not_exist_is_found() -> None:
