@@ -96,7 +96,9 @@ class Draft:
                 for own, part in value.items():
                     yield from self._given(named, part or {}, (*key, own))
             else:
-                place = self.places[key]
+                place = self.places.get(key)
+                if place is None:  # nobody wrote it: what an earlier version did
+                    continue
                 default = value == _written(info.get_default(call_default_factory=True))
                 if not (whole and default and place.in_file):
                     yield key, place

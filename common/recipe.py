@@ -117,7 +117,7 @@ def fields(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[tup
 
 def _as_it_was(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        name: _BEFORE[name] | part if name in _BEFORE and isinstance(part, Mapping) else part
+        name: {**_BEFORE[name], **part} if name in _BEFORE and isinstance(part, Mapping) else part
         for name, part in values.items()
     }
 
