@@ -6,12 +6,13 @@ nobody classified is fixed: what is not known to be harmless is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from common.config import RunConfig
 from common.errors import ConfigError
+from deploy.run_paths import anchored
 
 Kind = Literal["free", "rounding", "fixed"]
 
@@ -110,10 +111,16 @@ class Change:
         return f"{self.field}: {self.old} -> {self.new} ({self.reason})"
 
 
-def changes(saved: RunConfig, new: RunConfig, trained: int) -> list[Change]:
-    """The fields that differ from those a checkpoint of `trained` iterations was written under."""
-    old_fields = dict(_flat(saved.model_dump(mode="json")))
-    new_fields = dict(_flat(new.model_dump(mode="json")))
+def changes(
+    saved: RunConfig, new: RunConfig, trained: int, by_content: Collection[str] = ()
+) -> list[Change]:
+    """The fields that differ from those a checkpoint of `trained` iterations was written under.
+
+    Fields in `by_content` name files of which more is known than their paths: they may be moved. A
+    relative path is one from the working folder: recipes of before kept them as they were given.
+    """
+    old_fields = dict(flat(anchored(saved).model_dump(mode="json")))
+    new_fields = dict(flat(anchored(new).model_dump(mode="json")))
     if not new.model.vocab_size:  # 0 is the tokenizer's
         new_fields["model.vocab_size"] = old_fields["model.vocab_size"]
     found = []
@@ -122,6 +129,8 @@ def changes(saved: RunConfig, new: RunConfig, trained: int) -> list[Change]:
         if old == wanted:
             continue
         kind, reason = RULES[prefix_of(field)]
+        if field in by_content:
+            kind, reason = "free", "what the files hold is compared"
         if field == "train.iterations" and wanted < trained:
             kind, reason = "fixed", f"{trained} are trained already"
         found.append(Change(field=field, old=old, new=wanted, kind=kind, reason=reason))
@@ -130,18 +139,22 @@ def changes(saved: RunConfig, new: RunConfig, trained: int) -> list[Change]:
 
 def prefix_of(field: str) -> str:
     """Whose rule holds for a dotted field; "" where nobody thought of it."""
-    return max((prefix for prefix in RULES if _within(field, prefix)), key=len)
+    return max((prefix for prefix in RULES if within(field, prefix)), key=len)
 
 
 def require_resumable(
-    saved: RunConfig, new: RunConfig, trained: int, run_dir: object
+    saved: RunConfig,
+    new: RunConfig,
+    trained: int,
+    run_dir: object,
+    by_content: Collection[str] = (),
 ) -> list[Change]:
-    """The changes, all of them allowed.
+    """The changes, all of them allowed; `by_content` as in `changes`.
 
     Raises:
         ConfigError: naming every field that cannot change, with both values.
     """
-    found = changes(saved, new, trained)
+    found = changes(saved, new, trained, by_content)
     fixed = [str(change) for change in found if change.kind == "fixed"]
     if fixed:
         raise ConfigError(
@@ -151,16 +164,18 @@ def require_resumable(
     return found
 
 
-def _within(field: str, prefix: str) -> bool:
+def within(field: str, prefix: str) -> bool:
+    """Whether a dotted field is what a prefix names, or part of it; all are part of ""."""
     before, star, after = prefix.partition("*")
     if star:
         return field.startswith(before) and field.endswith(after)
     return not prefix or field == prefix or field.startswith(f"{prefix}.")
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted field and its value."""
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

@@ -57,9 +57,9 @@ def quickstart(
 
     resolved = _load(config, overrides, address)
     require_trainable(resolved)
-    with open_session(resolved, console) as session:
+    with open_session(resolved, console, writer="quickstart") as session:
         summary = run_quickstart(session)
-    _show_summary(resolved, summary)
+        _show_summary(session.config, summary)
 
 
 @app.command()
@@ -236,21 +236,22 @@ def _run(arguments: Sequence[str] | None) -> None:
 # -------------------------------------------------------------------------- helpers
 
 
-def _stage(name: str, resolved: RunConfig, stop_after: int | None = None) -> None:
+def _stage(name: str, config: RunConfig, stop_after: int | None = None) -> None:
     """One stage of a run, in a session of its own."""
     from deploy import stages
     from deploy.preflight import require_trainable
     from deploy.session import open_session
 
-    # A recipe that is refused leaves the run's own in place: training writes it down once accepted.
+    # A recipe that is refused leaves the run's own in place: a stage writes it down once accepted.
     if name == "train":
-        require_trainable(resolved)
-        if stages.resumable(resolved)[1] is not None:
-            say(console, stages.finished(resolved))
+        require_trainable(config)
+        if stages.resumable(config)[1] is not None:
+            say(console, stages.finished(config))
             return
-    with open_session(resolved, console, record=name != "train") as session:
+    # Whoever trains may find the run at work, and then attaches to it and writes nothing.
+    with open_session(config, console, writer="" if name == "train" else name) as session:
         with session.stage("tokenizer", "tokenizer"):
-            resolved = stages.prepare_tokenizer(session, resolved)
+            resolved = stages.prepare_tokenizer(session, session.config)
         with session.stage(name, name):
             found: dict[str, Any]
             if name == "sft":
@@ -273,11 +274,14 @@ def _load(config: str | None, overrides: list[str] | None, address: str | None) 
 
 def _of_run(run: Path, overrides: list[str] | None, address: str | None) -> RunConfig:
     """The recipe of a run's folder, wherever that lies now and whatever it is called."""
+    from deploy.run_paths import anchored, rebased
     from deploy.stages import folder_of
 
     folder = folder_of(run)
-    here = {"output": str(folder.parent), "name": folder.name, **_place(address)}
-    return load_config(folder / "config.yaml", overrides or [], here, saved=True)
+    path, here = folder / "config.yaml", {"output": str(folder.parent), "name": folder.name}
+    old = anchored(load_config(path, saved=True)).run_dir
+    config = load_config(path, overrides or [], {**here, **_place(address)}, saved=True)
+    return rebased(anchored(config), old, folder)
 
 
 def _place(address: str | None) -> dict[str, str]:

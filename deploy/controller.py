@@ -41,6 +41,7 @@ from deploy.gang import LearnerGang, LearnerLost
 from deploy.jobs import Scored, Weights
 from deploy.ledger import Ledger
 from deploy.pool import Pool
+from deploy.run_lock import writing
 from deploy.run_log import RunLog
 from learner.log import log_path
 
@@ -110,11 +111,17 @@ class Controller:
     # ------------------------------------------------------------------ the loop
 
     def run(self) -> dict[str, Any]:
-        """Train to the end; returns the facts of the run.
+        """Train to the end, as the run's only writer; returns the facts of the run.
 
         Raises:
+            StorageError: another one is writing into the run's folder.
             TalipotError: the run could not do its work; nothing committed is lost.
         """
+        # Its workers write too: a rank may be in the midst of a checkpoint.
+        with writing(self.run_dir, "train"), at_the_end(self.end_workers):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         log = RunLog(self.run_dir)
         with at_the_end(self.elastic.release_room, log.close):
             self._start_workers()
@@ -392,6 +399,7 @@ class Controller:
             self.gang.finish(refs, "load", self.collector.tend)
         issued = self._issued_until
         self.iteration = self._issued_until = self._saved = state.get("iteration", 0)
+        checkpoints.rewind(self.run_dir, self.iteration)
         self.learner_restarts = max(self.learner_restarts, state.get("learner_restarts", 0))
         self.collector.tally.carry_on(state.get("counts", {}))
         self.prompts = self._stream(state.get("prompt_position", 0))

@@ -29,7 +29,6 @@ from common.config import RunConfig
 from common.errors import ConfigError, Interrupted, WorkerError
 from deploy.changes import changes
 from deploy.controller import Controller
-from deploy.ends import at_the_end
 from deploy.facts import Status
 from deploy.gang import LearnerGang, plain
 from deploy.placement import NAMESPACE
@@ -69,8 +68,7 @@ class ControllerActor(Controller):
 
     def _work(self) -> None:
         try:
-            with at_the_end(self.end_workers):
-                self._facts = self.run()
+            self._facts = self.run()
         except BaseException as error:  # handed to whoever asks for the outcome
             self._error = error
         self._ended.set()

@@ -17,6 +17,8 @@ from common.errors import DataError, TrainingError
 from deploy.ends import at_the_end
 from deploy.facts import recorded_facts
 from deploy.gang import LearnerGang
+from deploy.run_inputs import RunInputs, reads_of
+from deploy.run_lock import writing
 from deploy.session import open_session
 from learner.log import read_log
 
@@ -28,7 +30,8 @@ def replay_run(config: RunConfig, console: Console) -> dict[str, Any]:
     """Train again on a finished run's log; both hashes.
 
     Raises:
-        DataError: the run is not finished, or a file of its log is missing or damaged (named).
+        DataError: the run is not finished, a file of its log is missing or damaged (named), or the
+            weights or the tokenizer that it began with are others now.
         TrainingError: the weights differ.
     """
     recorded = recorded_facts(config.run_dir)
@@ -40,8 +43,9 @@ def replay_run(config: RunConfig, console: Console) -> dict[str, Any]:
     iterations = int(recorded["iterations"])
     for iteration in range(iterations):  # what is missing or damaged is known before the work
         read_log(config.run_dir, iteration)
+    RunInputs(config.run_dir).check("replay", reads_of("replay", config))
     folder = config.run_dir.with_name(f"{config.name}.replay")
-    with open_session(config, console, record=False) as session:
+    with open_session(config, console) as session, writing(folder, "replay"):
         gang = LearnerGang(config, f"{config.name}.replay", start=False)
         with at_the_end(gang.stop):
             gang.start()

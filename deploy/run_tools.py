@@ -16,7 +16,7 @@ from actors.rollout_actor import engine_of
 from common.config import RunConfig
 from common.data import Prompt, read_demonstrations
 from common.errors import ClusterError, ConfigError, DataError
-from common.files import is_utf8
+from common.files import is_utf8, write_atomic
 from common.palm import PolicyNetwork
 from common.tokenizer import Tokenizer
 from common.weights import load_weights, torch_dtype
@@ -39,7 +39,7 @@ def evaluate_run(config: RunConfig, console: Console) -> dict[str, float]:
     if not config.data.evaluation:
         raise ConfigError("data.evaluation is empty; evaluate needs held-out prompts")
     judge = _judge(config.evaluate.judge) if config.evaluate.judge else None
-    with open_session(config, console, record=False) as session:
+    with open_session(config, console) as session:
         records = list(read_demonstrations(config.data.evaluation))[: config.evaluate.prompts]
         prompts, _ = encode_prompts(
             [Prompt(uid="", prompt=record.prompt) for record in records],
@@ -52,8 +52,7 @@ def evaluate_run(config: RunConfig, console: Console) -> dict[str, float]:
             config, session.sft_weights, session.policy_weights, prompts, *pools, label="eval"
         )
     found = compare([p.text for p in prompts], before, after, judge)
-    path = config.run_dir / "evaluation.json"
-    path.write_text(json.dumps(found, indent=1), encoding="utf8")
+    write_atomic(config.run_dir / "evaluation.json", [json.dumps(found, indent=1).encode()])
     return found
 
 

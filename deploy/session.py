@@ -13,14 +13,15 @@ from rich.console import Console
 
 from common.config import RunConfig
 from common.errors import StorageError
-from common.recipe import save_config
 from common.tokenizer import Tokenizer
 from deploy.ends import at_the_end, take_all
 from deploy.gang import LearnerGang
 from deploy.placement import start_cluster
 from deploy.pool import Pool
 from deploy.preflight import explain
+from deploy.run_lock import RunLock
 from deploy.run_log import RunLog
+from deploy.run_paths import anchored
 from deploy.screen import Bar, progress_bar, say
 
 
@@ -29,11 +30,16 @@ class Session:
     """Owns what stages share. Use `open_session`."""
 
     config: RunConfig
+    """Its paths are absolute."""
     console: Console
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time per stage."""
     _gang: LearnerGang | None = None
     _pools: list[Pool] = field(default_factory=list)
+    _lock: RunLock | None = None
+
+    def __post_init__(self) -> None:
+        self.config = anchored(self.config)
 
     @property
     def run_dir(self) -> Path:
@@ -80,11 +86,26 @@ class Session:
         self._pools.append(pool)
         return pool
 
+    def lock(self, stage: str) -> None:
+        """Make this session the only writer into the run's folder; nothing to do when it is.
+
+        Raises:
+            StorageError: another one is writing there (named), or it cannot be written.
+        """
+        if self._lock is None:
+            self._lock = RunLock(self.run_dir, stage)
+
+    def unlock(self) -> None:
+        """Let another one write: the controller that this session starts, or whoever comes next."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
     def close(self) -> None:
-        """End all workers and free their resources, all of them; then raise what failed."""
+        """End all workers, free their resources and the run's folder; then raise what failed."""
         ends = [pool.stop for pool in self._pools] + ([self._gang.stop] if self._gang else [])
         self._pools, self._gang = [], None
-        take_all(*ends)
+        take_all(*ends, self.unlock)
 
     def log(self) -> RunLog:
         """A writer of this run's logs; close it after use."""
@@ -104,26 +125,27 @@ class Session:
 
 
 @contextmanager
-def open_session(config: RunConfig, console: Console, *, record: bool = True) -> Iterator[Session]:
-    """Create the run's folder, save the resolved config, join or start the cluster.
+def open_session(config: RunConfig, console: Console, *, writer: str = "") -> Iterator[Session]:
+    """Create the run's folder, join or start the cluster.
 
-    Whoever only looks at a finished run (`record` False) leaves its config as it was trained with.
+    `writer` is the stage that writes into the folder from the beginning: another writer is met
+    before anything starts.
 
     Raises:
-        StorageError: the folder cannot be written.
+        StorageError: the folder cannot be written, or another stage is writing there.
         ClusterError: no cluster answers, or it cannot hold the recipe; said before anything waits.
     """
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{config.run_dir}: cannot be written: {error}") from None
-    if record:
-        save_config(config, config.run_dir / "config.yaml")
-    joined = ray.is_initialized()  # by a program that uses this as a library: its own to end
-    url = start_cluster(config)
     session = Session(config, console)
+    try:
+        session.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{session.run_dir}: cannot be written: {error}") from None
+    if writer:
+        session.lock(writer)
+    joined = ray.is_initialized()  # by a program that uses this as a library: its own to end
     with at_the_end(session.close, *(() if joined else (ray.shutdown,))):
-        if not config.cluster.autoscales:
-            explain(config, ray.cluster_resources())  # type: ignore[no-untyped-call]
-        say(console, (f"run {config.run_dir} · dashboard {url or 'off'}", "dim"))
+        url = start_cluster(session.config)
+        if not session.config.cluster.autoscales:
+            explain(session.config, ray.cluster_resources())  # type: ignore[no-untyped-call]
+        say(console, (f"run {session.run_dir} · dashboard {url or 'off'}", "dim"))
         yield session

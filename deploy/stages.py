@@ -38,6 +38,9 @@ from deploy.gang import LearnerGang
 from deploy.placement import reward_pool, rollout_pool
 from deploy.pool import Pool
 from deploy.preflight import require_trainable
+from deploy.run_inputs import RunInputs, reads_of
+from deploy.run_paths import anchored
+from deploy.run_tokenizer import run_tokenizer
 from deploy.screen import say
 from deploy.session import Session
 from learner.supervised import EncodedComparison, EncodedPair
@@ -46,22 +49,17 @@ from learner.supervised import EncodedComparison, EncodedPair
 
 
 def prepare_tokenizer(session: Session, config: RunConfig) -> RunConfig:
-    """Train or load the tokenizer; returns the config with the model's vocabulary filled in.
+    """The run's tokenizer, made at its first use; returns the config with the model's vocabulary
+    filled in.
 
     Raises:
-        ConfigError: model.vocab_size is set to something else than the tokenizer has, or
+        ConfigError: the recipe asks for another tokenizer than the one that results of this run
+            stand on, model.vocab_size is set to something else than the tokenizer has, or
             rollout.stop_ids names a token that it has not.
     """
-    path = session.tokenizer_path
-    if config.tokenizer.path is not None:
-        tokenizer = Tokenizer.load(config.tokenizer.path)
-    elif path.exists():
-        tokenizer = Tokenizer.load(path)
-    else:
-        demonstrations = read_demonstrations(config.data.demonstrations)
-        texts = (d.prompt + d.response for d in demonstrations)
-        tokenizer = Tokenizer.train(texts, config.tokenizer.vocab_size, config.tokenizer.words)
-    tokenizer.save(path)
+    config = anchored(config)
+    # Where the run is at work already, its tokenizer is there and nothing is written.
+    tokenizer = run_tokenizer(session.run_dir, config, lambda: session.lock("train"))
     size = config.model.vocab_size
     if size not in (0, tokenizer.vocab_size):
         raise ConfigError(
@@ -123,10 +121,12 @@ def read_encoded_prompts(
 def run_sft(session: Session, config: RunConfig) -> dict[str, float]:
     """Train the supervised policy; writes ``sft/policy.safetensors``."""
     _require(config.data.demonstrations, "data.demonstrations", "sft")
+    begin = _checked(session, config, "sft")
     tokenizer = session.tokenizer()
     demonstrations = list(read_demonstrations(config.data.demonstrations))
     pairs = encode_pairs([(d.prompt, d.response) for d in demonstrations], tokenizer, config)
     train, held_out = _hold_out(pairs, 0.02, config.seed)
+    begin()
     gang = session.gang()
     total = gang.call("begin_sft", config, ray.put(train), ray.put(held_out))
     metrics = _advance(session, "sft", "supervised policy", total)
@@ -148,8 +148,11 @@ def encoded_comparisons(
 
 def run_reward(session: Session, config: RunConfig) -> dict[str, float]:
     """Train reward models and keep the most accurate; writes ``reward_model/``."""
+    _require(config.data.comparisons, "data.comparisons", "reward")
+    begin = _checked(session, config, "reward")
     train, held_out = encoded_comparisons(session, config)
     reference = ray.put(_reference_pairs(config, session.tokenizer()))
+    begin()
     data = ray.put(train), ray.put(held_out)
     gang, best = session.gang(), -math.inf
     metrics: dict[str, float] = {}
@@ -198,23 +201,24 @@ def run_train(
     """
     _require(config.data.prompts, "data.prompts", "train")
     require_trainable(config)
+    config = anchored(config)
     changed, facts = resumable(config)
     for change in changed:
         say(session.console, f"changed: {change}")
     if facts is not None:
         say(session.console, finished(config))
         return facts
-    prompts, skipped = read_encoded_prompts(config.data.prompts, session.tokenizer(), config)
-    if skipped:
-        note = f"{skipped} prompts skipped: too long for the context"
-        say(session.console, (note, "yellow"))
-    # A controller outlives its driver, and may be looked at from another folder.
-    config = config.model_copy(update={"output": str(Path(config.output).absolute())})
     controller = living_controller(config)
     if controller is not None:
         say(session.console, (f"attached to {controller_name(config)}", "dim"))
     else:
-        save_config(config, config.run_dir / "config.yaml")
+        begin = _checked(session, config, "train")
+        prompts, skipped = read_encoded_prompts(config.data.prompts, session.tokenizer(), config)
+        if skipped:
+            note = f"{skipped} prompts skipped: too long for the context"
+            say(session.console, (note, "yellow"))
+        begin()
+        session.unlock()  # the writer is the controller now
         controller = _start(session, config, prompts, pools, stop_after)
     with session.progress("policy", config.train.iterations) as bar:
         return follow(controller, config, lambda status: _show(bar.update, status))
@@ -232,7 +236,8 @@ def resumable(config: RunConfig) -> tuple[list[Change], dict[str, Any] | None]:
         return [], None
     state = found[1]
     saved = saved_config(state["config"])
-    changed = require_resumable(saved, config, state["iteration"], config.run_dir)
+    recorded = RunInputs(config.run_dir).recorded("train")
+    changed = require_resumable(saved, config, state["iteration"], config.run_dir, recorded)
     facts = recorded_facts(config.run_dir)
     if facts is not None and facts["iterations"] < config.train.iterations:
         facts = None
@@ -286,6 +291,29 @@ def with_log(session: Session, stage: str, step: int, metrics: dict[str, float])
     log = session.log()
     with at_the_end(log.close):
         log.write(stage, step, metrics)
+
+
+def _checked(session: Session, config: RunConfig, stage: str) -> Callable[[], None]:
+    """Make this session the run's writer, and compare what a stage is about to read with what the
+    run stands on. What is returned writes recipe and inputs down, once they are known to be good.
+
+    Raises:
+        StorageError: another stage is writing into the run's folder.
+        DataError: an input is missing, or has changed since results of this run were made from it.
+        ConfigError: the stage would replace what training stands on.
+    """
+    session.lock(stage)
+    inputs = RunInputs(session.run_dir)
+    inputs.require_repeat(stage, config)
+    found, told = inputs.check(stage, reads_of(stage, config))
+    for line in told:
+        say(session.console, f"changed: {line}")
+
+    def begin() -> None:
+        save_config(config, session.run_dir / "config.yaml")
+        inputs.begin(stage, config, found)
+
+    return begin
 
 
 def _show(update: Callable[[int, str], None], status: Status) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 from actors.prompts import EncodedPrompt
 from common.config import RunConfig
 from common.data import Prompt, write_jsonl
-from common.recipe import save_config
 from deploy import stages
 from deploy.evaluate import (
     Sampled,
@@ -32,6 +31,7 @@ from deploy.quickstart.harvest import Pair, prompt_text
 from deploy.quickstart.judges import conformance
 from deploy.quickstart.task import Task, judge_lines
 from deploy.report import write_report
+from deploy.run_inputs import RunInputs
 from deploy.screen import say
 from deploy.session import Session
 
@@ -39,16 +39,17 @@ from deploy.session import Session
 def run_quickstart(session: Session) -> dict[str, Any]:
     """Run every stage; writes summary.json, samples.jsonl and report.html; returns the summary."""
     begin = time.perf_counter()
+    session.lock("quickstart")
     config, console = session.config, session.console
     folder = session.run_dir / "data"
     with_data = quickstart_task.with_data(config, folder)
+    begun = bool(RunInputs(session.run_dir).standing())
     with session.stage("harvest", "harvested signatures and docstrings of this environment"):
-        task, facts = quickstart_task.prepare(config.quickstart, config.seed, folder)
+        task, facts = quickstart_task.prepare(config.quickstart, config.seed, folder, begun=begun)
     say(console, f"  {facts['pairs']} pairs, fingerprint {facts['fingerprint'][:12]}")
     config = with_data
     with session.stage("tokenizer", "trained a byte-level BPE tokenizer"):
         config = stages.prepare_tokenizer(session, config)
-        save_config(config, session.run_dir / "config.yaml")
     with session.stage("sft", "trained the supervised policy"):
         sft = stages.run_sft(session, config)
     say(console, f"  held-out loss {sft['heldout_loss']:.3f} nats per token")
@@ -72,6 +73,7 @@ def run_quickstart(session: Session) -> dict[str, Any]:
     )
     with session.stage("train", "trained the policy"):
         trained = stages.run_train(session, config, (rollout, scoring))
+    session.lock("quickstart")
     with session.stage("evaluate", "asked the judges"):
         found = evaluate_run(session, config, task, (rollout, scoring))
     summary: dict[str, Any] = {

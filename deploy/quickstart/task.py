@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +13,7 @@ import numpy as np
 from common.config import DataConfig, QuickstartConfig, RunConfig
 from common.data import Comparison, Demonstration, Prompt, write_jsonl
 from common.errors import ConfigError
+from common.files import write_atomic
 from common.trajectory import derive_seed
 from deploy.quickstart import judges
 from deploy.quickstart.harvest import Pair, fingerprint, harvest, prompt_text, split
@@ -42,19 +43,49 @@ def make_task(pairs: Sequence[Pair], settings: QuickstartConfig, seed: int) -> T
     return Task(train, held_out, verb_lexicon([pair.docstring for pair in train]))
 
 
-def prepare(settings: QuickstartConfig, seed: int, folder: Path) -> tuple[Task, dict[str, str]]:
-    """Harvest, split, and write the data files; returns the task and facts for the log."""
+def prepare(
+    settings: QuickstartConfig, seed: int, folder: Path, *, begun: bool = False
+) -> tuple[Task, dict[str, str]]:
+    """Harvest, split, and write the data files; returns the task and facts for the log.
+
+    Raises:
+        ConfigError: results stand on the data files that are there (`begun`), and these would be
+            replaced by others.
+    """
     pairs = harvest()
     task = make_task(pairs, settings, seed)
+    facts = {
+        "pairs": str(len(pairs)),
+        "fingerprint": fingerprint(pairs),
+        "demonstrations": str(settings.demonstrations),
+        "held_out": str(settings.held_out),
+        "seed": str(seed),
+    }
+    if begun and (changed := _changed(folder / "harvest.json", facts)):
+        raise ConfigError(
+            f"{folder.parent}: its data was harvested from other packages or by another recipe: "
+            f"{changed}; give the new run another name, or remove that folder"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(str(folder / "demonstrations.jsonl"), [_demonstration(p) for p in task.train])
     write_jsonl(str(folder / "evaluation.jsonl"), [_demonstration(p) for p in task.held_out])
     write_jsonl(
         str(folder / "prompts.jsonl"), [Prompt(uid="", prompt=prompt_text(p)) for p in task.train]
     )
-    facts = {"pairs": str(len(pairs)), "fingerprint": fingerprint(pairs)}
-    (folder / "harvest.json").write_text(json.dumps(facts, indent=1), encoding="utf8")
+    write_atomic(folder / "harvest.json", [json.dumps(facts, indent=1).encode()])
     return task, facts
+
+
+def _changed(path: Path, facts: Mapping[str, str]) -> str:
+    """How a harvest differs from the one that was written down; empty when it does not."""
+    if not path.exists():
+        return ""
+    before: dict[str, str] = json.loads(path.read_text(encoding="utf8"))
+    return "; ".join(
+        f"{name} {before[name]} -> {value}"
+        for name, value in facts.items()
+        if before.get(name, value) != value
+    )
 
 
 def with_data(config: RunConfig, folder: Path) -> RunConfig:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +110,60 @@ def test_damaged_later_steps_never_displace_a_whole_one(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-000009" / "state.json").write_text("{", encoding="utf8")
     checkpoints.write(tmp_path, 2, filler(2), keep=1)
     assert steps(tmp_path) == ["step-000002"]
+
+
+def test_two_writers_leave_each_others_checkpoints_alone(tmp_path: Path) -> None:
+    """The slower one writes step 5 while the faster one writes step 9."""
+    begun, done = threading.Event(), threading.Event()
+
+    def slow(folder: Path) -> dict[str, Any]:
+        (folder / "a").write_text("x", encoding="utf8")
+        begun.set()
+        assert done.wait(30)
+        (folder / "b").write_text("x", encoding="utf8")
+        return {"iteration": 5}
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(checkpoints.write, tmp_path, 5, slow, keep=2)
+        assert begun.wait(30)
+        checkpoints.write(tmp_path, 9, filler(9), keep=2)
+        done.set()
+        assert first.result().name == "step-000005"
+    assert steps(tmp_path) == ["step-000005", "step-000009"]
+    checkpoints.write(tmp_path, 5, filler(5), keep=1)
+    assert steps(tmp_path) == ["step-000005", "step-000009"]
+    assert checkpoints.is_whole(tmp_path / "checkpoints" / "step-000005")
+    found = checkpoints.newest(tmp_path)
+    assert found is not None
+    assert found[1] == {"iteration": 9}
+
+
+def test_a_run_that_stands_at_a_step_leaves_nothing_behind_it(tmp_path: Path) -> None:
+    """The controller goes back to the newest whole one; a later damaged one must not come back."""
+    for step in (1, 2, 3):
+        checkpoints.write(tmp_path, step, filler(step), keep=3)
+    state = tmp_path / "checkpoints" / "step-000003" / "state.json"
+    state.write_bytes(b"{")
+    left = tmp_path / "checkpoints" / "step-000004.0123abcd.partial"
+    old = tmp_path / "checkpoints" / "step-000004.partial"
+    left.mkdir()
+    old.mkdir()
+    found = checkpoints.newest(tmp_path)
+    assert found is not None
+    checkpoints.rewind(tmp_path, found[1]["iteration"])
+    assert steps(tmp_path) == ["step-000001", "step-000002"]
+
+
+@pytest.mark.parametrize("damaged", ["step-000001", "step-000001.replaced"])
+def test_a_writer_that_died_between_its_last_moves_hinders_nobody(
+    tmp_path: Path, damaged: str
+) -> None:
+    folder = tmp_path / "checkpoints"
+    checkpoints.write(tmp_path, 1, filler(1), keep=1)
+    shutil.copytree(folder / "step-000001", folder / "step-000001.replaced")
+    (folder / damaged / "state.json").write_text("{", encoding="utf8")
+    checkpoints.write(tmp_path, 1, filler(2), keep=1)
+    assert steps(tmp_path) == ["step-000001"]
+    found = checkpoints.newest(tmp_path)
+    assert found is not None
+    assert found[1] == {"iteration": 2}

@@ -1,0 +1,189 @@
+"""One writer for each run: a lock on the run's folder, held while a stage writes into it.
+
+The lock is the kernel's (`flock` on ``RUN/lock``), so it ends with the process that holds it,
+however that dies, and nobody has to judge whether a holder is still alive. The file holds a note
+for whoever is refused: host, process, stage and start. Where the file system knows no `flock`, the
+note itself is the lock: one of a process of this host that is gone is taken over, one of another
+host has to be removed by hand, because nothing here can tell what lives there.
+
+Who holds it: the command during `sft`, `reward` and `quickstart`, the controller during policy
+training (it outlives its command), `replay` for the folder of its own. Whoever only reads a run, or
+attaches to its controller, takes none.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from common.errors import StorageError
+
+PATIENCE_S = 5.0
+"""How long a holder may take to go before the next one is refused: a controller notices the end of
+its node within a second, and a command hands the lock to the controller that it starts."""
+_POLL_S, _SETTLE_S = 0.05, 0.5
+_NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """Who holds a run's lock, as its note says."""
+
+    host: str
+    pid: int
+    born: str
+    """When the process began, as its kernel counts: tells it from a later one of the same number;
+    empty where the system does not say."""
+    stage: str
+    since: str
+    """UTC, ISO 8601."""
+    token: str
+    """Tells one holding from the next."""
+
+
+class RunLock:
+    """The right to write into a run's folder; `release` it after use."""
+
+    def __init__(self, run_dir: Path, stage: str, *, patience_s: float = PATIENCE_S) -> None:
+        """Wait until the lock is free, at most `patience_s`.
+
+        Raises:
+            StorageError: another writer holds it (named), or the folder cannot be written.
+        """
+        self._path = run_dir / "lock"
+        self._handle: int | None = None
+        self.holder = Holder(
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            born=_born(os.getpid()),
+            stage=stage,
+            since=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+            token=secrets.token_hex(8),
+        )
+        deadline = time.monotonic() + patience_s
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            while not self._take():
+                if time.monotonic() > deadline:
+                    raise _refusal(run_dir, self._path)
+                time.sleep(_POLL_S)
+        except OSError as error:
+            raise StorageError(f"{run_dir}: cannot be written: {error}") from None
+        _HELD.add(self)
+
+    def release(self) -> None:
+        """Give the folder free; nothing to do when that was done."""
+        if self not in _HELD:
+            return
+        _HELD.discard(self)
+        if self._handle is None:
+            with suppress(FileNotFoundError):
+                self._path.unlink()
+            return
+        os.ftruncate(self._handle, 0)
+        os.close(self._handle)
+
+    def _take(self) -> bool:
+        handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps(asdict(self.holder)).encode(), 0)
+        except OSError as error:
+            os.close(handle)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                return False
+            if error.errno in _NO_FLOCK:
+                return self._take_by_note()
+            raise
+        self._handle = handle
+        return True
+
+    def _take_by_note(self) -> bool:
+        """Two that find the lock free at once both write; the note that stays says who has it."""
+        found = holder_of(self._path)
+        if found is not None and not _gone(found):
+            return False
+        ours = self._path.with_name(f"lock.{self.holder.token}")
+        ours.write_text(json.dumps(asdict(self.holder)), encoding="utf8")
+        ours.replace(self._path)
+        time.sleep(_SETTLE_S)
+        return holder_of(self._path) == self.holder
+
+
+@contextmanager
+def writing(run_dir: Path, stage: str) -> Iterator[None]:
+    """Hold a run's lock meanwhile. Raises what `RunLock` raises."""
+    lock = RunLock(run_dir, stage)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def holder_of(path: Path) -> Holder | None:
+    """What a lock's file says of its holder; None when it says nothing."""
+    try:
+        return Holder(**json.loads(path.read_text(encoding="utf8")))
+    except (OSError, ValueError, TypeError):
+        return None  # no file, none holds it, or its note is just being written
+
+
+def _refusal(run_dir: Path, path: Path) -> StorageError:
+    found = holder_of(path)
+    if found is None:
+        return StorageError(f"{run_dir}: another process is writing into this run; wait for it")
+    mend = "wait for it or stop it, or set name to another one"
+    if found.stage == "train":
+        mend += "; `talipot train --resume` with the --address of its cluster attaches to it"
+    if found.host != socket.gethostname():
+        mend += (
+            f"; if that process is gone (ask `ps -p {found.pid}` on {found.host}), its lock ends "
+            f"with it, on a network file system once the server notices: remove {path} if it stays"
+        )
+    return StorageError(
+        f"{run_dir}: `talipot {found.stage}` on host {found.host}, process {found.pid}, has been "
+        f"writing into this run since {found.since}; {mend}"
+    )
+
+
+def _gone(holder: Holder) -> bool:
+    """Whether a holder is certainly dead: a process of this host that is not there any more."""
+    return holder.host == socket.gethostname() and _born(holder.pid) != holder.born
+
+
+def _born(pid: int) -> str:
+    """When a process began: the boot it belongs to and clock ticks since; "" when unknown."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf8", errors="replace")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf8").strip()
+    except OSError:
+        return ""
+    # The name in parentheses may hold spaces; state and start are the 1st and 20th field after it
+    # (proc(5)).
+    fields = stat.rpartition(")")[2].split()
+    return "" if fields[0] in "ZX" else f"{boot} {fields[19]}"
+
+
+_HELD: set[RunLock] = set()
+
+
+def _forget() -> None:
+    """A forked child shares the parent's locks, and would keep them beyond the parent's death."""
+    for lock in list(_HELD):
+        if lock._handle is not None:
+            os.close(lock._handle)
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
