@@ -97,14 +97,18 @@ class RunLock:
         handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, json.dumps(asdict(self.holder)).encode(), 0)
         except OSError as error:
             os.close(handle)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 return False
             if error.errno in _NO_FLOCK:
                 return self._take_by_note()
+            raise
+        try:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps(asdict(self.holder)).encode(), 0)
+        except OSError:
+            os.close(handle)
             raise
         self._handle = handle
         return True
