@@ -33,6 +33,8 @@ class Draft:
     """What errors of no single place begin with."""
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[Key, Place] = field(default_factory=dict)
+    resolved: bool = False
+    """The file has every section."""
 
     def add_file(self, written: Written) -> None:
         """Take a whole file.
@@ -46,6 +48,7 @@ class Draft:
             kind = type(written.values).__name__
             raise ConfigError(f"{self.name}:1: a recipe is a mapping of sections, not {kind}")
         self.values = self._plain((), written)
+        self.resolved = self.values.keys() >= self.root.model_fields.keys()
         self.places = {
             key: Place(f"{self.name}:{line}", in_file=True) for key, line in written.lines.items()
         }
@@ -78,15 +81,14 @@ class Draft:
     def given(self) -> Iterator[tuple[Key, Place]]:
         """Every field that was given and where, depth first.
 
-        A section in which every field is written is one that was printed or saved: what a file
-        says there and is the default anyway is not taken for a wish.
+        A file with every section there is was printed or saved: what it says and is the default
+        anyway is not taken for a wish.
         """
         yield from self._given(self.root, self.values, ())
 
     def _given(
         self, section: type[Section], values: Mapping[str, Any], path: Key
     ) -> Iterator[tuple[Key, Place]]:
-        whole = values.keys() >= section.model_fields.keys()
         for name, value in values.items():
             key, info = (*path, name), section.model_fields[name]
             inner, named = section_of(info.annotation), named_section_of(info.annotation)
@@ -100,7 +102,7 @@ class Draft:
                 if place is None:  # nobody wrote it: what an earlier version did
                     continue
                 default = value == _written(info.get_default(call_default_factory=True))
-                if not (whole and default and place.in_file):
+                if not (self.resolved and default and place.in_file):
                     yield key, place
 
     def _put(self, node: dict[str, Any], key: Key, value: Any, place: Place) -> None:

@@ -49,8 +49,8 @@ with file and line, are
 - a number that is not finite, or is `yes` or `no`;
 - **a setting that changes nothing under the others**, as `train.gae_lambda` under
   `train.algorithm: grpo`, with where it would. What is asked for is whether it was written, not
-  whether it is the default. Only in a section in which every field is written, as it was printed or
-  saved for you, a default is not taken for a wish.
+  whether it is the default. Only in a file with every section there is, which was printed or saved
+  for you, a default is not taken for a wish.
 
 `talipot config --config recipe.yaml` prints a recipe with every default filled in; the same text is
 saved as `config.yaml` in the run's folder.
