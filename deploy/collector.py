@@ -30,6 +30,7 @@ import ray
 
 from actors.rollout_actor import LeaseFacts
 from common.errors import TrainingError, WorkerError
+from common.metrics import Metrics, mean, merge
 from common.trajectory import RolloutRequest, to_table
 from common.weights import CorruptSliceError
 from deploy.calls import ArgumentLost, WorkerLost, gone, result
@@ -72,7 +73,8 @@ class Collector:
         self.reward = reward
         self.weights: Weights | None = None
         self.scored: list[Scored] = []
-        self.component_means: dict[str, float] = {}
+        self.components: Metrics = {}
+        """Mean of each component over what was scored since it was last emptied."""
         self.score_seconds = 0.0
         """Time that reward workers spent since it was last set to 0."""
         self.last_dead_letter = ""
@@ -336,7 +338,9 @@ class Collector:
             return
         if facts.dead_letters:
             self.last_dead_letter = next(iter(facts.dead_letters.values()))
-        self.component_means = dict(facts.component_means)
+        rows = len(facts.rollout_ids)
+        means = {name: mean(value * rows, rows) for name, value in facts.component_means.items()}
+        self.components = merge([self.components, means])
         self.score_seconds += facts.seconds
         for sampled in job.sampled:
             self.ledger.done(sampled.lease)

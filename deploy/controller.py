@@ -31,6 +31,7 @@ from actors.prompts import EncodedPrompt, PromptStream
 from actors.rollout_actor import LeaseFacts
 from common.config import RunConfig
 from common.errors import RewardError, WorkerError
+from common.metrics import read
 from common.weights import Manifest
 from deploy import checkpoints
 from deploy.collector import Collector
@@ -347,9 +348,9 @@ class Controller:
         }
         found |= {f"staleness/{age}": float(n) for age, n in sorted(staleness.items()) if n}
         found |= self.collector.counts()
-        found |= {f"component/{k}": v for k, v in self.collector.component_means.items()}
+        found |= {f"component/{k}": v for k, v in read(self.collector.components).items()}
         self._tokens, self._generate_s, self._load_s = 0, 0.0, 0.0
-        self.collector.score_seconds = 0.0
+        self.collector.score_seconds, self.collector.components = 0.0, {}
         return found
 
     def _observe(self, facts: LeaseFacts) -> None:

@@ -431,6 +431,10 @@ def test_function_rewards_need_no_reward_model(
     for row in rows:
         assert row.score_components == {"length": len(row.response_text), "constant": 1.0}
         assert row.score == pytest.approx(0.5 * len(row.response_text) + 1.0)
+    first = json.loads((config.run_dir / "metrics.jsonl").read_text().splitlines()[0])["metrics"]
+    lengths = [len(row.response_text) for row in rows]
+    assert first["component/length"] == pytest.approx(sum(lengths) / 16), "of all 16, not one call"
+    assert first["component/constant"] == 1.0
 
 
 def test_a_broken_reward_function_stops_the_run_and_is_named(

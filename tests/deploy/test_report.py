@@ -64,12 +64,21 @@ def test_a_finished_quickstart_shows_its_numbers(tmp_path: Path) -> None:
         tmp_path / "finished",
         metrics__jsonl=metrics("sft", 3, loss=4.0)
         + metrics("train", 8, score=0.5, kl=2.0, auxiliary_seconds=1.0),
-        summary__json=json.dumps(SUMMARY),
+        summary__json=json.dumps(SUMMARY | {"pairs_judged": 998, "pairs_asked": 1000}),
         samples__jsonl="\n".join(rows),
         config__yaml="name: finished",
     )
     page = write_report(run).read_text(encoding="utf8")
-    for shown in ("87.3%", "95.7%", "58.0% to 64.0%", "7.3", "6,144", "name: finished", "66.0%"):
+    for shown in (
+        "87.3%",
+        "95.7%",
+        "58.0% to 64.0%",
+        "7.3",
+        "6,144",
+        "name: finished",
+        "66.0%",
+        "998 of 1000 prompts judged",
+    ):
         assert shown in page, shown
     assert page.count("<svg") == 3
     assert "an auxiliary phase ran" in page
