@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from common.errors import CheckpointError, ConfigError, TrainingError
 from common.model_config import LoraConfig
+from common.precision import product
 from common.trajectory import derive_seed
 from common.weights import state_hash
 
@@ -48,17 +49,20 @@ class Adapted(nn.Linear):
         self.segments = dict(segments)
         self.settings: dict[str, LoraConfig] = {}
         """Of each adapter that reaches this projection."""
+        self.precision: torch.dtype | None = None
+        """Of products (`common.palm.compute_in`); None is the weight's own."""
 
     def forward(self, x: Tensor, adapter: Selection = OFF) -> Tensor:
-        """``[B, ..., in] -> [B, ..., out]``."""
+        """``[B, ..., in] -> [B, ..., out]``, in the dtype that products run in."""
+        x = x.to(self.precision or self.weight.dtype)
         if isinstance(adapter, str):
             if adapter not in self.settings:
-                return super().forward(x)
+                return product(x, self.weight)
             found: Tensor = _apply(x, self.weight, *self._tensors(adapter, training=self.training))
             return found
         if len(adapter) != len(x):
             raise ValueError(f"{len(adapter)} adapters for {len(x)} rows")
-        y = super().forward(x)
+        y = product(x, self.weight)
         for name in sorted(set(adapter).intersection(self.settings)):
             rows = torch.tensor([at == name for at in adapter], device=x.device).nonzero()[:, 0]
             y = y.index_add(0, rows, self._delta(x[rows], name).to(y.dtype))
@@ -69,7 +73,9 @@ class Adapted(nn.Linear):
         spans = self.reached(settings)
         if not spans:
             return
-        like: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
+        # What is to be trained is fp32 at least, on a base that is kept in bf16 too.
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        like: dict[str, Any] = {"device": self.weight.device, "dtype": dtype}
         drawn = torch.randn(len(spans) * settings.rank, self.in_features, generator=generator)
         drawn = drawn * self.in_features**-0.5
         self.register_parameter(_a(name), nn.Parameter(drawn.to(**like)))
@@ -154,10 +160,10 @@ class Adapted(nn.Linear):
     def _delta(self, x: Tensor, name: str) -> Tensor:
         """What an adapter adds, ``[..., out]``."""
         spans, scale, dropout, A, *Bs = self._tensors(name, training=self.training)
-        inner = F.linear(F.dropout(x, dropout), A).chunk(len(Bs), dim=-1)
+        inner = product(F.dropout(x, dropout), A).chunk(len(Bs), dim=-1)
         delta = x.new_zeros(*x.shape[:-1], self.out_features)
         for rows, h, B in zip(spans, inner, Bs, strict=True):
-            delta[..., rows] = scale * F.linear(h, B)
+            delta[..., rows] = scale * product(h, B)
         return delta
 
 
@@ -186,17 +192,18 @@ class _LoraLinear(torch.autograd.Function):
         A: Tensor,
         *Bs: Tensor,
     ) -> Tensor:
-        y = F.linear(x, weight)
-        h = F.linear(dropped, A)
+        y = F.linear(x, weight.to(x.dtype))
+        h = F.linear(dropped, A.to(x.dtype))
         for rows, part, B in zip(spans, h.chunk(len(Bs), dim=1), Bs, strict=True):
-            y[:, rows].addmm_(part, B.T, alpha=scale)
+            y[:, rows].addmm_(part, B.T.to(x.dtype), alpha=scale)
         ctx.save_for_backward(dropped, weight, h, A, *Bs)
         ctx.spans, ctx.scale, ctx.one_input = spans, scale, dropped is x
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        dropped, weight, h, A, *Bs = ctx.saved_tensors
+        dropped, weight, h, *wide = ctx.saved_tensors
+        A, *Bs = (tensor.to(h.dtype) for tensor in wide)
         # Transposed: products of few rows and many columns are several times as fast on a
         # processor as those of many rows and few columns.
         inner = h.new_empty(h.shape[1], len(h))
@@ -205,16 +212,17 @@ class _LoraLinear(torch.autograd.Function):
         for (rows, part, into), B in zip(parts, Bs, strict=True):
             mine = gradient[:, rows]
             torch.mm(B.T, mine.T, out=into)
-            found.append((part.T @ mine).mul_(ctx.scale).T)
+            found.append((part.T @ mine).mul_(ctx.scale).T.to(wide[0].dtype))
         inner.mul_(ctx.scale)
         x_gradient = dropped_gradient = None
         if ctx.needs_input_grad[0]:
-            x_gradient = gradient @ weight
+            x_gradient = gradient @ weight.to(h.dtype)
             if ctx.one_input:
                 x_gradient.addmm_(inner.T, A)
             else:
                 dropped_gradient = inner.T @ A
-        return x_gradient, dropped_gradient, None, None, None, inner @ dropped, *found
+        A_gradient = (inner @ dropped).to(wide[0].dtype)
+        return x_gradient, dropped_gradient, None, None, None, A_gradient, *found
 
 
 # ------------------------------------------------------------------ adapters of a whole network

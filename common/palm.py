@@ -18,9 +18,7 @@ Shape suffixes: B sequences, T positions, D width, H query heads, K head width, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +26,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from common.embedding import Reader, TiedEmbedding
 from common.lora import OFF, Adapted, Selection, require_adapters
 from common.model_config import ModelConfig
-
-Reader = Callable[[Tensor, slice], Tensor]
-"""fp32 logits ``[n, V]`` of some flat positions, and which ones, to what is wanted of them
-``[n, C]``."""
+from common.precision import wide
 
 _ROPE_BASE = 10_000.0
 _XPOS_BASE = 512.0
@@ -82,7 +78,7 @@ class Block(nn.Module):
         )
         segments = {"q": inner, "k": config.head_dim, "v": config.head_dim, "up": ff, "gate": ff}
         self.splits = tuple(segments.values())
-        self.norm = nn.LayerNorm(d, bias=False)
+        self.norm = Norm(d)
         self.fused_in = Adapted(d, segments)
         self.attn_out = Adapted(inner, {"attn_out": d})
         self.ff_out = Adapted(ff, {"ff_out": d})
@@ -118,82 +114,21 @@ class Block(nn.Module):
         return out_BTD
 
 
-class _Pieces(torch.autograd.Function):
-    """What a reader makes of ``states @ weight.T``, without all of that product at once.
+class Norm(nn.LayerNorm):
+    """LayerNorm of scale only. In fp32 whatever the stream's dtype: its weight's gradient is a sum
+    over all tokens, of which bf16 would lose most."""
 
-    Written out rather than checkpointed: the weight gets one gradient, in one piece, as DeepSpeed
-    wants it, and no module is called again in the backward pass, where ZeRO 3 would release it.
-    """
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, bias=False)
 
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, read: Reader, rows: int) -> Tensor:
-        ctx.save_for_backward(states, weight)
-        ctx.read, ctx.parts = read, _parts(len(states), rows)
-        return _read_pieces(states, weight, read, ctx.parts)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        states, weight = ctx.saved_tensors
-        states_gradient = torch.empty_like(states)
-        weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for part in ctx.parts:
-            logits = F.linear(states[part], weight).float().requires_grad_()
-            with torch.enable_grad():
-                found = ctx.read(logits, part)
-            (inner,) = torch.autograd.grad(found, logits, gradient[part])
-            inner = inner.to(weight.dtype)
-            states_gradient[part] = inner @ weight
-            if weight_gradient is not None:
-                weight_gradient.addmm_(inner.T, states[part])
-        return states_gradient, weight_gradient, None, None
-
-
-def _read_pieces(states: Tensor, weight: Tensor, read: Reader, parts: list[slice]) -> Tensor:
-    """All that a reader makes of the logits, in one tensor.
-
-    Written into as it comes: small tensors that were kept would lie between the blocks that logits
-    leave behind, none of which would then be large enough for the next, and the heap would grow to
-    the size of all logits.
-    """
-    out = torch.empty(0)
-    for part in parts:
-        found = read(F.linear(states[part], weight).float(), part)
-        if not out.numel():
-            out = found.new_empty(len(states), found.shape[-1])
-        out[part] = found
-    return out
-
-
-def _parts(length: int, rows: int) -> list[slice]:
-    return [slice(begin, begin + rows) for begin in range(0, length, rows)]
-
-
-class TiedEmbedding(nn.Embedding):
-    """Input and output embedding in one.
-
-    Both directions go through `forward`, because ZeRO 3 gathers a parameter only for the duration
-    of its own module's forward.
-    """
-
-    def forward(
-        self, x: Tensor, to_logits: bool = False, read: Reader | None = None, rows: int = 0
-    ) -> Tensor:
-        """Ids ``[...] -> [..., D]``, or states ``[..., D] -> [..., V]``, or, by `read` in pieces of
-        `rows`, flat states ``[N, D] -> [N, C]``."""
-        if not to_logits:
-            return super().forward(x)
-        if read is None:
-            return F.linear(x, self.weight)
-        if len(x) > rows and torch.is_grad_enabled():
-            found: Tensor = _Pieces.apply(x, self.weight, read, rows)  # type: ignore[no-untyped-call]
-            return found
-        if len(x) > rows:
-            return _read_pieces(x, self.weight, read, _parts(len(x), rows))
-        return read(F.linear(x, self.weight).float(), slice(0, len(x)))
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., D] -> [..., D]``, fp32 at least."""
+        return F.layer_norm(wide(x), self.normalized_shape, wide(self.weight), None, self.eps)
 
 
 class PaLM(nn.Module):
-    """The decoder. Runs in the dtype and on the device of its parameters."""
+    """The decoder, on the device of its parameters. Products run in their dtype, or in that of
+    `compute_in`; norms and the residual stream in fp32 at least, as in `actors.decoder`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -202,7 +137,7 @@ class PaLM(nn.Module):
         self.config = config
         self.embedding = TiedEmbedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.dim, bias=False)
+        self.norm = Norm(config.dim)
 
     def initialise(self, seed: int) -> None:
         """PaLM, section 5: kernels N(0, 1/sqrt(fan_in)), embeddings N(0, 1), norms 1."""
@@ -244,7 +179,7 @@ class PaLM(nn.Module):
         if positions_BT is None:
             positions_BT = torch.arange(length, device=tokens_BT.device)[None]
         rope = self._rope(positions_BT)
-        x = self.embedding(tokens_BT)
+        x = wide(self.embedding(tokens_BT))
         for block in self.blocks:
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, mask, adapter, use_reentrant=False)
@@ -298,8 +233,10 @@ class ScalarHead(nn.Linear):
             self.offset.zero_()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """``[..., D] -> [...]``, fp32."""
-        return (super().forward(hidden).float() - self.offset.float()).squeeze(-1)
+        """``[..., D] -> [...]``, in fp32 throughout: bf16 knows no difference between close
+        scores."""
+        found = F.linear(wide(hidden), wide(self.weight), wide(self.bias))
+        return (found.float() - self.offset.float()).squeeze(-1)
 
 
 class PolicyNetwork(nn.Module):
@@ -381,6 +318,21 @@ class ScalarNetwork(nn.Module):
         """fp32 ``[B, T]``."""
         values: Tensor = self.head(self.palm.hidden(tokens_BT, adapter=self.adapter))
         return values
+
+
+def compute_in(network: nn.Module, dtype: torch.dtype) -> None:
+    """Run a network's products in this dtype.
+
+    What is trained stays as it is, in fp32, and is rounded where it is used: so its gradients are
+    summed in fp32, over micro-batches and over ranks. What is not trained is kept rounded, in half
+    the memory. Norms and scalar heads stay in fp32.
+    """
+    for module in network.modules():
+        if isinstance(module, (Adapted, TiedEmbedding)):
+            module.precision = dtype
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad and parameter.dtype != dtype:
+                    parameter.data = parameter.data.to(dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

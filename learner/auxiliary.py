@@ -20,7 +20,7 @@ from common.errors import TrainingError
 from common.lora import adapter_tensors, drop_adapter, snapshot_adapter
 from common.metrics import Metrics, mean, require_finite
 from common.model_config import ModelConfig
-from common.palm import PolicyNetwork
+from common.palm import PolicyNetwork, compute_in
 from learner import ppg
 from learner.engine import ZeroEngine, all_sum
 from learner.memory import AuxiliaryMemory
@@ -130,5 +130,7 @@ def _copy(engine: ZeroEngine, model: ModelConfig) -> PolicyNetwork:
         old.load_state_dict(copy.deepcopy(engine.network.state_dict()))
     else:
         old.load_state_dict(engine.full_state())
-    dtype = next(iter(engine.network.parameters())).dtype
-    return old.to(engine.device, dtype).eval().requires_grad_(False)
+    old.to(engine.device).eval().requires_grad_(False)
+    if engine.precision == "bf16":
+        compute_in(old, torch.bfloat16)
+    return old

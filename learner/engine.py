@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from common.errors import ClusterError
 from common.files import one_line
 from common.metrics import require_finite
+from common.palm import compute_in
 from learner.adafactor import PalmAdafactor
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -107,7 +108,8 @@ class ZeroEngine:
 
     Args:
         network: built and initialised the same on every rank.
-        precision: bf16 trains bf16 weights with fp32 masters in the optimizer.
+        precision: bf16 runs products in bf16 (`common.palm.compute_in`); weights that are trained,
+            their gradients and what AdamW keeps are fp32.
         clip: largest global gradient norm.
         eps: of AdamW.
     """
@@ -123,12 +125,11 @@ class ZeroEngine:
         eps: float,
         optimizer: Literal["adamw", "adafactor"] = "adamw",
     ) -> None:
-        self.zero_stage = zero_stage
+        self.zero_stage, self.precision = zero_stage, precision
         if precision == "bf16":
-            # DeepSpeed does so too, but under ZeRO 3 refuses a network that shares a base with one
-            # that it has already.
-            for parameter in network.parameters():
-                parameter.data = parameter.data.to(torch.bfloat16)
+            # Not DeepSpeed's bf16: every ZeRO stage of it is another one, stage 0 cannot sum
+            # gradients in fp32, and 2 and 3 round each micro-batch's before they sum.
+            compute_in(network, torch.bfloat16)
         trainable = [p for p in network.parameters() if p.requires_grad]
         # Learning rates are set at every step; this one is never used.
         made: torch.optim.Optimizer
@@ -158,7 +159,6 @@ class ZeroEngine:
                     "allgather_bucket_size": 50_000_000,
                     "stage3_param_persistence_threshold": 10_000,
                 },
-                "bf16": {"enabled": precision == "bf16"},
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 1_000_000_000,
                 "wall_clock_breakdown": False,
@@ -256,7 +256,7 @@ class ZeroEngine:
             }
 
     def set_weights(self, name: str, master: Tensor) -> None:
-        """Let the network compute with a master, rounded to its precision (a collective)."""
+        """Let the network compute with a master (a collective)."""
         parameter = self.network.get_parameter(name)
         if self.zero_stage < 3:
             with torch.no_grad():

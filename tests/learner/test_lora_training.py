@@ -99,7 +99,7 @@ def variant(workspace: RunConfig, folder: Path, *, zero: int = 0, **learner: Any
         workspace,
         folder,
         learner={"zero_stage": zero, "micro_batch_tokens": 60, **learner},
-        train={"lora": LORA, "lr": 3e-3, "stop_kl": None},
+        train={"lora": LORA, "lr": 3e-3, "stop_kl": None, "adam_eps": 1e-5},
     )
     return made
 
