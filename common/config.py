@@ -52,11 +52,14 @@ class LearnerConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage: 1 shards optimizer states, 2 also gradients, 3 also parameters."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Policy-training precision; bf16 keeps fp32 master weights in DeepSpeed."""
+    """Of products in policy training; bf16 keeps trained weights, their gradients, norms and scalar
+    heads in fp32."""
     micro_batch_tokens: PositiveInt = 4096
     """Padded tokens that one forward pass of one rank may hold."""
     cpus_per_rank: PositiveFloat = 1.0
-    """Cores each rank asks Ray for; its threads follow."""
+    """Cores each rank asks Ray for."""
+    threads: PositiveInt | None = None
+    """Threads that each rank computes with, as in `rollout`."""
     gpus_per_rank: NonNegativeFloat = 0.0
     """GPUs each rank asks Ray for; nothing computes on them yet, so a recipe leaves it at 0."""
     labels: Labels = Field(default_factory=dict)
@@ -88,7 +91,7 @@ class SftConfig(Section):
     z_loss: NonNegativeFloat = 1e-4
     """Coefficient of log^2 Z (PaLM, section 5)."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 keeps fp32 master weights in DeepSpeed."""
+    """Of products, as in `learner`."""
     clip: PositiveFloat = 1.0
     """Largest global gradient norm."""
     start: PathText | None = None
@@ -125,7 +128,7 @@ class RewardModelConfig(Section):
     seeds: PositiveInt = 1
     """Models trained from different heads and orders; the most accurate is kept."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 keeps fp32 master weights in DeepSpeed."""
+    """Of products, as in `learner`."""
     clip: PositiveFloat = 1.0
     """Largest global gradient norm."""
     lora: LoraConfig | None = None
@@ -394,6 +397,11 @@ class RunConfig(Section):
         computes in bf16. Otherwise the two agree to 1e-4 (invariant I1)."""
         precisions = {self.rollout.precision, self.learner.precision}
         return self.train.max_staleness > 0 or precisions != {"fp32"}
+
+    @property
+    def reward_precision(self) -> Literal["fp32", "bf16"]:
+        """Of the reward service's products."""
+        return self.reward_service.precision or self.learner.precision
 
     @property
     def run_dir(self) -> Path:

@@ -287,6 +287,16 @@ def adapter_tensors(network: nn.Module, name: str) -> Iterator[tuple[str, Tensor
                 yield f"{path}.{tensor.replace(f'lora_{name}_', 'lora_')}", getattr(module, tensor)
 
 
+def adapter_size(network: nn.Module, settings: LoraConfig) -> int:
+    """Numbers that an adapter of these settings would have on a network."""
+    size = 0
+    for _, module in adapted(network):
+        spans = module.reached(settings).values()
+        rows = sum(span.stop - span.start for span in spans)
+        size += settings.rank * (len(spans) * module.in_features + rows)
+    return size
+
+
 def adapter_names(network: nn.Module) -> list[str]:
     """The adapters that a network carries."""
     return sorted({name for _, module in adapted(network) for name in module.settings})

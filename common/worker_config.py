@@ -18,6 +18,12 @@ from common.model_config import (
     Section,
 )
 
+
+def threads_of(threads: int | None, cpus: float) -> int:
+    """Threads that a role computes with: what it was told, or the whole cores that it reserved."""
+    return threads or max(1, int(cpus))
+
+
 Labels = Mapping[
     Annotated[str, Field(min_length=1)],
     Annotated[str, Field(pattern=r"^!?([\w.-]+|in\([\w.-]+(, ?[\w.-]+)*\))$")],
@@ -49,7 +55,10 @@ class RolloutConfig(Section):
     labels: Labels = Field(default_factory=dict)
     """Labels of the nodes that actors may be on, as ``ray.io/market-type: spot``; none = any."""
     cpus_per_actor: PositiveFloat = 1.0
-    """Cores each actor asks Ray for; its threads follow."""
+    """Cores each actor asks Ray for."""
+    threads: PositiveInt | None = None
+    """Threads that each actor computes with, and `talipot sample`; null: its whole cores, at least
+    one. A reservation keeps workers apart, threads may be more: who waits computes nothing."""
     gpus_per_actor: NonNegativeFloat = 0.0
     """GPUs each actor asks Ray for; nothing computes on them yet, so a recipe leaves it at 0."""
     lease_size: PositiveInt = 64
@@ -153,6 +162,11 @@ class RewardServiceConfig(Section):
     """Reward workers."""
     cpus_per_replica: PositiveFloat = 1.0
     """Cores each worker asks Ray for."""
+    threads: PositiveInt | None = None
+    """Threads of frozen passes, as in `rollout`."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """Of the products of frozen passes; null: the learner's, so that equal policies have a KL of 0.
+    Scores and log-probabilities are fp32 either way."""
     gpus_per_replica: NonNegativeFloat = 0.0
     """GPUs each worker asks Ray for; nothing computes on them yet, so a recipe leaves it at 0."""
     labels: Labels = Field(default_factory=dict)

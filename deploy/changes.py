@@ -18,7 +18,8 @@ Kind = Literal["free", "rounding", "fixed"]
 
 _ORDER = "sums are taken in another order"
 _PLACE = "another processor may sum in another order"
-_THREADS = "threads follow, and share sums out in another way"
+_THREADS = "threads share sums out in another way"
+_FOLLOWS = "threads follow unless they are set, and share sums out in another way"
 _ASKED = "how an endpoint is asked, not what it answers"
 
 RULES: dict[str, tuple[Kind, str]] = {
@@ -57,9 +58,12 @@ RULES: dict[str, tuple[Kind, str]] = {
     "learner.labels": ("rounding", _PLACE),
     "rollout.labels": ("rounding", _PLACE),
     "reward_service.labels": ("rounding", _PLACE),
-    "learner.cpus_per_rank": ("rounding", _THREADS),
-    "rollout.cpus_per_actor": ("rounding", _THREADS),
-    "reward_service.cpus_per_replica": ("rounding", _THREADS),
+    "learner.threads": ("rounding", _THREADS),
+    "rollout.threads": ("rounding", _THREADS),
+    "reward_service.threads": ("rounding", _THREADS),
+    "learner.cpus_per_rank": ("rounding", _FOLLOWS),
+    "rollout.cpus_per_actor": ("rounding", _FOLLOWS),
+    "reward_service.cpus_per_replica": ("rounding", _FOLLOWS),
     "learner.ranks": ("rounding", _ORDER),
     "learner.zero_stage": ("rounding", _ORDER),
     "learner.micro_batch_tokens": ("rounding", _ORDER),
@@ -91,6 +95,7 @@ RULES: dict[str, tuple[Kind, str]] = {
     "rollout.stop": ("fixed", "it is part of what is sampled"),
     "rollout.stop_ids": ("fixed", "it is part of what is sampled"),
     "rollout.precision": ("fixed", "it is part of what is sampled"),
+    "reward_service.precision": ("fixed", "the policy was trained by scores of it"),
     "reward_service.components": ("fixed", "the policy was trained by another score"),
     "train": ("fixed", "the checkpoint was trained under it"),
 }

@@ -24,6 +24,7 @@ from common.config import RunConfig
 from common.errors import ClusterError, TalipotError, WorkerError
 from common.files import one_line
 from common.tokenizer import Tokenizer
+from common.worker_config import threads_of
 from deploy.ends import take_all
 from learner.rank import LearnerRank
 
@@ -106,7 +107,7 @@ class LearnerGang:
                     group, placement_group_bundle_index=rank
                 ),
             )
-            .remote(rank, settings.ranks, max(1, int(settings.cpus_per_rank)))
+            .remote(rank, settings.ranks, threads_of(settings.threads, settings.cpus_per_rank))
             for rank in range(settings.ranks)
         ]
         address, port = self.finish([self.ranks[0].address.remote()], "address", meanwhile)

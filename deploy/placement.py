@@ -27,6 +27,7 @@ from common.config import RunConfig
 from common.errors import ClusterError
 from common.logprobs import sampling_of
 from common.tokenizer import Tokenizer
+from common.worker_config import threads_of
 from deploy.hosted import HostedRewardWorker, HostedRolloutActor
 from deploy.pool import MakeWorker, Pool, Surroundings
 
@@ -116,7 +117,7 @@ def rollout_pool(
                 config.model,
                 str(tokenizer),
                 settings,
-                max(1, int(settings.cpus_per_actor)),
+                threads_of(settings.threads, settings.cpus_per_actor),
                 adapted,
             )
         )
@@ -148,8 +149,9 @@ def reward_pool(
                 str(reference),
                 str(reward_model) if reward_model else None,
                 sampling,
-                max(1, int(settings.cpus_per_replica)),
+                threads_of(settings.threads, settings.cpus_per_replica),
                 merge=config.train.max_staleness > 0,
+                precision=config.reward_precision,
             )
         )
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from common.config import RunConfig
 from common.errors import ClusterError, ConfigError
-from common.palm import count_parameters
+from common.lora import adapter_size
+from common.palm import PaLM, count_parameters
+from common.weights import torch_dtype
 
-_BYTES_PER_TRAINED = 16
-"""fp32 weights, gradients and two Adam moments."""
+_BYTES_OF_A_NUMBER = 4.0
+"""What is trained is fp32, with its gradient and each of AdamW's two moments."""
 _EPSILON = 1e-6
 
 
@@ -75,21 +79,70 @@ def demands(config: RunConfig) -> list[Demand]:
     ]
 
 
-def learner_bytes(config: RunConfig) -> float:
-    """Bytes of weights, gradients and optimizer states that one learner rank holds.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """What policy training holds of its networks, over all ranks."""
 
-    Policy and (for PPO with a separate value network) value, under ZeRO: stage 1 shards the
-    optimizer, 2 also gradients, 3 also weights.
-    """
+    trained: int
+    """Numbers that are trained."""
+    policy: int
+    """Those of them that are the policy's."""
+    frozen: int
+    """Numbers of bases that adapters are trained on."""
+    frozen_bytes: float
+    """Of each of these: rounded when products run in bf16."""
+
+
+def held(config: RunConfig) -> Held:
+    """Policy, and for PPO with a separate value network that too; with LoRA their adapters, and
+    their bases once when they are one. Scalar heads are too small to count."""
     vocabulary = config.model.vocab_size or config.tokenizer.vocab_size
     model = config.model.model_copy(update={"vocab_size": vocabulary})
-    networks = 1 + (config.train.algorithm == "ppo" and config.train.value_network == "separate")
-    parameters = count_parameters(model).total * networks
-    ranks, stage = config.learner.ranks, config.learner.zero_stage
-    weights = 4.0 / (ranks if stage >= 3 else 1)
-    gradients = 4.0 / (ranks if stage >= 2 else 1)
-    optimizer = (_BYTES_PER_TRAINED - 8.0) / (ranks if stage >= 1 else 1)
-    return parameters * (weights + gradients + optimizer)
+    whole, train = count_parameters(model).total, config.train
+    separate = train.algorithm == "ppo" and train.value_network == "separate"
+    if train.lora is None:
+        return Held(
+            trained=whole * (1 + separate), policy=whole, frozen=0, frozen_bytes=_BYTES_OF_A_NUMBER
+        )
+    adapted = config.reward_service.needs_model and config.reward_model.lora is not None
+    value = config.reward_model.lora if adapted and config.reward_model.lora else train.lora
+    with torch.device("meta"):
+        palm = PaLM(model)
+    policy = adapter_size(palm, train.lora)
+    # The value network goes on from a reward model of whole weights on a base of its own.
+    bases = 1 + (separate and config.reward_service.needs_model and not adapted)
+    return Held(
+        trained=policy + separate * adapter_size(palm, value),
+        policy=policy,
+        frozen=whole * bases,
+        frozen_bytes=torch_dtype(config.learner.precision).itemsize,
+    )
+
+
+def learner_bytes(config: RunConfig) -> float:
+    """Bytes of weights, gradients and optimizer states that one learner rank holds while it trains
+    the policy, under ZeRO: stage 1 shards the optimizer, 2 also gradients, 3 also weights."""
+    parts, ranks, stage = held(config), config.learner.ranks, config.learner.zero_stage
+    weights = _BYTES_OF_A_NUMBER / (ranks if stage >= 3 else 1)
+    gradients = _BYTES_OF_A_NUMBER / (ranks if stage >= 2 else 1)
+    moments = 2 * _BYTES_OF_A_NUMBER / (ranks if stage >= 1 else 1)
+    frozen = parts.frozen * parts.frozen_bytes / (ranks if stage >= 3 else 1)
+    return parts.trained * (weights + gradients + moments) + frozen
+
+
+def extra_bytes(config: RunConfig) -> float:
+    """Bytes that one rank holds beside those: DeepSpeed's flat copy of a rank's share of the
+    weights (ZeRO 1 to 3), and for an auxiliary phase moments of its own and a frozen policy, which
+    each rank has whole."""
+    parts, learner = held(config), config.learner
+    ranks = learner.ranks if learner.zero_stage >= 1 else 1
+    copies = _BYTES_OF_A_NUMBER * parts.trained / ranks if learner.zero_stage >= 1 else 0.0
+    if config.train.ppg is None:
+        return copies
+    moments = 2 * _BYTES_OF_A_NUMBER * parts.trained / ranks
+    # Of an adapter a copy as it is; a whole policy is rounded when products run in bf16.
+    each = torch_dtype("fp32" if config.train.lora else learner.precision).itemsize
+    return copies + moments + parts.policy * each
 
 
 def explain(config: RunConfig, resources: Mapping[str, float]) -> list[str]:
@@ -107,10 +160,12 @@ def explain(config: RunConfig, resources: Mapping[str, float]) -> list[str]:
         gpus = f" and {gpu:g} GPU" if gpu else ""
         lines.append(f"{demand.count} {demand.what}: {cpu:g} CPU{gpus}{together}")
     have_cpu, have_gpu = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    memory = learner_bytes(config) / 2**30
+    states, extra = learner_bytes(config) / 2**30, extra_bytes(config) / 2**30
+    memory = states + extra
     lines.append(
-        f"each learner rank holds {memory:.2f} GiB of weights, gradients and optimizer states "
-        f"(ZeRO {config.learner.zero_stage}), activations not counted"
+        f"each learner rank holds {states:.2f} GiB of weights, gradients and optimizer states "
+        f"(ZeRO {config.learner.zero_stage}) and {extra:.2f} GiB of copies and of the auxiliary "
+        "phase, activations not counted"
     )
     lines.append(
         f"needed {need_cpu:g} CPU and {need_gpu:g} GPU; the cluster has {have_cpu:g} and "
@@ -128,6 +183,6 @@ def explain(config: RunConfig, resources: Mapping[str, float]) -> list[str]:
     if memory_have and not need_gpu and total > memory_have:
         raise ClusterError(
             f"the learner needs {total:.1f} GiB and the cluster has {memory_have:.1f} GiB: raise "
-            "learner.zero_stage or learner.ranks, or add nodes"
+            "learner.zero_stage or learner.ranks, train adapters (train.lora), or add nodes"
         )
     return lines

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from rich.console import Console
 
 from actors.prompts import encode_prompts, evaluation_requests
@@ -20,6 +21,7 @@ from common.files import is_utf8, write_atomic
 from common.palm import PolicyNetwork
 from common.tokenizer import Tokenizer
 from common.weights import load_weights, torch_dtype
+from common.worker_config import threads_of
 from deploy.driver import controller_name
 from deploy.elastic import Scaled
 from deploy.evaluate import Judge, compare, sample_both
@@ -57,7 +59,8 @@ def evaluate_run(config: RunConfig, console: Console) -> dict[str, float]:
 
 
 def sample_run(config: RunConfig, texts: Sequence[str], sft: bool, seed: int) -> list[str]:
-    """One response per prompt, in this process."""
+    """One response per prompt, in this process, by `rollout.threads` threads."""
+    torch.set_num_threads(threads_of(config.rollout.threads, config.rollout.cpus_per_actor))
     tokenizer = Tokenizer.load(config.run_dir / "tokenizer.json")
     network = PolicyNetwork(config.model)
     folder = "sft" if sft else "policy"

@@ -85,6 +85,8 @@ def all_sum(tensor: Tensor) -> Tensor:
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_AUXILIARY = "auxiliary_"
+"""Before the names of what an auxiliary phase steps by."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,9 +98,10 @@ class Fragment:
     offset: int
     """First element of the flattened parameter that is held here."""
     tensors: dict[str, Tensor]
-    """float32 views ``[elements held]``: master, exp_avg, exp_avg_sq. ZeRO 3 pads them."""
-    step: Tensor
-    """float32 scalar: AdamW's steps on it."""
+    """float32 views ``[elements held]``: master, exp_avg, exp_avg_sq, and the moments of an
+    auxiliary phase, where there is one. ZeRO 3 pads them."""
+    steps: dict[str, Tensor]
+    """float32 scalars: AdamW's steps on it, and those of an auxiliary phase."""
     replicated: bool = False
     """Every rank holds all of it."""
 
@@ -112,6 +115,7 @@ class ZeroEngine:
             their gradients and what AdamW keeps are fp32.
         clip: largest global gradient norm.
         eps: of AdamW.
+        auxiliary: there is an auxiliary phase, with moments of its own (`auxiliary_moments`).
     """
 
     def __init__(
@@ -124,6 +128,7 @@ class ZeroEngine:
         clip: float,
         eps: float,
         optimizer: Literal["adamw", "adafactor"] = "adamw",
+        auxiliary: bool = False,
     ) -> None:
         self.zero_stage, self.precision = zero_stage, precision
         if precision == "bf16":
@@ -165,6 +170,10 @@ class ZeroEngine:
             },
         )[0]
         self._forget_gradients()  # before the first one: what memory held
+        self._resting: list[dict[str, Tensor]] | None = None
+        """Of each flat tensor the optimizer's state in the phase that is not under way."""
+        if auxiliary:
+            self._resting = [{} for _ in self._flats()]
 
     @property
     def network(self) -> nn.Module:
@@ -213,6 +222,25 @@ class ZeroEngine:
             norm = float(self._engine.get_global_grad_norm())
         return require_finite("gradient norm", norm, where)
 
+    @contextmanager
+    def auxiliary_moments(self) -> Iterator[None]:
+        """Step by moments of their own inside the block; the next block goes on with them.
+
+        AdamW moves along what it remembers: without this an auxiliary phase would go on in the
+        steps of policy phases after it, and a policy phase in the steps of auxiliary ones.
+        """
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        assert self._resting is not None, "an engine without an auxiliary phase"
+        for index, flat in enumerate(self._flats()):
+            resting, self._resting[index] = self._resting[index], self._adam.state[flat]
+            self._adam.state[flat] = resting
+
     def _forget_gradients(self) -> None:
         """DeepSpeed's ZeRO 3 keeps the last gradient of a parameter that a loss does not reach, as
         the auxiliary head in a policy phase, and steps on it again."""
@@ -248,12 +276,10 @@ class ZeroEngine:
 
     def make_optimizer_state(self) -> None:
         """Zero moments of every parameter, as the optimizer's first step would make them."""
-        for flat in self._flats():
-            self._adam.state[flat] = {
-                "step": torch.zeros((), dtype=torch.float32),
-                "exp_avg": torch.zeros_like(flat),
-                "exp_avg_sq": torch.zeros_like(flat),
-            }
+        for index, flat in enumerate(self._flats()):
+            self._adam.state[flat] = _no_steps(flat)
+            if self._resting is not None:
+                self._resting[index] = _no_steps(flat)
 
     def set_weights(self, name: str, master: Tensor) -> None:
         """Let the network compute with a master (a collective)."""
@@ -287,40 +313,37 @@ class ZeroEngine:
 
     def _fragment(self, index: int, parameter: nn.Parameter) -> Fragment:
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        outer, offset = self._engine.optimizer, 0
+        outer, group, offset, start, size = self._engine.optimizer, 0, 0, 0, 0
         if self.zero_stage == 3:
             group, start, size = outer.grad_position[outer.get_param_id(parameter)]
-            flat, offset = outer.fp32_partitioned_groups_flat[group], rank() * size
+            offset = rank() * size
         elif self.zero_stage > 0:
             held: Any = getattr(parameter, "_hp_mapping", None)
-            if held is None:  # all of this parameter is on other ranks
-                nothing = torch.zeros(0, device=self.device)
-                tensors = dict.fromkeys((*_MOMENTS, "master"), nothing)
-                step = self._state_of(self._flats()[0])["step"]
-                return Fragment(shape=shape, offset=0, tensors=tensors, step=step)
-            flat, offset = self._flats()[held.param_group_index], held.lp_fragment_address.start
-            start, size = held.hp_fragment_address.start, held.hp_fragment_address.numel
+            if held is not None:  # otherwise all of this parameter is on other ranks
+                group, offset = held.param_group_index, held.lp_fragment_address.start
+                start, size = held.hp_fragment_address.start, held.hp_fragment_address.numel
         else:
-            flat = self._flats()[index]
-            start, size = 0, flat.numel()
-        state = self._state_of(flat)
-        tensors = {kind: state[kind].flatten()[start : start + size] for kind in _MOMENTS}
-        tensors["master"] = flat.detach().flatten()[start : start + size]
+            group, size = index, parameter.numel()
+        flat = self._flats()[group]
+        states = {"": self._adam.state[flat] or _no_steps(flat)}
+        if self._resting is not None:
+            states[_AUXILIARY] = self._resting[group] or _no_steps(flat)
+        tensors = {"master": flat.detach()} | {
+            f"{phase}{kind}": state[kind] for phase, state in states.items() for kind in _MOMENTS
+        }
         return Fragment(
             shape=shape,
             offset=offset,
-            tensors=dict(sorted(tensors.items())),
-            step=state["step"],
+            tensors={k: tensors[k].flatten()[start : start + size] for k in sorted(tensors)},
+            steps={f"{phase}step": state["step"] for phase, state in states.items()},
             replicated=self.zero_stage == 0,
         )
 
-    def _state_of(self, flat: Tensor) -> dict[str, Tensor]:
-        """AdamW's state; zeros for what it has not stepped on yet."""
-        if not self._adam.state[flat]:
-            zeros = torch.zeros_like(flat, requires_grad=False)
-            return {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
-        state: dict[str, Tensor] = self._adam.state[flat]
-        return state
+
+def _no_steps(flat: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of what it has not stepped on yet."""
+    zeros = torch.zeros_like(flat, requires_grad=False)
+    return {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
 
 
 def disconnect() -> None:

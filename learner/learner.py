@@ -136,30 +136,32 @@ class Learner:
         """E_aux epochs of L_joint on the policy and of the value loss, then an empty memory."""
         settings = self.train.ppg
         assert settings is not None, "no auxiliary phase without ppg settings"
-        metrics = joint_epochs(
-            self.policy,
-            self.shards,
-            self.memory,
-            settings,
-            self.config.model,
-            lr=settings.lr * self._anneal(iteration),
-            iteration=iteration,
-        )
-        if self.value is not None:
-            found = value_epochs(
-                self.value,
-                self._value_forward,
+        with self.policy.auxiliary_moments():
+            metrics = joint_epochs(
+                self.policy,
                 self.shards,
-                self.memory.sequences,
-                self.memory.targets_NR,
-                old_values_NR=None,
-                clip=None,
-                epochs=settings.e_aux,
-                minibatches=settings.minibatches * self.memory.iterations,
-                lr=self.train.value_lr * self._anneal(iteration),
-                purpose="auxiliary value",
+                self.memory,
+                settings,
+                self.config.model,
+                lr=settings.lr * self._anneal(iteration),
                 iteration=iteration,
             )
+        if self.value is not None:
+            with self.value.auxiliary_moments():
+                found = value_epochs(
+                    self.value,
+                    self._value_forward,
+                    self.shards,
+                    self.memory.sequences,
+                    self.memory.targets_NR,
+                    old_values_NR=None,
+                    clip=None,
+                    epochs=settings.e_aux,
+                    minibatches=settings.minibatches * self.memory.iterations,
+                    lr=self.train.value_lr * self._anneal(iteration),
+                    purpose="auxiliary value",
+                    iteration=iteration,
+                )
             metrics["auxiliary/separate_value_loss"] = found["value_loss"]
         self.memory = AuxiliaryMemory()
         return metrics
@@ -330,6 +332,7 @@ class Learner:
             weight_decay=self.train.weight_decay,
             clip=self.train.clip,
             eps=self.train.adam_eps,
+            auxiliary=self.train.ppg is not None,
         )
 
     def _anneal(self, iteration: int) -> float:

@@ -1,10 +1,11 @@
 """An engine's state on disk: whole fp32 parameters and moments by name, whatever the ranks.
 
 Per parameter ``NAME|master``, ``NAME|exp_avg``, ``NAME|exp_avg_sq`` (float32, of its shape) and
-``NAME|step``; each rank writes the parameters dealt to it into a safetensors file of its own. So a
-run resumes on another number of ranks or another ZeRO stage, bit for bit on the same one, and
-nothing is unpickled. (DeepSpeed's own checkpoint is pickled per rank; its universal one needs a
-conversion beside the run before another number of ranks can read it.)
+``NAME|step``, and with an auxiliary phase also ``NAME|auxiliary_exp_avg`` and so on. Each rank
+writes the parameters dealt to it into a safetensors file of its own. So a run resumes on another
+number of ranks or another ZeRO stage, bit for bit on the same one, and nothing is unpickled.
+(DeepSpeed's own checkpoint is pickled per rank; its universal one needs a conversion beside the run
+before another number of ranks can read it.)
 
 Parameters are gathered one by one (a collective): no rank ever holds more than its share and one.
 """
@@ -39,7 +40,8 @@ def save(engine: ZeroEngine, folder: Path) -> None:
             if index % world_size() == rank():
                 mine[f"{name}|{kind}"] = whole
         if index % world_size() == rank():
-            mine[f"{name}|step"] = fragment.step.detach().cpu().reshape(1).float().clone()
+            for kind, step in fragment.steps.items():
+                mine[f"{name}|{kind}"] = step.detach().cpu().reshape(1).float().clone()
     path = folder / f"rank-{rank():05d}.safetensors"
     problem = ""
     try:
@@ -66,7 +68,7 @@ def load(engine: ZeroEngine, folder: Path) -> None:
     where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 not a mapping
     for name, fragment in engine.fragments():
         read: dict[str, Tensor] = {}
-        for kind in (*fragment.tensors, "step"):
+        for kind in (*fragment.tensors, *fragment.steps):
             key = f"{name}|{kind}"
             if key not in where:
                 raise CheckpointError(f"{folder}: no {kind} of parameter '{name}'")
@@ -79,7 +81,8 @@ def load(engine: ZeroEngine, folder: Path) -> None:
         for kind, piece in fragment.tensors.items():
             own = read[kind].flatten()[fragment.offset : fragment.offset + piece.numel()]
             piece[: own.numel()].copy_(own)
-        fragment.step.fill_(max(float(read["step"]), float(fragment.step)))
+        for kind, step in fragment.steps.items():
+            step.fill_(max(float(read[kind]), float(step)))
         engine.set_weights(name, read["master"])
 
 

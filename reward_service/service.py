@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import torch
@@ -25,6 +26,7 @@ from common.errors import RewardError
 from common.logprobs import Sampling
 from common.model_config import ModelConfig
 from common.out_of_memory import memory_for
+from common.palm import compute_in
 from common.trajectory import Rollout, ScoredTrajectory, extend, from_table, to_table
 from common.worker_config import RewardComponent, RewardServiceConfig
 from reward_service.http_scorer import COUNTS, HttpScorer, HttpScorerSettings
@@ -64,9 +66,11 @@ class RewardWorker:
         threads: int,
         *,
         merge: bool,
+        precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
         """`merge` runs frozen passes over all tables together (faster); without it each table is
-        a batch of its own, so that results do not depend on which leases arrived together."""
+        a batch of its own, so that results do not depend on which leases arrived together.
+        `precision` is of their products."""
         torch.set_num_threads(threads)
         self.settings = settings
         self.merge = merge
@@ -81,6 +85,10 @@ class RewardWorker:
                 self.reward_model = RewardModel(model, Path(reward_model), base)
             else:
                 self.scorers[name] = _scorer(component)
+        # After both are there: an adapter is put on the base as it was trained.
+        for frozen in (self.reference, self.reward_model):
+            if frozen is not None and precision == "bf16":
+                compute_in(frozen.network, torch.bfloat16)
 
     def score(self, *tables: pa.Table) -> tuple[ScoreFacts, pa.Table]:
         """Score and add ref_logprobs to every rollout of the tables, in their order."""

@@ -162,7 +162,7 @@ def test_ranks_and_stages_agree_hold_one_base_and_only_what_is_trained(
     for name in start:
         moved = float((weights[name] - start[name]).abs().max())
         frozen = any(part in name for part in ("norm", "embedding", "offset"))
-        assert (moved == 0.0) if frozen else moved > 1e-4, name
+        assert (moved == 0.0) if frozen else moved > 5e-5, name
 
 
 @pytest.mark.parametrize("zero", [2, 3])

@@ -15,8 +15,9 @@ from tests.conftest import run_copy
 from tests.learner.test_sharding import trajectories
 
 pytestmark = pytest.mark.usefixtures("cluster")
-WHOLE, MORE = 2, 5
-"""Iterations before and after the checkpoint; an iteration is 2 steps of each network."""
+WHOLE, MORE = 3, 4
+"""Iterations before and after the checkpoint; an iteration is 2 steps of each network, and there is
+an auxiliary phase before the checkpoint and one after it."""
 
 
 @pytest.fixture(scope="module")
