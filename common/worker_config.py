@@ -57,8 +57,9 @@ class RolloutConfig(Section):
     cpus_per_actor: PositiveFloat = 1.0
     """Cores each actor asks Ray for."""
     threads: PositiveInt | None = None
-    """Threads that each actor computes with, and `talipot sample`; null: its whole cores, at least
-    one. A reservation keeps workers apart, threads may be more: who waits computes nothing."""
+    """Threads that each actor computes with, as does whatever samples in its own process; null: the
+    whole cores that it asks for, at least one. More pay where others wait meanwhile, and cost much
+    where they do not."""
     gpus_per_actor: NonNegativeFloat = 0.0
     """GPUs each actor asks Ray for; nothing computes on them yet, so a recipe leaves it at 0."""
     lease_size: PositiveInt = 64

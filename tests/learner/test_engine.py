@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import subprocess
@@ -17,8 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common.config import RunConfig
-from common.palm import PolicyNetwork
+from common.palm import PolicyNetwork, count_parameters
 from common.recipe import load_config
+from deploy.preflight import extra_bytes, learner_bytes
 from learner.engine import ZeroEngine
 from learner.learner import Learner
 from learner.supervised import RewardStage, SftStage
@@ -191,6 +193,52 @@ def test_neither_phase_moves_by_the_other_ones_momentum(zero: int) -> None:
         for fragment in dict(engine.fragments()).values():
             assert float(fragment.steps["step"]) == 4
             assert float(fragment.steps["auxiliary_step"]) == 11
+
+
+def bytes_held() -> int:
+    """Of all tensors, each storage once. DeepSpeed's buckets, which gradients pass through, apart:
+    they are of one size whatever the model's."""
+    gc.collect()  # engines of other tests, which know themselves
+    sizes: dict[int, int] = {}
+    for found in gc.get_objects():
+        if issubclass(type(found), Tensor):
+            for tensor in (found, found.grad if found.is_leaf else None):
+                if tensor is not None:
+                    storage = tensor.untyped_storage()
+                    sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(size for size in sizes.values() if size < 4 * 50_000_000)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(
+    ("zero", "precision"), [(0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32")]
+)
+def test_preflight_counts_what_a_rank_holds(
+    workspace: RunConfig, tmp_path: Path, zero: int, precision: str, lora: bool
+) -> None:
+    """Stated bound: 10 %, with gradients of both networks and moments of both phases."""
+    config = run_copy(
+        workspace,
+        tmp_path,
+        learner={"ranks": 1, "zero_stage": zero, "precision": precision},
+        train={"lora": {"rank": 4} if lora else None},
+    )
+    before = bytes_held()
+    sft = config.run_dir / "sft" / "policy.safetensors"
+    learner = Learner(config, sft, config.run_dir / "reward_model" / "reward.safetensors", 1)
+    assert learner.value is not None
+    learner.policy_phase(trajectories(adapter=config.train.adapter), 0)
+    learner.auxiliary_phase(0)
+    tokens = torch.ones(2, 6, dtype=torch.int64)
+    learner.policy.backward(policy_loss(learner.policy, tokens), last=True)
+    learner.value.backward(learner.value(tokens).sum(), last=True)
+    whole = count_parameters(config.model).total
+    copied = 0 if lora else whole * (2 if precision == "bf16" else 4)  # while the phase lasts
+    expected = learner_bytes(config) + extra_bytes(config) - copied
+    assert bytes_held() - before == pytest.approx(expected, rel=0.1)
+    learner.policy.step(0.0, "the test")
+    learner.value.step(0.0, "the test")
 
 
 def weights_after(stage: str, config: RunConfig) -> dict[str, Tensor]:
