@@ -197,7 +197,7 @@ def _judge_log(path: Path, config: RunConfig, by_prompt: Mapping[str, Pair]) -> 
     table = pq.read_table(path).to_pylist()
     pairs = [by_prompt[row["prompt_text"]] for row in table]
     lines = [row["response_text"].strip() for row in table]
-    own = [row["unfiltered_logprobs"] or row["behavior_logprobs"] for row in table]
+    own = [row.get("unfiltered_logprobs") or row["behavior_logprobs"] for row in table]
     kl = [sum(ours) - sum(row["ref_logprobs"]) for ours, row in zip(own, table, strict=True)]
     verdict = judge_lines(pairs, lines, config.seed)
     return {

@@ -144,3 +144,16 @@ def test_a_mismatch_is_measured_always_and_corrected_where_precisions_differ(
     assert norms["fp32", 1.0] == norms["fp32", 1.5] == norms["fp32", 8.0], "nothing to correct"
     assert norms["bf16", 1.5] == pytest.approx(1.5 * norms["bf16", 1.0], rel=0.05)
     assert norms["bf16", 8.0] == pytest.approx(2.0 * norms["bf16", 1.0], rel=0.05)
+
+
+def test_a_shared_value_head_leaves_the_policy_its_gradient_whatever_the_scores_scale(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path
+) -> None:
+    """Scores ten times as large made a gradient ten times as large, all of it the value's."""
+    norms = []
+    for scale in (1e3, 1e4):
+        folder = tmp_path / f"{scale}"
+        config = recipe(workspace, folder, value_network="shared", kl_coef=0.0)
+        scores = [scale * x for x in (0.3, -1.0, 0.8)]
+        norms.append(learn(gang, config, batch(config, scores))["gradient_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from common.config import TrainConfig
+from common.config import RunConfig, TrainConfig
 from common.logprobs import Sampling, chosen_logprobs
 from learner.ppo import (
     PolicyLoss,
@@ -239,6 +239,28 @@ def test_importance_weights_are_truncated_and_detached(batch: Ragged, cap: float
     pairs = zip(proximal[mask].tolist(), behavior[mask].tolist(), strict=True)
     expected = [min(math.exp(p) / math.exp(b), cap) for p, b in pairs]
     same(found[mask], expected, batch.dtype)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("sampler", ["fp32", "bf16"])
+@pytest.mark.parametrize("learner", ["fp32", "bf16"])
+def test_weights_correct_for_age_and_for_precision(
+    staleness: int, sampler: str, learner: str
+) -> None:
+    recipe = {
+        "train": {"max_staleness": staleness},
+        "rollout": {"precision": sampler},
+        "learner": {"precision": learner},
+    }
+    config = RunConfig.model_validate(recipe)
+    assert config.corrects_mismatch == (
+        recipe
+        != {
+            "train": {"max_staleness": 0},
+            "rollout": {"precision": "fp32"},
+            "learner": {"precision": "fp32"},
+        }
+    )
 
 
 def test_importance_weights_survive_an_overflowing_ratio() -> None:
