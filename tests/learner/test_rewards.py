@@ -9,6 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.errors import ConfigError
+from common.recipe import load_config
 from learner.rewards import AdaptiveKL, FixedKL, apply_eos_trick, reward_parts, shape_rewards
 from tests import reference
 from tests.learner.ragged import EXAMPLES, Ragged, raggeds, same, widen
@@ -126,6 +128,12 @@ def test_never_ending_never_pays(
     if bool(ended.any()):
         most = float(scores[ended].mean())
         assert bool((found[~ended] <= most + 1e-9 * abs(most)).all()), "nor above those that ended"
+
+
+def test_a_penalty_that_pays_is_refused() -> None:
+    with pytest.raises(ConfigError, match="missing_eos_penalty: should be less than or equal to 0"):
+        load_config(None, ["train.missing_eos_penalty=1.0"])
+    assert load_config(None, ["train.missing_eos_penalty=null"]).train.missing_eos_penalty is None
 
 
 @EXAMPLES
