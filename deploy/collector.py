@@ -72,6 +72,8 @@ class Collector:
         self.rollout = rollout
         self.reward = reward
         self.weights: Weights | None = None
+        self.lost_weights: Weights | None = None
+        """Of which a slice went down with its node: nobody can sample until others are here."""
         self.scored: list[Scored] = []
         self.components: Metrics = {}
         """Mean of each component over what was scored since it was last emptied."""
@@ -216,7 +218,10 @@ class Collector:
     def _dispatch(self) -> None:
         now = time.monotonic()
         while (
-            self.ledger.queued and self.weights and (worker := self.rollout.free(_LEASES_PER_ACTOR))
+            self.ledger.queued
+            and self.weights
+            and self.weights is not self.lost_weights
+            and (worker := self.rollout.free(_LEASES_PER_ACTOR))
         ):
             worker.busy += 1
             turns = self._turns.setdefault(worker.name, [])
@@ -279,7 +284,7 @@ class Collector:
         except CorruptSliceError as error:
             self._corrupt(job, error)
         except ArgumentLost:
-            pass  # A slice of the weights went down with a learner's node: the gang will tell.
+            self.lost_weights = job.weights
         self._next_turn(job.worker, ref)
         if self._is_void(ref):
             return

@@ -296,6 +296,8 @@ class Controller:
         while (mine := take()) is None:
             if self._stop:
                 raise _Stopped
+            if self.collector.weights is self.collector.lost_weights:
+                self._publish(iteration)  # or the gang tells that a rank is lost with its node
             self.collector.pump()
         if not mine:
             raise RewardError(self._nothing_left(iteration))

@@ -177,8 +177,9 @@ class Pool:
 
     def scale(self, size: int) -> int:
         """Wish for a size, from any thread; `tend` makes it so. Returns the size wished before."""
-        before, self.target = self.target, size
+        before = self.target
         self._commanded = time.monotonic() if self.workers and size > before else None
+        self.target = size  # last: the loop may look at any moment
         return before
 
     def able(self, depth: int) -> list[Worker]:
@@ -302,15 +303,16 @@ class Pool:
                 self._say(worker.name, "draining", f"node {worker.node[:8]} will go")
 
     def _settle_size(self, now: float) -> None:
+        target = self.target  # which another thread may change at any moment
         staying = [w for w in self.workers.values() if w.state != "draining"]
-        if len(staying) > self.target:
+        if len(staying) > target:
             # Those go first that would be missed least; of equals the newest.
             staying.sort(key=lambda w: (w.state == "working", w.busy, -w.asked))
-            for worker in staying[: len(staying) - self.target]:
+            for worker in staying[: len(staying) - target]:
                 worker.state = "draining"
-                self._say(worker.name, "draining", f"scaled to {self.target}")
+                self._say(worker.name, "draining", f"scaled to {target}")
             return
-        missing = self.target - len(staying)
+        missing = target - len(staying)
         for worker in list(self.workers.values()):
             if missing and worker.state == "draining" and worker.leave_by == math.inf:
                 worker.state, missing = ("working" if worker.node else "starting"), missing - 1

@@ -33,7 +33,9 @@ class SleepingActor:
         self.seconds_per_token = seconds_per_token
         self.text = text
 
-    def generate(self, requests: pa.Table, manifest: Manifest) -> tuple[LeaseFacts, pa.Table]:
+    def generate(
+        self, requests: pa.Table, manifest: Manifest, *payloads: Any
+    ) -> tuple[LeaseFacts, pa.Table]:
         seconds = TOKENS * self.seconds_per_token
         time.sleep(seconds)
         constant = {
@@ -189,6 +191,24 @@ def is_running(pid: int) -> bool:
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def lost_object() -> ray.ObjectRef[Any]:
+    """What cannot be had any more: whoever made it is dead."""
+
+    @ray.remote(num_cpus=0.1)
+    class Maker:
+        def make(self) -> list[ray.ObjectRef[Any]]:
+            return [ray.put(b"x" * 200_000)]
+
+    maker = Maker.remote()
+    (ref,) = ray.get(maker.make.remote())
+    ray.kill(maker)
+    try:
+        ray.get(ref)
+    except ray.exceptions.ObjectLostError:
+        return ref
+    raise AssertionError("it is still here")
 
 
 def process_of(handle: Any) -> int:

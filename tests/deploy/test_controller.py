@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from deploy.pool import Pool
 from deploy.stages import read_encoded_prompts
 from learner.log import read_log
 from tests.conftest import run_copy
+from tests.deploy.simulated import lost_object
 from tests.reward_service.endpoint import DOWN, Endpoint, Reply, Rows, scores
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -321,6 +323,28 @@ def test_weights_from_elsewhere_are_refused(
         controller._publish = forged  # type: ignore[method-assign]
         with pytest.raises(TrainingError, match="sampled from weights"):
             controller.run()
+
+
+def test_weights_that_are_lost_before_anyone_holds_them_are_published_again(
+    workspace: RunConfig,
+    gang: LearnerGang,
+    reference: tuple[RunConfig, dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    with Run(run_copy(workspace, tmp_path), gang) as controller:
+        publish, published = controller._publish, Counter[int]()
+
+        def lose_one(version: int) -> None:
+            publish(version)
+            published[version] += 1
+            weights = controller.collector.weights
+            if weights is not None and published[1] == 1 and version == 1:
+                payloads = (lost_object(), *weights.payloads[1:])
+                controller.collector.weights = replace(weights, payloads=payloads)
+
+        controller._publish = lose_one  # type: ignore[method-assign]
+        assert controller.run()["weights_hash"] == reference[1]["weights_hash"]
+    assert published == {0: 1, 1: 2, 2: 1, 3: 1, 4: 1}
 
 
 def _lie(actor: Any) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +17,7 @@ from common.errors import WorkerError
 from common.trajectory import RolloutRequest, to_table
 from deploy.jobs import Sampled, first_share
 from deploy.ledger import Lease
-from tests.deploy.simulated import LEASE, Rig, SleepingActor, SleepingScorer
+from tests.deploy.simulated import LEASE, Rig, SleepingActor, SleepingScorer, lost_object
 
 BAD = "000000-000004"
 """A rollout of the second lease."""
@@ -32,13 +33,13 @@ def strike(table: pa.Table, how: str) -> None:
 
 
 class Hangs(SleepingActor):
-    def generate(self, requests: pa.Table, manifest: Any) -> Any:
+    def generate(self, requests: pa.Table, manifest: Any, *payloads: Any) -> Any:
         strike(requests, "hangs")
         return super().generate(requests, manifest)
 
 
 class Dies(SleepingActor):
-    def generate(self, requests: pa.Table, manifest: Any) -> Any:
+    def generate(self, requests: pa.Table, manifest: Any, *payloads: Any) -> Any:
         strike(requests, "dies")
         return super().generate(requests, manifest)
 
@@ -46,7 +47,7 @@ class Dies(SleepingActor):
 class DiesTwice(SleepingActor):
     """The first two workers have a fault that their successors do not have."""
 
-    def generate(self, requests: pa.Table, manifest: Any) -> Any:
+    def generate(self, requests: pa.Table, manifest: Any, *payloads: Any) -> Any:
         if self.actor_id in ("rollout-0", "rollout-1"):
             strike(requests, "dies")
         return super().generate(requests, manifest)
@@ -120,6 +121,22 @@ def test_a_node_that_is_taken_away_is_not_the_fault_of_its_lease(rig: Callable[.
         here.pump_until(lambda: here.pool.failures == lost)  # noqa: B023
     here.everything_once(LEASE)
     assert here.pool.losses == {"preempted": 3}
+
+
+def test_weights_that_are_lost_are_asked_for_once_and_not_for_ever(rig: Callable[..., Rig]) -> None:
+    here = rig(2)
+    here.pump_until(lambda: len(here.working()) == 2)
+    weights = here.collector.weights
+    assert weights is not None
+    here.collector.weights = replace(weights, payloads=(lost_object(),))
+    here.issue(0, 8 * LEASE)
+    here.pump_until(lambda: here.collector.lost_weights is here.collector.weights)
+    here.pump_for(1.0)
+    assert here.ledger.reissued <= 4, "each worker had two leases at most"
+    here.publish(0)
+    here.everything_once(8 * LEASE)
+    assert here.pool.failures == 0
+    assert not here.ledger._failures
 
 
 @pytest.mark.parametrize(

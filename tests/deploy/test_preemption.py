@@ -41,6 +41,9 @@ def test_nodes_come_and_go_and_nothing_is_lost() -> None:
     table = found["table"]
     assert table["rows"] == table["trained"] == 8
     assert table["resampled"].keys() == {"lost"}
+    assert (table["lost"], table["reissued"], table["blamed"]) == ({"died": 1}, 1, 0), (
+        "a lease that was in work on a node that died is given to another, and not blamed"
+    )
 
 
 def test_without_the_private_interface_a_node_that_goes_is_a_death(
