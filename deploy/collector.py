@@ -388,10 +388,10 @@ class Collector:
         for ref, until in self._void.items():
             if until < now:
                 late.setdefault(jobs[ref].worker, [])
-        why = f"no answer within {self._deadline_s:g} s"
+        why = f"no answer within {self._deadline_s:g} s (rollout.lease_deadline_s)"
         for holder, leases in late.items():
             if any(pool.lost(holder, "hung", why) for pool in self._pools()):
-                self._blame(leases, holder, f"hung: {why} (rollout.lease_deadline_s)")
+                self._blame(leases, holder, f"hung: {why}")
 
     def _blame(self, leases: Sequence[Lease], worker: str, how: str) -> None:
         """A worker was lost at work on these.

@@ -72,14 +72,14 @@ def work_that_takes_too_long_is_handed_back() -> dict[str, Any]:
 
 def a_table_that_dies_with_its_node_is_sampled_again(cluster: Cluster) -> dict[str, Any]:
     """Looked for only after Ray has given the tables up and laid errors in their place."""
-    here = rig(1, text="x" * 100_000, seconds_per_token=0.15)
+    here = rig(1, text="x" * 100_000, seconds_per_token=0.2)
     here.issue(0, 8)
     here.pump_until(lambda: here.ledger.pending(0) == 0)
-    here.issue(1, 4)
-    here.pump_until(lambda: here.ledger.count("leased") == 4)
     (worker,) = here.pool.workers.values()
     node = next(n for n in cluster.worker_nodes if n.node_id == worker.node)
     cluster.add_node(num_cpus=1, labels=SPOT)
+    here.issue(1, 4)
+    here.pump_until(lambda: here.ledger.count("leased") == 4)
     cluster.remove_node(node, allow_graceful=False)
     begin = time.monotonic()
     tables = [scored.table for scored in here.collector.scored]

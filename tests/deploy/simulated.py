@@ -204,10 +204,13 @@ def lost_object() -> ray.ObjectRef[Any]:
     maker = Maker.remote()
     (ref,) = ray.get(maker.make.remote())
     ray.kill(maker)
-    try:
-        ray.get(ref)
-    except ray.exceptions.ObjectLostError:
-        return ref
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:  # Ray takes a moment to notice
+        try:
+            ray.get(ref)
+        except ray.exceptions.ObjectLostError:
+            return ref
+        time.sleep(0.1)
     raise AssertionError("it is still here")
 
 
