@@ -20,6 +20,7 @@ from common.model_config import (
     ModelConfig,
     NonNegativeFloat,
     NonNegativeInt,
+    NoSwitch,
     PathText,
     PositiveFloat,
     PositiveInt,
@@ -49,7 +50,7 @@ class LearnerConfig(Section):
 
     ranks: PositiveInt = 2
     """Number of learner processes W."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: Annotated[Literal[0, 1, 2, 3], NoSwitch] = 2
     """DeepSpeed ZeRO stage: 1 shards optimizer states, 2 also gradients, 3 also parameters."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of products in policy training; bf16 keeps trained weights, their gradients, norms and scalar

@@ -175,12 +175,17 @@ def named_section_of(annotation: Any) -> type[Section] | None:
     return section_of(get_args(annotation)[1]) if _is_mapping(annotation) else None
 
 
-def is_text(annotation: Any, *, or_null: bool = False) -> bool:
-    """Whether a field holds a text and nothing else but null (`or_null`: null, too)."""
+def may_be_null(annotation: Any) -> bool:
+    """Whether null is a value of a field."""
+    return type(None) in _choices(annotation)
+
+
+def is_text(annotation: Any) -> bool:
+    """Whether a field holds a text, and nothing else but perhaps null."""
     choices = _choices(annotation)
     kinds = {type(v) for c in choices if get_origin(c) is Literal for v in get_args(c)}
     kinds |= {c for c in choices if isinstance(c, type)}
-    return {str} <= kinds <= {str, type(None)} and (type(None) in kinds or not or_null)
+    return {str} <= kinds <= {str, type(None)}
 
 
 def _is_mapping(annotation: Any) -> bool:

@@ -104,12 +104,12 @@ RULES = (
     ),
     Rule(
         ("cluster.dashboard",),
-        lambda c: c.cluster.address is None,
+        lambda c: not c.cluster.address,
         "the cluster of cluster.address has its own; it has one with a local cluster",
     ),
 )
 
-_OF_KIND: dict[str, frozenset[str]] = {
+OF_KIND: dict[str, frozenset[str]] = {
     "model": frozenset({"kind", "weight"}),
     "function": frozenset({"kind", "weight", "target"}),
     "http": frozenset(RewardComponent.model_fields),
@@ -152,7 +152,7 @@ def without_effect(config: RunConfig) -> dict[Key, str]:
 
 def _of_components(config: RunConfig) -> Iterator[tuple[Key, str]]:
     for name, component in config.reward_service.components.items():
-        for field in RewardComponent.model_fields.keys() - _OF_KIND[component.kind]:
-            kinds = " or ".join(kind for kind, looks in _OF_KIND.items() if field in looks)
+        for field in RewardComponent.model_fields.keys() - OF_KIND[component.kind]:
+            kinds = " or ".join(kind for kind, looks in OF_KIND.items() if field in looks)
             when = f"this component is of kind {component.kind}; it has one under kind {kinds}"
             yield ("reward_service", "components", name, field), when

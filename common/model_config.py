@@ -23,8 +23,10 @@ def _number(value: Any) -> Any:
     return value
 
 
-Integer = Annotated[int, BeforeValidator(_number)]
-Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+NoSwitch = BeforeValidator(_number)
+"""Of a field that is a number: YAML's true and false are none."""
+Integer = Annotated[int, NoSwitch]
+Float = Annotated[float, NoSwitch, Field(allow_inf_nan=False)]
 """The only floats of a recipe: `.inf` and `.nan` are no settings."""
 PositiveInt = Annotated[Integer, Field(gt=0)]
 NonNegativeInt = Annotated[Integer, Field(ge=0)]

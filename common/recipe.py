@@ -20,7 +20,7 @@ import yaml
 from pydantic import ValidationError
 
 from common.config import RunConfig
-from common.draft import Draft, annotation_of, is_text, section_of
+from common.draft import Draft, annotation_of, is_text, may_be_null, section_of
 from common.effects import without_effect
 from common.errors import ConfigError
 from common.files import is_utf8, write_atomic
@@ -36,6 +36,8 @@ _WORDS = {
     "tuple_type": "should be a list",
     "model_type": "should be a section",
     "mapping_type": "should be a section",
+    "dict_type": "should be a mapping, as {a: b}",
+    "too_short": "has too few items",
     "missing": "is missing",
 }
 """Of pydantic's kinds of errors, where its own words are Python's."""
@@ -148,7 +150,7 @@ def _apply_override(draft: Draft, override: str) -> None:
     annotation = annotation_of(RunConfig, key)
     if not is_text(annotation):
         written = read_yaml(text, lambda _: place)
-    elif text in _NULLS or (not text and is_text(annotation, or_null=True)):
+    elif text in _NULLS or (not text and may_be_null(annotation)):
         written = Written(values=None)
     else:
         written = Written(values=_unquoted(text))
@@ -199,12 +201,15 @@ def _explain(error: ValidationError, draft: Draft) -> str:
         key = _key(item["loc"], kind == "extra_forbidden")
         name = ".".join(key)
         message = item["msg"].removeprefix("Value error, ").replace("Input should", "should")
+        message = _WORDS.get(kind, message)
+        if kind == "model_type" and may_be_null(annotation_of(RunConfig, key)):
+            message += " or null"
         if kind == "extra_forbidden":
             message = f"unknown key '{name}'{_near(key)}"
         elif given is None:
-            message = f"{name}: {_WORDS.get(kind, message)}, and not empty"
+            message = f"{name}: {message}, and not empty"
         else:
-            message = f"{name}: {_WORDS.get(kind, message)}" if key else message
+            message = f"{name}: {message}" if key else message
             if not isinstance(given, Mapping | Section):
                 shown[key] = f", not {_SHOWN.repr(given)}"
         known = problems.setdefault(key, [])

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from common.config import RunConfig
+from common.effects import OF_KIND, RULES
 from common.model_config import PRESETS, ModelConfig
 from common.recipe import fields
 from common.worker_config import RewardComponent
@@ -59,6 +60,12 @@ Defaults stand on this page and in no other.
 """
 
 
+_CONDITIONS = """\
+A recipe that gives one of these where it has no effect is refused. What counts are kinds and
+switches, not sizes: `train.ppg` with fewer `train.iterations` than `train.ppg.n_pi` is taken.
+"""
+
+
 def reference_page() -> str:
     """The whole page, ending in a newline."""
     every = list(fields())
@@ -73,6 +80,7 @@ def reference_page() -> str:
                 "The score is the weighted sum of named components; `NAME` is yours to choose.",
                 _table(fields(RewardComponent, "reward_service.components.NAME.")),
             ]
+    parts += ["## Settings that need others", _CONDITIONS, _conditions()]
     parts += ["## Presets", "`preset: NAME` takes a model's shape from here.", _presets()]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
@@ -82,6 +90,19 @@ def _table(rows: Iterable[tuple[str, Any, str]]) -> str:
     for name, default, description in rows:
         meaning = " ".join(description.split()).replace("``", "`")
         lines.append(f"| `{name}` | {_code(default)} | {_cell(meaning)} |")
+    return "\n".join(lines)
+
+
+def _conditions() -> str:
+    lines = []
+    for rule in RULES:
+        names = ", ".join(f"`{name}`" for name in rule.fields)
+        lines.append(f"- {names}: {rule.when}")
+    for kind, looks in OF_KIND.items():
+        idle = [name for name in RewardComponent.model_fields if name not in looks]
+        if idle:
+            names = ", ".join(f"`{name}`" for name in idle)
+            lines.append(f"- {names} of a component: kind {kind} does not look at it")
     return "\n".join(lines)
 
 
