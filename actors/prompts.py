@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from common.data import Prompt, ShuffledIndex
-from common.errors import DataError
+from common.fitting import Fitting, TooLong
 from common.tokenizer import Tokenizer
 from common.trajectory import RolloutRequest, derive_seed
 
@@ -27,33 +26,24 @@ def encode_prompts(
     tokenizer: Tokenizer,
     *,
     max_tokens: int,
-    too_long: Literal["error", "skip", "truncate"],
-) -> tuple[list[EncodedPrompt], int]:
-    """Tokenise prompts and apply the policy for those over `max_tokens`.
-
-    Truncation keeps the end, which stands next to the response. Returns the prompts and how many
-    were skipped.
+    too_long: TooLong,
+    limit: int | None = None,
+) -> tuple[list[EncodedPrompt], Fitting]:
+    """Tokenise the first `limit` prompts that fit; returns them and how they fitted.
 
     Raises:
-        DataError: a prompt is too long and the policy is "error", or none are left.
+        DataError: a prompt is too long and that is an error, or none are left.
     """
-    kept, skipped = [], 0
+    fitting = Fitting(what="prompts", prompt=max_tokens, too_long=too_long)
+    kept: list[EncodedPrompt] = []
     encoded = tokenizer.encode_batch([prompt.prompt for prompt in prompts])
-    for prompt, ids in zip(prompts, encoded, strict=True):
-        if len(ids) > max_tokens:
-            if too_long == "error":
-                raise DataError(
-                    f"prompt {prompt.uid}: {len(ids)} tokens, room for {max_tokens}; raise "
-                    "model.context or set data.too_long to skip or truncate"
-                )
-            if too_long == "skip":
-                skipped += 1
-                continue
-            ids = ids[-max_tokens:]
-        kept.append(EncodedPrompt(uid=prompt.uid, text=prompt.prompt, ids=ids))
-    if not kept:
-        raise DataError(f"no prompt of {len(prompts)} is left to train on")
-    return kept, skipped
+    for prompt, tokens in zip(prompts, encoded, strict=True):
+        if len(kept) == limit:
+            break
+        if (fitted := fitting.fit(prompt.place, {"prompt": tokens})) is not None:
+            kept.append(EncodedPrompt(uid=prompt.uid, text=prompt.prompt, ids=fitted[0]))
+    fitting.require(len(kept), 1, "sampling")
+    return kept, fitting
 
 
 class PromptStream:

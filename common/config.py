@@ -42,7 +42,8 @@ class DataConfig(Section):
     evaluation: tuple[PathText, ...] = ()
     """Files of held-out (prompt, response) for evaluation; the response is the human's."""
     too_long: Literal["error", "skip", "truncate"] = "error"
-    """What to do with a prompt that leaves no room for a response (skips are counted)."""
+    """What to do with a record that has more tokens than there is room for; how many were skipped
+    or cut is said."""
 
 
 class LearnerConfig(Section):

@@ -85,6 +85,10 @@ def _make(inputs: RunInputs, config: RunConfig, lock: Callable[[], None]) -> Tok
     if config.tokenizer.path is not None:
         tokenizer = Tokenizer.load(config.tokenizer.path)
     else:
+        if not config.data.demonstrations:
+            raise ConfigError(
+                "data.demonstrations is empty; training a tokenizer needs at least one file"
+            )
         demonstrations = read_demonstrations(config.data.demonstrations)
         texts = (d.prompt + d.response for d in demonstrations)
         tokenizer = Tokenizer.train(texts, config.tokenizer.vocab_size, config.tokenizer.words)

@@ -29,7 +29,7 @@ from deploy.facts import Status
 from deploy.placement import NAMESPACE
 from deploy.preflight import explain
 from deploy.session import open_session
-from deploy.stages import start_pools
+from deploy.stages import say_fitting, start_pools
 from reward_service.scorers import FunctionScorer
 
 _ANSWER_S = 30.0
@@ -42,13 +42,17 @@ def evaluate_run(config: RunConfig, console: Console) -> dict[str, float]:
         raise ConfigError("data.evaluation is empty; evaluate needs held-out prompts")
     judge = _judge(config.evaluate.judge) if config.evaluate.judge else None
     with open_session(config, console) as session:
-        records = list(read_demonstrations(config.data.evaluation))[: config.evaluate.prompts]
-        prompts, _ = encode_prompts(
-            [Prompt(uid="", prompt=record.prompt) for record in records],
+        prompts, fitting = encode_prompts(
+            [
+                Prompt(prompt=record.prompt, place=record.place)
+                for record in read_demonstrations(config.data.evaluation)
+            ],
             session.tokenizer(),
             max_tokens=config.max_prompt_tokens,
             too_long=config.data.too_long,
+            limit=config.evaluate.prompts,
         )
+        say_fitting(console, fitting)
         pools = start_pools(session, config)
         before, after = sample_both(
             config, session.sft_weights, session.policy_weights, prompts, *pools, label="eval"

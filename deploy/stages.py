@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import secrets
@@ -11,27 +10,28 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
+from rich.console import Console
 
-from actors.prompts import EncodedPrompt, encode_prompts
+from actors.prompts import EncodedPrompt
 from common.config import RunConfig
-from common.data import (
-    Comparison,
-    Demonstration,
-    Prompt,
-    read_comparisons,
-    read_demonstrations,
-    read_prompts,
-)
+from common.data import read_comparisons, read_demonstrations
 from common.errors import ConfigError, DataError
 from common.files import is_utf8
+from common.fitting import Fitting
 from common.recipe import save_config, saved_config
 from common.tokenizer import Tokenizer
-from common.trajectory import derive_seed
 from deploy import checkpoints
 from deploy.changes import Change, require_resumable
 from deploy.driver import controller_name, follow, living_controller, start_controller
+from deploy.encoding import (
+    encode_comparisons,
+    encode_pairs,
+    hold_out,
+    read_encoded_prompts,
+    same_comparison,
+    same_pair,
+)
 from deploy.ends import at_the_end
 from deploy.facts import Status, recorded_facts
 from deploy.gang import LearnerGang
@@ -44,6 +44,9 @@ from deploy.run_tokenizer import run_tokenizer
 from deploy.screen import say
 from deploy.session import Session
 from learner.supervised import EncodedComparison, EncodedPair
+
+_REFERENCES = 512
+"""Demonstrations that the reward model is centred on."""
 
 # -------------------------------------------------------------------------- tokenizer and encoding
 
@@ -76,43 +79,10 @@ def prepare_tokenizer(session: Session, config: RunConfig) -> RunConfig:
     return config.model_copy(update={"model": model})
 
 
-def encode_pairs(
-    pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer, config: RunConfig
-) -> list[EncodedPair]:
-    """Tokens of (prompt, response), EOS appended; over-long ones by `data.too_long`.
-
-    Truncation keeps the prompt's end and the response's beginning.
-
-    Raises:
-        DataError: a pair is too long and the policy is "error".
-    """
-    prompts = tokenizer.encode_batch([p for p, _ in pairs])
-    responses = tokenizer.encode_batch([r for _, r in pairs])
-    out = []
-    room, reach = config.max_prompt_tokens, config.rollout.max_response_tokens
-    for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        ids = [*response, tokenizer.eos_id]
-        if len(prompt) > room or len(ids) > reach:
-            if config.data.too_long == "error":
-                raise DataError(
-                    f"record {index + 1}: prompt of {len(prompt)} and response of {len(ids)} "
-                    f"tokens, room for {room} and {reach}; raise model.context or set "
-                    "data.too_long to skip or truncate"
-                )
-            if config.data.too_long == "skip":
-                continue
-        out.append(EncodedPair(prompt=prompt[-room:], response=ids[:reach]))
-    return out
-
-
-def read_encoded_prompts(
-    paths: Sequence[str], tokenizer: Tokenizer, config: RunConfig
-) -> tuple[list[EncodedPrompt], int]:
-    """Prompts in tokens, and how many were skipped as too long."""
-    prompts: list[Prompt] = list(read_prompts(paths))
-    return encode_prompts(
-        prompts, tokenizer, max_tokens=config.max_prompt_tokens, too_long=config.data.too_long
-    )
+def say_fitting(console: Console, fitting: Fitting) -> None:
+    """Say what became of the records that were too long."""
+    for line in fitting.said():
+        say(console, (line, "yellow"))
 
 
 # -------------------------------------------------------------------------- supervised stages
@@ -122,10 +92,11 @@ def run_sft(session: Session, config: RunConfig) -> dict[str, float]:
     """Train the supervised policy; writes ``sft/policy.safetensors``."""
     _require(config.data.demonstrations, "data.demonstrations", "sft")
     begin = _checked(session, config, "sft")
-    tokenizer = session.tokenizer()
-    demonstrations = list(read_demonstrations(config.data.demonstrations))
-    pairs = encode_pairs([(d.prompt, d.response) for d in demonstrations], tokenizer, config)
-    train, held_out = _hold_out(pairs, 0.02, config.seed)
+    records = read_demonstrations(config.data.demonstrations)
+    pairs, fitting = encode_pairs(records, session.tokenizer(), config)
+    say_fitting(session.console, fitting)
+    fitting.require(len(pairs), 2, "sft (1 is held out)")
+    train, held_out = hold_out(pairs, 0.02, config.seed, same_pair)
     begin()
     gang = session.gang()
     total = gang.call("begin_sft", config, ray.put(train), ray.put(held_out))
@@ -141,9 +112,11 @@ def encoded_comparisons(
 ) -> tuple[list[EncodedComparison], list[EncodedComparison]]:
     """Comparisons in tokens, to train on and held out."""
     _require(config.data.comparisons, "data.comparisons", "reward")
-    comparisons = list(read_comparisons(config.data.comparisons))
-    encoded = _encode_comparisons(comparisons, session.tokenizer(), config)
-    return _hold_out(encoded, config.reward_model.held_out, config.seed)
+    records = read_comparisons(config.data.comparisons)
+    encoded, fitting = encode_comparisons(records, session.tokenizer(), config)
+    say_fitting(session.console, fitting)
+    fitting.require(len(encoded), 2, "reward (1 is held out)")
+    return hold_out(encoded, config.reward_model.held_out, config.seed, same_comparison)
 
 
 def run_reward(session: Session, config: RunConfig) -> dict[str, float]:
@@ -151,7 +124,7 @@ def run_reward(session: Session, config: RunConfig) -> dict[str, float]:
     _require(config.data.comparisons, "data.comparisons", "reward")
     begin = _checked(session, config, "reward")
     train, held_out = encoded_comparisons(session, config)
-    reference = ray.put(_reference_pairs(config, session.tokenizer()))
+    reference = ray.put(reference_pairs(config, session.tokenizer()))
     begin()
     data = ray.put(train), ray.put(held_out)
     gang, best = session.gang(), -math.inf
@@ -213,10 +186,9 @@ def run_train(
         say(session.console, (f"attached to {controller_name(config)}", "dim"))
     else:
         begin = _checked(session, config, "train")
-        prompts, skipped = read_encoded_prompts(config.data.prompts, session.tokenizer(), config)
-        if skipped:
-            note = f"{skipped} prompts skipped: too long for the context"
-            say(session.console, (note, "yellow"))
+        tokenizer = session.tokenizer()
+        prompts, fitting = read_encoded_prompts(config.data.prompts, tokenizer, config)
+        say_fitting(session.console, fitting)
         begin()
         session.unlock()  # the writer is the controller now
         controller = _start(session, config, prompts, pools, stop_after)
@@ -329,41 +301,13 @@ def _require(paths: Sequence[str], field: str, stage: str) -> None:
         raise ConfigError(f"{field} is empty; {stage} needs at least one file")
 
 
-def _encode_comparisons(
-    comparisons: Sequence[Comparison], tokenizer: Tokenizer, config: RunConfig
-) -> list[EncodedComparison]:
-    out = []
-    for c in comparisons:
-        sides = [(c.prompt, c.chosen), (c.prompt, c.rejected)]
-        pairs = encode_pairs(sides, tokenizer, config)
-        if len(pairs) == 2:
-            out.append(
-                EncodedComparison(
-                    prompt=pairs[0].prompt,
-                    chosen=pairs[0].response,
-                    rejected=pairs[1].response,
-                    confidence=c.confidence,
-                )
-            )
-    return out
-
-
-def _reference_pairs(config: RunConfig, tokenizer: Tokenizer) -> list[EncodedPair]:
-    """Demonstrations whose mean score the reward model is shifted to 0 by."""
-    demonstrations: list[Demonstration] = list(
-        itertools.islice(read_demonstrations(config.data.demonstrations), 512)
-    )
-    pairs = [(d.prompt, d.response) for d in demonstrations]
-    return encode_pairs(pairs, tokenizer, config)
-
-
-def _hold_out(data: Sequence[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
-    """Split off at least one record, by seed, and leave at least one."""
-    if len(data) < 2:
-        raise DataError(f"{len(data)} usable records; at least 2 are needed, 1 to hold out")
-    order = np.random.default_rng(derive_seed(seed, "hold out")).permutation(len(data))
-    count = min(len(data) - 1, max(1, round(share * len(data))))
-    return [data[i] for i in order[count:]], [data[i] for i in order[:count]]
+def reference_pairs(config: RunConfig, tokenizer: Tokenizer) -> list[EncodedPair]:
+    """The first demonstrations that fit, whose mean score the reward model is shifted to 0 by."""
+    _require(config.data.demonstrations, "data.demonstrations", "centring the reward model")
+    records = read_demonstrations(config.data.demonstrations)
+    pairs, fitting = encode_pairs(records, tokenizer, config, limit=_REFERENCES)
+    fitting.require(len(pairs), 1, "centring the reward model")
+    return pairs
 
 
 def folder_of(run: str | Path) -> Path:

@@ -73,11 +73,6 @@ def distinct_share(lines: Sequence[str]) -> float:
     return len(set(lines)) / len(lines) if lines else 0.0
 
 
-def mean_words(lines: Sequence[str]) -> float:
-    """Mean number of space-separated words."""
-    return sum(len(line.split()) for line in lines) / len(lines) if lines else 0.0
-
-
 def _find_ruff() -> str:
     beside = Path(sys.executable).parent / "ruff"
     found = str(beside) if beside.is_file() else shutil.which("ruff")

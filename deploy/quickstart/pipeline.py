@@ -34,6 +34,7 @@ from deploy.report import write_report
 from deploy.run_inputs import RunInputs
 from deploy.screen import say
 from deploy.session import Session
+from deploy.statistics import best_of_n_kl
 
 
 def run_quickstart(session: Session) -> dict[str, Any]:
@@ -116,6 +117,7 @@ def evaluate_run(
             config, sft, prompts, *pools, label="best", samples=config.evaluate.best_of
         )
         named["best_of_n"] = best_of(many)
+        found["kl_best_of_n"] = best_of_n_kl(config.evaluate.best_of)
     for name, sampled in named.items():
         pairs, lines = [asked[i] for i in sampled.prompts], _lines(sampled.responses)
         verdict = judge_lines(pairs, lines, config.seed)

@@ -23,11 +23,11 @@ from common.errors import CheckpointError, RewardError, TrainingError, WorkerErr
 from common.tokenizer import Tokenizer
 from common.trajectory import ScoredTrajectory, from_table
 from deploy.controller import Controller
+from deploy.encoding import read_encoded_prompts
 from deploy.ends import at_the_end
 from deploy.gang import LearnerGang
 from deploy.placement import reward_pool, rollout_pool
 from deploy.pool import Pool
-from deploy.stages import read_encoded_prompts
 from learner.log import read_log
 from tests.conftest import run_copy
 from tests.deploy.simulated import lost_object

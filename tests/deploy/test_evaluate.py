@@ -16,10 +16,10 @@ from common.palm import PolicyNetwork
 from common.tokenizer import Tokenizer
 from common.weights import load_weights
 from common.worker_config import RewardServiceConfig
+from deploy.encoding import read_encoded_prompts
 from deploy.evaluate import Sampled, compare, policy_weights, sample_both, sample_scored
 from deploy.placement import reward_pool, rollout_pool
 from deploy.pool import Pool
-from deploy.stages import read_encoded_prompts
 from tests.actors.adapters import SETTINGS, carry
 from tests.conftest import run_copy
 from tests.reward_service.endpoint import Endpoint, Reply, Rows, always, scores

@@ -8,7 +8,7 @@ import pytest
 
 from common.errors import ConfigError, DataError
 from deploy.quickstart.harvest import Pair
-from deploy.quickstart.judges import conformance, distinct_share, mean_words, rouge_l
+from deploy.quickstart.judges import conformance, distinct_share, rouge_l
 
 AREA = Pair(name="area", params=("r",), signature="def area(r):", docstring="Return the area.")
 
@@ -110,5 +110,4 @@ def test_rouge_l() -> None:
 
 def test_shares_and_means() -> None:
     assert distinct_share(["a", "b", "a", "a"]) == 0.5
-    assert mean_words(["a b", "a  b c d", ""]) == 2.0
-    assert distinct_share([]) == mean_words([]) == 0.0
+    assert distinct_share([]) == 0.0
