@@ -155,7 +155,7 @@ class RunInputs:
         Raises:
             ConfigError: policy training stands on what the stage would replace by another.
         """
-        if "train" not in self.standing():
+        if stage == "train" or "train" not in self.standing():
             return
         before, now = self.stages.get(stage), settings_of(stage, config)
         if before is None:

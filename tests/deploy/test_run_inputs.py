@@ -137,6 +137,8 @@ def test_a_tokenizer_setting_that_would_have_no_effect_is_refused(
     """Without a checkpoint too: results stand on the tokenizer as soon as there are weights."""
     config = make_workspace(tmp_path)
     (config.run_dir / "tokenizer.json").unlink()
+    model = config.model.model_copy(update={"vocab_size": 0})
+    config = config.model_copy(update={"model": model})
     checked(config, "sft")
     assert checked(config, stage) == ""
     field, _, value = override.partition("=")
