@@ -82,15 +82,11 @@ class Notes:
         self.trained: dict[int, list[tuple[str, int]]] = {}
         """(rollout id, policy version) of each iteration of the surviving history."""
 
-    def begin_train(self, config: RunConfig) -> None:
+    def begin_train(self, config: RunConfig, meanwhile: Callable[[], None]) -> None:
         self.trained = {}
 
     def call(self, method: str, *args: Any) -> Any:
-        if method == "load":
-            self.trained = {int(k): [(i, v) for i, v in rows] for k, rows in args[1].items()}
-        elif method == "export_policy":
-            return "weights"
-        return None
+        return "weights" if method == "export_policy" else None
 
     def submit(self, method: str, *args: Any, **named: Any) -> list[Any]:
         return [(args, named)]
@@ -99,6 +95,9 @@ class Notes:
         ((args, named),) = refs
         if method == "save":
             return dict(self.trained)
+        if method == "load":
+            self.trained = {int(k): [(i, v) for i, v in rows] for k, rows in args[1].items()}
+            return None
         assert method == "policy_phase"
         turns = self.dies.get(self.phases, 0)
         for _ in range(turns or 2):
@@ -116,7 +115,7 @@ class Notes:
         piece = Slice(rank=0, offset=0, length=0, digest="")
         return [Publication(piece=piece, total=0, layout="")], []
 
-    def restart(self) -> None:
+    def restart(self, meanwhile: Callable[[], None]) -> None:
         """Another gang knows nothing."""
         self.trained = {}
 
