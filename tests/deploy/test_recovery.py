@@ -183,20 +183,3 @@ def test_a_rank_that_keeps_dying_ends_the_run_and_is_named(
         pytest.raises(WorkerError, match=r"learner-1 died in policy_phase.*max_restarts"),
     ):
         controller.run()
-
-
-def test_what_a_rank_killed_at_compiling_leaves_behind_hangs_nobody(
-    workspace: RunConfig, gang: LearnerGang
-) -> None:
-    gang.start()
-    folder = ray.get(gang.ranks[0].__ray_call__.remote(_leave_a_lock))
-    gang.restart()
-    assert gang.started
-    assert not list(Path(folder).glob("*/lock"))
-
-
-def _leave_a_lock(_: object) -> str:
-    folder = os.environ["TORCH_EXTENSIONS_DIR"]
-    (built,) = Path(folder).glob("*/*.so")
-    (built.parent / "lock").touch()
-    return folder
