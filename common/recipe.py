@@ -30,7 +30,10 @@ from common.yaml_text import Key, Written, read_yaml
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 60
 _NULLS = ("~", "null", "Null", "NULL")
-_BEFORE: dict[str, dict[str, Any]] = {"train": {"adam_eps": 1e-5}}
+_BEFORE: dict[str, dict[str, Any]] = {
+    "train": {"adam_eps": 1e-5},
+    "reward_service": {"precision": "fp32"},
+}
 """What versions did that had no setting for it, where it was not what is the default now."""
 _WORDS = {
     "tuple_type": "should be a list",

@@ -170,7 +170,9 @@ def test_a_run_of_before_goes_on_as_it_was(folder: Path) -> None:
     values = yaml.safe_load(dump_config(RunConfig()))
     assert saved_config(values) == RunConfig()
     del values["train"]["adam_eps"]  # which was 1e-5 when there was no such setting
+    del values["reward_service"]["precision"]  # likewise, whatever the learner's
     assert saved_config(values).train.adam_eps == 1e-5
+    assert saved_config(values).reward_service.precision == "fp32"
     assert load(yaml.safe_dump(values), saved=True) == saved_config(values)
     assert load(yaml.safe_dump(values)).train.adam_eps == RunConfig().train.adam_eps
 
