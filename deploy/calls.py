@@ -75,7 +75,7 @@ def gone(refs: Sequence[ray.ObjectRef[Any]]) -> set[ray.ObjectRef[Any]]:
             lost.add(ref)
         elif here in facts["node_ids"]:
             doubtful.append(ref)
-    if doubtful and not all(node["Alive"] for node in ray.nodes()):  # type: ignore[no-untyped-call]
+    if doubtful and not all(node["Alive"] for node in ray.nodes()):
         lost |= {ref for ref in doubtful if _is_an_error(ref)}
     return lost
 

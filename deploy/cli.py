@@ -22,7 +22,7 @@ from rich.text import Text
 
 from common.config import RunConfig
 from common.effects import require_evaluated
-from common.errors import ConfigError, StorageError, TalipotError
+from common.errors import ClusterError, ConfigError, StorageError, TalipotError, WorkerError
 from common.recipe import load_config
 from deploy.screen import degrade_unprintable, make_console, say, show
 
@@ -135,9 +135,15 @@ def sample(
 @app.command()
 def status(run: RunArgument, address: AddressOption = None) -> None:
     """Show how far a run is: live when it is running, else from its log."""
-    from deploy.run_tools import status_of
+    from deploy.run_tools import logged, status_of
 
-    _print_numbers(str(run), status_of(_of_run(run, None, address)))
+    config = _of_run(run, None, address)
+    try:
+        _print_numbers(str(run), status_of(config))
+    except (ClusterError, WorkerError):
+        # Whether it is running cannot be told; how far it came can.
+        _print_numbers(str(run), {"running": "unknown"} | logged(config.run_dir))
+        raise
 
 
 @app.command()
@@ -170,20 +176,15 @@ def preflight(
     """Explain what a recipe needs against what the cluster has."""
     import ray
 
-    from deploy.placement import start_cluster
+    from deploy.attach import cluster_of
     from deploy.preflight import explain, require_trainable
 
     resolved = _load(config, overrides, address)
     require_trainable(resolved)
-    joined = ray.is_initialized()
-    start_cluster(resolved)
-    try:
-        resources_now: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    with cluster_of(resolved):
+        resources_now: dict[str, float] = ray.cluster_resources()
         for line in explain(resolved, resources_now):
             say(console, ("✓", "green"), f" {line}")
-    finally:
-        if not joined:
-            ray.shutdown()
 
 
 @app.command("config")
@@ -219,9 +220,11 @@ def _run(arguments: Sequence[str] | None) -> None:
         code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
     except TalipotError as error:
         _fail(str(error), error.exit_code)
+    except (TimeoutError, ConnectionError) as error:  # Ray's are OSErrors too
+        _fail(f"no answer: {str(error) or type(error).__name__}", ClusterError.exit_code)
     except OSError as error:
         # A full disk or a folder that may not be written, wherever it shows first.
-        _fail(f"{error.filename or 'file system'}: {error.strerror}", StorageError.exit_code)
+        _fail(_what_failed(error), StorageError.exit_code)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):
             message = error.format_message() if hasattr(error, "format_message") else str(error)
@@ -275,10 +278,10 @@ def _load(config: str | None, overrides: list[str] | None, address: str | None) 
 def _of_run(run: Path, overrides: list[str] | None, address: str | None) -> RunConfig:
     """The recipe of a run's folder, wherever that lies now and whatever it is called."""
     from deploy.run_paths import anchored, rebased
-    from deploy.stages import folder_of
+    from deploy.stages import folder_of, recipe_of
 
     folder = folder_of(run)
-    path, here = folder / "config.yaml", {"output": str(folder.parent), "name": folder.name}
+    path, here = recipe_of(folder), {"output": str(folder.parent), "name": folder.name}
     old = anchored(load_config(path, saved=True)).run_dir
     config = load_config(path, overrides or [], {**here, **_place(address)}, saved=True)
     return rebased(anchored(config), old, folder)
@@ -286,6 +289,15 @@ def _of_run(run: Path, overrides: list[str] | None, address: str | None) -> RunC
 
 def _place(address: str | None) -> dict[str, str]:
     return {"cluster.address": address} if address else {}
+
+
+def _what_failed(error: OSError) -> str:
+    """The file and the reason, as far as the error holds them."""
+    reason = error.strerror or str(error) or type(error).__name__
+    names = [
+        os.fsdecode(n) for n in (error.filename, error.filename2) if isinstance(n, str | bytes)
+    ]
+    return f"{' -> '.join(names) or 'file system'}: {reason}"
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -37,7 +37,7 @@ from deploy.pool import Pool
 LINGER_S = 600.0
 """How long a controller keeps the outcome of an ended run for a driver to fetch it."""
 _POLL_S = 0.25
-_ANSWER_S = 30.0
+_ANSWER_S = 10.0
 _NAME_FREE_S = 60.0
 _ELSEWHERE = ("name", "output", "cluster.")
 """Fields that say where a run is looked at from."""
@@ -110,26 +110,42 @@ def controller_name(config: RunConfig) -> str:
     return f"{config.name}:controller"
 
 
+def answer(reference: ray.ObjectRef[Any], config: RunConfig) -> Any:
+    """What a run's controller answers.
+
+    Raises:
+        WorkerError: it does not, in time.
+        ray.exceptions.RayError: it died, or raised.
+    """
+    try:
+        return ray.get(reference, timeout=_ANSWER_S)
+    except ray.exceptions.GetTimeoutError:
+        raise WorkerError(
+            f"the controller of {config.run_dir} does not answer within {_ANSWER_S:.0f} s; try "
+            f"again, or end its cluster and carry on with `talipot train --resume {config.run_dir}`"
+        ) from None
+
+
 def living_controller(config: RunConfig) -> Any:
     """The controller that works on this run, if there is one; one whose run failed or was stopped
     is ended, to make room.
 
     Raises:
         ConfigError: another folder's run of this name is at work, or this one by another recipe.
+        WorkerError: it does not answer.
     """
     try:
         controller = ray.get_actor(controller_name(config), namespace=NAMESPACE)
-        asked: ray.ObjectRef[RunConfig] = controller.recipe.remote()
-        recipe = ray.get(asked, timeout=_ANSWER_S)
+        recipe: RunConfig = answer(controller.recipe.remote(), config)
     except (ValueError, ray.exceptions.RayActorError):
         return None
-    if recipe.run_dir.absolute() != config.run_dir.absolute():
+    if recipe.run_dir.resolve() != config.run_dir.resolve():
         raise ConfigError(
             f"a run called '{config.name}' of another folder ({recipe.run_dir}) is at work on this "
             "cluster; set name to another one"
         )
     try:
-        facts = ray.get(controller.outcome.remote(0.0), timeout=_ANSWER_S)
+        facts = answer(controller.outcome.remote(0.0), config)
     except ray.exceptions.RayError:
         facts = {"finished": False}
     if facts is None:

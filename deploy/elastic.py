@@ -16,6 +16,7 @@ from common.config import RunConfig
 from common.errors import StorageError
 from deploy.autoscale import Load, Trend, decide
 from deploy.ends import take_all
+from deploy.log_lines import cut_torn_end
 from deploy.placement import release_room, request_room
 from deploy.pool import Event, Pool
 
@@ -51,6 +52,7 @@ class Elastic:
         self._rollout = rollout
         self._trend = Trend()
         self._events = config.run_dir / "events.jsonl"
+        cut_torn_end(self._events)
         for pool in self._pools:
             pool.report = self._report
 

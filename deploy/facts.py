@@ -48,7 +48,9 @@ def recorded_facts(run_dir: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
-        return facts
-    except ValueError:
-        raise DataError(f"{path}: damaged; remove it and resume the run, which writes it") from None
+        facts = json.loads(path.read_text(encoding="utf8", errors="replace"))
+    except ValueError as error:
+        facts = error
+    if not isinstance(facts, dict) or not isinstance(facts.get("iterations"), int):
+        raise DataError(f"{path}: damaged; remove it and resume the run, which writes it")
+    return facts

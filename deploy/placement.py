@@ -1,4 +1,4 @@
-"""Where resources are placed: the Ray cluster, and plain worker classes turned into Ray actors.
+"""Where resources are placed: plain worker classes turned into Ray actors.
 
 What Ray has no public way to ask (which nodes are draining, why an actor has not started) is asked
 here and nowhere else.
@@ -6,14 +6,8 @@ here and nowhere else.
 
 from __future__ import annotations
 
-import logging
-import os
-import signal
-import socket
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +18,6 @@ from ray.autoscaler.sdk import request_resources
 
 from actors.rollout_actor import AdapterOnWire
 from common.config import RunConfig
-from common.errors import ClusterError
 from common.logprobs import sampling_of
 from common.tokenizer import Tokenizer
 from common.worker_config import threads_of
@@ -32,69 +25,7 @@ from deploy.hosted import HostedRewardWorker, HostedRolloutActor
 from deploy.pool import MakeWorker, Pool, Surroundings
 
 NAMESPACE = "talipot"
-_ANSWER_S = 10.0
 _NO_HURRY_S = 86_400.0
-
-
-def start_cluster(config: RunConfig) -> str:
-    """Join the cluster that was named, or start one on this machine; returns its dashboard's URL.
-
-    Raises:
-        ClusterError: the address does not answer, or the local cluster cannot start.
-    """
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    if address:
-        _require_answer(address)
-    # Ray announces a change of a later version in every worker; it says nothing to our users.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    common: dict[str, Any] = {
-        "namespace": NAMESPACE,
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-        "ignore_reinit_error": True,
-    }
-    try:
-        with _kept_signal_handlers():
-            if address:
-                context = ray.init(address=address, **common)
-            else:
-                context = ray.init(include_dashboard=config.cluster.dashboard, **common)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        where = f"cluster at {address}" if address else "local cluster"
-        raise ClusterError(
-            f"{where} cannot be reached: {str(error).splitlines()[0]}; "
-            "check --address, or leave it out to start one here"
-        ) from None
-    url = context.dashboard_url
-    return f"http://{url}" if url else ""
-
-
-@contextmanager
-def _kept_signal_handlers() -> Iterator[None]:
-    """Ray's start replaces the handler of SIGTERM by one that aborts the program."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _require_answer(address: str) -> None:
-    """Knock first: Ray itself tries for minutes where nobody answers."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        return  # "auto" and "local" name no port
-    try:
-        socket.create_connection((host, int(port)), timeout=_ANSWER_S).close()
-    except (OSError, OverflowError) as error:
-        raise ClusterError(
-            f"cluster at {address} does not answer ({error}); "
-            "check --address and RAY_ADDRESS, or leave both out to start one here"
-        ) from None
 
 
 def rollout_pool(

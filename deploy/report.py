@@ -6,7 +6,6 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from common.errors import DataError
-from common.files import write_atomic
+from common.files import one_line, write_atomic
 from deploy.charts import Series, line_chart
+from deploy.log_lines import Line, read_metrics
 
 SAMPLES = 24
 """Signatures shown, evenly spaced over the held-out ones: a rule, not a choice."""
@@ -62,20 +62,11 @@ _TILES: tuple[tuple[str, str, str], ...] = (
 _STAGES = ("harvest", "tokenizer", "sft", "comparisons", "reward", "train", "evaluate")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """One step of a stage in metrics.jsonl."""
-
-    stage: str
-    step: int
-    metrics: Mapping[str, float]
-
-
 def write_report(run_dir: Path) -> Path:
     """Write ``report.html`` of a run, finished or not; returns its path.
 
     Raises:
-        DataError: the run has no metrics, or a line of them is damaged.
+        DataError: the run has no metrics, or a file that the page is made of is damaged.
     """
     lines = read_metrics(run_dir / "metrics.jsonl")
     summary = _json(run_dir / "summary.json") or _json(run_dir / "evaluation.json")
@@ -97,27 +88,6 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / "report.html"
     write_atomic(path, [page.encode()])
     return path
-
-
-def read_metrics(path: Path) -> list[Line]:
-    """All steps of all stages. A last line without its end is one being written, and left out.
-
-    Raises:
-        DataError: no line at all, or a damaged one.
-    """
-    text = _text(path)
-    found = []
-    for number, raw in enumerate(text.splitlines(keepends=True), 1):
-        if not raw.endswith("\n"):
-            break
-        try:
-            line = json.loads(raw)
-            found.append(Line(stage=line["stage"], step=line["step"], metrics=line["metrics"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}:{number}: not a line of metrics ({error!r})") from None
-    if not found:
-        raise DataError(f"{path}: no metrics yet; run a stage first")
-    return found
 
 
 # ------------------------------------------------------------------ parts of the page
@@ -197,8 +167,14 @@ def _stage_times(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _samples(path: Path) -> list[dict[str, Any]]:
-    """`SAMPLES` rows, evenly spaced."""
-    rows = [json.loads(line) for line in _text(path).splitlines()]
+    """`SAMPLES` rows, evenly spaced; half a row at the end is left out."""
+    lines, rows = _text(path).splitlines(), []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise DataError(f"{path}:{number}: damaged ({one_line(error)})") from None
     stride = max(1, math.ceil(len(rows) / SAMPLES))
     return rows[::stride]
 
@@ -216,9 +192,14 @@ def _versions() -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     text = _text(path)
-    found: dict[str, Any] = json.loads(text) if text else {}
+    try:
+        found = json.loads(text) if text else {}
+    except ValueError as error:
+        found = error
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: damaged; remove it, or write it again with `talipot evaluate`")
     return found
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf8") if path.exists() else ""
+    return path.read_text(encoding="utf8", errors="replace") if path.exists() else ""

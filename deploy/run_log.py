@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from common.errors import StorageError
 from deploy.ends import take_all
+from deploy.log_lines import cut_torn_end
 
 
 class RunLog:
@@ -22,6 +23,7 @@ class RunLog:
         self.run_dir = run_dir
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
+            cut_torn_end(run_dir / "metrics.jsonl")
             self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf8")
             self._board = SummaryWriter(str(run_dir / "tensorboard"))
         except OSError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,18 @@ from common.palm import PolicyNetwork
 from common.tokenizer import Tokenizer
 from common.weights import load_weights, torch_dtype
 from common.worker_config import threads_of
-from deploy.driver import controller_name
+from deploy.attach import cluster_at_work
+from deploy.driver import answer, controller_name
 from deploy.elastic import Scaled
 from deploy.evaluate import Judge, compare, sample_both
 from deploy.facts import Status
+from deploy.log_lines import read_lines
 from deploy.placement import NAMESPACE
 from deploy.preflight import explain
 from deploy.session import open_session
 from deploy.stages import say_fitting, start_pools
 from reward_service.scorers import FunctionScorer
 
-_ANSWER_S = 30.0
 _WORKERS_SHOWN = 32
 
 
@@ -87,12 +87,20 @@ def sample_run(config: RunConfig, texts: Sequence[str], sft: bool, seed: int) ->
 
 
 def status_of(config: RunConfig) -> dict[str, Any]:
-    """Live status from the run's controller, else the last lines of its log."""
-    controller = _controller(config)
-    if controller is None:
-        return {"running": False} | _logged(config.run_dir)
-    reference: ray.ObjectRef[Status] = controller.status.remote()
-    status = ray.get(reference, timeout=_ANSWER_S)
+    """Live status from the run's controller, else the last line of its log.
+
+    Raises:
+        ClusterError: the cluster that the run may be at work on does not answer.
+        WorkerError: its controller does not.
+    """
+    with cluster_at_work(config) as there:
+        controller = _controller(config) if there else None
+        if controller is not None:
+            return _live(answer(controller.status.remote(), config))
+    return {"running": False} | logged(config.run_dir)
+
+
+def _live(status: Status) -> dict[str, Any]:
     found = {
         "running": True,
         "iteration": f"{status.iteration}/{status.iterations}",
@@ -124,51 +132,48 @@ def scale_run(config: RunConfig, actors: int | None, replicas: int | None) -> li
     """
     if actors is None and replicas is None:
         raise ConfigError("give --actors, --reward-replicas or both")
-    controller = _controller(config)
-    if controller is None:
-        raise ClusterError(
-            f"{config.run_dir} is not running here; `talipot train --resume {config.run_dir}` "
-            "carries on with it, and --address names its cluster"
-        )
-    if not config.cluster.autoscales:
-        rollout: dict[str, Any] = {"actors": actors} if actors else {}
-        reward: dict[str, Any] = {"replicas": replicas} if replicas else {}
-        wanted = config.model_copy(
-            update={
-                "rollout": config.rollout.model_copy(update=rollout),
-                "reward_service": config.reward_service.model_copy(update=reward),
-            }
-        )
-        explain(wanted, ray.cluster_resources())  # type: ignore[no-untyped-call]
-    reference: ray.ObjectRef[list[Scaled]] = controller.scale.remote(actors, replicas)
-    return ray.get(reference, timeout=_ANSWER_S)
+    with cluster_at_work(config) as there:
+        controller = _controller(config) if there else None
+        if controller is None:
+            raise ClusterError(
+                f"{config.run_dir} is not running here; `talipot train --resume {config.run_dir}` "
+                "carries on with it, and --address names its cluster"
+            )
+        if not config.cluster.autoscales:
+            rollout: dict[str, Any] = {"actors": actors} if actors else {}
+            reward: dict[str, Any] = {"replicas": replicas} if replicas else {}
+            wanted = config.model_copy(
+                update={
+                    "rollout": config.rollout.model_copy(update=rollout),
+                    "reward_service": config.reward_service.model_copy(update=reward),
+                }
+            )
+            explain(wanted, ray.cluster_resources())
+        scaled: list[Scaled] = answer(controller.scale.remote(actors, replicas), config)
+        return scaled
 
 
 def _controller(config: RunConfig) -> Any:
-    """The run's controller, if it works on the cluster that is named or on this machine."""
+    """The run's controller, if it is at work on the cluster that was joined."""
     try:
-        ray.init(
-            address=config.cluster.address or "auto",
-            namespace=NAMESPACE,
-            ignore_reinit_error=True,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
         controller = ray.get_actor(controller_name(config), namespace=NAMESPACE)
-        outcome: ray.ObjectRef[Any] = controller.outcome.remote(0.0)
-        ended = ray.get(outcome, timeout=_ANSWER_S)
-    except (ConnectionError, ValueError, ray.exceptions.RayActorError, ray.exceptions.RayTaskError):
+        ended = answer(controller.outcome.remote(0.0), config)
+    except (ValueError, ray.exceptions.RayActorError, ray.exceptions.RayTaskError):
         return None  # none there, one that dies, or one that keeps what ended its run
     return controller if ended is None else None
 
 
-def _logged(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "metrics.jsonl"
-    if not path.exists():
-        return {"logged": "nothing yet"}
-    last = json.loads(path.read_text(encoding="utf8").splitlines()[-1])
+def logged(run_dir: Path) -> dict[str, Any]:
+    """How far a run came by its log, whole or torn."""
+    log = read_lines(run_dir / "metrics.jsonl")
+    note = {"damaged": log.damaged[-1]} if log.damaged else {}
+    if log.torn:
+        note["torn"] = "the log's last line has no end; the run goes on, or was killed at it"
+    if not log.lines:
+        return {"logged": "nothing yet"} | note
+    last = log.lines[-1]
     finished = (run_dir / "policy" / "policy.safetensors").exists()
-    return {"finished": finished, "stage": last["stage"], "step": last["step"], **last["metrics"]}
+    return {"finished": finished, "stage": last.stage, "step": last.step, **last.metrics} | note
 
 
 def _judge(target: str) -> Judge:

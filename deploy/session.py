@@ -14,9 +14,9 @@ from rich.console import Console
 from common.config import RunConfig
 from common.errors import StorageError
 from common.tokenizer import Tokenizer
+from deploy.attach import start_cluster
 from deploy.ends import at_the_end, take_all
 from deploy.gang import LearnerGang
-from deploy.placement import start_cluster
 from deploy.pool import Pool
 from deploy.preflight import explain
 from deploy.run_lock import RunLock
@@ -146,6 +146,6 @@ def open_session(config: RunConfig, console: Console, *, writer: str = "") -> It
     with at_the_end(session.close, *(() if joined else (ray.shutdown,))):
         url = start_cluster(session.config)
         if not session.config.cluster.autoscales:
-            explain(session.config, ray.cluster_resources())  # type: ignore[no-untyped-call]
+            explain(session.config, ray.cluster_resources())
         say(console, (f"run {session.run_dir} · dashboard {url or 'off'}", "dim"))
         yield session

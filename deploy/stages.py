@@ -321,3 +321,19 @@ def folder_of(run: str | Path) -> Path:
     if folder.is_symlink() or ".." in folder.parts:
         return folder.resolve()
     return folder.absolute()
+
+
+def recipe_of(folder: Path) -> Path:
+    """A run's own recipe. It holds every section, so what is empty or cut off shows.
+
+    Raises:
+        DataError: it is, by a writer that was killed or a disk that was full.
+    """
+    path = folder / "config.yaml"
+    text = path.read_text(encoding="utf8", errors="replace")
+    if not text.endswith("\n") or "\ncluster:" not in text:
+        raise DataError(
+            f"{path}: empty or cut off; put the run's recipe back (a checkpoint's state.json holds "
+            "it under 'config')"
+        )
+    return path

@@ -13,6 +13,7 @@ from typing import Any
 from actors.prompts import EncodedPrompt
 from common.config import RunConfig
 from common.data import Prompt, write_jsonl
+from common.files import write_atomic
 from deploy import stages
 from deploy.evaluate import (
     Sampled,
@@ -87,8 +88,7 @@ def run_quickstart(session: Session) -> dict[str, Any]:
         **{f"seconds_{name}": seconds for name, seconds in session.seconds.items()},
         "seconds_pipeline": time.perf_counter() - begin,
     }
-    path = session.run_dir / "summary.json"
-    path.write_text(json.dumps(summary, indent=1), encoding="utf8")
+    write_atomic(session.run_dir / "summary.json", [json.dumps(summary, indent=1).encode()])
     write_report(session.run_dir)
     return summary
 
@@ -201,5 +201,5 @@ def _write_samples(
         }
         for i, pair in enumerate(pairs)
     ]
-    path = session.run_dir / "samples.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
+    lines = (json.dumps(row).encode() + b"\n" for row in rows)
+    write_atomic(session.run_dir / "samples.jsonl", lines)

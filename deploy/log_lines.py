@@ -1,0 +1,81 @@
+"""Reading back what runs append to line by line, torn ends included.
+
+A run that is killed while it writes leaves half a line. Readers leave it out; the next writer cuts
+it off, so that its own first line does not become the other half.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import DataError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One step of a stage in metrics.jsonl."""
+
+    stage: str
+    step: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Log:
+    """What can be read of metrics.jsonl."""
+
+    lines: list[Line]
+    damaged: list[str]
+    """Lines that are none, each with its place and what is wrong."""
+    torn: bool
+    """The last line has no end: it is being written, or its writer was killed."""
+
+
+def read_lines(path: Path) -> Log:
+    """All steps of all stages; nothing where there is no file. Never raises for what it holds."""
+    raw = path.read_bytes() if path.exists() else b""
+    *whole, rest = raw.split(b"\n")
+    lines, damaged = [], []
+    for number, text in enumerate(whole, 1):
+        try:
+            lines.append(_line(text))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            damaged.append(f"{path}:{number}: not a line of metrics ({error!r})")
+    return Log(lines=lines, damaged=damaged, torn=bool(rest))
+
+
+def read_metrics(path: Path) -> list[Line]:
+    """All steps of all stages. A last line without its end is one being written, and left out.
+
+    Raises:
+        DataError: no line at all, or a damaged one.
+    """
+    log = read_lines(path)
+    if log.damaged:
+        raise DataError(f"{log.damaged[0]}; remove the line")
+    if not log.lines:
+        raise DataError(f"{path}: no metrics yet; run a stage first")
+    return log.lines
+
+
+def cut_torn_end(path: Path) -> None:
+    """Take half a line off the end of a file that lines are appended to. Raises OSError."""
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        raw = file.read()
+        end = raw.rfind(b"\n") + 1
+        if end < len(raw):
+            file.truncate(end)
+
+
+def _line(text: bytes) -> Line:
+    found = json.loads(text)
+    stage, step, metrics = found["stage"], found["step"], found["metrics"]
+    if not isinstance(stage, str) or not isinstance(step, int):
+        raise TypeError(f"stage {stage!r}, step {step!r}")
+    numbers = {str(name): float(value) for name, value in metrics.items()}
+    return Line(stage=stage, step=step, metrics=numbers)
