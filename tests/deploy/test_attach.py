@@ -226,7 +226,7 @@ def test_a_command_that_knocks_can_be_stopped(
 
 def test_a_controller_that_does_not_answer(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "_ANSWER_S", 0.2)
-    never = ray.remote(time.sleep).options(num_cpus=0).remote(30)
+    never = ray.remote(lambda: time.sleep(30)).options(num_cpus=0).remote()
     with pytest.raises(WorkerError, match="does not answer"):
         driver.answer(never, RunConfig())
     ray.cancel(never, force=True)
