@@ -402,11 +402,12 @@ class Collector:
         for lease in leases:
             if self.ledger.failed(lease) >= _TRIES:
                 ids = lease.rollout_ids
+                hint = "".join(p.hint for p in self._pools() if worker.startswith(f"{p.kind}-"))
                 raise WorkerError(
                     f"lease {lease.lease_id} (rollouts {ids[0]} to {ids[-1]}) cost {_TRIES} "
                     f"workers in a row, and would cost others; the last was {worker}, {how}. Raise "
                     "rollout.lease_deadline_s if it takes longer than that; lower rollout.cache_mb "
-                    "or reward_service.micro_batch_tokens if memory ran out"
+                    f"or reward_service.micro_batch_tokens if memory ran out{hint}"
                 )
 
     def _hand_back(self) -> None:

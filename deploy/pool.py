@@ -254,7 +254,8 @@ class Pool:
 
         Raises:
             WorkerError: too many failures.
-            ClusterError: no worker works, and one that was asked for has been given no place.
+            ConfigError: a worker cannot be made of this recipe.
+            ClusterError: it has not the memory; no worker works, and one that was asked for has been given no place.
         """
         now = time.monotonic()
         self._take_answers(now)
