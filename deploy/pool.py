@@ -255,7 +255,8 @@ class Pool:
         Raises:
             WorkerError: too many failures.
             ConfigError: a worker cannot be made of this recipe.
-            ClusterError: it has not the memory; no worker works, and one that was asked for has been given no place.
+            ClusterError: a worker has not the memory that it needs, or no worker works, and one
+                that was asked for has been given no place.
         """
         now = time.monotonic()
         self._take_answers(now)
