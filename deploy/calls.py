@@ -54,7 +54,10 @@ def result(ref: ray.ObjectRef[Any], pool: Pool, worker: str) -> Any:
     except ray.exceptions.RayError as error:
         words = last_words(error)
         cause = pool.lost(worker, "died", words)
-        raise WorkerLost(words, by_itself=cause == "died" and _NODE_DIED not in words) from None
+        # Of a process that ended Ray soon knows the death; of a node that is gone it may not yet.
+        unreachable = isinstance(error, ray.exceptions.ActorUnavailableError)
+        elsewhere = unreachable or _NODE_DIED in str(error)
+        raise WorkerLost(words, by_itself=cause == "died" and not elsewhere) from None
     pool.succeeded(worker)
     return found
 
