@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import ssl
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ import httpx
 
 from common.errors import ConfigError
 from common.files import one_line
+from reward_service.proxies import proxy_of
 from reward_service.scorers import ScoreRequest, ScoreResult
 
 
@@ -81,7 +83,8 @@ class HttpScorer:
     """Scores through an HTTP endpoint. Safe to call from one thread at a time."""
 
     def __init__(self, settings: HttpScorerSettings, *, seed: int = 0) -> None:
-        """Raises ConfigError for a bad URL, a token that is missing, or an impossible file."""
+        """Raises ConfigError for a bad URL, a token that is missing, an impossible file, and a
+        proxy or certificates of the environment's that cannot be used."""
         _require_url(settings.url)
         headers = {}
         if settings.token_env is not None:
@@ -93,6 +96,10 @@ class HttpScorer:
             headers=headers,
             timeout=settings.timeout_s,
             follow_redirects=False,
+            # The environment is read by us: httpx fails on proxies that this endpoint needs not.
+            trust_env=False,
+            proxy=proxy_of(httpx.URL(settings.url)),
+            verify=_certificates(settings.url),
             # httpx stops at 100 by itself; a request that waits there would time out unsent.
             limits=httpx.Limits(max_connections=settings.max_concurrency),
         )
@@ -247,6 +254,19 @@ def _require_url(text: str) -> None:
     if url.scheme not in ("http", "https") or not url.host:
         shown = " ".join(text.split())
         raise ConfigError(f"reward endpoint '{shown}': write it as http(s)://host/path")
+
+
+def _certificates(url: str) -> ssl.SSLContext | bool:
+    """Whom to believe: what the environment's SSL_CERT_FILE or SSL_CERT_DIR say, else certifi."""
+    if not url.lower().startswith("https:"):
+        return True
+    try:
+        return httpx.create_ssl_context(trust_env=True)
+    except OSError as error:
+        named = " or ".join(n for n in ("SSL_CERT_FILE", "SSL_CERT_DIR") if n in os.environ)
+        raise ConfigError(
+            f"reward endpoint: certificates of {named or 'certifi'} cannot be read: {error}"
+        ) from None
 
 
 def _token(variable: str) -> str:
