@@ -46,6 +46,7 @@ from common.config import RunConfig
 from common.errors import ClusterError
 from common.files import one_line
 from deploy.placement import NAMESPACE
+from talipot_first import strangers
 
 _KNOCK_S = 5.0
 _CLIENT = "ray://"
@@ -131,6 +132,8 @@ def _init(**options: Any) -> str:
     """Ray's own start; returns the dashboard's URL."""
     # Ray announces a change of a later version in every worker; it says nothing to our users.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if strangers():  # a worker's path starts with the driver's working folder
+        options["runtime_env"] = {"worker_process_setup_hook": "talipot_first.ours_first"}
     with _kept_signal_handlers():
         context = ray.init(
             namespace=NAMESPACE,

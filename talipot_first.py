@@ -1,0 +1,57 @@
+"""The command's entrance. Its name is nobody else's, and it makes sure that ours are found first.
+
+Talipot's folders have common names (``common``, ``actors``, ...). A user's module of such a name,
+on PYTHONPATH or in the working folder, comes before ours on Python's path; a finder for exactly
+these names comes before the path. Everything else, reward functions too, is found as ever.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+
+OURS = ("actors", "common", "deploy", "learner", "reward_service")
+ROOT = str(Path(__file__).resolve().parent)
+
+
+class OursFirst:
+    """A finder of our five folders, beside this file."""
+
+    @staticmethod
+    def find_spec(
+        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Where one of ours lies; None for every other name."""
+        return PathFinder.find_spec(name, [ROOT]) if name in OURS else None
+
+
+def ours_first() -> None:
+    """Put ours before everybody else's, in this process; Ray's workers call it at their start."""
+    if OursFirst not in sys.meta_path:
+        sys.meta_path.insert(0, OursFirst)
+
+
+def strangers() -> list[str]:
+    """Files or folders of other people's that workers would find instead of ours."""
+    path = [str(Path.cwd()), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    found = []
+    for name in OURS:
+        spec = PathFinder.find_spec(name, path)
+        places = (
+            [] if spec is None else [spec.origin or "", *(spec.submodule_search_locations or [])]
+        )
+        found += [p for p in places if p and not str(Path(p).resolve()).startswith(ROOT + os.sep)]
+    return found
+
+
+def main() -> None:
+    """Console entry point."""
+    ours_first()
+    sys.path.append(str(Path.cwd()))  # a judge may lie in the working folder, as for workers
+    from deploy.cli import main as command
+
+    command()

@@ -1,0 +1,101 @@
+"""Other people's modules of our names, in the working folder and on PYTHONPATH, change nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import talipot_first
+
+ROOT = Path(__file__).parents[2]
+NAMES = (*talipot_first.OURS, "tests")
+PROGRAM = """
+import sys
+sys.path.insert(0, {root!r})
+from talipot_first import ours_first
+sys.path.remove({root!r})
+ours_first()
+import json, ray
+from common.config import RunConfig
+from deploy.attach import cluster_of
+from learner.rank import LearnerRank
+
+def look(*_):
+    import actors.engine, common.config, my_reward, reward_service.service
+    return [common.config.__file__, actors.engine.__file__, my_reward.score()]
+
+class Worker:
+    ask = look
+
+with cluster_of(RunConfig.model_validate({{"cluster": {{"dashboard": False}}}})):
+    rank = ray.remote(LearnerRank).options(num_cpus=0).remote(0, 1, 1)
+    worker = ray.remote(Worker).options(num_cpus=0).remote()
+    ray.get(rank.__ray_ready__.remote())
+    print(json.dumps(ray.get(worker.ask.remote())))
+"""
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A folder with a module and a package of each name, and a reward function."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    for index, name in enumerate(NAMES):
+        raises = f"raise RuntimeError('theirs: {name}')\n"
+        if index % 2:
+            (folder / name).mkdir()
+            (folder / name / "__init__.py").write_text(raises, encoding="utf8")
+        else:
+            (folder / f"{name}.py").write_text(raises, encoding="utf8")
+    (folder / "my_reward.py").write_text("def score():\n    return 'mine'\n", encoding="utf8")
+    return folder
+
+
+def start(folder: Path, program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": "", "RAY_ADDRESS": "", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("on_path", [True, False])
+def test_the_command_finds_ours(hostile: Path, on_path: bool) -> None:
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import talipot_first; "
+        f"sys.path.remove({str(ROOT)!r}); sys.argv = ['talipot', 'config', 'seed=7']; "
+        "talipot_first.main()"
+    )
+    done = start(hostile, program, PYTHONPATH=str(hostile) if on_path else "")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "seed: 7\n" in done.stdout
+
+
+def test_workers_find_ours_and_the_users_reward(hostile: Path) -> None:
+    program = PROGRAM.format(root=str(ROOT))
+    done = start(hostile, program, PYTHONPATH=f"{hostile}{os.pathsep}{ROOT}")
+    assert done.returncode == 0, done.stderr
+    found = done.stdout.strip().splitlines()[-1]
+    assert f"{ROOT}/common/config.py" in found
+    assert f"{ROOT}/actors/engine.py" in found
+    assert "mine" in found
+
+
+def test_strangers_are_noticed(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.chdir(ROOT)
+    assert talipot_first.strangers() == []
+    monkeypatch.chdir(hostile)
+    found = talipot_first.strangers()
+    assert str(hostile / "actors.py") in found
+    assert any(place.startswith(str(hostile / "common")) for place in found)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PYTHONPATH", str(hostile))
+    assert str(hostile / "deploy.py") in talipot_first.strangers()
