@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -22,20 +23,17 @@ ours_first()
 import json, ray
 from common.config import RunConfig
 from deploy.attach import cluster_of
-from learner.rank import LearnerRank
+from reward_service.scorers import FunctionScorer, ScoreRequest
 
-def look(*_):
-    import actors.engine, common.config, my_reward, reward_service.service
-    return [common.config.__file__, actors.engine.__file__, my_reward.score()]
+def look():
+    import common.config, learner.gae
+    return [common.config.__file__, learner.gae.__file__]
 
-class Worker:
-    ask = look
-
+request = ScoreRequest(rollout_id="a", prompt_text="p", response_text="four")
 with cluster_of(RunConfig.model_validate({{"cluster": {{"dashboard": False}}}})):
-    rank = ray.remote(LearnerRank).options(num_cpus=0).remote(0, 1, 1)
-    worker = ray.remote(Worker).options(num_cpus=0).remote()
-    ray.get(rank.__ray_ready__.remote())
-    print(json.dumps(ray.get(worker.ask.remote())))
+    scorer = ray.remote(FunctionScorer).options(num_cpus=0).remote("my_reward:score")
+    (found,) = ray.get(scorer.score.remote([request]))
+    print(json.dumps([*ray.get(ray.remote(look).options(num_cpus=0).remote()), found.score]))
 """
 
 
@@ -51,7 +49,10 @@ def hostile(tmp_path: Path) -> Path:
             (folder / name / "__init__.py").write_text(raises, encoding="utf8")
         else:
             (folder / f"{name}.py").write_text(raises, encoding="utf8")
-    (folder / "my_reward.py").write_text("def score():\n    return 'mine'\n", encoding="utf8")
+    (folder / "my_reward.py").write_text(
+        "def score(prompts, responses):\n    return [float(len(r)) for r in responses]\n",
+        encoding="utf8",
+    )
     return folder
 
 
@@ -82,10 +83,8 @@ def test_workers_find_ours_and_the_users_reward(hostile: Path) -> None:
     program = PROGRAM.format(root=str(ROOT))
     done = start(hostile, program, PYTHONPATH=f"{hostile}{os.pathsep}{ROOT}")
     assert done.returncode == 0, done.stderr
-    found = done.stdout.strip().splitlines()[-1]
-    assert f"{ROOT}/common/config.py" in found
-    assert f"{ROOT}/actors/engine.py" in found
-    assert "mine" in found
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found == [f"{ROOT}/common/config.py", f"{ROOT}/learner/gae.py", 4.0]
 
 
 def test_strangers_are_noticed(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +95,6 @@ def test_strangers_are_noticed(hostile: Path, monkeypatch: pytest.MonkeyPatch) -
     found = talipot_first.strangers()
     assert str(hostile / "actors.py") in found
     assert any(place.startswith(str(hostile / "common")) for place in found)
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(hostile.parent)
     monkeypatch.setenv("PYTHONPATH", str(hostile))
     assert str(hostile / "deploy.py") in talipot_first.strangers()

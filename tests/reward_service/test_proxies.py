@@ -70,7 +70,7 @@ def test_which_hosts_need_none(host: str, no_proxy: str, needs_none: bool) -> No
         ("ALL_PROXY", "socks5://me:s3cret@proxy:1080", r"httpx\[socks\]"),
         ("all_proxy", "socks5h://me:s3cret@proxy:1080", r"httpx\[socks\]"),
         ("HTTP_PROXY", "ftp://me:s3cret@proxy", "no URL of http"),
-        ("http_proxy", "http://me:s3cret@[proxy", "not a URL"),
+        ("http_proxy", "http://me:s3cret@proxy:port", "not a URL"),
     ],
 )
 def test_a_proxy_that_cannot_be_used(
