@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -331,7 +332,8 @@ def recipe_of(folder: Path) -> Path:
     """
     path = folder / "config.yaml"
     text = path.read_text(encoding="utf8", errors="replace")
-    if not text.endswith("\n") or "\ncluster:" not in text:
+    sections = set(re.findall(r"^(\w+):", text, re.MULTILINE))
+    if not text.endswith("\n") or not sections >= {"name", "model", "data", "train", "cluster"}:
         raise DataError(
             f"{path}: empty or cut off; put the run's recipe back (a checkpoint's state.json holds "
             "it under 'config')"
