@@ -6,8 +6,8 @@ long one does not stall the others; samples of one prompt prefill it once. Where
 merged, each request is sampled with its own, side by side with others.
 
 `generate` runs a lease to its end, so that its result is a function of the lease and the weights
-alone: not of the actor it ran on, nor of what else is running (invariant I5). `submit`, `step` and
-`cancel` are the same loop, opened.
+alone: not of the actor it ran on, nor of what else is running (invariant I5). `submit` and `step`
+are the same loop, opened.
 """
 
 from __future__ import annotations
@@ -186,18 +186,6 @@ class Engine:
         text = self.stops.decode(made.response_ids)
         at = self._stop_at(made.response_ids) if made.finish_reason == "stop" else None
         return text[:at]
-
-    def cancel(self, rollout_id: str) -> bool:
-        """Forget a request, waiting or in work; False when it is not here."""
-        for job in self._queue:
-            if job.request.rollout_id == rollout_id:
-                self._queue.remove(job)
-                return True
-        for slot, request in enumerate(self._work.requests):
-            if request.rollout_id == rollout_id:
-                self._free([slot])
-                return True
-        return False
 
     def step(self) -> list[Generated]:
         """Advance every slot by a token, and prompts by a chunk; what has ended."""

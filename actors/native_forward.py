@@ -13,7 +13,6 @@ import ctypes
 import math
 import mmap
 import platform
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,9 +50,7 @@ class NativeForward:
         Raises:
             ClusterError: there is no C compiler, or it fails.
         """
-        begin = time.perf_counter()
         self._library = _library(compiled(config, dtype))
-        self.build_seconds = time.perf_counter() - begin
         self._config = config
         self._dtype = dtype
         self._packed_dtype = dtype if self._library.weight_bytes() == 2 else torch.float32

@@ -106,20 +106,6 @@ def sampling_logits(
     return logits
 
 
-def sampling_logprobs(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Log-probabilities ``[..., V]`` (fp32) of the distribution that tokens are drawn from."""
-    return sampling_logits(logits, sampling).log_softmax(dim=-1)
-
-
-def chosen_logprobs(logits: Tensor, chosen: Tensor, sampling: Sampling) -> Tensor:
-    """Log-probability (fp32 ``[..., R]``) of each chosen token (int64 ``[..., R]``).
-
-    The last axis counts the tokens of a response from its first.
-    """
-    positions = torch.arange(chosen.shape[-1], device=chosen.device)
-    return logprobs_at(logits, chosen, sampling, positions)
-
-
 def chosen_reader(
     chosen_BR: Tensor,
     sampling: Sampling,
@@ -127,7 +113,7 @@ def chosen_reader(
     *,
     unfiltered: bool = False,
 ) -> Callable[[Tensor, slice], Tensor]:
-    """`chosen_logprobs` for logits that come in pieces (`PolicyNetwork.forward`).
+    """`logprobs_at` for logits that come in pieces (`PolicyNetwork.forward`).
 
     `more` maps logits ``[n, V]`` to a second column ``[n]``; `unfiltered` adds a last one: the
     log-probabilities before the filter.

@@ -17,7 +17,6 @@ Shape suffixes: B sequences, T positions, D width, H query heads, K head width, 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -350,8 +349,3 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     total = sum(parameter.numel() for parameter in model.parameters())
     norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
     return ParameterCount(kernels=total - norms, total=total)
-
-
-def initial_loss(config: ModelConfig) -> float:
-    """Expected loss of a fresh model, ln V + 1/2: scaled logits are close to N(0, 1)."""
-    return math.log(config.vocab_size) + 0.5

@@ -60,19 +60,6 @@ def reward_parts(
     return Rewards(scores, -kl_coef * distances)
 
 
-def shape_rewards(
-    scores_B: Tensor,
-    logprobs_BR: Tensor,
-    ref_logprobs_BR: Tensor,
-    mask_BR: Tensor,
-    *,
-    kl_coef: float,
-) -> Tensor:
-    """Rewards ``[B, R]``: both of the `reward_parts` together. Raises as that does."""
-    parts = reward_parts(scores_B, logprobs_BR, ref_logprobs_BR, mask_BR, kl_coef=kl_coef)
-    return parts.total
-
-
 def apply_eos_trick(scores_B: Tensor, ended_B: Tensor, *, penalty: float) -> Tensor:
     """``min(score, mean + penalty std)`` for a response that never ended; the others stay.
 

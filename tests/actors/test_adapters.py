@@ -21,7 +21,7 @@ from actors.torch_forward import TorchForward
 from common.batching import sequence_batch
 from common.config import RunConfig
 from common.errors import ConfigError, TrainingError
-from common.logprobs import Sampling, chosen_logprobs
+from common.logprobs import Sampling
 from common.lora import OFF, adapter_tensors, base_fingerprint
 from common.model_config import ModelConfig
 from common.palm import PaLM
@@ -29,6 +29,7 @@ from common.recipe import load_config
 from common.trajectory import Rollout, RolloutRequest, from_table, to_table
 from common.weights import Manifest, Payload, load_weights, manifest_of
 from tests.actors.adapters import SETTINGS, carry, stir
+from tests.likelihoods import chosen_logprobs
 
 SHAPE = ModelConfig(vocab_size=53, dim=32, layers=2, heads=4, head_dim=8, context=64)
 ALL = (OFF, "one", "two")

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from actors.engine import Engine, Generated, Stops
 from actors.prompts import EncodedPrompt, evaluation_requests
 from common.batching import sequence_batch
-from common.logprobs import Sampling, chosen_logprobs
+from common.logprobs import Sampling
 from common.lora import OFF
 from common.model_config import ModelConfig
 from common.palm import PaLM
 from common.trajectory import RolloutRequest
 from tests.actors.adapters import carry
+from tests.likelihoods import chosen_logprobs
 
 SHAPE = ModelConfig(vocab_size=53, dim=32, layers=2, heads=4, head_dim=8, context=64)
 EOS = 1
@@ -247,34 +248,6 @@ def test_a_minimum_length_withholds_every_ending() -> None:
     for generated in found:
         if generated.finish_reason == "stop":
             assert made.text(generated) == letters(generated.response_ids)[:-1]
-
-
-def test_a_request_can_be_cancelled_waiting_or_in_work() -> None:
-    asked = requests([5, 6, 7, 8])
-    expected = ids(engine(Sampling()).generate(asked))
-    made = engine(Sampling(), slots=2)
-    made.submit(asked)
-    made.step()
-    assert made.cancel(asked[0].rollout_id), "in work"
-    assert made.cancel(asked[3].rollout_id), "waiting"
-    assert not made.cancel(asked[0].rollout_id), "gone"
-    found = {}
-    while not made.idle:
-        found |= {g.rollout_id: g.response_ids for g in made.step()}
-    assert found == {asked[1].rollout_id: expected[1], asked[2].rollout_id: expected[2]}
-
-
-def test_a_request_can_be_cancelled_in_the_middle_of_its_prompt() -> None:
-    asked = requests([4, 30, 5])
-    expected = ids(engine(Sampling()).generate(asked))
-    made = engine(Sampling(), prefill_tokens=8)
-    made.submit(asked)
-    made.step()
-    assert made._prefilling and made.cancel(asked[1].rollout_id)
-    found = {}
-    while not made.idle:
-        found |= {g.rollout_id: g.response_ids for g in made.step()}
-    assert found == {asked[0].rollout_id: expected[0], asked[2].rollout_id: expected[2]}
 
 
 def test_all_may_end_at_once_and_the_engine_goes_on() -> None:

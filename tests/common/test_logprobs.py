@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 
 from common.logprobs import (
     Sampling,
-    chosen_logprobs,
     chosen_reader,
     draw,
     sampling_logits,
-    sampling_logprobs,
     uniforms,
 )
+from tests.likelihoods import chosen_logprobs, sampling_logprobs
 
 LOGITS = st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=12)
 

@@ -11,16 +11,20 @@ from hypothesis import strategies as st
 
 from common.errors import ConfigError
 from common.recipe import load_config
-from learner.rewards import AdaptiveKL, FixedKL, apply_eos_trick, reward_parts, shape_rewards
+from learner.rewards import AdaptiveKL, FixedKL, apply_eos_trick, reward_parts
 from tests import reference
 from tests.learner.ragged import EXAMPLES, Ragged, raggeds, same, widen
+
+
+def whole_rewards(*tensors: torch.Tensor, kl_coef: float) -> torch.Tensor:
+    return reward_parts(*tensors, kl_coef=kl_coef).total
 
 
 @EXAMPLES
 @given(batch=raggeds(), kl_coef=st.floats(0.0, 1.0))
 def test_shaped_rewards_are_the_references(batch: Ragged, kl_coef: float) -> None:
     logprobs, ref_logprobs, scores = batch.numbers(), batch.numbers(), batch.per_row()
-    found = shape_rewards(scores, logprobs, ref_logprobs, batch.mask_BR, kl_coef=kl_coef)
+    found = whole_rewards(scores, logprobs, ref_logprobs, batch.mask_BR, kl_coef=kl_coef)
     lists = [x.tolist() for x in (scores, logprobs, ref_logprobs, batch.mask_BR)]
     same(found, reference.shape_rewards(*lists, kl_coef=kl_coef), batch.dtype)
 
@@ -28,7 +32,7 @@ def test_shaped_rewards_are_the_references(batch: Ragged, kl_coef: float) -> Non
 def test_the_score_is_on_the_last_response_token_not_on_the_first_padding() -> None:
     mask = torch.arange(4)[None] < torch.tensor([[1], [2], [4]])
     zero = torch.zeros(3, 4)
-    found = shape_rewards(torch.tensor([5.0, 6.0, 7.0]), zero, zero, mask, kl_coef=0.1)
+    found = whole_rewards(torch.tensor([5.0, 6.0, 7.0]), zero, zero, mask, kl_coef=0.1)
     assert found.tolist() == [[5.0, 0.0, 0.0, 0.0], [0.0, 6.0, 0.0, 0.0], [0.0, 0.0, 0.0, 7.0]]
 
 
@@ -36,7 +40,7 @@ def test_drifting_from_the_reference_costs_and_coming_back_pays() -> None:
     mask = torch.tensor([[True, True, True, False]])
     logprobs = torch.tensor([[-1.0, -2.0, -1.0, -9.0]])
     ref_logprobs = torch.tensor([[-2.0, -1.0, -1.0, -1.0]])
-    found = shape_rewards(torch.tensor([3.0]), logprobs, ref_logprobs, mask, kl_coef=0.5)
+    found = whole_rewards(torch.tensor([3.0]), logprobs, ref_logprobs, mask, kl_coef=0.5)
     assert found.tolist() == [[-0.5, 0.5, 3.0, 0.0]]
 
 
@@ -55,8 +59,8 @@ def test_the_parts_are_what_the_whole_is_without_the_other(batch: Ragged) -> Non
 @given(batch=raggeds(dtype=torch.float64), columns=st.integers(1, 3))
 def test_padding_columns_hold_no_reward(batch: Ragged, columns: int) -> None:
     scores, tensors = batch.per_row(), [batch.numbers(), batch.numbers(), batch.mask_BR]
-    narrow = shape_rewards(scores, *tensors, kl_coef=0.1)
-    wide = shape_rewards(scores, *(widen(x, columns) for x in tensors), kl_coef=0.1)
+    narrow = whole_rewards(scores, *tensors, kl_coef=0.1)
+    wide = whole_rewards(scores, *(widen(x, columns) for x in tensors), kl_coef=0.1)
     assert torch.equal(wide[:, : narrow.shape[1]], narrow)
     assert not wide[~widen(batch.mask_BR, columns)].any()
 
@@ -65,18 +69,18 @@ def test_a_row_without_a_response_token_is_refused() -> None:
     mask = torch.tensor([[True, False], [False, False]])
     zero = torch.zeros(2, 2)
     with pytest.raises(ValueError, match="no response token"):
-        shape_rewards(torch.ones(2), zero, zero, mask, kl_coef=0.1)
+        whole_rewards(torch.ones(2), zero, zero, mask, kl_coef=0.1)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_rewards_that_are_not_finite_are_refused_by_row(bad: float) -> None:
     mask, zero = torch.ones(3, 2, dtype=torch.bool), torch.zeros(3, 2)
     with pytest.raises(ValueError, match="row 1 has a score"):
-        shape_rewards(torch.tensor([1.0, bad, 1.0]), zero, zero, mask, kl_coef=0.1)
+        whole_rewards(torch.tensor([1.0, bad, 1.0]), zero, zero, mask, kl_coef=0.1)
     broken = zero.clone()
     broken[2, 0] = bad
     with pytest.raises(ValueError, match="row 2 has a score"):
-        shape_rewards(torch.ones(3), broken, zero, mask, kl_coef=0.1)
+        whole_rewards(torch.ones(3), broken, zero, mask, kl_coef=0.1)
 
 
 def test_the_eos_trick_is_by_hand() -> None:
