@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from common.config import RunConfig, TrainConfig
-from common.logprobs import Sampling, chosen_logprobs
+from common.logprobs import Sampling
 from learner.ppo import (
     PolicyLoss,
     entropy,
@@ -25,6 +25,7 @@ from learner.ppo import (
 )
 from tests import reference
 from tests.learner.ragged import EXAMPLES, Ragged, raggeds, same, widen
+from tests.likelihoods import chosen_logprobs
 
 CLIPS = st.floats(0.05, 0.4)
 
