@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 OUT ?= build
 SEED ?= 0
 
-.PHONY: run test check bench chaos soak results clean help
+.PHONY: run test test-fast check bench chaos soak results clean help
 
 help:            ## Show the targets.
-	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 run: $(VENV)/.installed   ## Install into .venv and run the quickstart.
 	@$(BIN)/talipot quickstart
@@ -17,6 +17,9 @@ run: $(VENV)/.installed   ## Install into .venv and run the quickstart.
 test: check   ## Install, check, and run all tests with coverage.
 	@rm -f .coverage .coverage.*
 	@COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml $(BIN)/python -m pytest --cov --cov-report=term
+
+test-fast: check   ## Install, check, and run the tests that need no cluster (some minutes).
+	@$(BIN)/python -m pytest -m "not chaos and not slow"
 
 check: $(VENV)/.tested   ## Lint, format and type checks.
 	@$(BIN)/ruff check .
