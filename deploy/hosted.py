@@ -3,6 +3,8 @@
 Of what a constructor raises Ray keeps the text alone, as the reason of a death, and a pool replaces
 what died. A refusal that each successor would repeat (a function that cannot be imported, memory
 that is not there) is kept instead, and `whereabouts` raises it where the pool can tell what it is.
+
+The classes keep their names: Ray's dashboard and the titles of processes show them.
 """
 
 from __future__ import annotations
@@ -12,9 +14,9 @@ from typing import Any
 
 import ray
 
-from actors.rollout_actor import RolloutActor
+from actors import rollout_actor
 from common.errors import ClusterError, ConfigError
-from reward_service.service import RewardWorker
+from reward_service import service
 
 
 class Hosted:
@@ -29,11 +31,11 @@ class Hosted:
             self.refusal = error
 
 
-class HostedRolloutActor(Hosted, RolloutActor):
+class RolloutActor(Hosted, rollout_actor.RolloutActor):
     """A rollout actor in its own process."""
 
 
-class HostedRewardWorker(Hosted, RewardWorker):
+class RewardWorker(Hosted, service.RewardWorker):
     """A reward worker in its own process."""
 
 

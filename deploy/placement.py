@@ -21,7 +21,7 @@ from common.config import RunConfig
 from common.logprobs import sampling_of
 from common.tokenizer import Tokenizer
 from common.worker_config import threads_of
-from deploy.hosted import HostedRewardWorker, HostedRolloutActor
+from deploy.hosted import RewardWorker, RolloutActor
 from deploy.pool import MakeWorker, Pool, Surroundings
 
 NAMESPACE = "talipot"
@@ -41,7 +41,7 @@ def rollout_pool(
 
     def make(name: str) -> Any:
         return (
-            ray.remote(HostedRolloutActor)
+            ray.remote(RolloutActor)
             .options(name=f"{run}:{name}", **options)
             .remote(
                 name,
@@ -72,7 +72,7 @@ def reward_pool(
 
     def make(name: str) -> Any:
         return (
-            ray.remote(HostedRewardWorker)
+            ray.remote(RewardWorker)
             .options(name=f"{run}:{name}", **options)
             .remote(
                 settings,
