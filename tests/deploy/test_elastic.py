@@ -301,7 +301,8 @@ def test_what_staleness_leaves_alone_is_dropped_too(rig: Callable[..., Rig]) -> 
 
 def test_calls_of_a_history_rolled_back_twice_are_thrown_away(rig: Callable[..., Rig]) -> None:
     """Their version fits the second history again, which it never was part of."""
-    here = rig(2, seconds_per_token=0.05)
+    here = rig(2, seconds_per_token=0.1)
+    here.pump_until(lambda: len(here.working()) == 2)
     requests = here.prompts.requests(3, 16, 1)
     here.publish(3)
     here.ledger.issue(3, requests, LEASE)

@@ -79,17 +79,17 @@ def rig(cluster: None) -> Iterator[Callable[..., Rig]]:
 
 
 @pytest.mark.parametrize(
-    ("actor", "cause", "says"),
+    ("actor", "deadline_s", "cause", "says"),
     [
-        (Hangs, "hung", r"no answer within 0\.6 s \(rollout\.lease_deadline_s\)"),
-        (Dies, "died", r"died: .*rollout\.lease_deadline_s"),
+        (Hangs, 3.0, "hung", r"no answer within 3 s \(rollout\.lease_deadline_s\)"),
+        (Dies, 60.0, "died", r"died: .*rollout\.lease_deadline_s"),
     ],
 )
 def test_the_third_worker_that_a_lease_costs_ends_the_run(
-    rig: Callable[..., Rig], actor: type, cause: str, says: str
+    rig: Callable[..., Rig], actor: type, deadline_s: float, cause: str, says: str
 ) -> None:
     """And never a lease that waited behind it."""
-    here = rig(3, actor=actor, deadline_s=0.6)
+    here = rig(3, actor=actor, deadline_s=deadline_s)
     here.issue(0, 8 * LEASE)
     blamed: set[str] = set()
     with pytest.raises(WorkerError, match=f"{OF_LEASE_1}.*{says}"):
@@ -140,17 +140,17 @@ def test_weights_that_are_lost_are_asked_for_once_and_not_for_ever(rig: Callable
 
 
 @pytest.mark.parametrize(
-    ("scorer", "says"),
+    ("scorer", "deadline_s", "says"),
     [
-        (HangsAtScoring, r"no answer within 1 s \(rollout\.lease_deadline_s\)"),
-        (DiesAtScoring, r"died: "),
+        (HangsAtScoring, 3.0, r"no answer within 3 s \(rollout\.lease_deadline_s\)"),
+        (DiesAtScoring, 60.0, r"died: "),
     ],
 )
 def test_the_third_reward_worker_that_a_table_costs_ends_the_run(
-    rig: Callable[..., Rig], scorer: type, says: str
+    rig: Callable[..., Rig], scorer: type, deadline_s: float, says: str
 ) -> None:
     """Named alone, though it was first scored together with others, which are scored without it."""
-    here = rig(1, scorers=3, scorer=scorer, deadline_s=1.0)
+    here = rig(1, scorers=3, scorer=scorer, deadline_s=deadline_s)
     here.pump_until(lambda: len(here.scorers.able(1)) == 3)
     queue(here, 0, 8)
     here.collector._dispatch()
