@@ -1,13 +1,27 @@
-"""Reads `talipot ...` command lines with the real command line's own parser."""
+"""`talipot ...` command lines, read by the real command line's own parser; what they end with."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import typer.main
 
 from deploy.cli import app
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a command ended and what it showed."""
+
+    code: int
+    error: str
+    out: str
+
+
+Run = Callable[..., Outcome]
 
 
 def parse(command: str) -> tuple[str, dict[str, Any]]:

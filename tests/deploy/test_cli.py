@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +22,11 @@ import yaml
 from common.config import RunConfig
 from common.errors import ClusterError
 from deploy import checkpoints
-from deploy.cli import main
 from learner.rank import LearnerRank
 from tests.conftest import run_copy
+from tests.deploy.commands import Outcome, Run
 
 pytestmark = pytest.mark.usefixtures("cluster")
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    code: int
-    error: str
-    out: str
-
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command line in this process."""
-
-    def call(*arguments: str) -> Outcome:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main(arguments)
-        shown = capsys.readouterr()
-        code = ended.value.code
-        assert isinstance(code, int)
-        return Outcome(code, shown.err, shown.out)
-
-    return call
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,19 +19,6 @@ from deploy.pool import Surroundings
 from tests.deploy.simulated import LEASE, Rig, is_running
 
 pytestmark = pytest.mark.usefixtures("cluster")
-
-
-@pytest.fixture
-def rig() -> Iterator[Callable[..., Rig]]:
-    made: list[Rig] = []
-
-    def make(size: int, **settings: Any) -> Rig:
-        made.append(Rig(size, **settings))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.pool.stop()
 
 
 def test_scaling_live_loses_nothing_and_throughput_follows(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -63,19 +63,6 @@ class DiesAtScoring(SleepingScorer):
     def score(self, *tables: pa.Table) -> Any:
         strike(pa.concat_tables(tables), "dies")
         return super().score(*tables)
-
-
-@pytest.fixture
-def rig(cluster: None) -> Iterator[Callable[..., Rig]]:
-    made: list[Rig] = []
-
-    def make(size: int, **settings: Any) -> Rig:
-        made.append(Rig(size, **settings))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.stop()
 
 
 @pytest.mark.parametrize(

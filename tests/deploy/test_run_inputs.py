@@ -26,9 +26,8 @@ from deploy.run_lock import writing
 from deploy.run_paths import anchored
 from deploy.session import Session
 from tests.conftest import make_workspace
-from tests.deploy.test_cli import Run, refused, run
-
-__all__ = ["run"]
+from tests.deploy.commands import Run
+from tests.deploy.test_cli import refused
 
 
 def session_of(config: RunConfig) -> Session:

@@ -17,13 +17,11 @@ from deploy.facts import Status
 from deploy.gang import LearnerGang
 from deploy.placement import reward_pool, rollout_pool
 from tests.conftest import run_copy
-from tests.deploy.test_cli import Outcome, refused, run
+from tests.deploy.commands import Run
+from tests.deploy.test_cli import refused
 from tests.deploy.test_controller import prompts_of
 
 pytestmark = pytest.mark.usefixtures("cluster")
-
-Run = Callable[..., Outcome]
-__all__ = ["run"]  # a fixture
 
 
 @pytest.fixture(scope="module")

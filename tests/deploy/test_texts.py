@@ -8,8 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,36 +17,11 @@ from rich.console import Console
 from common.config import RunConfig
 from common.recipe import load_config, save_config
 from deploy import checkpoints
-from deploy.cli import main
 from deploy.screen import make_console, progress_bar, say, show
 from tests.conftest import run_copy
+from tests.deploy.commands import Outcome, Run
 
 ROOT = Path(__file__).parents[2]
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    code: int
-    error: str
-    out: str
-
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command line in this process."""
-
-    def call(*arguments: str) -> Outcome:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main(arguments)
-        shown = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return Outcome(ended.value.code, shown.err, shown.out)
-
-    return call
 
 
 def place(config: RunConfig, folder: Path) -> Path:

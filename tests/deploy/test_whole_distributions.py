@@ -13,11 +13,12 @@ from actors.engine import Engine
 from common.logprobs import Sampling
 from common.model_config import ModelConfig
 from common.palm import PaLM, PolicyNetwork
-from common.trajectory import Rollout, ScoredTrajectory, extend, from_table, to_table
+from common.trajectory import ScoredTrajectory
 from common.weights import load_weights, save_weights
 from deploy.evaluate import Sampled, _sampled
-from reward_service.models import ReferencePolicy, frozen_pass
+from reward_service.models import ReferencePolicy
 from tests.actors.test_engine import requests
+from tests.sampled import sampled_trajectories
 
 SHAPE = ModelConfig(vocab_size=53, dim=32, layers=2, heads=4, head_dim=8, context=64)
 EOS = 1
@@ -65,34 +66,7 @@ def sampled(
         kernels=kernels,  # type: ignore[arg-type]
     )
     asked = requests([3, 9, 1, 17, 5, 2], seed=3, copies=3)
-    rollouts = [
-        extend(
-            request,
-            Rollout,
-            response_ids=made.response_ids,
-            response_text="",
-            behavior_logprobs=made.logprobs,
-            unfiltered_logprobs=made.unfiltered,
-            finish_reason=made.finish_reason,
-            policy_version=0,
-            weights_fingerprint="",
-            actor_id="",
-        )
-        for request, made in zip(asked, engine.generate(asked), strict=True)
-    ]
-    rollouts = from_table(to_table(rollouts, Rollout), Rollout)
-    _, logprobs = frozen_pass(rollouts, 500, None, ReferencePolicy(SHAPE, reference, sampling))
-    rows = [
-        extend(
-            rollout,
-            ScoredTrajectory,
-            score=0.0,
-            score_components={},
-            ref_logprobs=row,
-            reward_version=0,
-        )
-        for rollout, row in zip(rollouts, logprobs, strict=True)
-    ]
+    rows = sampled_trajectories(engine, asked, ReferencePolicy(SHAPE, reference, sampling))
     return rows, _sampled(rows)
 
 

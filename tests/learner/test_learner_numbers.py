@@ -13,12 +13,13 @@ from actors.engine import Engine
 from common.config import RunConfig
 from common.logprobs import sampling_of
 from common.palm import PaLM
-from common.trajectory import Rollout, ScoredTrajectory, extend, to_table
+from common.trajectory import ScoredTrajectory, to_table
 from common.weights import load_weights
 from deploy.gang import LearnerGang
-from reward_service.models import ReferencePolicy, frozen_pass
+from reward_service.models import ReferencePolicy
 from tests.actors.test_engine import requests
 from tests.conftest import run_copy
+from tests.sampled import sampled_trajectories
 
 pytestmark = pytest.mark.usefixtures("cluster")
 EOS = 1
@@ -44,34 +45,8 @@ def batch(config: RunConfig, scores: list[float], away: float = 0.0) -> pa.Table
     sampling = sampling_of(config.rollout, EOS)
     engine = Engine(palm.eval().requires_grad_(False), eos_id=EOS, sampling=sampling, max_tokens=8)
     asked = requests([3, 9, 1, 17, 5, 2, 8, 4], copies=2)
-    rollouts = [
-        extend(
-            request,
-            Rollout,
-            response_ids=made.response_ids,
-            response_text="",
-            behavior_logprobs=[x + away for x in made.logprobs],
-            unfiltered_logprobs=made.unfiltered,
-            finish_reason=made.finish_reason,
-            policy_version=0,
-            weights_fingerprint="",
-            actor_id="",
-        )
-        for request, made in zip(asked, engine.generate(asked), strict=True)
-    ]
     reference = ReferencePolicy(config.model, path, sampling)
-    _, logprobs = frozen_pass(rollouts, 500, None, reference)
-    made = [
-        extend(
-            rollout,
-            ScoredTrajectory,
-            score=scores[i % len(scores)],
-            score_components={},
-            ref_logprobs=logprobs[i],
-            reward_version=0,
-        )
-        for i, rollout in enumerate(rollouts)
-    ]
+    made = sampled_trajectories(engine, asked, reference, scores, away)
     return to_table(made, ScoredTrajectory)
 
 
