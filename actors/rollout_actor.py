@@ -19,24 +19,18 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 
-from actors.decoder import slots_within
-from actors.engine import Engine, Stops
+from actors.generation.decoder import slots_within
+from actors.generation.engine import Engine, Stops
+from common.config.model import LoraConfig, ModelConfig
+from common.config.workers import RolloutConfig
+from common.data.tokenizer import Tokenizer
 from common.logprobs import sampling_of
-from common.lora import OFF, adapter_tensors, add_adapter, base_fingerprint
-from common.model_config import LoraConfig, ModelConfig
+from common.models.lora import OFF, adapter_tensors, add_adapter, base_fingerprint
+from common.models.palm import PaLM
+from common.models.weight_files import load_weights
 from common.out_of_memory import memory_for
-from common.palm import PaLM
-from common.tokenizer import Tokenizer
-from common.trajectory import Rollout, RolloutRequest, extend, from_table, to_table
-from common.weights import (
-    CorruptSliceError,
-    FlatBuffer,
-    Manifest,
-    Payload,
-    load_weights,
-    torch_dtype,
-)
-from common.worker_config import RolloutConfig
+from common.wire.trajectory import Rollout, RolloutRequest, extend, from_table, to_table
+from common.wire.weights import CorruptSliceError, FlatBuffer, Manifest, Payload, torch_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

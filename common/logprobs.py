@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.worker_config import RolloutConfig
+from common.config.workers import RolloutConfig
 
 _BLOCK = 64
 """Tokens summed as one in the first of the two searches of `draw`."""

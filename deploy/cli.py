@@ -20,10 +20,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from common.config import RunConfig
-from common.effects import require_evaluated
+from common.config.effects import require_evaluated
+from common.config.recipe import load_config
+from common.config.run import RunConfig
 from common.errors import ClusterError, ConfigError, StorageError, TalipotError, WorkerError
-from common.recipe import load_config
 from deploy.screen import degrade_unprintable, make_console, say, show
 
 app = typer.Typer(
@@ -51,9 +51,9 @@ def quickstart(
     overrides: Overrides = None, config: ConfigOption = "quickstart", address: AddressOption = None
 ) -> None:
     """Run the whole pipeline on data from this Python environment; takes some minutes."""
-    from deploy.preflight import require_trainable
     from deploy.quickstart.pipeline import run_quickstart
-    from deploy.session import open_session
+    from deploy.stages.session import open_session
+    from deploy.workers.preflight import require_trainable
 
     resolved = _load(config, overrides, address)
     require_trainable(resolved)
@@ -100,7 +100,7 @@ def train(
 @app.command()
 def replay(run: RunArgument, address: AddressOption = None) -> None:
     """Train again on a finished run's trajectory log; the weights must come out the same."""
-    from deploy.replay import replay_run
+    from deploy.stages.replay import replay_run
 
     _print_numbers("replay", replay_run(_of_run(run, None, address), console))
 
@@ -108,7 +108,7 @@ def replay(run: RunArgument, address: AddressOption = None) -> None:
 @app.command()
 def evaluate(run: RunArgument, overrides: Overrides = None, address: AddressOption = None) -> None:
     """Compare a run's trained policy with its supervised one on held-out prompts."""
-    from deploy.run_tools import evaluate_run
+    from deploy.commands import evaluate_run
 
     require_evaluated(overrides or [])
     config = _of_run(run, overrides, address)
@@ -123,7 +123,7 @@ def sample(
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
 ) -> None:
     """Sample a run's policy in this process; no cluster needed."""
-    from deploy.run_tools import sample_run
+    from deploy.commands import sample_run
 
     for text, answer in zip(
         prompt, sample_run(_of_run(run, None, None), prompt, sft, seed), strict=True
@@ -135,7 +135,7 @@ def sample(
 @app.command()
 def status(run: RunArgument, address: AddressOption = None) -> None:
     """Show how far a run is: live when it is running, else from its log."""
-    from deploy.run_tools import logged, status_of
+    from deploy.commands import logged, status_of
 
     config = _of_run(run, None, address)
     try:
@@ -154,7 +154,7 @@ def scale(
     address: AddressOption = None,
 ) -> None:
     """Change the number of workers of a run while it runs; returns at once."""
-    from deploy.run_tools import scale_run
+    from deploy.commands import scale_run
 
     for change in scale_run(_of_run(run, None, address), actors, reward_replicas):
         say(console, f"{change.kind} workers: {change.was} -> {change.will_be}")
@@ -163,8 +163,8 @@ def scale(
 @app.command()
 def report(run: RunArgument) -> None:
     """Write a run's report.html."""
-    from deploy.report import write_report
-    from deploy.stages import folder_of
+    from deploy.evaluation.report import write_report
+    from deploy.run_folder.folder import folder_of
 
     say(console, f"report: {write_report(folder_of(run))}")
 
@@ -176,8 +176,8 @@ def preflight(
     """Explain what a recipe needs against what the cluster has."""
     import ray
 
-    from deploy.attach import cluster_of
-    from deploy.preflight import explain, require_trainable
+    from deploy.workers.attach import cluster_of
+    from deploy.workers.preflight import explain, require_trainable
 
     resolved = _load(config, overrides, address)
     require_trainable(resolved)
@@ -190,7 +190,7 @@ def preflight(
 @app.command("config")
 def show_config(overrides: Overrides = None, config: ConfigOption = None) -> None:
     """Print a recipe with every default filled in."""
-    from common.recipe import dump_config
+    from common.config.recipe import dump_config
 
     show(console, dump_config(_load(config, overrides, None)).rstrip("\n"))
 
@@ -241,28 +241,28 @@ def _run(arguments: Sequence[str] | None) -> None:
 
 def _stage(name: str, config: RunConfig, stop_after: int | None = None) -> None:
     """One stage of a run, in a session of its own."""
-    from deploy import stages
-    from deploy.preflight import require_trainable
-    from deploy.session import open_session
+    from deploy.stages import policy, preparation, supervised
+    from deploy.stages.session import open_session
+    from deploy.workers.preflight import require_trainable
 
     # A recipe that is refused leaves the run's own in place: a stage writes it down once accepted.
     if name == "train":
         require_trainable(config)
-        if stages.resumable(config)[1] is not None:
-            say(console, stages.finished(config))
+        if policy.resumable(config)[1] is not None:
+            say(console, policy.finished(config))
             return
     # Whoever trains may find the run at work, and then attaches to it and writes nothing.
     with open_session(config, console, writer="" if name == "train" else name) as session:
         with session.stage("tokenizer", "tokenizer"):
-            resolved = stages.prepare_tokenizer(session, session.config)
+            resolved = preparation.prepare_tokenizer(session, session.config)
         with session.stage(name, name):
             found: dict[str, Any]
             if name == "sft":
-                found = stages.run_sft(session, resolved)
+                found = supervised.run_sft(session, resolved)
             elif name == "reward":
-                found = stages.run_reward(session, resolved)
+                found = supervised.run_reward(session, resolved)
             else:
-                found = stages.run_train(session, resolved, stop_after=stop_after)
+                found = policy.run_train(session, resolved, stop_after=stop_after)
     _print_numbers(f"{resolved.run_dir}: {name}", found)
 
 
@@ -277,8 +277,8 @@ def _load(config: str | None, overrides: list[str] | None, address: str | None) 
 
 def _of_run(run: Path, overrides: list[str] | None, address: str | None) -> RunConfig:
     """The recipe of a run's folder, wherever that lies now and whatever it is called."""
-    from deploy.run_paths import anchored, rebased
-    from deploy.stages import folder_of, recipe_of
+    from deploy.run_folder.folder import folder_of, recipe_of
+    from deploy.run_folder.paths import anchored, rebased
 
     folder = folder_of(run)
     path, here = recipe_of(folder), {"output": str(folder.parent), "name": folder.name}

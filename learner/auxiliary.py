@@ -1,8 +1,8 @@
 """The auxiliary phase of phasic policy gradient (Cobbe 2020, algorithm 1) on ZeRO.
 
-Per epoch over the whole memory: the joint loss of `learner.ppg` on the policy network, and the
-value loss on the value network. V_targ are those of the policy
-phase; pi_old is a frozen copy of the policy as it is when the phase starts.
+Per epoch over the whole memory: the joint loss of `learner.algorithms.ppg` on the policy network,
+and the value loss on the value network. V_targ are those of the policy phase; pi_old is a frozen
+copy of the policy as it is when the phase starts.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
-from common.config import PpgConfig
+from common.config.model import ModelConfig
+from common.config.stages import PpgConfig
 from common.errors import TrainingError
-from common.lora import adapter_tensors, drop_adapter, snapshot_adapter
 from common.metrics import Metrics, mean, require_finite
-from common.model_config import ModelConfig
-from common.palm import PolicyNetwork, compute_in
-from learner import ppg
-from learner.engine import ZeroEngine, all_sum
-from learner.memory import AuxiliaryMemory
-from learner.shards import Shards
+from common.models.lora import adapter_tensors, drop_adapter, snapshot_adapter
+from common.models.networks import PolicyNetwork, compute_in
+from learner.algorithms import ppg
+from learner.batch.memory import AuxiliaryMemory
+from learner.batch.shards import Shards
+from learner.zero.engine import ZeroEngine, all_sum
 
 Policy = Callable[..., tuple[Any, Any]]
 _OLD = "old"

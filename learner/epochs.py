@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.config import TrainConfig
+from common.config.stages import TrainConfig
 from common.logprobs import Sampling, chosen_reader
 from common.metrics import Metrics, mean, require_finite
-from learner import ppo
-from learner.engine import ZeroEngine, all_sum
-from learner.experience import Sequences
-from learner.shards import MicroBatch, Shards
+from learner.algorithms import ppo
+from learner.batch.experience import Sequences
+from learner.batch.shards import MicroBatch, Shards
+from learner.zero.engine import ZeroEngine, all_sum
 
 SHARED_VALUE_COEF = 0.1
 """Weight of the value loss, in units of values, when one network does both (Stiennon 2020,

@@ -1,7 +1,7 @@
 """The learner: the policy phase of PPO and the auxiliary phase of PPG, on ZeRO.
 
 `policy_phase` and `auxiliary_phase` read as the papers' algorithm boxes. Both run on every rank
-with the same whole batch; each rank computes its share of the rows (`learner.shards`).
+with the same whole batch; each rank computes its share of the rows (`learner.batch.shards`).
 
 Shape suffixes: N rows of the whole batch, B rows of a micro-batch, T positions, R response
 positions.
@@ -17,11 +17,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from common.adapter_files import load_scalar
-from common.config import RunConfig
+from common.config.run import RunConfig
 from common.errors import CheckpointError
 from common.logprobs import chosen_reader, sampling_of
-from common.lora import (
+from common.metrics import Metrics, mean
+from common.models.adapter_files import load_scalar
+from common.models.lora import (
     adapter_tensors,
     base_fingerprint,
     freeze_base,
@@ -29,19 +30,20 @@ from common.lora import (
     share_base,
     train_adapter,
 )
-from common.metrics import Metrics, mean
-from common.palm import PolicyNetwork, ScalarNetwork
-from common.trajectory import derive_seed
-from common.weights import Payload, load_weights, torch_dtype
-from learner import advantages, gae, ppo, rewards, saved
+from common.models.networks import PolicyNetwork, ScalarNetwork
+from common.models.weight_files import load_weights
+from common.wire.trajectory import derive_seed
+from common.wire.weights import Payload, torch_dtype
+from learner.algorithms import advantages, gae, ppo, rewards
+from learner.algorithms.schedule import linear_to_zero
 from learner.auxiliary import joint_epochs
-from learner.engine import ZeroEngine, rank
+from learner.batch.experience import Experience, experience
+from learner.batch.memory import AuxiliaryMemory
+from learner.batch.shards import MicroBatch, Shards
 from learner.epochs import Targets, policy_epochs, value_epochs
-from learner.experience import Experience, experience
-from learner.memory import AuxiliaryMemory
-from learner.publisher import Publication, publisher
-from learner.schedule import linear_to_zero
-from learner.shards import MicroBatch, Shards
+from learner.zero import state_files
+from learner.zero.engine import ZeroEngine, rank
+from learner.zero.publisher import Publication, publisher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -349,9 +351,9 @@ class Learner:
 
     def save(self, folder: Path) -> None:
         """Write both engines (a collective) and the memory."""
-        saved.save(self.policy, folder / "policy")
+        state_files.save(self.policy, folder / "policy")
         if self.value is not None:
-            saved.save(self.value, folder / "value")
+            state_files.save(self.value, folder / "value")
         if rank() == 0:
             self.memory.save(folder / "memory.parquet")
 
@@ -367,9 +369,9 @@ class Learner:
                 f"the supervised policy is {self.base or 'trained as a whole'}; put back the "
                 "weights that they were trained on"
             )
-        saved.load(self.policy, folder / "policy")
+        state_files.load(self.policy, folder / "policy")
         if self.value is not None:
-            saved.load(self.value, folder / "value")
+            state_files.load(self.value, folder / "value")
         self.memory = AuxiliaryMemory.load(folder / "memory.parquet")
         try:
             self.kl.load_state_dict(state)

@@ -1,7 +1,7 @@
 """One member of the learner gang: a process group and whatever stage is in training.
 
-Plain class; `deploy.gang` wraps it as a Ray actor. All methods but `address` are collectives: the
-gang calls them on every rank together, and rank 0's answer counts.
+Plain class; `deploy.workers.gang` wraps it as a Ray actor. All methods but `address` are
+collectives: the gang calls them on every rank together, and rank 0's answer counts.
 """
 
 from __future__ import annotations
@@ -15,19 +15,22 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from common.adapter_files import adapter_of, export_merged
-from common.config import RunConfig
+from common.config.run import RunConfig
 from common.errors import StorageError
 from common.files import one_line
 from common.metrics import read
+from common.models.adapter_files import adapter_of, export_merged
+from common.models.weight_files import save_weights
 from common.out_of_memory import memory_for
-from common.trajectory import rows_without
-from common.weights import Payload, save_weights, state_hash
-from learner import engine
+from common.wire.trajectory import rows_without
+from common.wire.weights import Payload, state_hash
+from learner.batch.trajectory_log import write_log
 from learner.learner import Learner
-from learner.log import write_log
-from learner.publisher import Publication
-from learner.supervised import EncodedComparison, EncodedPair, RewardStage, SftStage
+from learner.supervised.packing import EncodedComparison, EncodedPair
+from learner.supervised.reward_model import RewardStage
+from learner.supervised.sft import SftStage
+from learner.zero import engine
+from learner.zero.publisher import Publication
 
 _passes = memory_for("a learner rank's passes", "lower learner.micro_batch_tokens")
 _states = memory_for(

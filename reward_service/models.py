@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common.adapter_files import load_scalar
 from common.batching import SequenceBatch, micro_batches, sequence_batch
+from common.config.model import ModelConfig
 from common.logprobs import Sampling, chosen_reader
-from common.model_config import ModelConfig
-from common.palm import PaLM, PolicyNetwork, ScalarNetwork
-from common.trajectory import Rollout
-from common.weights import load_weights
+from common.models.adapter_files import load_scalar
+from common.models.networks import PolicyNetwork, ScalarNetwork
+from common.models.palm import PaLM
+from common.models.weight_files import load_weights
+from common.wire.trajectory import Rollout
 
 
 class RewardModel:

@@ -22,13 +22,13 @@ from typing import Literal
 import pyarrow as pa
 import torch
 
+from common.config.model import ModelConfig
+from common.config.workers import RewardComponent, RewardServiceConfig
 from common.errors import RewardError
 from common.logprobs import Sampling
-from common.model_config import ModelConfig
+from common.models.networks import compute_in
 from common.out_of_memory import memory_for
-from common.palm import compute_in
-from common.trajectory import Rollout, ScoredTrajectory, extend, from_table, to_table
-from common.worker_config import RewardComponent, RewardServiceConfig
+from common.wire.trajectory import Rollout, ScoredTrajectory, extend, from_table, to_table
 from reward_service.http_scorer import COUNTS, HttpScorer, HttpScorerSettings
 from reward_service.models import ReferencePolicy, RewardModel, frozen_pass
 from reward_service.scorers import FunctionScorer, Scorer, ScoreRequest

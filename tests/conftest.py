@@ -13,11 +13,11 @@ import ray
 import torch
 from hypothesis import settings
 
-from common.config import RunConfig
-from common.data import Comparison, Demonstration, Prompt, write_jsonl
-from common.palm import PolicyNetwork, ScalarNetwork
-from common.tokenizer import Tokenizer
-from common.weights import save_weights
+from common.config.run import RunConfig
+from common.data.records import Comparison, Demonstration, Prompt, write_jsonl
+from common.data.tokenizer import Tokenizer
+from common.models.networks import PolicyNetwork, ScalarNetwork
+from common.models.weight_files import save_weights
 
 torch.set_num_threads(1)
 # Two noisy cores: how long an example takes says nothing; the same commit tests the same examples.

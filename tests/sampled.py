@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from actors.engine import Engine
-from common.trajectory import (
+from actors.generation.engine import Engine
+from common.wire.trajectory import (
     Rollout,
     RolloutRequest,
     ScoredTrajectory,

@@ -19,6 +19,38 @@ MAY_IMPORT = {
     "reward_service": {"common"},
     "deploy": {"common", "actors", "learner", "reward_service"},
 }
+LAYERS: dict[str, list[set[str]]] = {
+    "common": [
+        {"errors"},
+        {"endings", "files", "native_code"},
+        {"metrics", "out_of_memory"},
+        {"config"},
+        {"batching", "logprobs"},
+        {"wire"},
+        {"data", "models"},
+    ],
+    "actors": [{"generation"}, {"rollout_actor"}],
+    "learner": [
+        {"algorithms"},
+        {"zero"},
+        {"batch"},
+        {"auxiliary", "epochs", "supervised"},
+        {"learner"},
+        {"rank"},
+    ],
+    "reward_service": [{"proxies", "scorers"}, {"http_scorer", "models"}, {"service"}],
+    "deploy": [
+        {"screen"},
+        {"run_folder"},
+        {"workers"},
+        {"control"},
+        {"evaluation", "stages"},
+        {"commands", "config_docs", "quickstart", "recipes"},
+        {"cli"},
+    ],
+}
+"""Rooms (folders) and files of a package from the lowest upwards. Each imports from itself and from
+lower layers; two of one layer do not know each other."""
 UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 
@@ -51,6 +83,19 @@ def against_direction(module: str, source: str) -> list[str]:
     allowed = MAY_IMPORT[package] | {package}
     tops = {name: name.split(".")[0] for name in imports(source)}
     return [name for name, top in tops.items() if top in MAY_IMPORT and top not in allowed]
+
+
+def against_layers(module: str, source: str) -> list[str]:
+    """Imports inside a package that go to a room beside or above."""
+    package, room = module.split(".")[:2]
+    height = {name: h for h, names in enumerate(LAYERS[package]) for name in names}
+    found = []
+    for name in imports(source):
+        top, _, rest = name.partition(".")
+        other = rest.split(".")[0]
+        if top == package and other != room and height[other] >= height[room]:
+            found.append(name)
+    return found
 
 
 def graph(sources: dict[str, str]) -> dict[str, set[str]]:
@@ -86,6 +131,18 @@ def test_imports_point_downwards(module: str) -> None:
     assert against_direction(module, SOURCES[module]) == []
 
 
+@pytest.mark.parametrize("module", [name for name in SOURCES if "." in name])
+def test_rooms_import_downwards(module: str) -> None:
+    assert against_layers(module, SOURCES[module]) == []
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_every_room_has_one_layer(package: str) -> None:
+    rooms = {name.split(".")[1] for name in SOURCES if name.startswith(f"{package}.")}
+    listed = [name for layer in LAYERS[package] for name in layer]
+    assert sorted(listed) == sorted(rooms)
+
+
 @pytest.mark.parametrize("module", SOURCES)
 def test_nothing_is_unpickled(module: str) -> None:
     assert unsafe_loads(SOURCES[module]) == []
@@ -103,7 +160,7 @@ def test_deepspeed_has_one_home() -> None:
         for module, source in SOURCES.items()
         if any(name.split(".")[0] == "deepspeed" for name in imports(source))
     }
-    assert users == {"learner.engine"}
+    assert users == {"learner.zero.engine"}
 
 
 def test_packages_have_empty_inits() -> None:
@@ -113,7 +170,7 @@ def test_packages_have_empty_inits() -> None:
 
 
 def test_config_and_errors_import_without_torch_and_ray() -> None:
-    code = "import sys, common.config, common.errors; print({'torch', 'ray'} & {*sys.modules})"
+    code = "import sys, common.config.run, common.errors; print({'torch', 'ray'} & {*sys.modules})"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -124,13 +181,32 @@ def test_config_and_errors_import_without_torch_and_ray() -> None:
     ("module", "source", "named"),
     [
         ("common.x", "from deploy import cli", "deploy.cli"),
-        ("actors.x", "def f():\n    import learner.ppo", "learner.ppo"),
-        ("reward_service.x", "from actors.engine import Engine", "actors.engine.Engine"),
+        ("actors.x", "def f():\n    import learner.algorithms.ppo", "learner.algorithms.ppo"),
+        (
+            "reward_service.x",
+            "from actors.generation.engine import Engine",
+            "actors.generation.engine.Engine",
+        ),
         ("learner.x", "import deploy", "deploy"),
     ],
 )
 def test_the_direction_rule_finds_what_breaks_it(module: str, source: str, named: str) -> None:
     assert against_direction(module, source) == [named]
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "named"),
+    [
+        ("deploy.workers.x", "from deploy.control.ledger import Ledger", "Ledger"),
+        ("deploy.stages.x", "def f():\n    import deploy.cli", "deploy.cli"),
+        ("deploy.stages.x", "from deploy.evaluation import report", "report"),
+        ("common.errors", "from common.wire.weights import Slice", "Slice"),
+    ],
+)
+def test_the_room_rule_finds_what_breaks_it(module: str, source: str, named: str) -> None:
+    (found,) = against_layers(module, source)
+    assert found.endswith(named)
+    assert not against_layers("deploy.stages.x", "from deploy.stages.y import z")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from typing import Final
 import numpy as np
 import snowballstemmer
 
-from common.data import Comparison
+from common.data.records import Comparison
 from deploy.quickstart.harvest import Pair, prompt_text
 
 LABELER: Final = "pep257+topic"

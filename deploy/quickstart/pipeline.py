@@ -10,12 +10,11 @@ import time
 from collections.abc import Container, Sequence
 from typing import Any
 
-from actors.prompts import EncodedPrompt
-from common.config import RunConfig
-from common.data import Prompt, write_jsonl
+from common.config.run import RunConfig
+from common.data.prompts import EncodedPrompt
+from common.data.records import Prompt, write_jsonl
 from common.files import write_atomic
-from deploy import stages
-from deploy.evaluate import (
+from deploy.evaluation.compare import (
     Sampled,
     best_of,
     compare,
@@ -25,17 +24,18 @@ from deploy.evaluate import (
     sample_both,
     sample_scored,
 )
-from deploy.placement import reward_pool, rollout_pool
-from deploy.pool import Pool
+from deploy.evaluation.intervals import best_of_n_kl
+from deploy.evaluation.report import write_report
 from deploy.quickstart import task as quickstart_task
 from deploy.quickstart.harvest import Pair, prompt_text
 from deploy.quickstart.judges import conformance
 from deploy.quickstart.task import Task, judge_lines
-from deploy.report import write_report
-from deploy.run_inputs import RunInputs
+from deploy.run_folder.inputs import RunInputs
 from deploy.screen import say
-from deploy.session import Session
-from deploy.statistics import best_of_n_kl
+from deploy.stages import policy, preparation, supervised
+from deploy.stages.session import Session
+from deploy.workers.placement import reward_pool, rollout_pool
+from deploy.workers.pool import Pool
 
 
 def run_quickstart(session: Session) -> dict[str, Any]:
@@ -51,9 +51,9 @@ def run_quickstart(session: Session) -> dict[str, Any]:
     say(console, f"  {facts['pairs']} pairs, fingerprint {facts['fingerprint'][:12]}")
     config = with_data
     with session.stage("tokenizer", "trained a byte-level BPE tokenizer"):
-        config = stages.prepare_tokenizer(session, config)
+        config = preparation.prepare_tokenizer(session, config)
     with session.stage("sft", "trained the supervised policy"):
-        sft = stages.run_sft(session, config)
+        sft = supervised.run_sft(session, config)
     say(console, f"  held-out loss {sft['heldout_loss']:.3f} nats per token")
     rollout = session.keep(
         rollout_pool(config, config.name, session.tokenizer_path, session.sft_weights)
@@ -62,7 +62,7 @@ def run_quickstart(session: Session) -> dict[str, Any]:
         count, ties = _make_comparisons(session, config, task, rollout)
     say(console, f"  {count} comparisons, {ties} ties left out")
     with session.stage("reward", "trained the reward model"):
-        reward = stages.run_reward(session, config)
+        reward = supervised.run_reward(session, config)
     say(console, f"  held-out accuracy {reward['accuracy_heldout']:.1%}")
     scoring = session.keep(
         reward_pool(
@@ -74,7 +74,7 @@ def run_quickstart(session: Session) -> dict[str, Any]:
         )
     )
     with session.stage("train", "trained the policy"):
-        trained = stages.run_train(session, config, (rollout, scoring))
+        trained = policy.run_train(session, config, (rollout, scoring))
     session.lock("quickstart")
     with session.stage("evaluate", "asked the judges"):
         found = evaluate_run(session, config, task, (rollout, scoring))

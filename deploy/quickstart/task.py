@@ -10,15 +10,16 @@ from typing import Literal
 
 import numpy as np
 
-from common.config import DataConfig, QuickstartConfig, RunConfig
-from common.data import Comparison, Demonstration, Prompt, write_jsonl
+from common.config.run import DataConfig, RunConfig
+from common.config.stages import QuickstartConfig
+from common.data.records import Comparison, Demonstration, Prompt, write_jsonl
 from common.errors import ConfigError
 from common.files import write_atomic
-from common.trajectory import derive_seed
+from common.wire.trajectory import derive_seed
+from deploy.evaluation.intervals import bootstrap_mean
 from deploy.quickstart import judges
 from deploy.quickstart.harvest import Pair, fingerprint, harvest, prompt_text, split
 from deploy.quickstart.labeler import label, quality, verb_lexicon
-from deploy.statistics import bootstrap_mean
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,13 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from actors.prompts import EncodedPrompt, evaluation_requests
 from actors.rollout_actor import RolloutActor
-from common.config import RunConfig
+from common.config.run import RunConfig
+from common.data.prompts import EncodedPrompt, evaluation_requests
 from common.errors import TrainingError
-from common.palm import PaLM
-from common.trajectory import Rollout, RolloutRequest, from_table, to_table
-from common.weights import manifest_of
+from common.models.palm import PaLM
+from common.wire.trajectory import Rollout, RolloutRequest, from_table, to_table
+from common.wire.weights import manifest_of
 
 
 def actor(config: RunConfig) -> RolloutActor:

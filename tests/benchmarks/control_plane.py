@@ -12,14 +12,14 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from actors.prompts import EncodedPrompt, PromptStream
 from actors.rollout_actor import LeaseFacts
-from common.trajectory import SCHEMAS, Rollout, RolloutRequest, ScoredTrajectory
-from common.weights import Manifest
-from deploy.collector import Collector
-from deploy.jobs import Weights
-from deploy.ledger import Ledger
-from deploy.pool import Pool
+from common.data.prompts import EncodedPrompt, PromptStream
+from common.wire.trajectory import SCHEMAS, Rollout, RolloutRequest, ScoredTrajectory
+from common.wire.weights import Manifest
+from deploy.control.collector import Collector
+from deploy.control.jobs import Weights
+from deploy.control.ledger import Ledger
+from deploy.workers.pool import Pool
 from reward_service.service import ScoreFacts
 from tests.benchmarks.measure import Result, interleaved, start_ray
 

@@ -10,11 +10,11 @@ from unittest import mock
 import torch
 from palm_rlhf_pytorch import PaLM as OtherPaLM
 
-from actors.engine import Engine
-from actors.native_forward import NativeForward
+from actors.generation.engine import Engine
+from actors.generation.native_forward import NativeForward
 from common.logprobs import Sampling
-from common.palm import PaLM
-from common.trajectory import RolloutRequest
+from common.models.palm import PaLM
+from common.wire.trajectory import RolloutRequest
 from tests.benchmarks.measure import (
     PROMPT,
     RESPONSE,

@@ -24,16 +24,16 @@ import pyarrow.parquet as pq
 import ray
 from rich.console import Console
 
-from common.config import RunConfig
-from common.recipe import load_config, save_config
-from deploy import stages
-from deploy.evaluate import best_of, policy_weights, sample_scored
+from common.config.recipe import load_config, save_config
+from common.config.run import RunConfig
+from deploy.evaluation.compare import best_of, policy_weights, sample_scored
+from deploy.evaluation.intervals import best_of_n_kl, win_rate
 from deploy.quickstart.harvest import Pair, harvest, prompt_text
 from deploy.quickstart.pipeline import encoded_prompts, evaluate_run, run_quickstart
 from deploy.quickstart.task import Task, judge_lines, make_task
-from deploy.session import open_session
-from deploy.stages import start_pools
-from deploy.statistics import best_of_n_kl, win_rate
+from deploy.stages import policy, supervised
+from deploy.stages.policy import start_pools
+from deploy.stages.session import open_session
 
 SEEDS = (0, 1, 2)
 N_VALUES = (1, 2, 4, 8, 16)
@@ -106,7 +106,7 @@ def vary(out: Path, variation: Variation) -> None:
     begin = time.perf_counter()
     with open_session(config, console) as session:
         pools = start_pools(session, config)
-        trained = stages.run_train(session, config, pools)
+        trained = policy.run_train(session, config, pools)
         found = evaluate_run(session, config, task_of(config), pools)
     save(config.run_dir, {**trained, **found, "seconds_pipeline": time.perf_counter() - begin})
 
@@ -167,7 +167,7 @@ def reward_data(out: Path) -> None:
     config = derive(out / "quickstart-s0", out / "reward-data", ())
     rows = []
     with open_session(config, console) as session:
-        train, held_out = stages.encoded_comparisons(session, config)
+        train, held_out = supervised.encoded_comparisons(session, config)
         measured = ray.put(held_out)
         for count in COMPARISONS:
             some = ray.put(train[:count])

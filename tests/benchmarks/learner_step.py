@@ -10,15 +10,16 @@ import numpy as np
 import torch
 
 from common.batching import micro_batches, sequence_batch
-from common.config import TrainConfig
+from common.config.stages import TrainConfig
 from common.logprobs import Sampling
-from common.palm import PolicyNetwork
-from learner import engine, ppo
-from learner.engine import ZeroEngine
+from common.models.networks import PolicyNetwork
+from learner.algorithms import ppo
+from learner.batch.experience import Sequences
+from learner.batch.shards import Shards
 from learner.epochs import Targets, policy_epochs
-from learner.experience import Sequences
 from learner.rank import LearnerRank
-from learner.shards import Shards
+from learner.zero import engine
+from learner.zero.engine import ZeroEngine
 from tests.benchmarks.measure import PROMPT, RESPONSE, SHAPE, THREADS, Result, interleaved
 
 ROWS, BUDGET, REPEATS = 128, 4096, 5

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from common.config.model import ModelConfig
 from common.logprobs import Sampling, chosen_reader
-from common.model_config import ModelConfig
-from common.palm import PolicyNetwork
+from common.models.networks import PolicyNetwork
 
 TOKENS, VOCABULARY = 8192, 50_000
 

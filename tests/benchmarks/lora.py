@@ -16,18 +16,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.config import TrainConfig
+from common.config.model import LoraConfig, ModelConfig
+from common.config.stages import TrainConfig
 from common.logprobs import Sampling
-from common.lora import adapter_tensors, add_adapter, share_base, train_adapter
-from common.model_config import LoraConfig, ModelConfig
-from common.palm import PaLM, PolicyNetwork, ScalarNetwork
-from common.weights import FlatBuffer, Manifest
-from learner import engine
-from learner.engine import ZeroEngine
+from common.models.lora import adapter_tensors, add_adapter, share_base, train_adapter
+from common.models.networks import PolicyNetwork, ScalarNetwork
+from common.models.palm import PaLM
+from common.wire.weights import FlatBuffer, Manifest
+from learner.batch.shards import Shards
 from learner.epochs import policy_epochs
-from learner.publisher import Publisher
 from learner.rank import LearnerRank
-from learner.shards import Shards
+from learner.zero import engine
+from learner.zero.engine import ZeroEngine
+from learner.zero.publisher import Publisher
 from tests.benchmarks.learner_step import BUDGET, ROWS, data, network
 from tests.benchmarks.measure import PROMPT, RESPONSE, THREADS, Result, interleaved
 

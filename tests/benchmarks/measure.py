@@ -11,8 +11,8 @@ from statistics import median
 import ray
 import torch
 
-from common.model_config import ModelConfig
-from deploy.placement import NAMESPACE
+from common.config.model import ModelConfig
+from deploy.workers.placement import NAMESPACE
 
 SHAPE = ModelConfig(vocab_size=2048, dim=256, layers=6, heads=4, head_dim=64, context=192)
 """Reference shape S."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from deploy.statistics import best_of_n_kl
+from deploy.evaluation.intervals import best_of_n_kl
 from tests.benchmarks.experiments import (
     BEST_FULL_LR,
     FULL_LRS,

@@ -10,8 +10,8 @@ import ray
 import torch
 from torch import nn
 
-from common.weights import FlatBuffer, Manifest
-from learner.publisher import Publisher
+from common.wire.weights import FlatBuffer, Manifest
+from learner.zero.publisher import Publisher
 from tests.benchmarks.measure import Result, interleaved
 
 BYTES, ACTORS, REPEATS = 256 * 2**20, 4, 31

@@ -10,14 +10,14 @@ from statistics import median
 import numpy as np
 import ray
 
-from actors.prompts import EncodedPrompt
-from common.config import RunConfig
-from common.palm import PolicyNetwork, ScalarNetwork
-from common.tokenizer import Tokenizer
-from common.weights import save_weights
-from deploy.controller import Controller
-from deploy.gang import LearnerGang
-from deploy.placement import reward_pool, rollout_pool
+from common.config.run import RunConfig
+from common.data.prompts import EncodedPrompt
+from common.data.tokenizer import Tokenizer
+from common.models.networks import PolicyNetwork, ScalarNetwork
+from common.models.weight_files import save_weights
+from deploy.control.controller import Controller
+from deploy.workers.gang import LearnerGang
+from deploy.workers.placement import reward_pool, rollout_pool
 from tests.benchmarks.measure import PROMPT, RESPONSE, SHAPE, Result, start_ray
 
 ITERATIONS = 7

@@ -26,9 +26,9 @@ import ray
 import yaml
 from ray.cluster_utils import Cluster
 
-from common.config import RunConfig
+from common.config.run import RunConfig
 from common.files import one_line
-from deploy.placement import NAMESPACE
+from deploy.workers.placement import NAMESPACE
 from tests.conftest import run_copy
 
 HANG_S = 180.0

@@ -11,8 +11,8 @@ from typing import Any
 
 import psutil
 
-from learner.engine import ZeroEngine
 from learner.learner import Learner
+from learner.zero.engine import ZeroEngine
 from tests.chaos.arena import Campaign
 
 Fault = Callable[[Campaign, random.Random], None]

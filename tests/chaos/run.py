@@ -26,7 +26,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from common.config import RunConfig
+from common.config.run import RunConfig
 from tests.chaos.arena import Arena, Campaign, Hung, Unattributed, small_disk
 from tests.chaos.faults import (
     Fault,

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from common.data import Prompt, read_prompts, write_jsonl
+from common.data.records import Prompt, read_prompts, write_jsonl
+from common.data.tokenizer import Tokenizer
 from common.errors import DataError
 from common.files import resolve
-from common.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from deploy.cli import main
 from tests.deploy.commands import Outcome, Run
-from tests.deploy.simulated import Rig
+from tests.deploy.control.simulated import Rig
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ import pytest
 import ray
 import yaml
 
-from common.config import RunConfig
+from common.config.run import RunConfig
 from common.errors import ClusterError
-from deploy import checkpoints
+from deploy.run_folder import checkpoints
 from learner.rank import LearnerRank
 from tests.conftest import run_copy
 from tests.deploy.commands import Outcome, Run

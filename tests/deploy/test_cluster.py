@@ -14,9 +14,9 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from common.config import RunConfig
-from common.recipe import load_config
-from deploy.preflight import explain
+from common.config.recipe import load_config
+from common.config.run import RunConfig
+from deploy.workers.preflight import explain
 from tests.deploy.commands import parse
 
 ROOT = Path(__file__).resolve().parents[2]

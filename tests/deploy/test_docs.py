@@ -15,12 +15,12 @@ from packaging.requirements import Requirement
 from pydantic import ValidationError
 
 from common import errors
-from common.config import RunConfig
-from common.data import read_comparisons, read_demonstrations, read_prompts
-from common.draft import Draft
+from common.config.draft import Draft
+from common.config.recipe import fields, load_config
+from common.config.run import RunConfig
+from common.config.yaml_text import read_yaml
+from common.data.records import read_comparisons, read_demonstrations, read_prompts
 from common.errors import TalipotError
-from common.recipe import fields, load_config
-from common.yaml_text import read_yaml
 from tests.deploy.commands import parse
 
 ROOT = Path(__file__).resolve().parents[2]

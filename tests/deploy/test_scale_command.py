@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import ray
 
-from common.config import RunConfig
-from common.recipe import save_config
-from deploy.driver import start_controller
-from deploy.facts import Status
-from deploy.gang import LearnerGang
-from deploy.placement import reward_pool, rollout_pool
+from common.config.recipe import save_config
+from common.config.run import RunConfig
+from deploy.control.status import Status
+from deploy.stages.driver import start_controller
+from deploy.workers.gang import LearnerGang
+from deploy.workers.placement import reward_pool, rollout_pool
 from tests.conftest import run_copy
 from tests.deploy.commands import Run
+from tests.deploy.control.test_controller import prompts_of
 from tests.deploy.test_cli import refused
-from tests.deploy.test_controller import prompts_of
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

@@ -26,8 +26,8 @@ from deploy.attach import cluster_of
 from reward_service.scorers import FunctionScorer, ScoreRequest
 
 def look():
-    import common.config, learner.gae
-    return [common.config.__file__, learner.gae.__file__]
+    import common.config.run, learner.algorithms.gae
+    return [common.config.run.__file__, learner.algorithms.gae.__file__]
 
 request = ScoreRequest(rollout_id="a", prompt_text="p", response_text="four")
 with cluster_of(RunConfig.model_validate({{"cluster": {{"dashboard": False}}}})):
@@ -84,7 +84,7 @@ def test_workers_find_ours_and_the_users_reward(hostile: Path) -> None:
     done = start(hostile, program, PYTHONPATH=f"{hostile}{os.pathsep}{ROOT}")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.strip().splitlines()[-1])
-    assert found == [f"{ROOT}/common/config.py", f"{ROOT}/learner/gae.py", 4.0]
+    assert found == [f"{ROOT}/common/config/run.py", f"{ROOT}/learner/algorithms/gae.py", 4.0]
 
 
 def test_strangers_are_noticed(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from common.config import RunConfig
-from common.recipe import load_config, save_config
-from deploy import checkpoints
+from common.config.recipe import load_config, save_config
+from common.config.run import RunConfig
+from deploy.run_folder import checkpoints
 from deploy.screen import make_console, progress_bar, say, show
 from tests.conftest import run_copy
 from tests.deploy.commands import Outcome, Run

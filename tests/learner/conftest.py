@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from learner.engine import disconnect
 from learner.rank import LearnerRank
+from learner.zero.engine import disconnect
 
 
 @pytest.fixture(scope="session")

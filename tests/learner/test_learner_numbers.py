@@ -9,15 +9,15 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from actors.engine import Engine
-from common.config import RunConfig
+from actors.generation.engine import Engine
+from common.config.run import RunConfig
 from common.logprobs import sampling_of
-from common.palm import PaLM
-from common.trajectory import ScoredTrajectory, to_table
-from common.weights import load_weights
-from deploy.gang import LearnerGang
+from common.models.palm import PaLM
+from common.models.weight_files import load_weights
+from common.wire.trajectory import ScoredTrajectory, to_table
+from deploy.workers.gang import LearnerGang
 from reward_service.models import ReferencePolicy
-from tests.actors.test_engine import requests
+from tests.actors.generation.test_engine import requests
 from tests.conftest import run_copy
 from tests.sampled import sampled_trajectories
 

@@ -12,12 +12,13 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from common.config import RunConfig
+from common.config.run import RunConfig
 from common.errors import CheckpointError
-from common.palm import PolicyNetwork, ScalarNetwork
-from common.weights import load_weights, state_hash
-from learner.engine import ZeroEngine
+from common.models.networks import PolicyNetwork, ScalarNetwork
+from common.models.weight_files import load_weights
+from common.wire.weights import state_hash
 from learner.rank import LearnerRank
+from learner.zero.engine import ZeroEngine
 from tests.conftest import run_copy
 from tests.learner.test_sharding import close, preferences, sft_data, trajectories
 

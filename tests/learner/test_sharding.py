@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from common.config import RunConfig
-from common.trajectory import ScoredTrajectory, from_table, to_table
-from deploy.gang import LearnerGang
-from learner.log import log_path, read_log
-from learner.supervised import EncodedComparison, EncodedPair
+from common.config.run import RunConfig
+from common.wire.trajectory import ScoredTrajectory, from_table, to_table
+from deploy.workers.gang import LearnerGang
+from learner.batch.trajectory_log import log_path, read_log
+from learner.supervised.packing import EncodedComparison, EncodedPair
 from tests.conftest import run_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from common.trajectory import Rollout
+from common.wire.trajectory import Rollout
 from reward_service.http_scorer import HttpScorer, HttpScorerSettings
 from reward_service.scorers import ScoreRequest
 

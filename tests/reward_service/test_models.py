@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from common.batching import SequenceBatch, sequence_batch
+from common.config.model import ModelConfig
 from common.errors import CheckpointError
 from common.logprobs import Sampling
-from common.model_config import ModelConfig
-from common.palm import PolicyNetwork, ScalarNetwork
-from common.trajectory import Rollout
-from common.weights import save_weights
+from common.models.networks import PolicyNetwork, ScalarNetwork
+from common.models.weight_files import save_weights
+from common.wire.trajectory import Rollout
 from reward_service.models import ReferencePolicy, RewardModel, frozen_pass
 from tests.reward_service.samples import rollouts
 

@@ -9,13 +9,13 @@ import pyarrow as pa
 import pytest
 import torch
 
-from common.config import RunConfig
+from common.config.run import RunConfig
+from common.config.workers import RewardServiceConfig
 from common.errors import RewardError
 from common.logprobs import Sampling
-from common.palm import ScalarNetwork
-from common.trajectory import SCHEMAS, Rollout, ScoredTrajectory, from_table, to_table
-from common.weights import save_weights
-from common.worker_config import RewardServiceConfig
+from common.models.networks import ScalarNetwork
+from common.models.weight_files import save_weights
+from common.wire.trajectory import SCHEMAS, Rollout, ScoredTrajectory, from_table, to_table
 from reward_service.models import frozen_pass
 from reward_service.service import RewardWorker
 from tests.reward_service.endpoint import Endpoint, Reply, Rows, fine, first, scores

@@ -1,0 +1,126 @@
+/* The decoder's forward for generation, for processors: types, and arithmetic that files share.
+ *
+ * Compiled by `actors/generation/native_forward.py` in one piece with HEADS, HEAD_DIM (and BF16) defined, so
+ * that inner loops have constant length. Every row is computed alone and in one order: its result
+ * depends neither on the batch it is in nor on the number of threads.
+ *
+ * `real` is the type of weights, activations between products, and the cache. All sums are fp32,
+ * and so are the residual stream, softmax and log-probabilities.
+ */
+#pragma once
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define HALF (HEAD_DIM / 2)
+
+#ifdef BF16
+typedef uint16_t real;
+static inline float wide(real x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float out;
+    memcpy(&out, &bits, 4);
+    return out;
+}
+static inline real narrow(float x) { /* to nearest, ties to even */
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return (real)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+#else
+typedef float real;
+static inline float wide(real x) { return x; }
+static inline real narrow(float x) { return x; }
+#endif
+
+#if defined(BF16) && defined(__AVX512BF16__)
+#include <immintrin.h>
+#define DOT /* one instruction multiplies and adds 32 pairs of bf16 into 16 fp32 sums */
+typedef real weight;
+#else
+typedef float weight;
+#endif
+
+#ifdef DOT
+/* 2^z in 16 lanes to within 1.1e-4, enough for what keeps 8 bits; 0 for z far below. */
+static inline __m512 rough_exp2(__m512 z) {
+    __m512 n = _mm512_roundscale_ps(z, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 f = _mm512_sub_ps(z, n);
+    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.05511586f), f, _mm512_set1_ps(0.24260645f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69327125f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.99992865f));
+    return _mm512_scalef_ps(p, n);
+}
+#endif
+
+/* out [count] = x, rounded. */
+static inline void narrow_all(const float *x, real *out, int64_t count) {
+    int64_t i = 0;
+#ifdef DOT
+    for (; i + 16 <= count; i += 16) {
+        __m256i bits = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i));
+        _mm256_storeu_si256((__m256i *)(out + i), bits);
+    }
+#endif
+    for (; i < count; i++) out[i] = narrow(x[i]);
+}
+
+/* exp for x <= 88, within 2 ulp; loops over it vectorise (Cephes' polynomial). */
+static inline float fast_exp(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    float n = __builtin_rintf(x * 1.44269504f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t power = ((int32_t)n + 127) << 23;
+    float scale;
+    memcpy(&scale, &power, 4);
+    return p * scale;
+}
+
+/* A weight matrix for a product: panels of PANEL columns (`products.c`). */
+#define PANEL 64
+typedef struct {
+    const weight *data;
+    int64_t panels;
+} packed;
+
+typedef struct {
+    const float *norm; /* [dim] */
+    packed query, keyvalue, forward, outward;
+    real *keys, *values; /* [slots, context, HEAD_DIM] in the order of `attention.c` */
+} layer;
+
+typedef struct {
+    int64_t layers, dim, inner, ff, vocabulary;
+    int64_t context;               /* positions of a slot in the cache, a multiple of 16 */
+    int64_t dim_stride, both_stride; /* row lengths of activations, even */
+    const layer *layer;
+    const float *norm; /* [dim], of the last LayerNorm, with the logits' scale */
+    const real *embedding; /* [vocabulary, dim] */
+    packed logits;
+    const float *cos_q, *sin_q, *cos_k, *sin_k; /* [context, HALF] */
+} model;
+
+/* Rows of a step: the newest token of slots 0 .. used - 1, then earlier tokens of prompts. */
+typedef struct {
+    int64_t rows, used;
+    const int64_t *tokens, *slots, *positions; /* [rows] */
+    int64_t copies;
+    const int64_t *copy; /* triples (source, target, positions) */
+} step;
+
+/* Room for a step, of at least `rows` rows; `normed` and `both` are zero beyond their width. */
+typedef struct {
+    float *x;     /* [rows, dim] */
+    real *normed; /* [rows, dim_stride] */
+    real *fused;  /* [rows, (query.panels + keyvalue.panels) * PANEL]: q | padding | k | v */
+    real *both;   /* [rows, both_stride]: attention | SwiGLU */
+} scratch;

@@ -1,0 +1,158 @@
+"""Which settings change nothing under which others.
+
+A recipe that gives one is refused (`common.config.recipe`): whoever wrote it believes that it does
+something. What counts are kinds and switches (an algorithm, a mode, an optimizer, a null), not
+sizes: `ppg` with fewer iterations than `n_pi`, or `clip_range` with one step per update, is no
+mistake of a recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from common.config.run import RunConfig
+from common.config.workers import RewardComponent
+from common.config.yaml_text import Key
+from common.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """When some fields have an effect."""
+
+    fields: tuple[str, ...]
+    """Dotted names."""
+    effective: Callable[[RunConfig], bool]
+    when: str
+    """In words that follow "has no effect here:"."""
+
+
+_PPO = "only train.algorithm=ppo has a value function"
+_ADAMW = "Adafactor knows no such setting; it has one under optimizer=adamw"
+_NO_GPU = "every role computes on the processor, and a GPU that is reserved stands idle"
+
+RULES = (
+    Rule(
+        ("train.gae_lambda", "train.value_network", "train.value_clip_range"),
+        lambda c: c.train.algorithm == "ppo",
+        _PPO,
+    ),
+    Rule(
+        ("train.e_v", "train.value_lr"),
+        lambda c: c.train.algorithm == "ppo" and c.train.value_network == "separate",
+        "it has one under train.algorithm=ppo with train.value_network=separate",
+    ),
+    Rule(
+        ("train.gamma",),
+        lambda c: c.train.algorithm in ("ppo", "reinforce_pp"),
+        "it has one under train.algorithm=ppo or reinforce_pp; others do not look at single tokens",
+    ),
+    Rule(
+        ("train.kl_horizon",),
+        lambda c: c.train.kl_target is not None,
+        "it has one where train.kl_target is set",
+    ),
+    Rule(
+        ("train.kl_target",),
+        lambda c: c.train.kl_target is None or c.train.kl_coef > 0,
+        "the adaptive controller multiplies train.kl_coef, which is 0; it has one above 0",
+    ),
+    Rule(
+        ("train.stale",),
+        lambda c: c.train.max_staleness > 0,
+        "nothing is stale in synchronous mode; it has one where train.max_staleness is above 0",
+    ),
+    Rule(
+        ("train.behavior_cap",),
+        lambda c: c.corrects_mismatch,
+        "importance weights are 1 in synchronous mode in fp32; it has one where "
+        "train.max_staleness is above 0, or rollout.precision or learner.precision is bf16",
+    ),
+    Rule(
+        ("rollout.lora",),
+        lambda c: c.train.lora is not None,
+        "it has one where train.lora is set",
+    ),
+    Rule(
+        ("rollout.top_p", "rollout.top_k", "rollout.min_p"),
+        lambda c: c.rollout.temperature > 0,
+        "the most probable token is taken at rollout.temperature=0; it has one above 0",
+    ),
+    Rule(("learner.gpus_per_rank",), lambda c: not c.learner.gpus_per_rank, _NO_GPU),
+    Rule(("rollout.gpus_per_actor",), lambda c: not c.rollout.gpus_per_actor, _NO_GPU),
+    Rule(
+        ("reward_service.gpus_per_replica",),
+        lambda c: not c.reward_service.gpus_per_replica,
+        _NO_GPU,
+    ),
+    Rule(
+        ("sft.weight_decay", "sft.adam_eps"),
+        lambda c: c.sft.optimizer == "adamw",
+        _ADAMW,
+    ),
+    Rule(
+        ("reward_model.weight_decay", "reward_model.adam_eps"),
+        lambda c: c.reward_model.optimizer == "adamw",
+        _ADAMW,
+    ),
+    Rule(
+        ("tokenizer.vocab_size", "tokenizer.words"),
+        lambda c: c.tokenizer.path is None,
+        "the tokenizer of tokenizer.path is taken as it is; it has one where that is null and a "
+        "tokenizer is trained",
+    ),
+    Rule(
+        ("cluster.dashboard",),
+        lambda c: not c.cluster.address,
+        "the cluster of cluster.address has its own; it has one with a local cluster",
+    ),
+)
+
+OF_KIND: dict[str, frozenset[str]] = {
+    "model": frozenset({"kind", "weight"}),
+    "function": frozenset({"kind", "weight", "target"}),
+    "http": frozenset(RewardComponent.model_fields),
+}
+"""What each kind of reward component looks at."""
+
+
+NOT_EVALUATED = (
+    *("sft", "reward_model", "train", "quickstart", "tokenizer", "preset", "evaluate.best_of"),
+    *("data.demonstrations", "data.comparisons", "data.prompts"),
+)
+"""What the evaluation of a finished run does not look at, or must not find changed."""
+
+
+def require_evaluated(overrides: Sequence[str]) -> None:
+    """Refuse overrides that an evaluation does not look at.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    for override in overrides:
+        field = override.partition("=")[0]
+        if any(field == name or field.startswith(f"{name}.") for name in NOT_EVALUATED):
+            raise ConfigError(
+                f"override '{override}': {field} has no effect on an evaluation, which takes the "
+                "run's policies as they are; leave it out"
+            )
+
+
+def without_effect(config: RunConfig) -> dict[Key, str]:
+    """The fields that change nothing in this recipe, each with when it would."""
+    found = {
+        tuple(name.split(".")): rule.when
+        for rule in RULES
+        if not rule.effective(config)
+        for name in rule.fields
+    }
+    return found | dict(_of_components(config))
+
+
+def _of_components(config: RunConfig) -> Iterator[tuple[Key, str]]:
+    for name, component in config.reward_service.components.items():
+        for field in RewardComponent.model_fields.keys() - OF_KIND[component.kind]:
+            kinds = " or ".join(kind for kind, looks in OF_KIND.items() if field in looks)
+            when = f"this component is of kind {component.kind}; it has one under kind {kinds}"
+            yield ("reward_service", "components", name, field), when

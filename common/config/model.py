@@ -1,0 +1,109 @@
+"""A model's shape, presets and tokenizer settings; what every section of a config is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import (
+    Field,
+    model_validator,
+)
+
+from common.config.base import Float, NonNegativeInt, PathText, PositiveFloat, PositiveInt, Section
+
+
+class ModelConfig(Section):
+    """Shape of the PaLM decoder (Chowdhery 2022, section 2 and table 1)."""
+
+    vocab_size: NonNegativeInt = 0
+    """Number of token embeddings; 0 takes the tokenizer's."""
+    dim: PositiveInt = 192
+    """Width d of the residual stream."""
+    layers: PositiveInt = 4
+    """Number of parallel blocks L."""
+    heads: PositiveInt = 4
+    """Query heads h; there is one key and one value head."""
+    head_dim: PositiveInt = 48
+    """Width of a head; 256 in the paper."""
+    ff_mult: PositiveInt = 4
+    """Width of the SwiGLU layer in multiples of d."""
+    context: PositiveInt = 128
+    """Longest prompt + response, in tokens."""
+    xpos: bool = False
+    """Length-extrapolating decay on the rotary embedding."""
+    scale_logits: bool = True
+    """Multiply logits by 1/sqrt(d): tied embeddings have unit variance (PaLM, section 5)."""
+    logits_mb: PositiveFloat = 4.0
+    """Largest block of fp32 logits at once, in MiB; more tokens than fit are read in pieces, whose
+    logits are computed again in the backward pass."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, one third more time."""
+
+    @model_validator(mode="after")
+    def _even_head(self) -> ModelConfig:
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
+        return self
+
+
+Projection = Literal["q", "k", "v", "attn_out", "up", "gate", "ff_out"]
+
+
+"""A projection of a block; `up`, `gate` and `ff_out` are the MLP's."""
+
+
+class LoraConfig(Section):
+    """Adapters on a frozen base (Hu 2021, arXiv 2106.09685)."""
+
+    rank: PositiveInt = 8
+    """Inner width r of every adapter."""
+    alpha: PositiveFloat = 16.0
+    """Strength of the adapters, divided by the rank or its root."""
+    scaling: Literal["plain", "rank_stabilised"] = "plain"
+    """plain: alpha / r (Hu 2021); rank_stabilised: alpha / sqrt(r), whose updates do not shrink as
+    the rank grows (Kalajdzievski 2023, arXiv 2312.03732)."""
+    targets: Annotated[tuple[Projection, ...], Field(min_length=1)] = (
+        "q",
+        "k",
+        "v",
+        "attn_out",
+        "up",
+        "gate",
+        "ff_out",
+    )
+    """Projections with an adapter; each segment of the fused input projection has its own."""
+    dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs that are left out, in supervised stages."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of B A x."""
+        return self.alpha / (self.rank if self.scaling == "plain" else self.rank**0.5)
+
+
+PRESETS: Mapping[str, ModelConfig] = {
+    "tiny": ModelConfig(dim=64, layers=2, heads=2, head_dim=32),
+    "small": ModelConfig(),
+    "palm-8b": ModelConfig(
+        vocab_size=256_000, dim=4096, layers=32, heads=16, head_dim=256, context=2048
+    ),
+    "palm-62b": ModelConfig(
+        vocab_size=256_000, dim=8192, layers=64, heads=32, head_dim=256, context=2048
+    ),
+    "palm-540b": ModelConfig(
+        vocab_size=256_000, dim=18432, layers=118, heads=48, head_dim=256, context=2048
+    ),
+}
+
+
+class TokenizerConfig(Section):
+    """Byte-level BPE."""
+
+    path: PathText | None = None
+    """An existing tokenizer.json; without one a tokenizer is trained on the demonstrations."""
+    vocab_size: PositiveInt = 2048
+    """Size to train to, special tokens included."""
+    words: Literal["spaced", "identifiers"] = "spaced"
+    """spaced: a word brings the space before it (GPT-2); identifiers: words end at underscores and
+    changes of case too, so that a word is the same token in code and in text."""

@@ -1,0 +1,191 @@
+"""Typed, frozen, validated configuration. Imports neither torch nor ray.
+
+One section per component; `common.config.recipe` reads and writes it. What cannot be together is
+refused here, so that no stage meets an impossible configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from common.config.base import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    NoSwitch,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+from common.config.model import PRESETS, ModelConfig, TokenizerConfig
+from common.config.stages import (
+    EvaluateConfig,
+    QuickstartConfig,
+    RewardModelConfig,
+    SftConfig,
+    TrainConfig,
+)
+from common.config.workers import Labels, RewardServiceConfig, RolloutConfig
+
+
+class DataConfig(Section):
+    """Where the data lies: JSONL or Parquet, local paths or URIs."""
+
+    demonstrations: tuple[PathText, ...] = ()
+    """Files of (prompt, response) for the supervised stage."""
+    comparisons: tuple[PathText, ...] = ()
+    """Files of (prompt, chosen, rejected, labeler, confidence) for the reward model."""
+    prompts: tuple[PathText, ...] = ()
+    """Files of prompts that the policy is trained on."""
+    evaluation: tuple[PathText, ...] = ()
+    """Files of held-out (prompt, response) for evaluation; the response is the human's."""
+    too_long: Literal["error", "skip", "truncate"] = "error"
+    """What to do with a record that has more tokens than there is room for; how many were skipped
+    or cut is said."""
+
+
+class LearnerConfig(Section):
+    """The gang of DeepSpeed ranks."""
+
+    ranks: PositiveInt = 2
+    """Number of learner processes W."""
+    zero_stage: Annotated[Literal[0, 1, 2, 3], NoSwitch] = 2
+    """DeepSpeed ZeRO stage: 1 shards optimizer states, 2 also gradients, 3 also parameters."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of products in policy training; bf16 keeps trained weights, their gradients, norms and scalar
+    heads in fp32."""
+    micro_batch_tokens: PositiveInt = 4096
+    """Padded tokens that one forward pass of one rank may hold."""
+    cpus_per_rank: PositiveFloat = 1.0
+    """Cores each rank asks Ray for."""
+    threads: PositiveInt | None = None
+    """Threads that each rank computes with, as in `rollout`."""
+    gpus_per_rank: NonNegativeFloat = 0.0
+    """GPUs each rank asks Ray for; nothing computes on them yet, so a recipe leaves it at 0."""
+    labels: Labels = Field(default_factory=dict)
+    """Labels of the nodes that ranks may be on, as in `rollout`."""
+    deadline_s: PositiveFloat = 600.0
+    """Longest wait for one call to the gang; then a silent rank is taken for dead."""
+    max_restarts: NonNegativeInt = 3
+    """Times that one controller builds the gang again after a rank died; then the run stops."""
+
+
+class ClusterConfig(Section):
+    """The Ray cluster."""
+
+    address: str | None = None
+    """Address of a running cluster; null starts one on this machine (or takes RAY_ADDRESS)."""
+    dashboard: bool = True
+    """Start Ray's dashboard (on 127.0.0.1) with a local cluster."""
+    autoscales: bool = False
+    """The cluster adds nodes when asked: a recipe that is too large for it as it is may wait."""
+    start_timeout_s: PositiveFloat = 120.0
+    """Longest wait for workers to start, and for any of a kind to be there."""
+    max_restarts: NonNegativeInt = 10
+    """Failures of one kind of elastic worker within `restart_window_s`, beside one for each worker,
+    that the run outlives. Preempted workers do not count."""
+    restart_window_s: PositiveFloat = 600.0
+    """Failures longer ago are forgotten, once a worker of the kind has done something since."""
+    stop_timeout_s: PositiveFloat = 60.0
+    """Longest wait of a terminated command for the run to stop with a checkpoint."""
+
+
+def _folder_name(name: str) -> str:
+    """Whatever a folder can be called: a run is found by where it lies, under any name."""
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise ValueError("should be the name of one folder, without slashes")
+    return name
+
+
+class RunConfig(Section):
+    """A complete recipe."""
+
+    name: Annotated[str, AfterValidator(_folder_name)] = "run"
+    """Name of the run and of its folder."""
+    output: PathText = "runs"
+    """Folder that holds the runs."""
+    seed: NonNegativeInt = 0
+    """Every random number of the run derives from it."""
+    preset: str | None = None
+    """A named model shape (tiny, small, palm-8b, palm-62b, palm-540b); fields of `model` that are
+    given too go before it."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    learner: LearnerConfig = LearnerConfig()
+    sft: SftConfig = SftConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward_service: RewardServiceConfig = RewardServiceConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    quickstart: QuickstartConfig = QuickstartConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        name, model = values.get("preset"), values.get("model") or {}
+        if not isinstance(name, str) or name not in PRESETS or not isinstance(model, Mapping):
+            return values  # the fields say themselves what they should be
+        return {**values, "model": PRESETS[name].model_dump() | dict(model), "preset": None}
+
+    @field_validator("preset")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None and name not in PRESETS:
+            raise ValueError(f"preset '{name}' is unknown; there are {', '.join(PRESETS)}")
+        return name
+
+    @model_validator(mode="after")
+    def _possible(self) -> RunConfig:
+        if self.rollout.max_response_tokens >= self.model.context:
+            raise ValueError(
+                f"rollout.max_response_tokens={self.rollout.max_response_tokens} leaves no room "
+                f"for a prompt in model.context={self.model.context}"
+            )
+        if self.train.batch_size % self.rollout.lease_size:
+            raise ValueError(
+                f"train: batch of {self.train.batch_size} rollouts is not divisible by "
+                f"rollout.lease_size={self.rollout.lease_size}"
+            )
+        if self.train.minibatches * self.learner.ranks > self.train.batch_size:
+            raise ValueError(
+                f"learner.ranks={self.learner.ranks} x train.minibatches="
+                f"{self.train.minibatches} exceeds the batch of {self.train.batch_size} rollouts"
+            )
+        if self.rollout.lease_size % self.train.samples_per_prompt:
+            raise ValueError(
+                f"rollout.lease_size={self.rollout.lease_size} is not divisible by "
+                f"train.samples_per_prompt={self.train.samples_per_prompt}"
+            )
+        return self
+
+    @property
+    def corrects_mismatch(self) -> bool:
+        """Whether sampled log-probabilities may differ from the learner's, so that importance
+        weights correct for it: rollouts may be older than what is trained, or one of the two
+        computes in bf16. Otherwise the two agree to 1e-4 (invariant I1)."""
+        precisions = {self.rollout.precision, self.learner.precision}
+        return self.train.max_staleness > 0 or precisions != {"fp32"}
+
+    @property
+    def reward_precision(self) -> Literal["fp32", "bf16"]:
+        """Of the reward service's products."""
+        return self.reward_service.precision or self.learner.precision
+
+    @property
+    def run_dir(self) -> Path:
+        """``output/name``."""
+        return Path(self.output) / self.name
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens of the context that are left for a prompt."""
+        return self.model.context - self.rollout.max_response_tokens

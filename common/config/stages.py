@@ -1,0 +1,246 @@
+"""Settings of the stages: what each trains, and how."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from common.config.base import (
+    Float,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+from common.config.model import LoraConfig
+
+
+class SftConfig(Section):
+    """The supervised stage (Stiennon 2020, appendix B)."""
+
+    epochs: PositiveFloat = 1.0
+    """Passes over the demonstrations."""
+    batch_tokens: PositiveInt = 8192
+    """Tokens per optimizer step over all ranks, packing included."""
+    lr: PositiveFloat = 2e-3
+    """Peak learning rate (relative step size for Adafactor)."""
+    warmup: Fraction = 0.05
+    """Share of the steps that warm up linearly; the rest is a cosine to a tenth."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """adafactor is PaLM's: no factoring, parameter scaling, beta2 = 1 - k^-0.8."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay (AdamW); Adafactor decays by lr squared."""
+    adam_eps: PositiveFloat = 1e-8
+    """Added to the root of AdamW's second moment. Well below the root mean square of the gradients,
+    which falls as models grow, or it eats the steps."""
+    z_loss: NonNegativeFloat = 1e-4
+    """Coefficient of log^2 Z (PaLM, section 5)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of products, as in `learner`."""
+    clip: PositiveFloat = 1.0
+    """Largest global gradient norm."""
+    start: PathText | None = None
+    """Weights of a policy (safetensors) to start from; null starts from random ones."""
+    lora: LoraConfig | None = None
+    """Train adapters on the weights of `start` instead of all of them; needs `start`."""
+
+    @model_validator(mode="after")
+    def _something_to_adapt(self) -> SftConfig:
+        if self.lora is not None and self.start is None:
+            raise ValueError("lora adapts weights that are there: set start to a policy's weights")
+        return self
+
+
+class RewardModelConfig(Section):
+    """The reward model (Stiennon 2020, section 3.4)."""
+
+    epochs: PositiveFloat = 1.0
+    """Passes over the comparisons."""
+    batch_size: PositiveInt = 64
+    """Comparisons per optimizer step."""
+    lr: PositiveFloat = 5e-4
+    """Peak learning rate (relative step size for Adafactor)."""
+    warmup: Fraction = 0.05
+    """Share of the steps that warm up linearly; the rest is a cosine to a tenth."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """As in `sft`; networks trained with Adafactor from scratch go on best with it."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay (AdamW); Adafactor decays by lr squared."""
+    adam_eps: PositiveFloat = 1e-8
+    """As in `sft`."""
+    held_out: Annotated[Float, Field(gt=0, lt=1)] = 0.1
+    """Share of the comparisons that accuracy is measured on, never trained on."""
+    seeds: PositiveInt = 1
+    """Models trained from different heads and orders; the most accurate is kept."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of products, as in `learner`."""
+    clip: PositiveFloat = 1.0
+    """Largest global gradient norm."""
+    lora: LoraConfig | None = None
+    """Train adapters on the supervised policy instead of all weights."""
+
+
+class PpgConfig(Section):
+    """Phasic Policy Gradient (Cobbe 2020, algorithm 1)."""
+
+    n_pi: PositiveInt = 8
+    """Iterations in a phase."""
+    e_aux: PositiveInt = 2
+    """Epochs of the auxiliary phase."""
+    beta_clone: NonNegativeFloat = 1.0
+    """Weight of KL(pi_old || pi) in the joint loss, whose value term is in units of values."""
+    minibatches: PositiveInt = 4
+    """Minibatches per auxiliary epoch and iteration in memory."""
+    lr: PositiveFloat = 1e-4
+    """Learning rate of the auxiliary phase."""
+
+
+class TrainConfig(Section):
+    """The policy phase (Schulman 2017, Stiennon 2020) and its auxiliary phase."""
+
+    algorithm: Literal["ppo", "rloo", "grpo", "reinforce_pp"] = "ppo"
+    """Advantage function; all but ppo need no value network."""
+    iterations: PositiveInt = 20
+    """Policy phases to run."""
+    prompts_per_iteration: PositiveInt = 256
+    """Prompts of one iteration."""
+    samples_per_prompt: PositiveInt = 1
+    """Responses per prompt; rloo and grpo need at least 2."""
+    e_pi: PositiveInt = 1
+    """Policy epochs per iteration."""
+    e_v: PositiveInt = 1
+    """Value epochs per iteration."""
+    minibatches: PositiveInt = 4
+    """Optimizer steps per epoch."""
+    lr: PositiveFloat = 3e-4
+    """Policy learning rate, annealed linearly to 0 over the run."""
+    value_lr: PositiveFloat = 5e-4
+    """Value learning rate, annealed likewise."""
+    clip_range: PositiveFloat = 0.2
+    """epsilon of the clipped objective."""
+    value_clip_range: PositiveFloat | None = 0.5
+    """Clip of the value update around the old values, as a share of the deviation of the batch's
+    returns, or of the root mean square of returns - old values where that is more; null switches
+    it off."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus."""
+    gamma: Fraction = 1.0
+    """Discount."""
+    gae_lambda: Fraction = 0.95
+    """lambda of GAE."""
+    kl_coef: NonNegativeFloat = 0.05
+    """Weight (first weight, when adaptive) of the per-token KL to the reference policy: per unit
+    of the score, or of its deviation under grpo and reinforce_pp, which normalise scores alone."""
+    kl_target: PositiveFloat | None = None
+    """Target of the adaptive controller in nats per response; null keeps kl_coef fixed."""
+    kl_horizon: PositiveInt = 10_000
+    """Horizon of the adaptive controller, in rollouts; a batch counts for one horizon at most."""
+    missing_eos_penalty: Annotated[Float, Field(le=0)] | None = -1.0
+    """A response that never ended scores at most the mean of those that ended plus so many of
+    their deviations (the EOS trick); null keeps the scorer's."""
+    stop_kl: PositiveFloat | None = 0.1
+    """Leave an update's epochs once the mean KL to the proximal policy passes this."""
+    value_network: Literal["separate", "shared"] = "separate"
+    """Separate beats shared (Stiennon 2020, appendix G.1)."""
+    max_staleness: NonNegativeInt = 0
+    """0 is synchronous and deterministic; k lets rollouts be k versions old."""
+    stale: Literal["wait", "drop"] = "wait"
+    """Rollouts that are too old when their turn comes: sample them again, or train without them."""
+    behavior_cap: PositiveFloat = 2.0
+    """Truncation of proximal/behaviour importance weights: in asynchronous mode, and wherever
+    rollouts or learner are not fp32."""
+    ppg: PpgConfig | None = PpgConfig()
+    """The auxiliary phase; null is plain PPO by the same code."""
+    clip: PositiveFloat = 1.0
+    """Largest global gradient norm."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    adam_eps: PositiveFloat = 1e-8
+    """As in `sft`, for policy and value network. Larger ones calm networks that were trained from
+    scratch here: the quickstart's is 1e-5."""
+    checkpoint_every: NonNegativeInt = 5
+    """Iterations between checkpoints: the most that a death costs. 0 writes one at the end only."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints to keep."""
+    lora: LoraConfig | None = None
+    """Train adapters of policy and value network on the supervised policy, one frozen base for
+    both, instead of all weights. The value network takes over the reward model's adapter when that
+    was trained with one."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> TrainConfig:
+        if self.samples_per_prompt < self.least_responses:
+            raise ValueError(
+                f"{self.algorithm} compares responses of one prompt: "
+                f"set samples_per_prompt to {self.least_responses} or more"
+            )
+        if self.algorithm != "ppo" and self.ppg is not None:
+            raise ValueError(
+                f"{self.algorithm} has no value function for an auxiliary phase: set ppg to null"
+            )
+        if self.lora is not None and self.lora.dropout:
+            raise ValueError(
+                f"lora.dropout={self.lora.dropout} would make the ratio of PPO noise: set it to 0"
+            )
+        if self.batch_size % self.minibatches:
+            raise ValueError(
+                f"batch of {self.batch_size} rollouts is not divisible by "
+                f"minibatches={self.minibatches}"
+            )
+        return self
+
+    @property
+    def adapter(self) -> str:
+        """Name of the adapter that is trained; empty where all weights are."""
+        return "policy" if self.lora else ""
+
+    @property
+    def least_responses(self) -> int:
+        """Scored responses that a prompt needs to be trained on: 2 where they are compared with
+        each other, which a lone one cannot be."""
+        return 2 if self.algorithm in ("rloo", "grpo") else 1
+
+    @property
+    def batch_size(self) -> int:
+        """Rollouts of one iteration."""
+        return self.prompts_per_iteration * self.samples_per_prompt
+
+
+class EvaluateConfig(Section):
+    """Comparison of two policies on held-out prompts."""
+
+    prompts: PositiveInt = 512
+    """Held-out prompts."""
+    judge: str = ""
+    """``package.module:function`` that scores (prompts, responses) for the win rate; empty takes
+    the run's own reward, which the policy was trained on."""
+    best_of: NonNegativeInt = 0
+    """Samples per prompt of the quickstart's best-of-N line; 0 leaves it out."""
+
+
+class QuickstartConfig(Section):
+    """Data of the quickstart, harvested from the user's own Python environment."""
+
+    demonstrations: PositiveInt = 20_000
+    """Harvested pairs for the supervised stage and the prompts."""
+    held_out: PositiveInt = 1_000
+    """Harvested pairs that only the judges see."""
+    comparisons: PositiveInt = 4_000
+    """Comparisons that the labeler labels."""
+    label_noise: Annotated[Float, Field(ge=0, lt=0.5)] = 0.05
+    """Share of labels flipped at random."""
+    human_share: Fraction = 0.35
+    """Share of comparisons of a sample of the supervised policy with the human line."""
+    borrowed_share: Fraction = 0.15
+    """Share of comparisons of the human line with one about another function: equally fluent, so
+    only what the line is about decides. The rest compares two samples."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> QuickstartConfig:
+        if self.human_share + self.borrowed_share > 1:
+            raise ValueError("human_share and borrowed_share are more than everything together")
+        return self

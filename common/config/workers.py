@@ -1,0 +1,193 @@
+"""Settings of the elastic workers: rollout actors and the reward service."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from common.config.base import (
+    Float,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+
+
+def threads_of(threads: int | None, cpus: float) -> int:
+    """Threads that a role computes with: what it was told, or the whole cores that it reserved."""
+    return threads or max(1, int(cpus))
+
+
+Labels = Mapping[
+    Annotated[str, Field(min_length=1)],
+    Annotated[str, Field(pattern=r"^!?([\w.-]+|in\([\w.-]+(, ?[\w.-]+)*\))$")],
+]
+"""Node label -> what it must be: ``spot``, ``!spot``, ``in(a, b)`` or ``!in(a, b)``, as in Ray."""
+
+
+class ActorBounds(Section):
+    """Bounds within which a run chooses its own number of rollout actors."""
+
+    min: PositiveInt
+    """Actors to start with, and the fewest."""
+    max: PositiveInt
+    """The most."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ActorBounds:
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} exceeds max={self.max}")
+        return self
+
+
+class RolloutConfig(Section):
+    """Rollout actors and sampling."""
+
+    actors: PositiveInt | ActorBounds = 2
+    """Rollout actors to start with; or ``{min: 2, max: 8}``: the run adds and takes away actors
+    between these, by who waits for whom."""
+    labels: Labels = Field(default_factory=dict)
+    """Labels of the nodes that actors may be on, as ``ray.io/market-type: spot``; none = any."""
+    cpus_per_actor: PositiveFloat = 1.0
+    """Cores each actor asks Ray for."""
+    threads: PositiveInt | None = None
+    """Threads that each actor computes with, as does whatever samples in its own process; null: the
+    whole cores that it asks for, at least one. More pay where others wait meanwhile, and cost much
+    where they do not."""
+    gpus_per_actor: NonNegativeFloat = 0.0
+    """GPUs each actor asks Ray for; nothing computes on them yet, so a recipe leaves it at 0."""
+    lease_size: PositiveInt = 64
+    """Rollouts in one lease: the unit of work, of reissue and of batching."""
+    lease_deadline_s: PositiveFloat = 300.0
+    """A worker silent for longer is taken for hung, killed and replaced: longest time in which a
+    lease is sampled or scored, in asynchronous mode several of together at most 8 x
+    `reward_service.micro_batch_tokens` tokens. What costs three workers in a row ends the run."""
+    max_response_tokens: PositiveInt = 32
+    """Longest response."""
+    temperature: NonNegativeFloat = 1.0
+    """Sampling temperature; 0 is greedy (evaluation only)."""
+    top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
+    """Nucleus: the smallest set of tokens with at least this probability."""
+    top_k: NonNegativeInt = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    min_p: Fraction = 0.0
+    """Keep tokens at least this share as probable as the most probable one."""
+    min_response_tokens: NonNegativeInt = 0
+    """No response ends before it has so many tokens."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a response; the text itself is cut off."""
+    stop_ids: tuple[NonNegativeInt, ...] = ()
+    """Tokens that end a response, beside EOS."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of weights on the wire and of matrix products; softmax and log-probabilities stay fp32."""
+    slots: PositiveInt = 128
+    """Responses in work at once in one actor."""
+    cache_mb: PositiveFloat = 1024.0
+    """Memory of one actor for keys and values, in MiB; fewer slots are used when it is less."""
+    prefill_tokens: PositiveInt = 2048
+    """Prompt tokens that one step computes beside its decodes."""
+    kernels: Literal["auto", "native", "torch"] = "auto"
+    """native: compiled for the processor by gcc; torch: anywhere; auto: native where it can be."""
+    lora: Literal["merged", "unmerged"] = "merged"
+    """How an adapter is sampled from (`train.lora`). merged: added to the weights as it arrives,
+    which costs nothing at a token; unmerged: computed beside them, by torch and slower, without a
+    second copy of them. Evaluation samples base and adapter side by side, unmerged."""
+
+    @property
+    def actors_at_start(self) -> int:
+        """Rollout actors to start with."""
+        return self.actors if isinstance(self.actors, int) else self.actors.min
+
+    @model_validator(mode="after")
+    def _ends(self) -> RolloutConfig:
+        if self.min_response_tokens > self.max_response_tokens:
+            raise ValueError(
+                f"min_response_tokens={self.min_response_tokens} exceeds "
+                f"max_response_tokens={self.max_response_tokens}"
+            )
+        if self.lora == "unmerged" and self.kernels == "native":
+            raise ValueError(
+                "kernels=native computes no adapter beside the weights: set lora to merged, or "
+                "kernels to auto or torch"
+            )
+        if "" in self.stop:
+            raise ValueError("stop: an empty text would end every response at once")
+        return self
+
+
+ComponentName = Annotated[str, Field(pattern=r"^[^/\x00-\x1f]+$")]
+"""Of a part of the score. Metrics are called by it, and a slash groups metrics."""
+
+
+class RewardComponent(Section):
+    """One named term of the score."""
+
+    weight: Float = 1.0
+    """Factor of this component in the score."""
+    kind: Literal["model", "function", "http"] = "model"
+    """The trained reward model, a Python function, or a remote endpoint."""
+    target: str = ""
+    """``package.module:function`` or the endpoint's URL."""
+    token_env: str = ""
+    """Name of the environment variable that holds the endpoint's bearer token."""
+    timeout_s: PositiveFloat = 10.0
+    """Longest wait for one HTTP request."""
+    max_concurrency: PositiveInt = 8
+    """HTTP requests under way at once."""
+    batch_size: PositiveInt = 32
+    """Responses in one HTTP request."""
+    max_retries: NonNegativeInt = 5
+    """Tries of one HTTP request after its first, before its responses are dead letters."""
+    give_up_after_s: PositiveFloat = 120.0
+    """Longest time that all tries of one HTTP request may take."""
+    dead_letters: PathText = ""
+    """File that responses given up are appended to, as JSON lines."""
+
+    @model_validator(mode="after")
+    def _target(self) -> RewardComponent:
+        if self.kind != "model" and not self.target:
+            raise ValueError(f"a {self.kind} component needs a target")
+        return self
+
+
+class RewardServiceConfig(Section):
+    """The reward service."""
+
+    replicas: PositiveInt = 1
+    """Reward workers."""
+    cpus_per_replica: PositiveFloat = 1.0
+    """Cores each worker asks Ray for."""
+    threads: PositiveInt | None = None
+    """Threads of frozen passes, as in `rollout`."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """Of the products of frozen passes; null: the learner's, so that equal policies have a KL of 0.
+    Scores and log-probabilities are fp32 either way."""
+    gpus_per_replica: NonNegativeFloat = 0.0
+    """GPUs each worker asks Ray for; nothing computes on them yet, so a recipe leaves it at 0."""
+    labels: Labels = Field(default_factory=dict)
+    """Labels of the nodes that workers may be on, as in `rollout`."""
+    micro_batch_tokens: PositiveInt = 8192
+    """Padded tokens of one frozen forward pass."""
+    components: Mapping[ComponentName, RewardComponent] = Field(
+        default_factory=lambda: {"reward_model": RewardComponent()}
+    )
+    """The score is the weighted sum of these."""
+
+    @model_validator(mode="after")
+    def _some(self) -> RewardServiceConfig:
+        if not self.components:
+            raise ValueError("at least one component is needed")
+        if not any(component.weight for component in self.components.values()):
+            raise ValueError("every weight is 0, so every score would be; give one another weight")
+        return self
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether a component is the trained reward model."""
+        return any(component.kind == "model" for component in self.components.values())

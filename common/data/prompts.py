@@ -1,0 +1,117 @@
+"""The stream of rollout requests: seeded, resumable by one integer, the same on any cluster."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.data.fitting import Fitting, TooLong
+from common.data.records import Prompt, ShuffledIndex
+from common.data.tokenizer import Tokenizer
+from common.wire.trajectory import RolloutRequest, derive_seed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedPrompt:
+    """A prompt with its tokens."""
+
+    uid: str
+    text: str
+    ids: list[int]
+
+
+def encode_prompts(
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int,
+    too_long: TooLong,
+    limit: int | None = None,
+) -> tuple[list[EncodedPrompt], Fitting]:
+    """Tokenise the first `limit` prompts that fit; returns them and how they fitted.
+
+    Raises:
+        DataError: a prompt is too long and that is an error, or none are left.
+    """
+    fitting = Fitting(what="prompts", prompt=max_tokens, too_long=too_long)
+    kept: list[EncodedPrompt] = []
+    encoded = tokenizer.encode_batch([prompt.prompt for prompt in prompts])
+    for prompt, tokens in zip(prompts, encoded, strict=True):
+        if len(kept) == limit:
+            break
+        if (fitted := fitting.fit(prompt.place, {"prompt": tokens})) is not None:
+            kept.append(EncodedPrompt(uid=prompt.uid, text=prompt.prompt, ids=fitted[0]))
+    fitting.require(len(kept), 1, "sampling")
+    return kept, fitting
+
+
+class PromptStream:
+    """Endless requests, epoch by epoch in seeded order. Consumed by the controller."""
+
+    def __init__(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        *,
+        seed: int,
+        position: int = 0,
+        adapter: str = "",
+    ) -> None:
+        """`adapter` is what all of them are to be sampled from."""
+        self._adapter = adapter
+        self._prompts = prompts
+        self._seed = seed
+        self._order = ShuffledIndex(len(prompts), derive_seed(seed, "prompts") >> 1, position)
+
+    @property
+    def position(self) -> int:
+        """Prompts handed out so far; the whole state of the stream."""
+        return self._order.position
+
+    def requests(self, iteration: int, prompts: int, samples: int) -> list[RolloutRequest]:
+        """The requests of one iteration, samples of one prompt side by side."""
+        made = []
+        for group, index in enumerate(self._order.next_batch(prompts)):
+            prompt = self._prompts[index]
+            for sample in range(samples):
+                rollout_id = f"{iteration:06d}-{group * samples + sample:06d}"
+                made.append(
+                    RolloutRequest(
+                        rollout_id=rollout_id,
+                        group=group,
+                        prompt_uid=prompt.uid,
+                        prompt_text=prompt.text,
+                        prompt_ids=prompt.ids,
+                        seed=derive_seed(self._seed, rollout_id),
+                        adapter=self._adapter,
+                    )
+                )
+        return made
+
+
+def evaluation_requests(
+    prompts: Sequence[EncodedPrompt],
+    *,
+    seed: int,
+    label: str,
+    samples: int = 1,
+    adapters: Sequence[str] = ("",),
+) -> list[RolloutRequest]:
+    """One pass over prompts in their order, for evaluation and for sampling comparisons.
+
+    Each sample is made with each of the adapters, side by side and from the same seed, which does
+    not depend on what else is sampled beside it.
+    """
+    wanted = itertools.product(enumerate(prompts), range(samples), adapters)
+    return [
+        RolloutRequest(
+            rollout_id=f"{label}-{number:06d}",
+            group=group,
+            prompt_uid=prompt.uid,
+            prompt_text=prompt.text,
+            prompt_ids=prompt.ids,
+            seed=derive_seed(seed, label, prompt.uid, sample),
+            adapter=adapter,
+        )
+        for number, ((group, prompt), sample, adapter) in enumerate(wanted)
+    ]

@@ -1,0 +1,303 @@
+"""Readers, validation and order of what users bring: prompts, demonstrations, comparisons.
+
+    file (.jsonl | .parquet, local or URI) -> rows -> `_build` -> record, with its place
+
+A row that is not what it should be raises one line: `file:line: field 'x': what; mend`
+(`file:row N` for Parquet). A record keeps its place, so that whatever is found out about it later
+names the same line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Any, Final, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.data.rows import Kind, Row, sources, type_name
+from common.errors import DataError
+from common.files import write_atomic
+
+
+def content_uid(kind: str, *contents: str) -> str:
+    """32 hex digits of blake2b over length-prefixed `contents`; the same on every machine."""
+    digest = blake2b(kind.encode(), digest_size=16)
+    for text in contents:
+        raw = text.encode()
+        digest.update(len(raw).to_bytes(8, "little"))
+        digest.update(raw)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A text to respond to. Example: `Prompt(prompt="def area(radius):")`."""
+
+    uid: str = ""
+    """`content_uid` of the other fields when left blank. Equal contents have equal uids."""
+    prompt: str
+    place: str = field(default="", compare=False)
+    """Where it was read, as ``file:line``; no part of the data."""
+
+    def __post_init__(self) -> None:
+        if not self.uid:
+            object.__setattr__(self, "uid", content_uid("prompt", self.prompt))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demonstration:
+    """A prompt with a response to imitate (supervised fine-tuning)."""
+
+    uid: str = ""
+    """`content_uid` of the other fields when left blank."""
+    prompt: str
+    response: str
+    place: str = field(default="", compare=False)
+    """Where it was read, as ``file:line``; no part of the data."""
+
+    def __post_init__(self) -> None:
+        if not self.uid:
+            uid = content_uid("demonstration", self.prompt, self.response)
+            object.__setattr__(self, "uid", uid)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Two responses to one prompt, one preferred (reward-model training)."""
+
+    uid: str = ""
+    """`content_uid` of the other fields when left blank (labeler and confidence included)."""
+    prompt: str
+    chosen: str
+    rejected: str
+    labeler: str = "unknown"
+    """Who judged: a person's or a program's name."""
+    confidence: float = 1.0
+    """Probability, in the labeler's eyes, that `chosen` is the better: 0.5 ... 1."""
+    place: str = field(default="", compare=False)
+    """Where it was read, as ``file:line``; no part of the data."""
+
+    def __post_init__(self) -> None:
+        if not self.uid:
+            contents = (self.prompt, self.chosen, self.rejected, self.labeler)
+            uid = content_uid("comparison", *contents, repr(float(self.confidence)))
+            object.__setattr__(self, "uid", uid)
+
+
+Record = TypeVar("Record", Prompt, Demonstration, Comparison)
+
+
+def read_prompts(paths: Sequence[str]) -> Iterator[Prompt]:
+    """Stream the prompts of `paths` in order. Raises: DataError (see `_read`)."""
+    return _read(paths, Prompt)
+
+
+def read_demonstrations(paths: Sequence[str]) -> Iterator[Demonstration]:
+    """Stream the demonstrations of `paths` in order. Raises: DataError (see `_read`)."""
+    return _read(paths, Demonstration)
+
+
+def read_comparisons(paths: Sequence[str]) -> Iterator[Comparison]:
+    """Stream the comparisons of `paths` in order. Raises: DataError (see `_read`)."""
+    return _read(paths, Comparison)
+
+
+def write_jsonl(
+    path: str | os.PathLike[str], records: Iterable[Prompt | Demonstration | Comparison]
+) -> None:
+    """Write one JSON object a line, atomically. Raises: StorageError."""
+
+    def line(record: Prompt | Demonstration | Comparison) -> bytes:
+        required, optional = _COLUMNS[type(record)]
+        values = {name: getattr(record, name) for name in ("uid", *required, *optional)}
+        return json.dumps(values, ensure_ascii=False).encode() + b"\n"
+
+    write_atomic(path, map(line, records))
+
+
+def _read(paths: Sequence[str], kind: type[Record]) -> Iterator[Record]:
+    """Check at the call that every file is there, then stream records one by one.
+
+    Raises:
+        DataError: at the call, a missing file or unknown extension; while streaming, the first
+            row that is not a `kind`, or a file without any.
+    """
+    checked = sources(paths)
+    wanted = [name for columns in _COLUMNS[kind] for name in columns]
+    return (_build(kind, row) for source in checked for row in source.rows(wanted))
+
+
+# --- one row ----------------------------------------------------------------------------------
+
+
+def _names(kind: type[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    own = [column for column in fields(kind) if column.name not in ("uid", "place")]
+    required = tuple(column.name for column in own if column.default is MISSING)
+    return required, tuple(column.name for column in own if column.default is not MISSING)
+
+
+# the (required, optional) columns of each record
+_COLUMNS: Final[dict[type[Any], tuple[tuple[str, ...], tuple[str, ...]]]] = {
+    kind: _names(kind) for kind in (Prompt, Demonstration, Comparison)
+}
+_KINDS: Final[dict[str, Kind]] = {"confidence": "number"}  # of the columns that are not text
+_OTHER_WORDS: Final = frozenset(
+    {"labeled", "confident", "conference"}
+)  # near an optional column, and meant
+_SHOWN_COLUMNS: Final = 12
+_LONG: Final = 9  # letters; in a word so long two slips are believed
+
+
+@lru_cache(maxsize=64)  # the columns of a file rarely change from row to row
+def _column_fault(
+    required: tuple[str, ...],
+    optional: tuple[str, ...],
+    found: tuple[str, ...],
+    others: tuple[tuple[str, Kind], ...],
+) -> str | None:
+    """What is wrong with the names of the columns; other columns may ride along unread."""
+    for name in required:
+        if name not in found:
+            if near := _misspelt(name, others):
+                return f"field {name!r}: missing; rename {near!r} to {name!r}"
+            return f"field {name!r}: missing; add it (columns found: {_listed(found, others)})"
+    for name in optional:
+        # A misspelt optional field would otherwise be dropped without a word.
+        if name not in found and (near := _misspelt(name, others)):
+            return f"field {near!r}: unknown; rename it to {name!r} or take it out"
+    return None
+
+
+def _misspelt(name: str, others: tuple[tuple[str, Kind], ...]) -> str | None:
+    """The column that `name` was meant by: of its kind, and a slip of the finger away from it.
+
+    Common columns of other people's data (``label``, ``prompt_id``, ``confidence_level``) are
+    further away, or of another kind.
+    """
+    slips = 1 if len(name) < _LONG else 2
+    for other, kind in others:
+        word = other.strip(" _-").casefold()
+        if (
+            kind == _KINDS.get(name, "text")
+            and word not in _OTHER_WORDS
+            and _slips(word, name) <= slips
+        ):
+            return other
+    return None
+
+
+def _slips(a: str, b: str) -> int:
+    """Letters missing, added, wrong, or changed places with the next (restricted Damerau)."""
+    if abs(len(a) - len(b)) > 2:
+        return 3
+    before, last = [0] * (len(b) + 1), list(range(len(b) + 1))
+    for i, letter in enumerate(a, 1):
+        row = [i]
+        for j, other in enumerate(b, 1):
+            best = min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (letter != other))
+            if i > 1 and j > 1 and letter == b[j - 2] and other == a[i - 2]:
+                best = min(best, before[j - 2] + 1)
+            row.append(best)
+        before, last = last, row
+    return last[-1]
+
+
+def _listed(found: tuple[str, ...], others: tuple[tuple[str, Kind], ...]) -> str:
+    names = [*found, *(name for name, _ in others)]
+    more = [f"and {len(names) - _SHOWN_COLUMNS} more"] if len(names) > _SHOWN_COLUMNS else []
+    return ", ".join([*map(repr, names[:_SHOWN_COLUMNS]), *more]) or "none"
+
+
+def _build(kind: type[Record], row: Row) -> Record:
+    required: tuple[str, ...] = _COLUMNS[kind][0]
+    optional: tuple[str, ...] = _COLUMNS[kind][1]
+    if fault := _column_fault(required, optional, tuple(row.values), row.others):
+        raise DataError(f"{row.place}: {fault}")
+    values: dict[str, Any] = {}
+    for name in (*required, *optional):
+        value = row.values.get(name)
+        if value is None and name in optional:
+            continue
+        where = f"{row.place}: field {name!r}"
+        values[name] = _confidence(value, where) if name == "confidence" else _text(value, where)
+    if kind is Comparison and values["chosen"] == values["rejected"]:
+        raise DataError(
+            f"{row.place}: field 'rejected': equal to 'chosen'; a comparison needs two different "
+            "responses, so take the line out"
+        )
+    # A uid in the file is not taken over: an edited line would keep the old one's name.
+    return kind(**values, place=row.place)
+
+
+def _text(value: object, field: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{field}: is {type_name(value)}; write a text")
+    if not value.strip():
+        raise DataError(f"{field}: is empty; fill it or take the line out")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{field}: holds half a surrogate pair at character {error.start}; "
+            "write the character itself"
+        ) from error
+    return value
+
+
+def _confidence(value: object, field: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DataError(f"{field}: is {type_name(value)}; write a number from 0.5 to 1")
+    if not 0.5 <= value <= 1:
+        raise DataError(
+            f"{field}: is {value:.6g}, outside 0.5 ... 1; below 0.5 swap chosen and rejected"
+        )
+    return float(value)
+
+
+# --- order ------------------------------------------------------------------------------------
+
+
+def shuffled_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order of `n` items in `epoch`: a permutation, int64 `[n]`, a function of its arguments.
+
+    Sorts raw Philox words: NumPy promises raw streams to stay the same between versions, but not
+    the stream of `Generator.permutation`.
+    """
+    words = np.random.Philox(np.random.SeedSequence((seed, epoch))).random_raw(n)
+    return np.argsort(words, kind="stable").astype(np.int64, copy=False)
+
+
+class ShuffledIndex:
+    """An endless stream of indices below `n`, each once per epoch; one integer resumes it."""
+
+    def __init__(self, n: int, seed: int, position: int = 0) -> None:
+        if n < 1 or position < 0:
+            raise ValueError(f"need n >= 1 and position >= 0, got n={n}, position={position}")
+        self._n, self._seed, self._position = n, seed, position
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    @property
+    def position(self) -> int:
+        """Indices handed out since the start of epoch 0."""
+        return self._position
+
+    def next_batch(self, k: int) -> list[int]:
+        """The next `k` indices; a batch may cross into the next epoch."""
+        batch: list[int] = []
+        while len(batch) < k:
+            epoch, offset = divmod(self._position, self._n)
+            if epoch != self._epoch:
+                self._epoch, self._order = (
+                    epoch,
+                    shuffled_order(self._n, self._seed, epoch),
+                )
+            part = self._order[offset : offset + k - len(batch)].tolist()
+            batch += part
+            self._position += len(part)
+        return batch

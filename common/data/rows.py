@@ -1,0 +1,260 @@
+"""Rows of the files that users bring, each with the place to name when it is wrong.
+
+    path -> `sources` -> JsonlSource | ParquetSource -> Row (place "file:line" | "file:row N")
+
+What a row must hold is decided in `common.data.records`; here a file is only required to be one. Of
+a Parquet file only the columns that are asked for are read: what rides along unread may be of any
+type, broken or huge.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Final, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from common.errors import DataError
+from common.files import one_line, resolve
+
+MAX_LINE_BYTES: Final = 64 * 2**20  # one record; more is a file without line breaks
+PARQUET_BATCH_ROWS: Final = 1024
+_BOM: Final = codecs.BOM_UTF8
+_LONGEST_INTEGER: Final = 640  # digits; no Python converts fewer
+
+Kind = Literal["text", "number", "other"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One row of a file."""
+
+    values: Mapping[str, object]
+    """Of the columns that were asked for, those that the row has."""
+    others: tuple[tuple[str, Kind], ...]
+    """Name and kind of each column that rides along."""
+    place: str
+    """``file:line``, or ``file:row N`` of a Parquet file; both count from 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """A value of a column whose type no record has a use for; it was not converted."""
+
+    type: str
+
+
+def type_name(value: object) -> str:
+    """How an error names the type of a value."""
+    if isinstance(value, Foreign):
+        return f"of type {value.type}"
+    return "null" if value is None else f"of type {type(value).__name__}"
+
+
+def sources(paths: Sequence[str]) -> list[JsonlSource | ParquetSource]:
+    """Check that every file is there and of a known kind.
+
+    Raises:
+        DataError: no path, a missing file, a folder, an unknown extension, or no way to reach it.
+    """
+    if isinstance(paths, str):
+        raise TypeError("paths must be a sequence of paths, not one text")
+    if not paths:
+        raise DataError("no data files: name at least one .jsonl or .parquet file")
+    return [_source(path) for path in paths]
+
+
+def _source(path: str) -> JsonlSource | ParquetSource:
+    filesystem, inner = resolve(path)
+    makers: dict[str, Callable[..., JsonlSource | ParquetSource]] = {
+        ".jsonl": JsonlSource,
+        ".parquet": ParquetSource,
+    }
+    extension = os.path.splitext(inner)[1]
+    if extension not in makers:
+        raise DataError(f"{path}: extension {extension!r} is unknown; use .jsonl or .parquet")
+    try:
+        found = filesystem.get_file_info(inner).type
+    except OSError as error:
+        raise DataError(f"{path}: cannot be reached ({one_line(error)}); check it") from error
+    if found == fs.FileType.Directory:
+        raise DataError(f"{path}: is a folder; name the files in it")
+    if found != fs.FileType.File:
+        raise DataError(f"{path}: no such file; check the path")
+    return makers[extension](path, filesystem, inner)
+
+
+class JsonlSource:
+    """One JSON object a line; blank lines are passed over."""
+
+    def __init__(self, path: str, filesystem: fs.FileSystem, inner: str) -> None:
+        self._path, self._fs, self._inner = path, filesystem, inner
+
+    def rows(self, wanted: Sequence[str]) -> Iterator[Row]:
+        """Stream every row. Raises: DataError."""
+        for number, raw in self._lines():
+            place = f"{self._path}:{number}"
+            found = self._parse(raw, place)
+            yield Row(
+                values={name: found[name] for name in wanted if name in found},
+                others=tuple((name, _kind(found[name])) for name in found if name not in wanted),
+                place=place,
+            )
+
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        """(line number from 1, bytes) of every line that is not blank."""
+        number, count = 0, 0
+        try:
+            with self._fs.open_input_stream(self._inner, compression=None) as raw_stream:
+                stream = io.BufferedReader(raw_stream, buffer_size=2**20)
+                while raw := stream.readline(MAX_LINE_BYTES + 1):
+                    number += 1
+                    if len(raw) > MAX_LINE_BYTES:
+                        raise DataError(
+                            f"{self._path}:{number}: longer than {MAX_LINE_BYTES >> 20} MiB; "
+                            "write one JSON object per line"
+                        )
+                    if raw.removeprefix(_BOM).strip():
+                        count += 1
+                        yield number, raw
+        except OSError as error:
+            raise DataError(f"{self._path}: cannot be read ({one_line(error)})") from error
+        if not count:
+            raise DataError(f"{self._path}: holds no records; write one JSON object per line")
+
+    def _parse(self, raw: bytes, place: str) -> dict[str, object]:
+        try:
+            # Editors of some systems open a file with a mark, and of two files that were joined
+            # the second one's stands in the middle.
+            text = raw.removeprefix(_BOM).decode()
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{place}: byte {error.start + 1} of the line is not UTF-8; save it as UTF-8"
+            ) from error
+        try:
+            row = json.loads(text, parse_int=_integer)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{place}: torn JSON ({one_line(error)}); write one complete object per line"
+            ) from error
+        if not isinstance(row, dict):
+            raise DataError(
+                f'{place}: is {type_name(row)}; write an object such as {{"prompt": "..."}}'
+            )
+        return row
+
+
+class ParquetSource:
+    """Rows of a Parquet file, numbered from 1."""
+
+    def __init__(self, path: str, filesystem: fs.FileSystem, inner: str) -> None:
+        self._path, self._fs, self._inner = path, filesystem, inner
+
+    def rows(self, wanted: Sequence[str]) -> Iterator[Row]:
+        """Stream every row; no other column than `wanted` is read. Raises: DataError."""
+        number = 0
+        try:
+            with self._fs.open_input_file(self._inner) as stream:
+                file = pq.ParquetFile(stream)
+                names = self._names(file.schema_arrow, wanted)
+                others = tuple(
+                    (field.name, _arrow_kind(field.type))
+                    for field in file.schema_arrow
+                    if field.name not in names
+                )
+                for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=names):
+                    columns = {name: _storage(batch.column(name)) for name in names}
+                    for index in range(batch.num_rows):
+                        number += 1
+                        place = f"{self._path}:row {number}"
+                        values = {
+                            name: self._value(column, index, f"{place}: field {name!r}")
+                            for name, column in columns.items()
+                        }
+                        yield Row(values=values, others=others, place=place)
+        except pa.ArrowNotImplementedError as error:
+            raise DataError(
+                f"{self._path}: cannot be read here ({one_line(error)}); write it without that"
+            ) from error
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"{self._path}: torn or not Parquet ({one_line(error)}); write or copy it again"
+            ) from error
+        if not number:
+            raise DataError(f"{self._path}: holds no records; write at least one row")
+
+    def _names(self, schema: pa.Schema, wanted: Sequence[str]) -> list[str]:
+        """The wanted columns that the file has."""
+        for name in wanted:
+            if schema.names.count(name) > 1:
+                raise DataError(f"{self._path}: column {name!r} is there twice; keep one of them")
+        return [name for name in wanted if name in schema.names]
+
+    def _value(self, column: pa.Array, index: int, field: str) -> object:
+        if column[index].is_valid and not _is_plain(column.type):
+            return Foreign(str(column.type))
+        try:
+            value = column[index].as_py()
+            # Some writers leave out that their bytes are text.
+            value = value.decode() if isinstance(value, bytes) else value
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{field}: byte {error.start + 1} is not UTF-8; write it as UTF-8"
+            ) from error
+        return float(value) if isinstance(value, Decimal) else value
+
+
+# -------------------------------------------------------------------------- kinds of values
+
+
+def _kind(value: object) -> Kind:
+    if isinstance(value, str):
+        return "text"
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return "number" if number else "other"
+
+
+def _integer(digits: str) -> int | float:
+    """A column that nobody reads may hold a number of more digits than Python converts."""
+    return int(digits) if len(digits) < _LONGEST_INTEGER else float(digits)
+
+
+def _arrow_kind(found: pa.DataType) -> Kind:
+    is_, found = pa.types, _stored(found)
+    if (
+        is_.is_string(found)
+        or is_.is_large_string(found)
+        or is_.is_string_view(found)
+        or is_.is_binary(found)
+        or is_.is_large_binary(found)
+        or is_.is_binary_view(found)
+    ):
+        return "text"
+    number = is_.is_integer(found) or is_.is_floating(found) or is_.is_decimal(found)
+    return "number" if number else "other"
+
+
+def _stored(found: pa.DataType) -> pa.DataType:
+    """The type of the values themselves, under dictionaries and extensions."""
+    if isinstance(found, pa.BaseExtensionType):
+        return _stored(found.storage_type)
+    return _stored(found.value_type) if pa.types.is_dictionary(found) else found
+
+
+def _storage(column: pa.Array) -> pa.Array:
+    """A column without the extension type that it may carry."""
+    return column.storage if isinstance(column.type, pa.BaseExtensionType) else column
+
+
+def _is_plain(found: pa.DataType) -> bool:
+    """Whether Python holds its values as text, number, truth or null."""
+    truth = pa.types.is_boolean(found) or pa.types.is_null(found)
+    return truth or _arrow_kind(found) != "other"

@@ -1,0 +1,229 @@
+"""Adapters on disk: our own file (adapter, head, base's fingerprint) and PEFT's layout.
+
+Both name the base that they were trained on by its fingerprint; on another one they are refused.
+
+PEFT (huggingface.co/docs/peft) knows one adapter per linear layer, we have one per segment of the
+fused projection. Side by side they are one of a larger rank, whose B is block-diagonal: exact, and
+readable by ``peft`` on a `common.models.palm.PaLM`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from common.config.model import LoraConfig, ModelConfig
+from common.errors import CheckpointError
+from common.models.lora import (
+    adapted,
+    add_adapter,
+    base_fingerprint,
+    load_adapter,
+    merged_state,
+    share_base,
+)
+from common.models.networks import PolicyNetwork, ScalarNetwork
+from common.models.palm import PaLM
+from common.models.weight_files import load_weights, save_weights
+
+_PEFT = "base_model.model."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """An adapter as it is kept."""
+
+    settings: LoraConfig
+    base: str
+    """Fingerprint of the decoder that it was trained on."""
+    tensors: Mapping[str, Tensor]
+    """By the names that `common.models.lora.adapter_tensors` gives."""
+
+
+def save_adapter(
+    adapter: Adapter, head: Mapping[str, Tensor], path: Path, model: ModelConfig
+) -> None:
+    """Write an adapter and what was trained beside it (a head), as safetensors."""
+    metadata = {
+        "model": model.model_dump_json(),
+        "lora": adapter.settings.model_dump_json(),
+        "base": adapter.base,
+    }
+    save_weights({**adapter.tensors, **head}, path, metadata)
+
+
+def adapter_of(state: Mapping[str, Tensor], name: str, settings: LoraConfig, base: str) -> Adapter:
+    """The adapter `name` out of a network's state dict."""
+    tensors = {
+        key.removeprefix("palm.").replace(f".lora_{name}_", ".lora_"): tensor
+        for key, tensor in state.items()
+        if f".lora_{name}_" in key
+    }
+    return Adapter(settings=settings, base=base, tensors=tensors)
+
+
+def export_merged(
+    adapter: Adapter, state: Mapping[str, Tensor], base: Path, folder: Path, model: ModelConfig
+) -> None:
+    """Write a policy as plain weights, ``policy.safetensors``, and its adapter in PEFT's layout,
+    ``adapter/``.
+
+    Args:
+        state: what was trained; its ``value.`` head goes into the weights.
+        base: the weights that the adapter was trained on, as they were: rounded ones, as a learner
+            in bf16 holds them, would not do.
+
+    Raises:
+        CheckpointError: `base` is missing, or another one.
+        TrainingError: the adapter is not finite.
+    """
+    network = PolicyNetwork(model)
+    load_weights(network, base)
+    require_base(adapter, base_fingerprint(network.state_dict()), base)
+    head = {k.removeprefix("value."): v for k, v in state.items() if k.startswith("value.")}
+    network.value.load_state_dict(head)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_peft(adapter, network.palm, folder / "adapter")
+    put_adapter(network.palm, "exported", adapter)
+    metadata = {"model": model.model_dump_json()}
+    save_weights(merged_state(network, "exported"), folder / "policy.safetensors", metadata)
+
+
+def load_scalar(network: ScalarNetwork, path: Path, base: PaLM, name: str) -> LoraConfig | None:
+    """Load a reward model: whole weights, or an adapter on a base that is then shared.
+
+    Returns the adapter's settings, or None for whole weights. The adapter is put under `name`, and
+    the network runs with it.
+
+    Raises:
+        CheckpointError: missing, torn, of another architecture, or trained on another base.
+    """
+    found = _settings(path)
+    if found is None:
+        load_weights(network, path)
+        return None
+    state = load_file(path)
+    head = {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
+    settings = LoraConfig.model_validate_json(found["lora"])
+    adapter = Adapter(
+        settings=settings.model_copy(update={"dropout": 0.0}),
+        base=found["base"],
+        tensors={k: v for k, v in state.items() if not k.startswith("head.")},
+    )
+    require_base(adapter, base_fingerprint(base.state_dict()), path)
+    share_base(network.palm, base)
+    put_adapter(network.palm, name, adapter)
+    network.head.load_state_dict(head)
+    network.adapter = name
+    return adapter.settings
+
+
+def put_adapter(palm: PaLM, name: str, adapter: Adapter) -> None:
+    """Add an adapter to a decoder. Raises CheckpointError when its tensors are of other shapes."""
+    add_adapter(palm, name, adapter.settings, seed=0)
+    load_adapter(palm, name, adapter.tensors)
+
+
+def require_base(adapter: Adapter, base: str, where: object) -> None:
+    """Raises CheckpointError, with both fingerprints, when the adapter is of another base."""
+    if adapter.base != base:
+        raise CheckpointError(
+            f"{where}: the adapter was trained on base {adapter.base or 'unknown'}, and this one "
+            f"is {base}; load the weights that it was trained on"
+        )
+
+
+# ------------------------------------------------------------------ PEFT's layout
+
+
+def save_peft(adapter: Adapter, palm: PaLM, folder: Path) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``."""
+    settings, state = adapter.settings, dict[str, Tensor]()
+    ranks: dict[str, int] = {}
+    for path, module in adapted(palm):
+        reached = module.reached(settings)
+        if not reached:
+            continue
+        A = adapter.tensors[f"{path}.lora_A"]
+        out = torch.zeros(module.out_features, len(A))
+        parts = torch.split(out, settings.rank, dim=1)
+        for (segment, rows), part in zip(reached.items(), parts, strict=True):
+            part[rows] = adapter.tensors[f"{path}.lora_B_{segment}"].float().cpu()
+        state[f"{_PEFT}{path}.lora_A.weight"] = A.float().cpu().contiguous()
+        state[f"{_PEFT}{path}.lora_B.weight"] = out
+        ranks[path.rpartition(".")[2]] = len(A)
+    # Their scale is alpha / rank (or its root) too: alpha grows as the rank does.
+    power = 1.0 if settings.scaling == "plain" else 0.5
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": settings.scaling == "rank_stabilised",
+        "target_modules": sorted(ranks),
+        "rank_pattern": ranks,
+        "alpha_pattern": {
+            name: settings.alpha * (rank / settings.rank) ** power for name, rank in ranks.items()
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {
+        "format": "pt",
+        "lora": settings.model_dump_json(),
+        "base": adapter.base,
+    }
+    save_file(state, folder / "adapter_model.safetensors", metadata)
+    text = json.dumps(config, indent=1) + "\n"
+    (folder / "adapter_config.json").write_text(text, encoding="utf8")
+
+
+def load_peft(folder: Path, palm: PaLM) -> Adapter:
+    """Read what `save_peft` wrote.
+
+    Raises:
+        CheckpointError: missing, torn, or not written by Talipot.
+    """
+    path = folder / "adapter_model.safetensors"
+    found = _settings(path)
+    if found is None:
+        raise CheckpointError(f"{path}: not an adapter that talipot wrote")
+    settings, state = LoraConfig.model_validate_json(found["lora"]), load_file(path)
+    tensors: dict[str, Tensor] = {}
+    for name, module in adapted(palm):
+        reached = module.reached(settings)
+        if not reached:
+            continue
+        try:
+            A = state[f"{_PEFT}{name}.lora_A.weight"]
+            out = state[f"{_PEFT}{name}.lora_B.weight"]
+        except KeyError as error:
+            raise CheckpointError(f"{path}: no tensor {error}") from None
+        tensors[f"{name}.lora_A"] = A
+        parts = torch.split(out, settings.rank, dim=1)
+        for (segment, rows), part in zip(reached.items(), parts, strict=True):
+            tensors[f"{name}.lora_B_{segment}"] = part[rows]
+    return Adapter(settings=settings, base=found["base"], tensors=tensors)
+
+
+def _settings(path: Path) -> dict[str, str] | None:
+    """A safetensors file's metadata when it holds an adapter, else None."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such weights; run the stage that writes them first")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: torn or not safetensors: {error}") from None
+    return metadata if "lora" in metadata else None

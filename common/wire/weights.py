@@ -1,0 +1,193 @@
+"""Weights on the wire: one flat buffer, cut into hashed slices, never a call per tensor.
+
+A publisher hands out its share of the parameters as they lie, in order of their names; a manifest
+lists the slices and their hashes; a receiver copies them into its own flat buffer, hashes what it
+stores there as it stores it and compares (invariant I6). The hash is xxh3-128: a cryptographic one
+would cost more than the copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pickle import PickleBuffer
+from typing import Any, Literal, SupportsIndex
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from common.errors import TrainingError
+from common.wire.hashing import Bytes, hasher
+
+
+class Payload(tuple[Bytes, ...]):
+    """A slice's bytes in consecutive parts, so that no copy is needed to lay them together."""
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        """As buffers alone, for the object store: an array each would take a third of the time that
+        it takes to copy the bytes of a small one."""
+        if int(protocol) < 5:
+            return tuple(super().__reduce_ex__(protocol))
+        return _received, tuple(PickleBuffer(part.data) for part in self)
+
+
+def _received(*parts: memoryview) -> Payload:
+    return Payload(np.frombuffer(part, dtype=np.uint8) for part in parts)
+
+
+class CorruptSliceError(TrainingError):
+    """A slice of weights is not what its rank published."""
+
+
+_BEYOND_CACHES = 64 * 2**20
+
+
+"""Bytes of a buffer that is written around the processor's caches."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """A contiguous run of the flat buffer. Made by a learner rank, read by rollout actors."""
+
+    rank: int
+    """The rank that published it."""
+    offset: int
+    """First byte in the flat buffer."""
+    length: int
+    """Bytes."""
+    digest: str
+    """xxh3-128 of the bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """All slices of one policy version. Made by the controller, read by rollout actors."""
+
+    policy_version: int
+    total: int
+    """Bytes of the whole buffer."""
+    layout: str
+    """Hash of names, shapes and dtype: buffers of another architecture never fit."""
+    slices: tuple[Slice, ...]
+    """In order of offset, covering the buffer without a gap."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of layout and content; stamped on every rollout."""
+        digests = "|".join(f"{s.offset}:{s.length}:{s.digest}" for s in self.slices)
+        return _text_hash(f"{self.layout}|{self.total}|{digests}")
+
+
+class FlatBuffer:
+    """Parameters as views of one contiguous buffer, in order of their names."""
+
+    def __init__(
+        self, parameters: Iterable[tuple[str, Tensor]], dtype: torch.dtype, base: str = ""
+    ) -> None:
+        """`base` is the fingerprint of what adapters belong to."""
+        named = sorted(parameters, key=lambda pair: pair[0])
+        self.total = sum(p.numel() for _, p in named) * dtype.itemsize
+        self.layout = layout_hash({name: tuple(p.shape) for name, p in named}, dtype, base)
+        self._flat = torch.empty(self.total // dtype.itemsize, dtype=dtype)
+        offset = 0
+        for _, parameter in named:
+            view = self._flat[offset : offset + parameter.numel()].view(parameter.shape)
+            with torch.no_grad():
+                view.copy_(parameter)
+            parameter.data = view
+            offset += parameter.numel()
+
+    @property
+    def bytes(self) -> Bytes:
+        """The buffer itself as bytes; writing here writes the parameters."""
+        return self._flat.view(torch.uint8).numpy()
+
+    def load(self, manifest: Manifest, payloads: Sequence[Payload]) -> str:
+        """Copy slices in, hash what is stored, and return its fingerprint.
+
+        Raises:
+            TrainingError: a slice is missing or of another layout.
+            CorruptSliceError: a slice is not what its hash says.
+        """
+        if manifest.layout != self.layout or manifest.total != self.total:
+            raise TrainingError(
+                f"weights version {manifest.policy_version} are of another architecture "
+                f"or for another base (layout {manifest.layout[:8]}, ours {self.layout[:8]})"
+            )
+        into, reached = self.bytes, 0
+        for piece, payload in zip(manifest.slices, payloads, strict=True):
+            if piece.offset != reached or sum(part.nbytes for part in payload) != piece.length:
+                raise TrainingError(
+                    f"weights version {manifest.policy_version}: slice of rank {piece.rank} "
+                    f"does not fit at byte {reached}"
+                )
+            held, ours = hasher(), into[reached : reached + piece.length]
+            held.copy(payload, ours, around_caches=self.total > _BEYOND_CACHES)
+            reached += piece.length
+            if held.hexdigest() != piece.digest:
+                raise CorruptSliceError(
+                    f"weights version {manifest.policy_version}: slice of rank {piece.rank} "
+                    "arrived corrupted"
+                )
+        if reached != self.total:
+            raise TrainingError(f"weights version {manifest.policy_version} are incomplete")
+        return manifest.fingerprint
+
+
+def torch_dtype(precision: Literal["fp32", "bf16"]) -> torch.dtype:
+    """The dtype that a configuration names."""
+    return torch.float32 if precision == "fp32" else torch.bfloat16
+
+
+def slice_bounds(total_elements: int, ranks: int, rank: int) -> tuple[int, int]:
+    """First and last + 1 element of a rank's share; shares differ by at most one element."""
+    share, rest = divmod(total_elements, ranks)
+    first = rank * share + min(rank, rest)
+    return first, first + share + (rank < rest)
+
+
+def digest(payload: Payload) -> str:
+    """xxh3-128 of all parts, as if they were one."""
+    hashed = hasher()
+    hashed.update(payload)
+    return hashed.hexdigest()
+
+
+def layout_hash(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, base: str = "") -> str:
+    """Hash of names, shapes and dtype, and of what adapters belong to."""
+    text = ";".join(f"{name}{tuple(shapes[name])}" for name in sorted(shapes))
+    return _text_hash(f"{dtype}|{text}|{base}" if base else f"{dtype}|{text}")
+
+
+def state_hash(state: Mapping[str, Tensor]) -> str:
+    """Content hash of a state dict, independent of how it was sharded."""
+    hashed = hasher()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        described = f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode()
+        hashed.update([described, tensor.reshape(-1).view(torch.uint8).numpy()])
+    return hashed.hexdigest()
+
+
+def manifest_of(
+    state: Mapping[str, Tensor],
+    policy_version: int,
+    dtype: torch.dtype = torch.float32,
+    base: str = "",
+) -> tuple[Manifest, Payload]:
+    """A manifest of one slice from a state dict of parameters, and its bytes."""
+    named = sorted(state.items())
+    payload = torch.cat([t.detach().to(dtype).reshape(-1) for _, t in named])
+    data = payload.view(torch.uint8).numpy()
+    layout = layout_hash({name: tuple(t.shape) for name, t in named}, dtype, base)
+    piece = Slice(rank=0, offset=0, length=data.nbytes, digest=digest(Payload([data])))
+    manifest = Manifest(
+        policy_version=policy_version, total=data.nbytes, layout=layout, slices=(piece,)
+    )
+    return manifest, Payload([data])
+
+
+def _text_hash(text: str) -> str:
+    return xxhash.xxh3_128_hexdigest(text.encode())

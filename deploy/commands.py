@@ -1,0 +1,182 @@
+"""What can be asked of a run that exists: evaluate, sample, status, scale."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from rich.console import Console
+
+from actors.rollout_actor import engine_of
+from common.config.run import RunConfig
+from common.config.workers import threads_of
+from common.data.prompts import encode_prompts, evaluation_requests
+from common.data.records import Prompt, read_demonstrations
+from common.data.tokenizer import Tokenizer
+from common.errors import ClusterError, ConfigError, DataError
+from common.files import is_utf8, write_atomic
+from common.models.networks import PolicyNetwork
+from common.models.weight_files import load_weights
+from common.wire.weights import torch_dtype
+from deploy.control.status import Status
+from deploy.evaluation.compare import Judge, compare, sample_both
+from deploy.run_folder.log_lines import read_lines
+from deploy.stages.driver import answer, controller_name
+from deploy.stages.policy import start_pools
+from deploy.stages.preparation import say_fitting
+from deploy.stages.session import open_session
+from deploy.workers.attach import cluster_at_work
+from deploy.workers.placement import NAMESPACE
+from deploy.workers.preflight import explain
+from deploy.workers.scaling import Scaled
+from reward_service.scorers import FunctionScorer
+
+_WORKERS_SHOWN = 32
+
+
+def evaluate_run(config: RunConfig, console: Console) -> dict[str, float]:
+    """Supervised against trained policy on the evaluation prompts; writes evaluation.json."""
+    if not config.data.evaluation:
+        raise ConfigError("data.evaluation is empty; evaluate needs held-out prompts")
+    judge = _judge(config.evaluate.judge) if config.evaluate.judge else None
+    with open_session(config, console) as session:
+        prompts, fitting = encode_prompts(
+            [
+                Prompt(prompt=record.prompt, place=record.place)
+                for record in read_demonstrations(config.data.evaluation)
+            ],
+            session.tokenizer(),
+            max_tokens=config.max_prompt_tokens,
+            too_long=config.data.too_long,
+            limit=config.evaluate.prompts,
+        )
+        say_fitting(console, fitting)
+        pools = start_pools(session, config)
+        before, after = sample_both(
+            config, session.sft_weights, session.policy_weights, prompts, *pools, label="eval"
+        )
+    found = compare([p.text for p in prompts], before, after, judge)
+    write_atomic(config.run_dir / "evaluation.json", [json.dumps(found, indent=1).encode()])
+    return found
+
+
+def sample_run(config: RunConfig, texts: Sequence[str], sft: bool, seed: int) -> list[str]:
+    """One response per prompt, in this process, by `rollout.threads` threads."""
+    torch.set_num_threads(threads_of(config.rollout.threads, config.rollout.cpus_per_actor))
+    tokenizer = Tokenizer.load(config.run_dir / "tokenizer.json")
+    network = PolicyNetwork(config.model)
+    folder = "sft" if sft else "policy"
+    load_weights(network, config.run_dir / folder / "policy.safetensors")
+    network.eval().requires_grad_(False).to(torch_dtype(config.rollout.precision))
+    for index, text in enumerate(texts):
+        if not text:
+            raise DataError(f"prompt {index + 1} is empty; give it at least one character")
+        if not is_utf8(text):
+            raise DataError(f"prompt {index + 1} is not UTF-8: {text}; give it as UTF-8")
+    prompts, _ = encode_prompts(
+        [Prompt(uid=str(i), prompt=text) for i, text in enumerate(texts)],
+        tokenizer,
+        max_tokens=config.max_prompt_tokens,
+        too_long="error",
+    )
+    engine = engine_of(network.palm, tokenizer, config.rollout)
+    requests = evaluation_requests(prompts, seed=seed, label="sample")
+    return [engine.text(made).strip() for made in engine.generate(requests)]
+
+
+def status_of(config: RunConfig) -> dict[str, Any]:
+    """Live status from the run's controller, else the last line of its log.
+
+    Raises:
+        ClusterError: the cluster that the run may be at work on does not answer.
+        WorkerError: its controller does not.
+    """
+    with cluster_at_work(config) as there:
+        controller = _controller(config) if there else None
+        if controller is not None:
+            return _live(answer(controller.status.remote(), config))
+    return {"running": False} | logged(config.run_dir)
+
+
+def _live(status: Status) -> dict[str, Any]:
+    found = {
+        "running": True,
+        "iteration": f"{status.iteration}/{status.iterations}",
+        "issued": status.issued,
+        "trained": status.trained,
+        "dropped": status.dropped,
+        "in_flight": status.in_flight,
+        "rollout_workers": status.rollout_workers,
+        "reward_workers": status.reward_workers,
+        "worker_failures": status.worker_failures,
+        "learner_restarts": status.learner_restarts,
+        **status.metrics,
+        **status.counts,
+    }
+    for worker in status.workers[:_WORKERS_SHOWN]:
+        place = f" · node {worker.node[:8]} · process {worker.pid}" if worker.pid else ""
+        found[worker.name] = f"{worker.state}, {worker.calls} under way{place}"
+    if len(status.workers) > _WORKERS_SHOWN:
+        found["more workers"] = len(status.workers) - _WORKERS_SHOWN
+    return found
+
+
+def scale_run(config: RunConfig, actors: int | None, replicas: int | None) -> list[Scaled]:
+    """Change a running run's numbers of workers; returns at once with what was and what will be.
+
+    Raises:
+        ConfigError: neither number is given.
+        ClusterError: the run is not running, or its cluster does not grow and has no room.
+    """
+    if actors is None and replicas is None:
+        raise ConfigError("give --actors, --reward-replicas or both")
+    with cluster_at_work(config) as there:
+        controller = _controller(config) if there else None
+        if controller is None:
+            raise ClusterError(
+                f"{config.run_dir} is not running here; `talipot train --resume {config.run_dir}` "
+                "carries on with it, and --address names its cluster"
+            )
+        if not config.cluster.autoscales:
+            rollout: dict[str, Any] = {"actors": actors} if actors else {}
+            reward: dict[str, Any] = {"replicas": replicas} if replicas else {}
+            wanted = config.model_copy(
+                update={
+                    "rollout": config.rollout.model_copy(update=rollout),
+                    "reward_service": config.reward_service.model_copy(update=reward),
+                }
+            )
+            explain(wanted, ray.cluster_resources())
+        scaled: list[Scaled] = answer(controller.scale.remote(actors, replicas), config)
+        return scaled
+
+
+def _controller(config: RunConfig) -> Any:
+    """The run's controller, if it is at work on the cluster that was joined."""
+    try:
+        controller = ray.get_actor(controller_name(config), namespace=NAMESPACE)
+        ended = answer(controller.outcome.remote(0.0), config)
+    except (ValueError, ray.exceptions.RayActorError, ray.exceptions.RayTaskError):
+        return None  # none there, one that dies, or one that keeps what ended its run
+    return controller if ended is None else None
+
+
+def logged(run_dir: Path) -> dict[str, Any]:
+    """How far a run came by its log, whole or torn."""
+    log = read_lines(run_dir / "metrics.jsonl")
+    note = {"damaged": log.damaged[-1]} if log.damaged else {}
+    if log.torn:
+        note["torn"] = "the log's last line has no end; the run goes on, or was killed at it"
+    if not log.lines:
+        return {"logged": "nothing yet"} | note
+    last = log.lines[-1]
+    finished = (run_dir / "policy" / "policy.safetensors").exists()
+    return {"finished": finished, "stage": last.stage, "step": last.step, **last.metrics} | note
+
+
+def _judge(target: str) -> Judge:
+    return FunctionScorer(target, role="evaluate.judge", command=True).numbers

@@ -1,0 +1,146 @@
+"""The configuration reference: every field of every section, from the code that validates it.
+
+``python -m deploy.config_docs > docs/configuration.md``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from common.config.effects import OF_KIND, RULES
+from common.config.model import PRESETS, ModelConfig
+from common.config.recipe import fields
+from common.config.run import RunConfig
+from common.config.workers import RewardComponent
+
+_HEAD = """\
+# Configuration
+
+<!-- Written by `python -m deploy.config_docs > docs/configuration.md`; do not edit. -->
+
+A recipe is a YAML file with one section per component. Everything has a default, so a recipe
+holds only what differs:
+
+```yaml recipe
+name: first
+data:
+  demonstrations: [demonstrations.jsonl]
+learner: {ranks: 2, zero_stage: 2}
+train: {algorithm: ppo, iterations: 20}
+```
+
+The command line overrides single fields by their dotted names. Values are YAML, but names, paths
+and other texts are taken as they are written (`name=2024-11-28`), in recipes too; `~` at the start
+of a path is the home folder:
+
+```sh
+talipot train --config recipe.yaml learner.zero_stage=3 train.ppg=null
+```
+
+Of two overrides of one field the last counts. One that names a section sets the fields that it
+names and leaves the others as they are: `train={lr: 1e-4}` is `train.lr=1e-4`.
+
+A section, list or mapping under which nothing stands, or only comments, means its defaults;
+`train.ppg: null` switches the auxiliary phase off, because null is a value of that field. Refused,
+with file and line, are
+
+- a key that is given twice in a section, as YAML would silently forget the first;
+- an unknown key, with the nearest valid name;
+- a number that is not finite, or is `yes` or `no`;
+- **a setting that changes nothing under the others**, as `train.gae_lambda` under
+  `train.algorithm: grpo`, with where it would. What is asked for is whether it was written, not
+  whether it is the default. Only in a file with every section there is, which was printed or saved
+  for you, a default is not taken for a wish.
+
+`talipot config --config recipe.yaml` prints a recipe with every default filled in; the same text,
+with absolute paths, is saved as `config.yaml` in the run's folder.
+
+Defaults stand on this page and in no other.
+"""
+
+
+_CONDITIONS = """\
+A recipe that gives one of these where it has no effect is refused. What counts are kinds and
+switches, not sizes: `train.ppg` with fewer `train.iterations` than `train.ppg.n_pi` is taken.
+"""
+
+
+def reference_page() -> str:
+    """The whole page, ending in a newline."""
+    every = list(fields())
+    parts = [_HEAD, "## The run", _table(row for row in every if "." not in row[0])]
+    for section, info in RunConfig.model_fields.items():
+        rows = [row for row in every if row[0].startswith(f"{section}.")]
+        if rows:
+            parts += [f"## `{section}`", _first_line(info.annotation), _table(rows)]
+        if section == "reward_service":
+            parts += [
+                "### `reward_service.components`",
+                "The score is the weighted sum of named components; `NAME` is yours to choose.",
+                _table(fields(RewardComponent, "reward_service.components.NAME.")),
+            ]
+    parts += ["## Settings that need others", _CONDITIONS, _conditions()]
+    parts += ["## Presets", "`preset: NAME` takes a model's shape from here.", _presets()]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _table(rows: Iterable[tuple[str, Any, str]]) -> str:
+    lines = ["| field | default | meaning |", "|---|---|---|"]
+    for name, default, description in rows:
+        meaning = " ".join(description.split()).replace("``", "`")
+        lines.append(f"| `{name}` | {_code(default)} | {_cell(meaning)} |")
+    return "\n".join(lines)
+
+
+def _conditions() -> str:
+    lines = []
+    for rule in RULES:
+        names = ", ".join(f"`{name}`" for name in rule.fields)
+        lines.append(f"- {names}: {rule.when}")
+    for kind, looks in OF_KIND.items():
+        idle = [name for name in RewardComponent.model_fields if name not in looks]
+        if idle:
+            names = ", ".join(f"`{name}`" for name in idle)
+            lines.append(f"- {names} of a component: kind {kind} does not look at it")
+    return "\n".join(lines)
+
+
+def _presets() -> str:
+    names = [name for name in ModelConfig.model_fields if name != "activation_checkpointing"]
+    lines = [f"| preset | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for preset, model in PRESETS.items():
+        cells = " | ".join(_code(getattr(model, name)) for name in names)
+        lines.append(f"| `{preset}` | {cells} |")
+    return "\n".join(lines)
+
+
+def _code(value: Any) -> str:
+    return f"`{_cell(_yaml(value))}`"
+
+
+def _yaml(value: Any) -> str:
+    """A default as one would write it in a recipe."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, RewardComponent):
+        return _yaml({"kind": value.kind, "weight": value.weight})
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {_yaml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_yaml, value)) + "]"
+    return str(value) if value != "" else '""'
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _first_line(annotation: Any) -> str:
+    return str(annotation.__doc__).strip().splitlines()[0]
+
+
+if __name__ == "__main__":
+    print(reference_page(), end="")

@@ -1,0 +1,152 @@
+"""Checkpoints: written beside their final name, checksummed, made durable, renamed at the end.
+
+``checkpoints/step-000010/`` holds the engines' state, the auxiliary memory and ``state.json``
+(iteration, versions, prompt cursor, ledger, KL controller), and ``checksums.json`` over all files.
+A torn checkpoint never has its final name; a damaged one is recognised and the one before is used.
+
+Names: ``step-N.TOKEN.partial`` is being written, or was when its writer died; ``step-N.replaced``
+is a ``step-N`` that another one takes the place of, and stays usable until that one has its name.
+
+A run has one writer (`deploy.run_folder.lock`). Should there be two all the same, neither touches
+what the other is writing, nor a whole checkpoint of a later step than its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from common.errors import CheckpointError, StorageError
+from common.files import one_line
+
+_SUMS = "checksums.json"
+
+
+def write(run_dir: Path, step: int, fill: Callable[[Path], dict[str, Any]], *, keep: int) -> Path:
+    """Write a checkpoint; `fill` writes tensors into a folder and returns the JSON state.
+
+    Killed at any point, it leaves at least the whole ones that were there. Afterwards the newest
+    `keep` up to this step are left, and those of later steps that are whole: a run goes on from its
+    newest whole one, so a later one is either damaged or another writer's.
+
+    Raises:
+        StorageError: the disk is full or not writable; older checkpoints stay.
+    """
+    folder = run_dir / "checkpoints"
+    final = folder / _name(step)
+    partial = folder / f"{final.name}.{secrets.token_hex(4)}.partial"
+    try:
+        partial.mkdir(parents=True)
+        state = fill(partial)
+        (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf8")
+        sums = {str(p.relative_to(partial)): _checksum(p) for p in _files(partial)}
+        (partial / _SUMS).write_text(json.dumps(sums, indent=1), encoding="utf8")
+        for path in (*partial.rglob("*"), partial):
+            _sync(path)
+        if final.exists():
+            _make_way(final)
+        partial.rename(final)
+        _sync(folder)
+    except (OSError, StorageError) as error:
+        raise StorageError(
+            f"{final}: checkpoint could not be written ({one_line(error)}); free space or mend "
+            f"rights, then `talipot train --resume {run_dir}`"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # what is not whole is of no use
+    found = _finished(run_dir)
+    kept = [p for p in found if not p.suffix and p.name <= final.name][-keep:]
+    for path in found:
+        if path not in kept and (path.stem <= final.name or not is_whole(path)):
+            shutil.rmtree(path)
+    return final
+
+
+def rewind(run_dir: Path, step: int) -> None:
+    """Remove what the run does not go on from when it stands at `step`: later ones, which `newest`
+    passed over as damaged, and what dead writers left unfinished. Only for whoever holds the run's
+    lock, and so knows that no other writer lives.
+
+    Raises:
+        StorageError: the folder is not writable.
+    """
+    later = [p for p in _finished(run_dir) if p.stem > _name(step)]
+    try:
+        for path in (*later, *(run_dir / "checkpoints").glob("step-*.partial")):
+            shutil.rmtree(path)
+    except OSError as error:
+        raise StorageError(f"{run_dir}: cannot be written: {error}") from None
+
+
+def newest(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint and its state; None when there is none at all.
+
+    Raises:
+        CheckpointError: there are checkpoints, but every one is damaged.
+    """
+    finished = _finished(run_dir)
+    for folder in reversed(finished):
+        if is_whole(folder):
+            state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf8"))
+            return folder, state
+    if finished:
+        raise CheckpointError(f"{finished[-1]}: every checkpoint of this run is damaged")
+    return None
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file is there and has its checksum."""
+    try:
+        sums: dict[str, str] = json.loads((folder / _SUMS).read_text(encoding="utf8"))
+        return all(_checksum(folder / name) == value for name, value in sums.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _make_way(final: Path) -> None:
+    """Take a step's checkpoint out of the way, so that a whole one of it is there all the time."""
+    replaced = final.with_suffix(".replaced")
+    if replaced.exists():  # a writer died between its last two moves
+        if not is_whole(final):
+            shutil.rmtree(final)
+            return
+        shutil.rmtree(replaced)
+    final.replace(replaced)
+
+
+def _finished(run_dir: Path) -> list[Path]:
+    """Oldest first; of one step, the replaced one first."""
+    found = [p for p in (run_dir / "checkpoints").glob("step-*") if p.suffix != ".partial"]
+    return sorted(found, key=lambda path: (path.stem, path.suffix != ".replaced"))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _SUMS)
+
+
+def _sync(path: Path) -> None:
+    """Make a file, or a folder's list of names, outlast a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _checksum(path: Path) -> str:
+    hasher = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            hasher.update(chunk)
+    return hasher.hexdigest()

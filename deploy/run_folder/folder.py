@@ -1,0 +1,40 @@
+"""The folder of a run, found and read."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from common.errors import DataError
+from common.files import is_utf8
+
+
+def folder_of(run: str | Path) -> Path:
+    """A run's folder from its path, absolute and by its own name; raises DataError for no run."""
+    folder = Path(os.path.expanduser(run))
+    if not is_utf8(str(folder)):
+        raise DataError(f"{folder}: the path is not UTF-8; rename the folder")
+    if not (folder / "config.yaml").exists():
+        raise DataError(f"{folder}: not a run (no config.yaml)")
+    # Behind a link or `..` is a folder with another name, under which its run is known.
+    if folder.is_symlink() or ".." in folder.parts:
+        return folder.resolve()
+    return folder.absolute()
+
+
+def recipe_of(folder: Path) -> Path:
+    """A run's own recipe. It holds every section, so what is empty or cut off shows.
+
+    Raises:
+        DataError: it is, by a writer that was killed or a disk that was full.
+    """
+    path = folder / "config.yaml"
+    text = path.read_text(encoding="utf8", errors="replace")
+    sections = set(re.findall(r"^(\w+):", text, re.MULTILINE))
+    if not text.endswith("\n") or not sections >= {"name", "model", "data", "train", "cluster"}:
+        raise DataError(
+            f"{path}: empty or cut off; put the run's recipe back (a checkpoint's state.json holds "
+            "it under 'config')"
+        )
+    return path

@@ -1,0 +1,70 @@
+"""What a run says while it goes: metrics.jsonl, TensorBoard events, Ray metrics; one place."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from ray.util.metrics import Gauge
+from torch.utils.tensorboard import SummaryWriter
+
+from common.endings import take_all
+from common.errors import StorageError
+from deploy.run_folder.log_lines import cut_torn_end
+
+
+class RunLog:
+    """Appends to a run's logs. One writer per run at a time."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            cut_torn_end(run_dir / "metrics.jsonl")
+            self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf8")
+            self._board = SummaryWriter(str(run_dir / "tensorboard"))
+        except OSError as error:
+            raise StorageError(f"{run_dir}: cannot be written: {error}") from None
+        self._gauges: dict[str, Gauge] = {}
+
+    def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one step of a stage.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        line = {
+            "stage": stage,
+            "step": step,
+            "time": time.time(),
+            "metrics": dict(metrics),
+        }
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            for name, value in metrics.items():
+                self._board.add_scalar(f"{stage}/{name}", value, step)
+                self._gauge(f"talipot_{stage}_{name}").set(value, {"run": self.run_dir.name})
+        except OSError as error:
+            raise StorageError(f"{self.run_dir}: metrics cannot be written: {error}") from None
+
+    def close(self) -> None:
+        """Flush and close.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        try:
+            take_all(self._file.close, self._board.close)
+        except OSError as error:
+            raise StorageError(f"{self.run_dir}: metrics cannot be written: {error}") from None
+
+    def _gauge(self, name: str) -> Gauge:
+        # Ray throws away what is named otherwise, "dropped/dead letter" for one.
+        name = re.sub(r"[^a-zA-Z0-9_]", "_", name)
+        if name not in self._gauges:
+            self._gauges[name] = Gauge(name, description=name, tag_keys=("run",))
+        return self._gauges[name]

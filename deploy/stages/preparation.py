@@ -1,0 +1,87 @@
+"""What every stage begins with: the tokenizer, the run's inputs, and the right to write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+
+from common.config.recipe import save_config
+from common.config.run import RunConfig
+from common.data.fitting import Fitting
+from common.endings import at_the_end
+from common.errors import ConfigError
+from deploy.run_folder.inputs import RunInputs, reads_of
+from deploy.run_folder.paths import anchored
+from deploy.run_folder.tokenizer import run_tokenizer
+from deploy.screen import say
+from deploy.stages.session import Session
+
+
+def prepare_tokenizer(session: Session, config: RunConfig) -> RunConfig:
+    """The run's tokenizer, made at its first use; returns the config with the model's vocabulary
+    filled in.
+
+    Raises:
+        ConfigError: the recipe asks for another tokenizer than the one that results of this run
+            stand on, model.vocab_size is set to something else than the tokenizer has, or
+            rollout.stop_ids names a token that it has not.
+    """
+    config = anchored(config)
+    # Where the run is at work already, its tokenizer is there and nothing is written.
+    tokenizer = run_tokenizer(session.run_dir, config, lambda: session.lock("train"))
+    size = config.model.vocab_size
+    if size not in (0, tokenizer.vocab_size):
+        raise ConfigError(
+            f"model.vocab_size={size}, but the tokenizer has {tokenizer.vocab_size} tokens; "
+            "set it to 0 to take the tokenizer's"
+        )
+    unknown = [token for token in config.rollout.stop_ids if token >= tokenizer.vocab_size]
+    if unknown:
+        raise ConfigError(
+            f"rollout.stop_ids: {unknown[0]} is no token; the tokenizer has "
+            f"{tokenizer.vocab_size}, from 0"
+        )
+    model = config.model.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    return config.model_copy(update={"model": model})
+
+
+def say_fitting(console: Console, fitting: Fitting) -> None:
+    """Say what became of the records that were too long."""
+    for line in fitting.said():
+        say(console, (line, "yellow"))
+
+
+def with_log(session: Session, stage: str, step: int, metrics: dict[str, float]) -> None:
+    """Append one line to the run's log."""
+    log = session.log()
+    with at_the_end(log.close):
+        log.write(stage, step, metrics)
+
+
+def checked(session: Session, config: RunConfig, stage: str) -> Callable[[], None]:
+    """Make this session the run's writer, and compare what a stage is about to read with what the
+    run stands on. What is returned writes recipe and inputs down, once they are known to be good.
+
+    Raises:
+        StorageError: another stage is writing into the run's folder.
+        DataError: an input is missing, or has changed since results of this run were made from it.
+        ConfigError: the stage would replace what training stands on.
+    """
+    session.lock(stage)
+    inputs = RunInputs(session.run_dir)
+    inputs.require_repeat(stage, config)
+    found, told = inputs.check(stage, reads_of(stage, config))
+    for line in told:
+        say(session.console, f"changed: {line}")
+
+    def begin() -> None:
+        save_config(config, session.run_dir / "config.yaml")
+        inputs.begin(stage, config, found)
+
+    return begin
+
+
+def require_paths(paths: Sequence[str], field: str, stage: str) -> None:
+    if not paths:
+        raise ConfigError(f"{field} is empty; {stage} needs at least one file")

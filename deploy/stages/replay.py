@@ -1,0 +1,93 @@
+"""Replay: a run's trajectory log through a fresh learner, which must end in the run's weights.
+
+No rollout and no reward workers: the log holds what they made. The run's folder is only read;
+the replay has one of its own beside it, ``RUN.replay``.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from common.config.run import RunConfig
+from common.endings import at_the_end
+from common.errors import DataError, TrainingError
+from deploy.control.status import recorded_facts
+from deploy.run_folder.inputs import RunInputs, reads_of
+from deploy.run_folder.lock import writing
+from deploy.stages.session import open_session
+from deploy.workers.gang import LearnerGang
+from learner.batch.trajectory_log import read_log
+
+_SAME = ("train", "learner", "model", "seed", "rollout")
+"""Sections that results depend on: where one of them changes, a new learner takes over."""
+
+
+def replay_run(config: RunConfig, console: Console) -> dict[str, Any]:
+    """Train again on a finished run's log; both hashes.
+
+    Raises:
+        DataError: the run is not finished, a file of its log is missing or damaged (named), or the
+            weights or the tokenizer that it began with are others now.
+        TrainingError: the weights differ.
+    """
+    recorded = recorded_facts(config.run_dir)
+    if recorded is None:
+        raise DataError(
+            f"{config.run_dir}: not finished, so there are no weights to compare with; "
+            f"`talipot train --resume {config.run_dir}` first"
+        )
+    iterations = int(recorded["iterations"])
+    for iteration in range(iterations):  # what is missing or damaged is known before the work
+        read_log(config.run_dir, iteration)
+    RunInputs(config.run_dir).check("replay", reads_of("replay", config))
+    folder = config.run_dir.with_name(f"{config.name}.replay")
+    with open_session(config, console) as session, writing(folder, "replay"):
+        gang = LearnerGang(config, f"{config.name}.replay", start=False)
+        with at_the_end(gang.stop):
+            gang.start()
+            with session.progress("replay", iterations) as bar:
+                _replay(gang, config, iterations, folder, bar.update)
+            found: str = gang.call("export_policy", str((folder / "policy").absolute()))
+    expected = recorded["weights_hash"]
+    if found != expected:
+        raise TrainingError(
+            f"{config.run_dir}: replay of {iterations} iterations ended in weights {found}, the "
+            f"run in {expected}; its log or its code has changed"
+        )
+    return {"iterations": iterations, "weights_hash": expected, "replayed_hash": found}
+
+
+def _replay(gang: LearnerGang, run: RunConfig, iterations: int, folder: Path, show: Any) -> None:
+    current: RunConfig | None = None
+    for iteration in range(iterations):
+        table, trained = read_log(run.run_dir, iteration)
+        if current is None or any(getattr(trained, s) != getattr(current, s) for s in _SAME):
+            # The weights to start from lie in the run's folder, wherever it was moved to.
+            moved = trained.model_copy(update={"output": run.output, "name": run.name})
+            _take_over(gang, moved, None if current is None else folder)
+            current = trained
+        metrics = gang.call("policy_phase", iteration, None, table)
+        ppg = trained.train.ppg
+        if ppg is not None and (iteration + 1) % ppg.n_pi == 0:
+            gang.call("auxiliary_phase", iteration)
+        show(iteration + 1, f"score {metrics['score']:.2f}")
+
+
+def _take_over(gang: LearnerGang, config: RunConfig, folder: Path | None) -> None:
+    """Go on under other settings, as the run did when it was resumed with them."""
+    state = None
+    if folder is not None:
+        handed = (folder / "handed-over").absolute()
+        shutil.rmtree(handed, ignore_errors=True)
+        handed.mkdir(parents=True)
+        state = gang.call("save", str(handed))
+    if gang.config.learner != config.learner:
+        gang.config = config
+        gang.restart()
+    gang.begin_train(config)
+    if folder is not None:
+        gang.call("load", str(handed), state)

@@ -1,0 +1,299 @@
+"""Joining a Ray cluster, or starting one here: what stands in the way is said within seconds.
+
+    address -> `_knock`: does Ray answer there, to our token, in our versions, on this machine?
+            -> ray.init
+
+Ray itself tries for minutes where nobody answers, waits without end where something else does, and
+prints pages where a token is refused. So it is asked only once a call of our own was answered. Ray
+has no public call for that: its protocol is spoken here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import ray
+from ray._common.utils import get_default_ray_temp_dir
+from ray._private import services
+from ray._private.authentication.authentication_token_setup import (
+    maybe_enable_token_auth_if_token_available,
+)
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.utils import check_version_info
+from ray.core.generated import (
+    gcs_pb2,
+    gcs_service_pb2,
+    gcs_service_pb2_grpc,
+    ray_client_pb2,
+    ray_client_pb2_grpc,
+)
+
+from common.config.run import RunConfig
+from common.errors import ClusterError
+from common.files import one_line
+from deploy.workers.placement import NAMESPACE
+from talipot_first import strangers
+
+_KNOCK_S = 5.0
+_CLIENT = "ray://"
+_ADDRESSES = "HOST:PORT, ray://HOST:PORT, auto (what runs on this machine) or local"
+_SOCKET_BYTES = 107 if sys.platform == "linux" else 103
+"""Longest path that the operating system allows a socket."""
+
+
+@contextmanager
+def cluster_of(config: RunConfig) -> Iterator[str]:
+    """The recipe's cluster, joined or started; its dashboard's URL. Left at the end, unless this
+    program was in it before.
+
+    Raises:
+        ClusterError: no cluster answers, or the local one cannot start.
+    """
+    joined = ray.is_initialized()
+    url = start_cluster(config)
+    try:
+        yield url
+    finally:
+        if not joined:
+            ray.shutdown()
+
+
+@contextmanager
+def cluster_at_work(config: RunConfig) -> Iterator[bool]:
+    """The cluster that a run may be at work on, joined: the one that is named, or what runs on this
+    machine; False where no cluster is named and none runs. Never starts one.
+
+    Raises:
+        ClusterError: the cluster that is named does not answer.
+    """
+    named, joined = _named(config), ray.is_initialized()
+    if not joined and not named and not _runs_here():
+        yield False
+        return
+    _join(named or "auto")
+    try:
+        yield True
+    finally:
+        if not joined:
+            ray.shutdown()
+
+
+def start_cluster(config: RunConfig) -> str:
+    """Join the cluster that was named, or start one on this machine; returns its dashboard's URL.
+
+    Raises:
+        ClusterError: the address does not answer, or the local cluster cannot start.
+    """
+    named = _named(config)
+    if named is not None:
+        return _join(named)
+    if not ray.is_initialized():
+        _require_short_paths(config.cluster.dashboard)
+    try:
+        # Without an address Ray joins what was started on this machine, dead or alive.
+        return _init(address="local", include_dashboard=config.cluster.dashboard)
+    except Exception as error:  # whatever Ray met while it started
+        raise ClusterError(f"the local cluster cannot start: {one_line(error)}") from None
+
+
+def _named(config: RunConfig) -> str | None:
+    """The cluster that recipe or environment name; None for one of this command's own."""
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    return None if address in (None, "", "local") else address
+
+
+def _join(address: str) -> str:
+    if address != "auto" or not ray.is_initialized():
+        _knock(address)
+    try:
+        return _init(address=address)
+    except Exception as error:  # Ray's own refusal, of many types
+        raise ClusterError(
+            f"cluster at {address} cannot be joined: {one_line(error.__cause__ or error)}; "
+            "check --address and RAY_ADDRESS, or leave both out to start one here"
+        ) from None
+
+
+def _init(**options: Any) -> str:
+    """Ray's own start; returns the dashboard's URL."""
+    # Ray announces a change of a later version in every worker; it says nothing to our users.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if strangers():  # a worker's path starts with the driver's working folder
+        options["runtime_env"] = {"worker_process_setup_hook": "talipot_first.ours_first"}
+    with _kept_signal_handlers():
+        context = ray.init(
+            namespace=NAMESPACE,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            ignore_reinit_error=True,
+            **options,
+        )
+    url = context.dashboard_url
+    return f"http://{url}" if url else ""
+
+
+@contextmanager
+def _kept_signal_handlers() -> Iterator[None]:
+    """Ray's start replaces the handler of SIGTERM by one that aborts the program."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------ knocking
+
+
+def _runs_here() -> bool:
+    """Whether Ray finds a cluster on this machine by itself, and somebody listens there: the
+    address of one that was started here and has ended stays in a file."""
+    try:
+        host, _, port = str(_found_here()).rpartition(":")
+        socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
+    except OSError:  # ConnectionError, where Ray finds none
+        return False
+    return True
+
+
+def _found_here() -> str:
+    """The address that Ray finds for "auto". Raises ConnectionError where it finds none."""
+    return str(services.get_ray_address_from_environment("auto", None))
+
+
+def _knock(address: str) -> None:
+    """Find out in seconds what would keep Ray from joining.
+
+    Raises:
+        ClusterError: nothing answers, something else does, it wants another token, has other
+            versions, or has no node on this machine.
+    """
+    if "://" in address and not address.startswith(_CLIENT):
+        raise ClusterError(f"cluster at {address}: an address is {_ADDRESSES}")
+    deadline = time.monotonic() + _KNOCK_S
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    if address == "auto":
+        # As Ray does: what runs on this machine is found, and has this machine's token.
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    try:
+        if address.startswith(_CLIENT):
+            _ask_client_server(address.removeprefix(_CLIENT), deadline)
+            return
+        where = _found_here() if address == "auto" else address
+        versions, nodes = _ask(where, deadline)
+    except ray.exceptions.AuthenticationError:
+        raise ClusterError(
+            "RAY_AUTH_MODE=token, but there is no token: set RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH, or write the cluster's token to ~/.ray/auth_token"
+        ) from None
+    except grpc.RpcError as error:
+        raise ClusterError(f"cluster at {address} {_why(error)}") from None
+    except (ConnectionError, ValueError, OSError) as error:
+        raise ClusterError(
+            f"cluster at {address} cannot be found ({one_line(error)}); an address is {_ADDRESSES}"
+        ) from None
+    if versions:
+        _require_same_versions(address, versions)
+    if not nodes & set(services.find_node_ids()):
+        raise ClusterError(
+            f"cluster at {address} has no node on this machine: run the command on one of its "
+            "nodes, or submit it with `ray job submit`"
+        )
+
+
+def _ask(where: str, deadline: float) -> tuple[dict[str, Any], set[str]]:
+    """The versions that a cluster was started with, and the ids of its living nodes.
+
+    Raises:
+        grpc.RpcError: no answer by the deadline, or a refusal.
+        ray.exceptions.AuthenticationError: a token is to be sent, and there is none.
+    """
+    channel = init_grpc_channel(where, [("grpc.enable_http_proxy", 0)])
+    with contextlib.closing(channel):
+        kept = gcs_service_pb2_grpc.InternalKVGcsServiceStub(channel).InternalKVGet(
+            gcs_service_pb2.InternalKVGetRequest(namespace=b"cluster", key=b"CLUSTER_METADATA"),
+            timeout=max(0.1, deadline - time.monotonic()),
+        )
+        answer = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).GetAllNodeInfo(
+            gcs_service_pb2.GetAllNodeInfoRequest(
+                state_filter=gcs_pb2.GcsNodeInfo.GcsNodeState.ALIVE
+            ),
+            timeout=max(0.1, deadline - time.monotonic()),
+        )
+    versions: dict[str, Any] = json.loads(kept.value or b"{}")
+    return versions, {node.node_id.hex() for node in answer.node_info_list}
+
+
+def _ask_client_server(where: str, deadline: float) -> None:
+    """Raises grpc.RpcError where no server for Ray's remote clients answers by the deadline."""
+    channel = init_grpc_channel(where, [("grpc.enable_http_proxy", 0)])
+    with contextlib.closing(channel):
+        ray_client_pb2_grpc.RayletDriverStub(channel).ClusterInfo(
+            ray_client_pb2.ClusterInfoRequest(type=ray_client_pb2.ClusterInfoType.PING),
+            timeout=max(0.1, deadline - time.monotonic()),
+        )
+
+
+def _why(error: grpc.RpcError) -> str:
+    code, details = error.code(), str(error.details())
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        return (
+            "wants another token than it was sent: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or "
+            "RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token) to the cluster's own"
+        )
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        reason = f"nothing that speaks Ray's protocol within {_KNOCK_S:.0f} s"
+    elif "HTTP/2" in details or code is grpc.StatusCode.UNIMPLEMENTED:
+        reason = "what listens there is not Ray"
+    elif "Connection refused" in details:
+        reason = "connection refused"
+    else:
+        reason = one_line(Exception(details))
+    return (
+        f"does not answer ({reason}); check --address and RAY_ADDRESS, or leave both out to start "
+        "one here"
+    )
+
+
+def _require_same_versions(address: str, theirs: dict[str, Any]) -> None:
+    try:
+        check_version_info(theirs, "this machine")
+    except RuntimeError:
+        raise ClusterError(
+            f"cluster at {address} runs Ray {theirs['ray_version']} on Python "
+            f"{theirs['python_version']}, this command Ray {ray.__version__} on Python "
+            f"{platform.python_version()}: run it with the cluster's versions"
+        ) from None
+
+
+def _require_short_paths(dashboard: bool) -> None:
+    """Refuse a temporary folder that is too long for the sockets that Ray makes below it."""
+    folder = get_default_ray_temp_dir()
+    session = f"session_0000-00-00_00-00-00_000000_{os.getpid()}"
+    name = "dash_TaskEventsHead" if dashboard else "plasma_store"
+    excess = len(os.fsencode(Path(folder) / session / "sockets" / name)) - _SOCKET_BYTES
+    if excess > 0:
+        variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+        raise ClusterError(
+            f"{variable}={os.environ.get(variable)} is {excess} bytes too long: paths of Ray's "
+            f"sockets below it may have {_SOCKET_BYTES} bytes; set RAY_TMPDIR to a shorter folder, "
+            "such as /tmp"
+        )

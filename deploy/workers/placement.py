@@ -1,0 +1,178 @@
+"""Where resources are placed: plain worker classes turned into Ray actors.
+
+What Ray has no public way to ask (which nodes are draining, why an actor has not started) is asked
+here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private.state import actors as ray_actors
+from ray._private.state import state
+from ray.autoscaler.sdk import request_resources
+
+from actors.rollout_actor import AdapterOnWire
+from common.config.run import RunConfig
+from common.config.workers import threads_of
+from common.data.tokenizer import Tokenizer
+from common.logprobs import sampling_of
+from deploy.workers.hosted import RewardWorker, RolloutActor
+from deploy.workers.pool import MakeWorker, Pool, Surroundings
+
+NAMESPACE = "talipot"
+_NO_HURRY_S = 86_400.0
+
+
+def rollout_pool(
+    config: RunConfig, run: str, tokenizer: Path, base: Path, *, start: bool = True
+) -> Pool:
+    """Rollout actors; elastic, outside any placement group.
+
+    With `start` False the pool is empty: whoever scales it up owns the workers.
+    """
+    settings, lora = config.rollout, config.train.lora
+    adapted = AdapterOnWire(name=config.train.adapter, lora=lora, base=str(base)) if lora else None
+    options = _options(settings.cpus_per_actor, settings.gpus_per_actor, settings.labels)
+
+    def make(name: str) -> Any:
+        return (
+            ray.remote(RolloutActor)
+            .options(name=f"{run}:{name}", **options)
+            .remote(
+                name,
+                config.model,
+                str(tokenizer),
+                settings,
+                threads_of(settings.threads, settings.cpus_per_actor),
+                adapted,
+            )
+        )
+
+    return _pool("rollout", make, settings.actors_at_start if start else 0, config, options)
+
+
+def reward_pool(
+    config: RunConfig,
+    run: str,
+    tokenizer: Path,
+    reference: Path,
+    reward_model: Path | None,
+    *,
+    start: bool = True,
+) -> Pool:
+    """Reward workers; elastic, outside any placement group. `start` as in `rollout_pool`."""
+    settings = config.reward_service
+    sampling = sampling_of(config.rollout, Tokenizer.load(tokenizer).eos_id)
+    options = _options(settings.cpus_per_replica, settings.gpus_per_replica, settings.labels)
+
+    def make(name: str) -> Any:
+        return (
+            ray.remote(RewardWorker)
+            .options(name=f"{run}:{name}", **options)
+            .remote(
+                settings,
+                config.model,
+                str(reference),
+                str(reward_model) if reward_model else None,
+                sampling,
+                threads_of(settings.threads, settings.cpus_per_replica),
+                merge=config.train.max_staleness > 0,
+                precision=config.reward_precision,
+            )
+        )
+
+    pool = _pool("reward", make, settings.replicas if start else 0, config, options)
+    functions = [c.target for c in settings.components.values() if c.kind == "function"]
+    if functions:
+        pool.hint = (
+            f"; {', '.join(functions)} runs in these workers, and os._exit or a crash of native "
+            "code in it ends them"
+        )
+    return pool
+
+
+def request_room(config: RunConfig, actors: int, replicas: int) -> None:
+    """Ask an autoscaling cluster to hold the learner and so many elastic workers.
+
+    The request stands until the next one, so fewer workers let nodes go.
+    """
+    bundles, selectors = room(config, actors, replicas)
+    request_resources(bundles=bundles, bundle_label_selectors=selectors)
+
+
+def release_room() -> None:
+    """Take the standing request back."""
+    request_resources(bundles=[])
+
+
+def room(
+    config: RunConfig, actors: int, replicas: int
+) -> tuple[list[dict[str, float]], list[dict[str, str]]]:
+    """Resources and labels of every worker, one bundle each."""
+    learner, rollout, reward = config.learner, config.rollout, config.reward_service
+    bundles: list[dict[str, float]] = []
+    selectors: list[dict[str, str]] = []
+    for count, cpus, gpus, labels in (
+        (learner.ranks, learner.cpus_per_rank, learner.gpus_per_rank, learner.labels),
+        (actors, rollout.cpus_per_actor, rollout.gpus_per_actor, rollout.labels),
+        (replicas, reward.cpus_per_replica, reward.gpus_per_replica, reward.labels),
+    ):
+        bundles += [{"CPU": cpus} | ({"GPU": gpus} if gpus else {}) for _ in range(count)]
+        selectors += [dict(labels) for _ in range(count)]
+    return bundles, selectors
+
+
+def _options(cpus: float, gpus: float, labels: Mapping[str, str]) -> dict[str, Any]:
+    options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
+    return options | ({"label_selector": dict(labels)} if labels else {})
+
+
+def _pool(
+    kind: str, make: MakeWorker, size: int, config: RunConfig, options: Mapping[str, Any]
+) -> Pool:
+    wants = ", ".join(f"{key}={value}" for key, value in options.items() if value)
+    pool = Pool(
+        kind=kind,
+        make=make,
+        max_failures=config.cluster.max_restarts,
+        window_s=config.cluster.restart_window_s,
+        silence_s=config.rollout.lease_deadline_s,
+        start_s=config.cluster.start_timeout_s,
+        around=Surroundings(
+            leaving=leaving_nodes,
+            waiting_for=lambda handle: waiting_for(handle, wants),
+        ),
+    )
+    pool.scale(size)
+    pool.tend()
+    return pool
+
+
+# -------------------------------------------------------------------------- asked of Ray's inside
+
+
+def leaving_nodes() -> dict[str, float]:
+    """Draining nodes (preempted, or taken away by the autoscaler) and when they go (monotonic).
+
+    Ray tells it in unix time: here alone the wall clock is asked for how long that is from now.
+    Empty where this Ray does not tell: then a node that goes is a death like any other.
+    """
+    ask = getattr(state, "get_draining_nodes", None)
+    if ask is None:
+        return {}
+    # No deadline is 0: the node stays until its work is done.
+    now, unix = time.monotonic(), time.time()
+    return {node: now + (ms / 1000 - unix if ms else _NO_HURRY_S) for node, ms in ask().items()}
+
+
+def waiting_for(handle: Any, wants: str) -> str:
+    """Why an actor has not started: what no node has room for; empty when it was given a place."""
+    facts = ray_actors(handle._actor_id.hex())
+    if facts.get("Pid"):
+        return ""
+    return f"no node has room for {wants}; add nodes, or mend the labels or the cores it asks for"

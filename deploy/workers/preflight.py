@@ -1,0 +1,189 @@
+"""What a recipe needs against what the cluster has, in words, before anything waits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from common.config.run import RunConfig
+from common.errors import ClusterError, ConfigError
+from common.models.lora import adapter_size
+from common.models.networks import count_parameters
+from common.models.palm import PaLM
+from common.wire.weights import torch_dtype
+
+_BYTES_OF_A_NUMBER = 4.0
+"""What is trained is fp32, with its gradient and each of AdamW's two moments."""
+_EPSILON = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """Resources of one kind of worker."""
+
+    what: str
+    count: int
+    cpus: float
+    gpus: float
+    gang: bool
+    """All or nothing: the learner's placement group."""
+
+
+def require_trainable(config: RunConfig) -> None:
+    """Refuse to train from greedy samples, which evaluation may take.
+
+    Raises:
+        ConfigError: sampling leaves one token to choose from, so its log-probability is always 0
+            and has no gradient.
+    """
+    rollout = config.rollout
+    for field, greedy, mend in (
+        ("temperature", rollout.temperature == 0, "above 0"),
+        ("top_k", rollout.top_k == 1, "to 0 or above 1"),
+        ("min_p", rollout.min_p == 1, "below 1"),
+    ):
+        if greedy:
+            given = f"rollout.{field}={getattr(rollout, field):g}"
+            raise ConfigError(
+                f"{given} always takes the most probable token, so there is nothing to learn from: "
+                f"set it {mend} for training; `talipot evaluate RUN {given}` may have it"
+            )
+
+
+def demands(config: RunConfig) -> list[Demand]:
+    """Everything the recipe places."""
+    learner, rollout, reward = config.learner, config.rollout, config.reward_service
+    return [
+        Demand(
+            what="learner ranks",
+            count=learner.ranks,
+            cpus=learner.cpus_per_rank,
+            gpus=learner.gpus_per_rank,
+            gang=True,
+        ),
+        Demand(
+            what="rollout actors",
+            count=rollout.actors_at_start,
+            cpus=rollout.cpus_per_actor,
+            gpus=rollout.gpus_per_actor,
+            gang=False,
+        ),
+        Demand(
+            what="reward workers",
+            count=reward.replicas,
+            cpus=reward.cpus_per_replica,
+            gpus=reward.gpus_per_replica,
+            gang=False,
+        ),
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """What policy training holds of its networks, over all ranks."""
+
+    trained: int
+    """Numbers that are trained."""
+    policy: int
+    """Those of them that are the policy's."""
+    frozen: int
+    """Numbers of bases that adapters are trained on."""
+    frozen_bytes: float
+    """Of each of these: rounded when products run in bf16."""
+
+
+def held(config: RunConfig) -> Held:
+    """Policy, and for PPO with a separate value network that too; with LoRA their adapters, and
+    their bases once when they are one. Scalar heads are too small to count."""
+    vocabulary = config.model.vocab_size or config.tokenizer.vocab_size
+    model = config.model.model_copy(update={"vocab_size": vocabulary})
+    whole, train = count_parameters(model).total, config.train
+    separate = train.algorithm == "ppo" and train.value_network == "separate"
+    if train.lora is None:
+        return Held(
+            trained=whole * (1 + separate), policy=whole, frozen=0, frozen_bytes=_BYTES_OF_A_NUMBER
+        )
+    adapted = config.reward_service.needs_model and config.reward_model.lora is not None
+    value = config.reward_model.lora if adapted and config.reward_model.lora else train.lora
+    with torch.device("meta"):
+        palm = PaLM(model)
+    policy = adapter_size(palm, train.lora)
+    # The value network goes on from a reward model of whole weights on a base of its own.
+    bases = 1 + (separate and config.reward_service.needs_model and not adapted)
+    return Held(
+        trained=policy + separate * adapter_size(palm, value),
+        policy=policy,
+        frozen=whole * bases,
+        frozen_bytes=torch_dtype(config.learner.precision).itemsize,
+    )
+
+
+def learner_bytes(config: RunConfig) -> float:
+    """Bytes of weights, gradients and optimizer states that one learner rank holds while it trains
+    the policy, under ZeRO: stage 1 shards the optimizer, 2 also gradients, 3 also weights."""
+    parts, ranks, stage = held(config), config.learner.ranks, config.learner.zero_stage
+    weights = _BYTES_OF_A_NUMBER / (ranks if stage >= 3 else 1)
+    gradients = _BYTES_OF_A_NUMBER / (ranks if stage >= 2 else 1)
+    moments = 2 * _BYTES_OF_A_NUMBER / (ranks if stage >= 1 else 1)
+    frozen = parts.frozen * parts.frozen_bytes / (ranks if stage >= 3 else 1)
+    return parts.trained * (weights + gradients + moments) + frozen
+
+
+def extra_bytes(config: RunConfig) -> float:
+    """Bytes that one rank holds beside those: DeepSpeed's flat copy of a rank's share of the
+    weights (ZeRO 1 to 3), and for an auxiliary phase moments of its own and a frozen policy, which
+    each rank has whole."""
+    parts, learner = held(config), config.learner
+    ranks = learner.ranks if learner.zero_stage >= 1 else 1
+    copies = _BYTES_OF_A_NUMBER * parts.trained / ranks if learner.zero_stage >= 1 else 0.0
+    if config.train.ppg is None:
+        return copies
+    moments = 2 * _BYTES_OF_A_NUMBER * parts.trained / ranks
+    # Of an adapter a copy as it is; a whole policy is rounded when products run in bf16.
+    each = torch_dtype("fp32" if config.train.lora else learner.precision).itemsize
+    return copies + moments + parts.policy * each
+
+
+def explain(config: RunConfig, resources: Mapping[str, float]) -> list[str]:
+    """One line per demand and the totals; pure, for any cluster's resources.
+
+    Raises:
+        ClusterError: the cluster cannot hold the recipe, saying what is short and the mend.
+    """
+    lines = []
+    need_cpu = need_gpu = 0.0
+    for demand in demands(config):
+        cpu, gpu = demand.count * demand.cpus, demand.count * demand.gpus
+        need_cpu, need_gpu = need_cpu + cpu, need_gpu + gpu
+        together = ", all placed together" if demand.gang else ", placed one by one"
+        gpus = f" and {gpu:g} GPU" if gpu else ""
+        lines.append(f"{demand.count} {demand.what}: {cpu:g} CPU{gpus}{together}")
+    have_cpu, have_gpu = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    states, extra = learner_bytes(config) / 2**30, extra_bytes(config) / 2**30
+    memory = states + extra
+    lines.append(
+        f"each learner rank holds {states:.2f} GiB of weights, gradients and optimizer states "
+        f"(ZeRO {config.learner.zero_stage}) and {extra:.2f} GiB of copies and of the auxiliary "
+        "phase, activations not counted"
+    )
+    lines.append(
+        f"needed {need_cpu:g} CPU and {need_gpu:g} GPU; the cluster has {have_cpu:g} and "
+        f"{have_gpu:g}"
+    )
+    for kind, need, have in (("CPU", need_cpu, have_cpu), ("GPU", need_gpu, have_gpu)):
+        if need > have + _EPSILON:
+            raise ClusterError(
+                f"the recipe needs {need:g} {kind} and the cluster has {have:g}: "
+                + "; ".join(lines[:-2])
+                + f"; lower rollout.actors, or a {kind.lower()}s_per_* setting, or add nodes"
+            )
+    memory_have = resources.get("memory", 0.0) / 2**30
+    total = memory * config.learner.ranks
+    if memory_have and not need_gpu and total > memory_have:
+        raise ClusterError(
+            f"the learner needs {total:.1f} GiB and the cluster has {memory_have:.1f} GiB: raise "
+            "learner.zero_stage or learner.ranks, train adapters (train.lora), or add nodes"
+        )
+    return lines

@@ -1,0 +1,112 @@
+"""The elastic side of a run: its size by command and by policy, who its workers are, their events.
+
+Called from the controller. `scale` and `views` may be called from any thread: they set a wish, or
+read; the loop that hands out work does the rest (`deploy.workers.pool`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from common.config.run import RunConfig
+from common.endings import take_all
+from common.errors import StorageError
+from deploy.run_folder.log_lines import cut_torn_end
+from deploy.workers.autoscale import Load, Trend, decide
+from deploy.workers.placement import release_room, request_room
+from deploy.workers.pool import Event, Pool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scaled:
+    """What a command to scale changes."""
+
+    kind: str
+    was: int
+    """Workers wished for before."""
+    will_be: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerView:
+    """One worker as `talipot status` shows it."""
+
+    name: str
+    state: str
+    calls: int
+    """Under way at it."""
+    node: str
+    pid: int
+
+
+class Elastic:
+    """Both pools of one run."""
+
+    def __init__(self, config: RunConfig, rollout: Pool, reward: Pool | None) -> None:
+        self._config = config
+        self._pools = [rollout] if reward is None else [rollout, reward]
+        self._rollout = rollout
+        self._trend = Trend()
+        self._events = config.run_dir / "events.jsonl"
+        cut_torn_end(self._events)
+        for pool in self._pools:
+            pool.report = self._report
+
+    def scale(self, actors: int | None, replicas: int | None) -> list[Scaled]:
+        """Wish for other sizes; None leaves one as it is. Returns at once.
+
+        Raises:
+            StorageError: what was wished for holds, and is not in events.jsonl.
+        """
+        found = []
+        for pool, size in zip(self._pools, (actors, replicas), strict=False):
+            if size is not None:
+                found.append(Scaled(kind=pool.kind, was=pool.scale(size), will_be=size))
+        said = [Event.now(s.kind, "scaled", f"from {s.was} to {s.will_be}") for s in found]
+        take_all(self.request_room, *(partial(self._report, event) for event in said))
+        return found
+
+    def adapt(self, metrics: Mapping[str, float]) -> None:
+        """Choose the number of actors after an iteration, where the recipe gives bounds."""
+        bounds = self._config.rollout.actors
+        if isinstance(bounds, int):
+            return
+        seconds, size = metrics["seconds"], self._rollout.target
+        load = Load(
+            learner_waits=metrics["collect_seconds"] / seconds,
+            actors_busy=(metrics["generate_seconds"] + metrics["load_seconds"]) / (seconds * size),
+        )
+        wanted, self._trend = decide(size, bounds, load, self._trend)
+        if wanted != size:
+            self.scale(wanted, None)
+
+    def request_room(self) -> None:
+        """On a cluster that autoscales, ask for room for everything that is wished for."""
+        if self._config.cluster.autoscales:
+            actors, *replicas = [pool.target for pool in self._pools]
+            request_room(self._config, actors, sum(replicas))
+
+    def release_room(self) -> None:
+        """Let an autoscaling cluster take back what it was asked for."""
+        if self._config.cluster.autoscales:
+            release_room()
+
+    def views(self) -> list[WorkerView]:
+        """All workers there are."""
+        return [
+            WorkerView(name=w.name, state=w.state, calls=w.busy, node=w.node, pid=w.pid)
+            for pool in self._pools
+            for w in list(pool.workers.values())
+        ]
+
+    def _report(self, event: Event) -> None:
+        """Append a line to events.jsonl: who came, went, was lost, and why."""
+        try:
+            with Path(self._events).open("a", encoding="utf8") as file:
+                file.write(json.dumps(asdict(event)) + "\n")
+        except OSError as error:
+            raise StorageError(f"{self._events}: cannot be written: {error}") from None

@@ -1,0 +1,133 @@
+"""A batch of scored trajectories as the learner sees it, and how its rows are dealt to ranks.
+
+Every rank holds the whole batch (a few megabytes through shared memory) and computes its share of
+the forward passes; scalars per token are then summed over ranks, so that advantages are computed
+on the global batch, the same on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from common.batching import SequenceBatch, micro_batches, pad_rows, sequence_batch
+from common.errors import TrainingError
+from common.wire.trajectory import ScoredTrajectory, from_table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sequences:
+    """Prompts with their responses, in tokens."""
+
+    prompts: list[list[int]]
+    responses: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Prompt + response tokens per row."""
+        return [len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)]
+
+    @property
+    def mask_NR(self) -> Tensor:
+        """bool ``[N, R]`` response_mask of the whole batch."""
+        lengths = torch.tensor([len(r) for r in self.responses])
+        return torch.arange(int(lengths.max()))[None] < lengths[:, None]
+
+    def response_tokens(self, rows: Sequence[int]) -> float:
+        """Response tokens of some rows: what their losses are normalised by."""
+        return float(sum(len(self.responses[row]) for row in rows))
+
+    def batch(self, rows: Sequence[int]) -> SequenceBatch:
+        """The padded tensors of some rows."""
+        return sequence_batch([self.prompts[i] for i in rows], [self.responses[i] for i in rows])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experience:
+    """N trajectories in rollout_id order. R is the longest response."""
+
+    sequences: Sequences
+    scores_N: Tensor
+    """float32, before the EOS trick."""
+    ended_N: Tensor
+    """bool, the response ended by itself, not at the limit."""
+    groups_N: Tensor
+    """int64, rows of one prompt share it."""
+    behavior_NR: Tensor
+    """float32 behavior_logprobs."""
+    reference_NR: Tensor
+    """float32 ref_logprobs."""
+    mask_NR: Tensor
+    """bool response_mask."""
+    versions: tuple[int, ...]
+    """policy_version per row."""
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+
+def experience(tables: Sequence[pa.Table], adapter: str = "") -> Experience:
+    """Gather tables of ScoredTrajectory in rollout_id order.
+
+    Raises:
+        TrainingError: a row was sampled from something else than `adapter`, which is trained.
+    """
+    rows = [t for table in tables for t in from_table(table, ScoredTrajectory)]
+    rows.sort(key=lambda t: t.rollout_id)
+    for row in rows:
+        if row.adapter != adapter:
+            raise TrainingError(
+                f"rollout {row.rollout_id} was sampled from adapter '{row.adapter}', and what is "
+                f"trained is '{adapter}'"
+            )
+    reach = max(len(t.response_ids) for t in rows)
+    sequences = Sequences(
+        prompts=[t.prompt_ids for t in rows], responses=[t.response_ids for t in rows]
+    )
+    return Experience(
+        sequences=sequences,
+        scores_N=torch.tensor([t.score for t in rows], dtype=torch.float32),
+        ended_N=torch.tensor([t.finish_reason != "length" for t in rows]),
+        groups_N=torch.tensor([t.group for t in rows]),
+        behavior_NR=pad_rows([t.behavior_logprobs for t in rows], reach),
+        reference_NR=pad_rows([t.ref_logprobs for t in rows], reach),
+        mask_NR=sequences.mask_NR,
+        versions=tuple(t.policy_version for t in rows),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """One micro-batch of one rank."""
+
+    rows: list[int]
+    """Row numbers in the whole batch."""
+    real: bool
+    """False for a filler that only keeps ranks in step: its loss must be multiplied by 0."""
+
+
+def deal(
+    rows: Sequence[int], lengths: Sequence[int], *, ranks: int, rank: int, budget: int
+) -> list[Piece]:
+    """This rank's micro-batches of some rows: as many as every other rank's.
+
+    Rows are dealt longest first, so that ranks carry like loads; a rank with fewer micro-batches
+    repeats a row as a filler, because all ranks must run the same number of collectives.
+    """
+    order = sorted(rows, key=lambda row: (-lengths[row], row))
+    hands = [order[r::ranks] for r in range(ranks)]
+    split = [
+        [[hand[i] for i in piece] for piece in micro_batches([lengths[i] for i in hand], budget)]
+        for hand in hands
+    ]
+    steps = max(len(pieces) for pieces in split)
+    mine = [Piece(rows=piece, real=True) for piece in split[rank]]
+    filler = Piece(rows=[order[-1]], real=False)
+    return mine + [filler] * (steps - len(mine))

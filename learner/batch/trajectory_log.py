@@ -1,0 +1,73 @@
+"""The trajectory log: what each iteration was trained on, enough to train it again.
+
+``trajectories/iteration-000003.parquet`` holds an iteration's scored trajectories in rollout_id
+order, which is the order they are trained in. Its metadata says which iteration it is and under
+which settings that change results it was trained (a resumed run may have changed some). A file is
+closed atomically, before the first optimizer step; an iteration that is trained again after a
+failure writes its file again, so the files are always those of the surviving history.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from common.config.recipe import saved_config
+from common.config.run import RunConfig
+from common.errors import DataError
+from common.files import one_line, write_atomic
+from common.wire.trajectory import SCHEMAS, ScoredTrajectory
+
+_KEY = b"talipot"
+_ADDED = {"adapter": "", "unfiltered_logprobs": None}
+"""Columns that logs of earlier versions lack, and what they stood for there: whole weights, and a
+KL from `behavior_logprobs`."""
+
+
+def log_path(run_dir: Path, iteration: int) -> Path:
+    """Where an iteration's trajectories are."""
+    return run_dir / "trajectories" / f"iteration-{iteration:06d}.parquet"
+
+
+def write_log(path: Path, table: pa.Table, iteration: int, config: RunConfig) -> None:
+    """Write an iteration's trajectories, so that a reader sees all of them or no file.
+
+    Raises:
+        StorageError: the disk is full or not writable.
+    """
+    note = {"iteration": iteration, "config": config.model_dump(mode="json")}
+    table = table.sort_by("rollout_id")
+    table = table.replace_schema_metadata({_KEY: json.dumps(note)})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, write_page_checksum=True)
+    write_atomic(path, [memoryview(sink.getvalue())])
+
+
+def read_log(run_dir: Path, iteration: int) -> tuple[pa.Table, RunConfig]:
+    """An iteration's trajectories and the settings they were trained under.
+
+    Raises:
+        DataError: the file is missing, damaged or no trajectory log.
+    """
+    path = log_path(run_dir, iteration)
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+        note: dict[str, Any] = json.loads((table.schema.metadata or {})[_KEY])
+        config = saved_config(note["config"])
+        if note["iteration"] != iteration:
+            raise DataError(f"{path}: is the log of iteration {note['iteration']}")
+        schema, table = SCHEMAS[ScoredTrajectory], table.replace_schema_metadata(None)
+        for name, value in _ADDED.items():
+            if name not in table.column_names:
+                at = schema.get_field_index(name)
+                column = pa.array([value] * len(table), schema.field(at).type)
+                table = table.add_column(at, schema.field(at), column)
+        return table.cast(schema), config
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such trajectory log; the run cannot be replayed") from None
+    except (OSError, KeyError, ValueError) as error:
+        raise DataError(f"{path}: damaged or no trajectory log ({one_line(error)})") from None

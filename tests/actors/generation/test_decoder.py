@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from actors.generation import native_forward
+from actors.generation.decoder import Choice, Decoder, slots_within
+from actors.generation.forward import Chunk, Copy
+from common.config.model import ModelConfig
+from common.errors import ClusterError, ConfigError
+from common.logprobs import Sampling, draw
+from common.models.palm import PaLM
+
+SHAPE = ModelConfig(vocab_size=61, dim=32, layers=3, heads=4, head_dim=16, context=40)
+BOTH: list[Choice] = ["native", "torch"]
+
+
+def model(xpos: bool = False, dtype: torch.dtype = torch.float32) -> PaLM:
+    palm = PaLM(SHAPE.model_copy(update={"xpos": xpos}))
+    palm.initialise(3)
+    return palm.eval().requires_grad_(False).to(dtype)
+
+
+def texts(rows: int, length: int) -> torch.Tensor:
+    return torch.randint(0, 61, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("choice", BOTH)
+@pytest.mark.parametrize("xpos", [False, True])
+def test_decoding_with_a_cache_equals_the_full_forward(choice: Choice, xpos: bool) -> None:
+    """Prompts of mixed lengths, one prefilled in two chunks beside decodes."""
+    palm = model(xpos)
+    decoder = Decoder(palm, slots=3, kernels=choice)
+    tokens = texts(3, 20)
+    full = palm(tokens)
+    rows = tokens.tolist()
+    found = decoder.forward(
+        [rows[0][4], rows[1][0], rows[2][3]],
+        [4, 0, 3],
+        [
+            Chunk(slot=0, start=0, tokens=rows[0][:4]),
+            Chunk(slot=2, start=0, tokens=rows[2][:3]),
+        ],
+    )
+    for row, at in enumerate((4, 0, 3)):
+        torch.testing.assert_close(found[row], full[row, at], atol=1e-5, rtol=0)
+    found = decoder.forward(
+        [rows[0][5], rows[1][1], rows[2][9]],
+        [5, 1, 9],
+        [Chunk(slot=2, start=4, tokens=rows[2][4:9])],
+    )
+    for row, at in enumerate((5, 1, 9)):
+        torch.testing.assert_close(found[row], full[row, at], atol=1e-5, rtol=0)
+    for step in range(8):
+        at = [6 + step, 2 + step, 10 + step]
+        found = decoder.forward([rows[i][at[i]] for i in range(3)], at)
+        torch.testing.assert_close(found, full[torch.arange(3), at], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("choice", BOTH)
+def test_a_shared_prefix_is_copied_within_the_step_that_computes_it(choice: Choice) -> None:
+    palm = model()
+    decoder = Decoder(palm, slots=3, kernels=choice)
+    rows = texts(3, 12).tolist()
+    rows[1][:8], rows[2][:10] = rows[0][:8], rows[1][:10]
+    rows[2][:8] = rows[0][:8]
+    found = decoder.forward(
+        [row[11] for row in rows],
+        [11] * 3,
+        [
+            Chunk(slot=0, start=0, tokens=rows[0][:11]),
+            Chunk(slot=1, start=8, tokens=rows[1][8:11]),
+            Chunk(slot=2, start=8, tokens=rows[2][8:11]),
+        ],
+        [Copy(source=0, targets=[1, 2], positions=8)],
+    )
+    torch.testing.assert_close(found, palm(torch.tensor(rows))[:, -1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("choice", BOTH)
+def test_a_slot_takes_over_another_ones_past(choice: Choice) -> None:
+    palm = model()
+    decoder = Decoder(palm, slots=2, kernels=choice)
+    rows = texts(2, 6).tolist()
+    chunks = [Chunk(slot=i, start=0, tokens=row[:3]) for i, row in enumerate(rows)]
+    decoder.forward([row[3] for row in rows], [3, 3], chunks)
+    decoder.move(1, 0, 4)
+    found = decoder.forward([rows[1][4]], [4])
+    torch.testing.assert_close(found, palm(torch.tensor(rows))[1:, 4], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("choice", BOTH)
+def test_bf16_is_near_the_full_forward_in_bf16(choice: Choice) -> None:
+    """Stated bound: 0.1 in logits of unit variance; both sides round at other places."""
+    palm = model(dtype=torch.bfloat16)
+    decoder = Decoder(palm, slots=4, kernels=choice)
+    rows = texts(4, 16)
+    chunks = [Chunk(slot=i, start=0, tokens=row[:15]) for i, row in enumerate(rows.tolist())]
+    found = decoder.forward(rows[:, 15].tolist(), [15] * 4, chunks)
+    assert float((found.float() - palm(rows)[:, -1]).abs().max()) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "dim", "dtype"),
+    [
+        (4, 64, 64, torch.bfloat16),
+        (3, 12, 30, torch.float32),
+        (2, 16, 33, torch.bfloat16),
+        (5, 128, 48, torch.bfloat16),
+    ],
+)
+def test_any_shape_and_any_number_of_threads(
+    heads: int, head_dim: int, dim: int, dtype: torch.dtype
+) -> None:
+    """Threads share rows and panels out in another way, and every row stays the same."""
+    changed = {"heads": heads, "head_dim": head_dim, "dim": dim}
+    palm = PaLM(SHAPE.model_copy(update=changed))
+    palm.initialise(3)
+    palm.eval().requires_grad_(False).to(dtype)
+    tokens = shared_prefixes()
+    threads, seen = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            seen.append(two_steps(palm, tokens))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+    assert_near(seen[0], palm(tokens)[:, -2:].float(), dtype)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
+@pytest.mark.parametrize(
+    ("narrower", "dtype"),
+    [
+        ("-mno-avx512bf16", torch.bfloat16),
+        ("-mno-avx512f", torch.float32),
+        ("-mno-avx", torch.float32),
+    ],
+)
+def test_narrower_processors_compute_the_same(
+    narrower: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_forward, "_FLAGS", [*native_forward._FLAGS, narrower])
+    palm, tokens = model(dtype=dtype), shared_prefixes()
+    assert_near(two_steps(palm, tokens), palm(tokens)[:, -2:].float(), dtype)
+
+
+def shared_prefixes() -> torch.Tensor:
+    """Texts of 12 tokens, of which every other begins like the one before it."""
+    tokens = texts(100, 12)
+    tokens[1::2, :8] = tokens[::2, :8]
+    return tokens
+
+
+def two_steps(palm: PaLM, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits ``[B, 2, V]`` after the last two tokens: prompts with copies, then a plain decode."""
+    slots, length = len(tokens), tokens.shape[1]
+    rows = tokens.tolist()
+    starts = [8 * (slot % 2) for slot in range(slots)]
+    chunks = [
+        Chunk(slot=slot, start=start, tokens=rows[slot][start : length - 2])
+        for slot, start in enumerate(starts)
+    ]
+    copies = [Copy(source=s - 1, targets=[s], positions=8) for s in range(1, slots, 2)]
+    decoder = Decoder(palm, slots=slots, kernels="native")
+    newest = [row[-2] for row in rows]
+    first = decoder.forward(newest, [length - 2] * slots, chunks, copies).clone()
+    second = decoder.forward([row[-1] for row in rows], [length - 1] * slots)
+    return torch.stack((first, second), dim=1)
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    bound = 1e-5 if dtype == torch.float32 else 0.1
+    assert float((found - expected).abs().max()) < bound
+
+
+def test_new_weights_count_after_a_refresh() -> None:
+    palm = model()
+    decoder = Decoder(palm, slots=1)
+    before = decoder.forward([5], [0]).clone()
+    for parameter in palm.parameters():
+        parameter.mul_(0.5)
+    decoder.refresh()
+    after = decoder.forward([5], [0])
+    torch.testing.assert_close(after, palm(torch.tensor([[5]]))[:, 0], atol=1e-5, rtol=0)
+    assert float((after - before).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("vocabulary", [1, 61, 64, 2048])
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_the_native_draw_is_the_draw(vocabulary: int, temperature: float) -> None:
+    native = Decoder(model(), slots=1, kernels="native")
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(500, vocabulary, generator=generator) * 3
+    u = torch.rand(500, dtype=torch.float64, generator=generator)
+    drawn = native.draw(logits, Sampling(temperature=temperature), u.numpy())
+    tokens, logprobs = map(torch.from_numpy, drawn)
+    expected, theirs = draw(logits / temperature, u)
+    same = tokens == expected
+    assert float(same.float().mean()) > 0.995, "only rounding at a border may tell them apart"
+    torch.testing.assert_close(logprobs[same], theirs[same], atol=2e-5, rtol=0)
+
+
+def test_the_cache_is_planned_from_its_budget() -> None:
+    each = 2 * 3 * 40 * 16 * 4
+    assert slots_within(SHAPE, 10 * each / 2**20, torch.float32) == 10
+    assert slots_within(SHAPE, 10 * each / 2**20, torch.bfloat16) == 20
+    with pytest.raises(ConfigError, match=r"cache_mb=0.01 holds no sequence.*at least 0.0146"):
+        slots_within(SHAPE, 0.01, torch.float32)
+
+
+def test_without_a_compiler_native_is_an_error_and_auto_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(ClusterError, match=r"install gcc, or set rollout\.kernels=torch"):
+        Decoder(model(), slots=1, kernels="native")
+    Decoder(model(), slots=1, kernels="auto")
+    assert "generation is slower" in caplog.text
+
+
+def test_a_compiler_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "broken-cc"
+    broken.write_text("#!/bin/sh\necho no room >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ClusterError, match=r"broken-cc cannot compile.*no room"):
+        native_forward.compiled(SHAPE, torch.float32)
+    assert not list((tmp_path / "talipot").iterdir()), "nothing half made is left"
+
+
+def test_kernels_are_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = native_forward.compiled(SHAPE, torch.float32)
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("compiled a second time")
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+    assert native_forward.compiled(SHAPE, torch.float32) == first

@@ -1,0 +1,358 @@
+"""What keeps a command from joining a cluster is one line within seconds, in every command."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent import futures
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import grpc
+import pytest
+import ray
+from ray.core.generated import gcs_service_pb2 as messages
+from ray.core.generated import gcs_service_pb2_grpc as services
+
+from common.config.recipe import save_config
+from common.config.run import RunConfig
+from common.errors import ClusterError, StorageError, WorkerError
+from deploy.cli import main
+from deploy.commands import logged
+from deploy.evaluation.report import write_report
+from deploy.run_folder.log_lines import read_metrics
+from deploy.run_folder.metrics_log import RunLog
+from deploy.stages import driver
+from deploy.workers import attach
+from deploy.workers.attach import cluster_at_work, start_cluster
+from tests.conftest import run_copy
+
+ROOT = Path(__file__).parents[3]
+HERE = {"ray_version": ray.__version__, "python_version": platform.python_version()}
+
+
+@contextmanager
+def silence() -> Iterator[str]:
+    """A port that accepts and never speaks."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+
+
+@contextmanager
+def web() -> Iterator[str]:
+    """A web server."""
+    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@contextmanager
+def gcs(versions: dict[str, str], token: str = "") -> Iterator[str]:
+    """What a cluster's head answers a newcomer, on Ray's own protocol; it has no nodes."""
+
+    class Kept(services.InternalKVGcsServiceServicer):  # type: ignore[misc]
+        def InternalKVGet(self, request: object, context: grpc.ServicerContext) -> object:
+            sent = dict(context.invocation_metadata()).get("authorization", "")
+            if token and sent != f"Bearer {token}":
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+            return messages.InternalKVGetReply(value=json.dumps(versions).encode())
+
+    class Nodes(services.NodeInfoGcsServiceServicer):  # type: ignore[misc]
+        def GetAllNodeInfo(self, request: object, context: object) -> object:
+            return messages.GetAllNodeInfoReply()
+
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    services.add_InternalKVGcsServiceServicer_to_server(Kept(), server)
+    services.add_NodeInfoGcsServiceServicer_to_server(Nodes(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None)
+
+
+def at(address: str) -> RunConfig:
+    return RunConfig.model_validate({"cluster": {"address": address}})
+
+
+def refusal(address: str) -> str:
+    """What both ways to join say, in no more than ten seconds."""
+    begin = time.monotonic()
+    with pytest.raises(ClusterError) as found:
+        start_cluster(at(address))
+    with pytest.raises(ClusterError) as again:  # noqa: SIM117
+        with cluster_at_work(at(address)):
+            pass
+    assert time.monotonic() - begin < 2 * 10
+    assert str(again.value) == str(found.value)
+    assert len(str(found.value).splitlines()) == 1
+    assert f"cluster at {address}" in str(found.value)
+    return str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "address", "says"),
+    [
+        ("", "127.0.0.1:1", "connection refused"),
+        ("ray://", "127.0.0.1:1", "connection refused"),
+        ("http://", "127.0.0.1:1", "an address is HOST:PORT"),
+        ("", "no port", "does not answer"),
+    ],
+)
+def test_nobody_is_there(scheme: str, address: str, says: str) -> None:
+    assert says in refusal(scheme + address)
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_something_else_is_there(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with web() as address:
+        assert "not Ray" in refusal(scheme + address)
+    monkeypatch.setattr(attach, "_KNOCK_S", 0.5)
+    with silence() as address:
+        assert "nothing that speaks Ray's protocol" in refusal(scheme + address)
+
+
+def test_another_version_is_there() -> None:
+    with gcs(HERE | {"ray_version": "2.9.1", "python_version": "3.9.18"}) as address:
+        said = refusal(address)
+    assert "Ray 2.9.1 on Python 3.9.18" in said
+    assert f"Ray {ray.__version__} on Python {platform.python_version()}" in said
+
+
+def test_another_token_is_wanted() -> None:
+    with gcs(HERE, token="a" * 32) as address:
+        said = refusal(address)
+    assert "another token" in said
+    assert "RAY_AUTH_TOKEN" in said
+    assert "aaaa" not in said
+
+
+def test_no_node_of_it_is_on_this_machine() -> None:
+    with gcs(HERE) as address:
+        assert "no node on this machine" in refusal(address)
+
+
+def command(
+    *arguments: str, wait_s: float = 60, **environment: str
+) -> tuple[int, list[str], str, float]:
+    """A command of its own process: code, error lines, out, seconds."""
+    begin = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "deploy.cli", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=wait_s,
+    )
+    return done.returncode, done.stderr.splitlines(), done.stdout, time.monotonic() - begin
+
+
+@pytest.fixture
+def folder(workspace: RunConfig, tmp_path: Path) -> Path:
+    made = run_copy(workspace, tmp_path, cluster={"address": "127.0.0.1:1"})
+    save_config(made, made.run_dir / "config.yaml")
+    line = {"stage": "sft", "step": 7, "time": 0.0, "metrics": {"loss": 1.5}}
+    (made.run_dir / "metrics.jsonl").write_text(json.dumps(line) + "\n", encoding="utf8")
+    return made.run_dir
+
+
+def test_a_command_ends_at_a_port_that_never_speaks(folder: Path) -> None:
+    with silence() as address:
+        code, error, out, seconds = command("status", str(folder), "--address", address)
+    assert (code, len(error)) == (5, 1), error
+    assert error[0].startswith(f"error cluster at {address} does not answer")
+    assert "unknown" in out  # and how far it came
+    assert "step      7" in out
+    assert seconds < 30  # five of waiting; the rest is Python's imports on a busy machine
+
+
+@pytest.mark.parametrize(
+    "arguments", [["status"], ["scale", "--actors", "2"], ["replay"], ["evaluate"]]
+)
+def test_every_command_of_a_run_says_that_its_cluster_is_gone(
+    folder: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "result.json").write_text('{"iterations": 0, "weights_hash": ""}', encoding="utf8")
+    with pytest.raises(SystemExit) as ended:
+        main([arguments[0], str(folder), *arguments[1:]])
+    assert ended.value.code == 5
+    error = capsys.readouterr().err
+    assert error.startswith("error cluster at 127.0.0.1:1 does not answer (connection refused)")
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_command_that_knocks_can_be_stopped(
+    folder: Path, sent: signal.Signals, code: int
+) -> None:
+    program = (
+        "import sys; from deploy import attach; from deploy.cli import main; attach._KNOCK_S = 60; "
+        "print('ready', flush=True); main(sys.argv[1:])"
+    )
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        listening.settimeout(60)
+        port = listening.getsockname()[1]
+        arguments = ["scale", str(folder), "--actors=2", f"--address=127.0.0.1:{port}"]
+        started = subprocess.Popen(
+            [sys.executable, "-c", program, *arguments],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        knocking, _ = listening.accept()
+        time.sleep(0.3)
+        started.send_signal(sent)
+        _, error = started.communicate(timeout=20)
+        knocking.close()
+    assert started.returncode == code, error
+    assert len(error.splitlines()) == 1, error
+
+
+def test_a_controller_that_does_not_answer(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "_ANSWER_S", 0.2)
+    never = ray.remote(lambda: time.sleep(30)).options(num_cpus=0).remote()
+    with pytest.raises(WorkerError, match="does not answer"):
+        driver.answer(never, RunConfig())
+    ray.cancel(never, force=True)
+
+
+# ------------------------------------------------------------------ the local cluster
+
+
+@pytest.mark.parametrize("dashboard", [True, False])
+def test_a_temporary_folder_that_is_too_long(
+    dashboard: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 12345)
+    # 107 = folder + /ray + /session_0000-00-00_00-00-00_000000_12345 + /sockets + /plasma_store,
+    # with the dashboard's longest socket, dash_TaskEventsHead, instead.
+    socket_path = len("/ray/session_0000-00-00_00-00-00_000000_12345/sockets/plasma_store")
+    longest = 107 - socket_path - (7 if dashboard else 0)
+    monkeypatch.setenv("RAY_TMPDIR", "/" + "x" * (longest - 1))
+    attach._require_short_paths(dashboard)
+    monkeypatch.setenv("RAY_TMPDIR", "/" + "x" * longest)
+    with pytest.raises(ClusterError, match=r"RAY_TMPDIR=/x+ is 1 bytes too long.*107 bytes"):
+        attach._require_short_paths(dashboard)
+    monkeypatch.delenv("RAY_TMPDIR")
+    monkeypatch.setenv("TMPDIR", "/" + "é" * longest)
+    with pytest.raises(ClusterError, match=r"^TMPDIR="):
+        attach._require_short_paths(dashboard)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (OSError("AF_UNIX path too long"), StorageError.exit_code, "AF_UNIX path too long"),
+        (OSError(28, "No space left", b"/x\xff"), StorageError.exit_code, "No space left"),
+        (OSError(18, "Cross-device link", "/a", None, "/b"), 8, "/a -> /b: Cross-device link"),
+        (OSError(), StorageError.exit_code, "file system: OSError"),
+        (TimeoutError(), ClusterError.exit_code, "no answer"),
+        (ray.exceptions.GetTimeoutError("late"), ClusterError.exit_code, "no answer: late"),
+        (ConnectionError("gone"), ClusterError.exit_code, "no answer: gone"),
+    ],
+)
+def test_an_error_of_the_system_says_what_it_knows(
+    error: Exception,
+    code: int,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("deploy.cli.app", fail)
+    with pytest.raises(SystemExit) as ended:
+        main(["config"])
+    assert ended.value.code == code
+    shown = capsys.readouterr().err
+    assert says in shown
+    assert "None" not in shown
+
+
+# ------------------------------------------------------------------ files that are torn
+
+
+@pytest.mark.parametrize("kept", [0, 1, 40, 400, -1, "cluster"])
+@pytest.mark.parametrize("arguments", [["status"], ["sample", "-p", "x"], ["train", "--resume"]])
+def test_a_recipe_of_a_run_that_is_torn_is_named(
+    folder: Path, kept: int | str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "config.yaml"
+    raw = path.read_bytes()
+    path.write_bytes(raw[: raw.index(b"cluster:") if isinstance(kept, str) else kept])
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, str(folder)])
+    assert ended.value.code in (2, 3)
+    error = capsys.readouterr().err
+    assert error.startswith(f"error {path}")
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["summary.json", "evaluation.json", "result.json"])
+def test_a_file_of_a_run_that_is_torn_is_named(
+    folder: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / name).write_text('{"win_rate": 0.', encoding="utf8")
+    with pytest.raises(SystemExit) as ended:
+        main(["replay" if name == "result.json" else "report", str(folder)])
+    assert ended.value.code == 3
+    assert capsys.readouterr().err.startswith(f"error {folder / name}: damaged")
+
+
+def test_samples_without_their_end_and_a_log_goes_on_after_a_torn_line(folder: Path) -> None:
+    row = {"prompt": "p", "human": "h", "before": "b", "after": "a"}
+    scores = {"score_before": 1.0, "score_after": 2.0}
+    judged = {"conforms_before": True, "conforms_after": True}
+    text = json.dumps(row | scores | judged)
+    (folder / "samples.jsonl").write_text(f'{text}\n{{"prom', encoding="utf8")
+    with (folder / "metrics.jsonl").open("a", encoding="utf8") as file:
+        file.write('{"stage": "sft", "st')
+    log = RunLog(folder)
+    log.write("sft", 8, {"loss": 1.0})
+    log.close()
+    assert [line.step for line in read_metrics(folder / "metrics.jsonl")] == [7, 8]
+    assert "<svg" in write_report(folder).read_text(encoding="utf8")
+
+
+WHOLE = json.dumps({"stage": "sft", "step": 7, "time": 0.0, "metrics": {"loss": 1.5}})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", {"logged": "nothing yet"}),
+        ('{"stage": "sft", "st', {"logged": "nothing yet", "torn": "the log's last line"}),
+        (f"{WHOLE}\n", {"step": 7}),
+        (f'{WHOLE}\n{{"stage": "s', {"step": 7, "torn": "the log's last line"}),
+        (f"{{}}\n{WHOLE}\n", {"step": 7, "damaged": ":1: not a line"}),
+        ("\0\0\0\0", {"logged": "nothing yet"}),
+        ('{"stage": 1, "step": "x", "metrics": []}\n', {"damaged": ":1: not a line"}),
+        ('{"stage": "a", "step": 1, "metrics": []}\n', {"damaged": ":1: not a line"}),
+        ("[]\n\n3\n", {"damaged": ":3: not a line"}),
+    ],
+)
+def test_status_reads_what_is_left_of_a_log(
+    tmp_path: Path, text: str, expected: dict[str, object]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf8")
+    found = logged(tmp_path)
+    for name, value in expected.items():
+        assert str(value) in str(found[name])

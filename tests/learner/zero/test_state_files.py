@@ -1,0 +1,88 @@
+"""The engines' state on disk: other numbers of ranks read it, the same one goes on bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from common.config.run import RunConfig
+from deploy.workers.gang import LearnerGang
+from tests.conftest import run_copy
+from tests.learner.test_sharding import trajectories
+
+pytestmark = pytest.mark.usefixtures("cluster")
+WHOLE, MORE = 3, 4
+"""Iterations before and after the checkpoint; an iteration is 2 steps of each network, and there is
+an auxiliary phase before the checkpoint and one after it."""
+
+
+@pytest.fixture(scope="module")
+def gangs(workspace: RunConfig, cluster: None) -> Iterator[dict[int, LearnerGang]]:
+    made = {}
+    for ranks in (1, 2):
+        learner = workspace.learner.model_copy(update={"ranks": ranks})
+        config = workspace.model_copy(update={"learner": learner})
+        made[ranks] = LearnerGang(config, f"saved-{ranks}")
+    yield made
+    for gang in made.values():
+        gang.stop()
+
+
+def iterate(gang: LearnerGang, first: int, count: int) -> list[float]:
+    """Some iterations and auxiliary phases; the losses."""
+    losses = []
+    for iteration in range(first, first + count):
+        tables = [ray.put(table) for table in trajectories(seed=iteration)]
+        found = gang.call("policy_phase", iteration, None, *tables)
+        losses += [found["policy_loss"], found["value_loss"]]
+        if iteration % 3 == 2:
+            losses.append(gang.call("auxiliary_phase", iteration)["auxiliary/value_loss"])
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("before", "zero", "precision"),
+    [
+        (2, 2, "fp32"),
+        (1, 3, "fp32"),
+        *(
+            pytest.param(*case, marks=pytest.mark.chaos)
+            for case in [
+                *((2, 1, "fp32"), (2, 3, "fp32"), (2, 3, "bf16")),
+                *((1, 1, "fp32"), (1, 2, "fp32"), (1, 3, "bf16")),
+            ]
+        ),
+    ],
+)
+def test_another_number_of_ranks_goes_on(
+    workspace: RunConfig,
+    gangs: dict[int, LearnerGang],
+    tmp_path: Path,
+    zero: int,
+    precision: str,
+    before: int,
+) -> None:
+    train: dict[str, Any] = {"iterations": 10, "stop_kl": None, "kl_target": 0.5}
+    learner = {"zero_stage": zero, "precision": precision}
+    config = run_copy(workspace, tmp_path, train=train, learner=learner)
+    old, new = gangs[before], gangs[3 - before]
+    old.begin_train(config)
+    iterate(old, 0, WHOLE)
+    state = old.call("save", str(tmp_path / "saved"))
+    expected = iterate(old, WHOLE, MORE)
+    whole = old.call("export_policy", str(tmp_path / "whole"))
+
+    old.begin_train(config)
+    old.call("load", str(tmp_path / "saved"), state)
+    assert iterate(old, WHOLE, MORE) == expected
+    assert old.call("export_policy", str(tmp_path / "again")) == whole
+
+    new.begin_train(config)
+    new.call("load", str(tmp_path / "saved"), state)
+    # bf16 rounds what other orders of summing leave; the masters are what is compared in fp32.
+    tolerance = 2e-3 if precision == "bf16" else 1e-5
+    assert iterate(new, WHOLE, MORE) == pytest.approx(expected, abs=tolerance)
