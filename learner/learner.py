@@ -332,7 +332,7 @@ class Learner:
             zero_stage=self.config.learner.zero_stage,
             precision=self.config.learner.precision,
             weight_decay=self.train.weight_decay,
-            clip=self.train.clip,
+            max_grad_norm=self.train.max_grad_norm,
             eps=self.train.adam_eps,
             auxiliary=self.train.ppg is not None,
         )

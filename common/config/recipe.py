@@ -36,6 +36,10 @@ _BEFORE: dict[str, dict[str, Any]] = {
     "reward_service": {"precision": "fp32"},
 }
 """What versions did that had no setting for it, where it was not what is the default now."""
+_RENAMED: dict[Key, Key] = {
+    (section, "clip"): (section, "max_grad_norm") for section in ("sft", "reward_model", "train")
+}
+"""Fields of earlier versions, and what they are called now."""
 _WORDS = {
     "tuple_type": "should be a list",
     "model_type": "should be a section",
@@ -122,9 +126,13 @@ def fields(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[tup
 
 
 def _as_it_was(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Add what versions did that had no setting for it, and call every field what it is now."""
     return {
-        name: {**_BEFORE[name], **part} if name in _BEFORE and isinstance(part, Mapping) else part
-        for name, part in values.items()
+        section: _BEFORE.get(section, {})
+        | {_RENAMED.get((section, name), (section, name))[1]: value for name, value in part.items()}
+        if isinstance(part, Mapping)
+        else part
+        for section, part in values.items()
     }
 
 
@@ -209,7 +217,7 @@ def _explain(error: ValidationError, draft: Draft) -> str:
         if kind == "model_type" and may_be_null(annotation_of(RunConfig, key)):
             message += " or null"
         if kind == "extra_forbidden":
-            message = f"unknown key '{name}'{_near(key)}"
+            message = f"unknown key '{name}'{_meant(key)}"
         elif given is None:
             message = f"{name}: {message}, and not empty"
         else:
@@ -236,8 +244,11 @@ def _key(location: Sequence[int | str], unknown: bool) -> Key:
     return key
 
 
-def _near(key: Key) -> str:
-    """The field that may have been meant: of this section, else of this name anywhere."""
+def _meant(key: Key) -> str:
+    """What a field is called now, or which may have been meant: of this section, else of this name
+    anywhere."""
+    if key in _RENAMED:
+        return f"; it is called '{'.'.join(_RENAMED[key])}' now"
     *parents, name = key
     section = section_of(annotation_of(RunConfig, tuple(parents)) if parents else RunConfig)
     near = difflib.get_close_matches(name, section.model_fields if section else [], 1, 0.5)

@@ -41,7 +41,7 @@ class SftConfig(Section):
     """Coefficient of log^2 Z (PaLM, section 5)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of products, as in `learner`."""
-    clip: PositiveFloat = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     """Largest global gradient norm."""
     start: PathText | None = None
     """Weights of a policy (safetensors) to start from; null starts from random ones."""
@@ -78,7 +78,7 @@ class RewardModelConfig(Section):
     """Models trained from different heads and orders; the most accurate is kept."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of products, as in `learner`."""
-    clip: PositiveFloat = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     """Largest global gradient norm."""
     lora: LoraConfig | None = None
     """Train adapters on the supervised policy instead of all weights."""
@@ -155,7 +155,7 @@ class TrainConfig(Section):
     rollouts or learner are not fp32."""
     ppg: PpgConfig | None = PpgConfig()
     """The auxiliary phase; null is plain PPO by the same code."""
-    clip: PositiveFloat = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     """Largest global gradient norm."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""

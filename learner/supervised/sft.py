@@ -53,7 +53,7 @@ class SftStage:
             zero_stage=config.learner.zero_stage,
             precision=settings.precision,
             weight_decay=settings.weight_decay,
-            clip=settings.clip,
+            max_grad_norm=settings.max_grad_norm,
             optimizer=settings.optimizer,
             eps=settings.adam_eps,
         )

@@ -113,7 +113,7 @@ class ZeroEngine:
         network: built and initialised the same on every rank.
         precision: bf16 runs products in bf16 (`common.models.networks.compute_in`); weights that
             are trained, their gradients and what AdamW keeps are fp32.
-        clip: largest global gradient norm.
+        max_grad_norm: largest global gradient norm.
         eps: of AdamW.
         auxiliary: there is an auxiliary phase, with moments of its own (`auxiliary_moments`).
     """
@@ -125,7 +125,7 @@ class ZeroEngine:
         zero_stage: int,
         precision: Literal["fp32", "bf16"],
         weight_decay: float,
-        clip: float,
+        max_grad_norm: float,
         eps: float,
         optimizer: Literal["adamw", "adafactor"] = "adamw",
         auxiliary: bool = False,
@@ -155,7 +155,7 @@ class ZeroEngine:
             config={
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
-                "gradient_clipping": clip,
+                "gradient_clipping": max_grad_norm,
                 "zero_optimization": {
                     "stage": zero_stage,
                     "overlap_comm": False,

@@ -81,7 +81,12 @@ def speed() -> list[Result]:
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, betas=(0.9, 0.95))
     engines = {
         precision: ZeroEngine(
-            network(), zero_stage=2, precision=precision, weight_decay=0.0, clip=1.0, eps=1e-8
+            network(),
+            zero_stage=2,
+            precision=precision,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            eps=1e-8,
         )
         for precision in ("fp32", "bf16")
     }

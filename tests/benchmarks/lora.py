@@ -172,7 +172,12 @@ def step_seconds() -> dict[str, float]:
             if kind == "lora":
                 train_adapter(net, "policy", LORA, seed=0)
             engines[f"{kind} {precision}"] = ZeroEngine(
-                net, zero_stage=2, precision=precision, weight_decay=0.0, clip=1.0, eps=1e-8
+                net,
+                zero_stage=2,
+                precision=precision,
+                weight_decay=0.0,
+                max_grad_norm=1.0,
+                eps=1e-8,
             )
     train = TrainConfig(minibatches=1, prompts_per_iteration=ROWS, stop_kl=None)
 

@@ -171,9 +171,19 @@ def test_a_run_of_before_goes_on_as_it_was(folder: Path) -> None:
     assert saved_config(values) == RunConfig()
     del values["train"]["adam_eps"]  # which was 1e-5 when there was no such setting
     del values["reward_service"]["precision"]  # likewise, whatever the learner's
+    for section in ("sft", "reward_model", "train"):
+        assert values[section].pop("max_grad_norm") == 1
+        values[section]["clip"] = 3  # as it was called
     assert saved_config(values).train.adam_eps == 1e-5
     assert saved_config(values).reward_service.precision == "fp32"
     assert load(yaml.safe_dump(values), saved=True) == saved_config(values)
+    assert saved_config(values).train.max_grad_norm == 3
+    assert saved_config(values).sft.max_grad_norm == 3
+    assert saved_config(values).reward_model.max_grad_norm == 3
+    refused = refusal(yaml.safe_dump(values))  # a recipe, which nobody saved
+    assert "unknown key 'train.clip'; it is called 'train.max_grad_norm' now" in refused
+    for section in ("sft", "reward_model", "train"):
+        values[section]["max_grad_norm"] = values[section].pop("clip")
     assert load(yaml.safe_dump(values)).train.adam_eps == RunConfig().train.adam_eps
 
 

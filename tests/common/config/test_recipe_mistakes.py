@@ -69,9 +69,13 @@ def test_a_few_aliases_do_not_stand_for_billions_of_values(folder: Path) -> None
 
 
 def test_what_is_merged_in_yields_to_what_stands_there(folder: Path) -> None:
-    text = "sft: &base {lr: 0.5, clip: 3}\nreward_model:\n  <<: *base\n  lr: 0.25\n"
+    text = "sft: &base {lr: 0.5, max_grad_norm: 3}\nreward_model:\n  <<: *base\n  lr: 0.25\n"
     config = load(text)
-    assert (config.sft.lr, config.reward_model.lr, config.reward_model.clip) == (0.5, 0.25, 3)
+    assert (config.sft.lr, config.reward_model.lr, config.reward_model.max_grad_norm) == (
+        0.5,
+        0.25,
+        3,
+    )
     # An error in what was merged in names the line where it stands.
     assert "r.yaml:2: reward_model.epochs" in refusal(
         "sft: &base\n  epochs: 0\nreward_model:\n  <<: *base\n"
@@ -140,6 +144,10 @@ def test_null_stays_a_value_where_it_is_one(folder: Path) -> None:
         ("rollout: {actors: many}", "rollout.actors: should be a valid integer"),
         ("rollout: {actors: {min: 3, max: 2}}", "min=3 exceeds max=2"),
         ("rollout: {actors: {min: 3}}", "rollout.actors.max: is missing"),
+        (
+            "sft:\n  clip: 1",
+            "r.yaml:2: unknown key 'sft.clip'; it is called 'sft.max_grad_norm' now",
+        ),
         ("kl_coef: 1", "r.yaml:1: unknown key 'kl_coef'; did you mean 'train.kl_coef'?"),
         (
             "train:\n  kl_coeff: 1",

@@ -48,7 +48,7 @@ found = {"backend": dist.get_backend()}
 for stage in (0, 1, 2, 3):
     network = torch.nn.Linear(3, 1)
     engine = ZeroEngine(
-        network, zero_stage=stage, precision="fp32", weight_decay=0.0, clip=1.0, eps=1e-8
+        network, zero_stage=stage, precision="fp32", weight_decay=0.0, max_grad_norm=1.0, eps=1e-8
     )
     engine.backward(engine(torch.ones(2, 3)).sum(), last=True)
     found[f"norm {stage}"] = engine.step(0.1, "the test")
@@ -112,7 +112,7 @@ def test_a_first_start_compiles_nothing(started: tuple[dict[str, Any], Path]) ->
 
 
 def engine_of(network: nn.Module, **settings: Any) -> ZeroEngine:
-    defaults = {"zero_stage": 0, "precision": "fp32", "weight_decay": 0.0, "clip": 1e9}
+    defaults = {"zero_stage": 0, "precision": "fp32", "weight_decay": 0.0, "max_grad_norm": 1e9}
     return ZeroEngine(network, **{**defaults, "eps": 1e-8, **settings})
 
 
