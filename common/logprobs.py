@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -173,21 +172,6 @@ def _below(target: Tensor, total: Tensor) -> Tensor:
     """At most the last number under `total`: rounding never asks for more than there is, so a
     search ends on a token whose weight is not zero."""
     return torch.minimum(target, total.nextafter(torch.zeros_like(total)))
-
-
-def uniforms(seeds_B: np.ndarray, positions_B: np.ndarray) -> Tensor:
-    """Counter-based uniforms (float64 ``[B]``): a pure function of (seed, position).
-
-    SplitMix64 (Steele 2014): the sample does not depend on the actor, slot or batch it ran in.
-    """
-    with np.errstate(over="ignore"):
-        z = seeds_B.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15) * (
-            positions_B.astype(np.uint64) + np.uint64(1)
-        )
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = z ^ (z >> np.uint64(31))
-    return torch.from_numpy((z >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
 def _filtered(logits: Tensor, sampling: Sampling) -> Tensor | None:

@@ -32,7 +32,7 @@ from common.models.lora import (
 )
 from common.models.networks import PolicyNetwork, ScalarNetwork
 from common.models.weight_files import load_weights
-from common.wire.trajectory import derive_seed
+from common.randomness import derive_seed
 from common.wire.weights import Payload, torch_dtype
 from learner.algorithms import advantages, gae, ppo, rewards
 from learner.algorithms.schedule import linear_to_zero

@@ -22,7 +22,7 @@ MAY_IMPORT = {
 LAYERS: dict[str, list[set[str]]] = {
     "common": [
         {"errors"},
-        {"endings", "files", "native_code"},
+        {"endings", "files", "native_code", "randomness"},
         {"metrics", "out_of_memory"},
         {"config"},
         {"batching", "logprobs"},

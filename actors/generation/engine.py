@@ -23,9 +23,10 @@ from torch import Tensor
 from actors.generation.decoder import Choice, Decoder
 from actors.generation.forward import Chunk, Copy
 from actors.generation.slots import Slots, Waiting
-from common.logprobs import Sampling, draw, logprobs_at, sampling_logits, uniforms
+from common.logprobs import Sampling, draw, logprobs_at, sampling_logits
 from common.models.lora import OFF
 from common.models.palm import PaLM
+from common.randomness import uniforms
 from common.wire.trajectory import RolloutRequest
 
 _WORTH_SHARING = 8
@@ -177,7 +178,7 @@ class Engine:
             known.add(request.rollout_id)
         seeds = np.array([request.seed for request in requests], dtype=np.uint64)
         places = np.arange(max(limits, default=0), dtype=np.uint64)
-        drawn = uniforms(seeds[:, None], places[None]).numpy()
+        drawn = uniforms(seeds[:, None], places[None])
         adapters = [here[request.adapter] for request in requests]
         self._queue += map(Waiting, requests, limits, drawn, adapters)
 

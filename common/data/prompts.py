@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.data.fitting import Fitting, TooLong
-from common.data.records import Prompt, ShuffledIndex
+from common.data.records import Prompt
 from common.data.tokenizer import Tokenizer
-from common.wire.trajectory import RolloutRequest, derive_seed
+from common.randomness import ShuffledIndex, derive_seed
+from common.wire.trajectory import RolloutRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

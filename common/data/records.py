@@ -17,9 +17,6 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Final, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from common.data.rows import Kind, Row, sources, type_name
 from common.errors import DataError
 from common.files import write_atomic
@@ -258,46 +255,3 @@ def _confidence(value: object, field: str) -> float:
             f"{field}: is {value:.6g}, outside 0.5 ... 1; below 0.5 swap chosen and rejected"
         )
     return float(value)
-
-
-# --- order ------------------------------------------------------------------------------------
-
-
-def shuffled_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order of `n` items in `epoch`: a permutation, int64 `[n]`, a function of its arguments.
-
-    Sorts raw Philox words: NumPy promises raw streams to stay the same between versions, but not
-    the stream of `Generator.permutation`.
-    """
-    words = np.random.Philox(np.random.SeedSequence((seed, epoch))).random_raw(n)
-    return np.argsort(words, kind="stable").astype(np.int64, copy=False)
-
-
-class ShuffledIndex:
-    """An endless stream of indices below `n`, each once per epoch; one integer resumes it."""
-
-    def __init__(self, n: int, seed: int, position: int = 0) -> None:
-        if n < 1 or position < 0:
-            raise ValueError(f"need n >= 1 and position >= 0, got n={n}, position={position}")
-        self._n, self._seed, self._position = n, seed, position
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
-
-    @property
-    def position(self) -> int:
-        """Indices handed out since the start of epoch 0."""
-        return self._position
-
-    def next_batch(self, k: int) -> list[int]:
-        """The next `k` indices; a batch may cross into the next epoch."""
-        batch: list[int] = []
-        while len(batch) < k:
-            epoch, offset = divmod(self._position, self._n)
-            if epoch != self._epoch:
-                self._epoch, self._order = (
-                    epoch,
-                    shuffled_order(self._n, self._seed, epoch),
-                )
-            part = self._order[offset : offset + k - len(batch)].tolist()
-            batch += part
-            self._position += len(part)
-        return batch

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from common.config.model import LoraConfig
 from common.errors import CheckpointError, ConfigError, TrainingError
 from common.models.precision import product
-from common.wire.trajectory import derive_seed
+from common.randomness import derive_seed
 from common.wire.weights import state_hash
 
 OFF = ""

@@ -19,7 +19,6 @@ Worked example (one scored trajectory)::
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -166,12 +165,6 @@ def extend(record: RolloutRequest, kind: type[Record], **more: Any) -> Record:
     """A later-stage record with all fields of an earlier one; lists are shared, not copied."""
     shared = min(_NAMES[type(record)], _NAMES[kind], key=len)  # a later stage only adds
     return kind(**{name: getattr(record, name) for name in shared}, **more)
-
-
-def derive_seed(*parts: int | str) -> int:
-    """A uint64 that is a pure function of its parts."""
-    text = "\x1f".join(str(part) for part in parts).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 def _check(record: RolloutRequest) -> None:

@@ -15,7 +15,7 @@ from common.config.stages import QuickstartConfig
 from common.data.records import Comparison, Demonstration, Prompt, write_jsonl
 from common.errors import ConfigError
 from common.files import write_atomic
-from common.wire.trajectory import derive_seed
+from common.randomness import derive_seed
 from deploy.evaluation.intervals import bootstrap_mean
 from deploy.quickstart import judges
 from deploy.quickstart.harvest import Pair, fingerprint, harvest, prompt_text, split

@@ -14,7 +14,7 @@ from common.data.prompts import EncodedPrompt, encode_prompts
 from common.data.records import Comparison, Demonstration, read_prompts
 from common.data.tokenizer import Tokenizer
 from common.errors import DataError
-from common.wire.trajectory import derive_seed
+from common.randomness import derive_seed
 from learner.supervised.packing import EncodedComparison, EncodedPair
 
 _BATCH = 1024

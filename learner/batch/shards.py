@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from common.batching import SequenceBatch
-from common.wire.trajectory import derive_seed
+from common.randomness import derive_seed
 from learner.batch.experience import Sequences, deal
 from learner.zero.engine import all_sum, rank, world_size
 

@@ -17,12 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.config.run import RunConfig
-from common.data.records import ShuffledIndex
 from common.metrics import Metrics, mean, require_finite
 from common.models.adapter_files import adapter_of, export_merged
 from common.models.networks import PolicyNetwork
 from common.models.weight_files import load_weights
-from common.wire.trajectory import derive_seed
+from common.randomness import ShuffledIndex, derive_seed
 from learner.algorithms.schedule import warmup_cosine
 from learner.batch.experience import deal
 from learner.supervised.export import adapt_network, export_network

@@ -11,13 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.logprobs import (
-    Sampling,
-    chosen_reader,
-    draw,
-    sampling_logits,
-    uniforms,
-)
+from common.logprobs import Sampling, chosen_reader, draw, sampling_logits
+from common.randomness import uniforms
 from tests.likelihoods import chosen_logprobs, sampling_logprobs
 
 LOGITS = st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=12)
@@ -115,7 +110,7 @@ def test_draws_follow_the_distribution() -> None:
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05])
     n = 40_000
     seeds = np.arange(n, dtype=np.uint64)
-    u = uniforms(seeds, np.full(n, 3, dtype=np.uint64))
+    u = torch.from_numpy(uniforms(seeds, np.full(n, 3, dtype=np.uint64)))
     drawn, logprobs = draw(probabilities.log().expand(n, -1), u)
     torch.testing.assert_close(logprobs, probabilities.log()[drawn])
     counts = torch.bincount(drawn, minlength=5).double()
@@ -158,15 +153,3 @@ def test_endings_wait_for_the_minimum_length_in_engine_and_learner_alike() -> No
     torch.testing.assert_close(found, expected)
     with pytest.raises(ValueError, match="positions"):
         sampling_logits(logits, sampling)
-
-
-@given(st.integers(0, 2**64 - 1), st.integers(0, 2**20))
-def test_uniforms_are_a_function_of_seed_and_position(seed: int, position: int) -> None:
-    seeds, at = np.array([seed], dtype=np.uint64), np.array([position], dtype=np.uint64)
-    alone = uniforms(seeds, at)
-    batch = uniforms(
-        np.array([1, seed, 2], dtype=np.uint64), np.array([9, position, 9], dtype=np.uint64)
-    )
-    assert float(alone[0]) == float(batch[1])
-    assert 0.0 <= float(alone[0]) < 1.0
-    assert float(uniforms(seeds, at + np.uint64(1))[0]) != float(alone[0])

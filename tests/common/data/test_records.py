@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from common.data.records import (
     Comparison,
     Demonstration,
     Prompt,
-    ShuffledIndex,
     read_comparisons,
     read_demonstrations,
     read_prompts,
-    shuffled_order,
     write_jsonl,
 )
 from common.errors import DataError, StorageError
@@ -367,33 +362,3 @@ def test_a_record_keeps_its_place(tmp_path: Path) -> None:
     assert Prompt(prompt="a", place="here") == Prompt(prompt="a"), "no part of the data"
     write_jsonl(tmp_path / "copy.jsonl", read_prompts([rows]))
     assert "place" not in (tmp_path / "copy.jsonl").read_text()
-
-
-@given(st.integers(1, 200), st.integers(0, 2**63), st.integers(0, 1000))
-def test_shuffled_order_is_a_permutation(n: int, seed: int, epoch: int) -> None:
-    order = shuffled_order(n, seed, epoch)
-    assert order.dtype == np.int64
-    assert sorted(order.tolist()) == list(range(n))
-    assert order.tolist() == shuffled_order(n, seed, epoch).tolist()
-
-
-def test_shuffled_order_is_the_same_everywhere_and_differs_by_seed_and_epoch() -> None:
-    assert shuffled_order(8, 1, 0).tolist() == [2, 0, 1, 4, 5, 6, 7, 3]
-    orders = {tuple(shuffled_order(50, s, e).tolist()) for s in range(4) for e in range(4)}
-    assert len(orders) == 16
-
-
-@given(st.integers(1, 12), st.integers(0, 60), st.lists(st.integers(0, 30), max_size=6))
-def test_stream_resumes_at_any_position(n: int, start: int, sizes: list[int]) -> None:
-    whole = ShuffledIndex(n, 7).next_batch(start + sum(sizes))
-    resumed = ShuffledIndex(n, 7, position=start)
-    assert [i for size in sizes for i in resumed.next_batch(size)] == whole[start:]
-    assert resumed.position == start + sum(sizes)
-
-
-def test_every_epoch_holds_every_index_once() -> None:
-    stream = ShuffledIndex(5, 0)
-    drawn = [i for _ in range(5) for i in stream.next_batch(3)]
-    assert [Counter(drawn[k : k + 5]) for k in (0, 5, 10)] == [Counter(range(5))] * 3
-    with pytest.raises(ValueError, match="n >= 1"):
-        ShuffledIndex(0, 0)

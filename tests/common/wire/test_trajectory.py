@@ -19,7 +19,6 @@ from common.wire.trajectory import (
     Rollout,
     RolloutRequest,
     ScoredTrajectory,
-    derive_seed,
     extend,
     from_table,
     to_table,
@@ -123,13 +122,6 @@ def test_a_later_record_shares_the_lists_of_the_earlier_one(row: ScoredTrajector
     assert made == row
     for name in ("prompt_ids", "response_ids", "behavior_logprobs", "ref_logprobs"):
         assert getattr(made, name) is getattr(row, name), name
-
-
-def test_seeds_are_functions_of_their_parts_and_of_where_parts_end() -> None:
-    assert derive_seed(0, "a", 1) == derive_seed(0, "a", 1)
-    many = [derive_seed(0, "a", 1), derive_seed(0, "a1"), derive_seed("0", "a", "2")]
-    assert len(set(many)) == 3
-    assert all(0 <= seed < 2**64 for seed in many)
 
 
 @given(st.lists(st.tuples(IDS, IDS), min_size=1, max_size=5))

@@ -16,7 +16,8 @@ from rich.console import Console
 
 from common.config.run import RunConfig
 from common.errors import DataError, WorkerError
-from common.wire.trajectory import ScoredTrajectory, derive_seed, from_table
+from common.randomness import derive_seed
+from common.wire.trajectory import ScoredTrajectory, from_table
 from deploy.stages.replay import replay_run
 from deploy.workers.gang import LearnerGang
 from learner.batch.trajectory_log import read_log
