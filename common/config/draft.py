@@ -40,7 +40,8 @@ class Draft:
         """Take a whole file.
 
         Raises:
-            ConfigError: it is not a mapping.
+            ConfigError: it is not a mapping, or leaves empty what may be null or a section: whether
+                defaults or nothing were meant is not ours to guess.
         """
         if written.values is None:
             return
@@ -52,6 +53,13 @@ class Draft:
         self.places = {
             key: Place(f"{self.name}:{line}", in_file=True) for key, line in written.lines.items()
         }
+        for key in (key for key, text in written.texts.items() if not text):
+            annotation = annotation_of(self.root, key)
+            if section_of(annotation) is not None and may_be_null(annotation):
+                raise ConfigError(
+                    f"{self.place(key)}: {'.'.join(key)} is empty: write null for none, or "
+                    f"{{}} for its defaults"
+                )
 
     def override(self, key: Key, written: Written, place: str) -> None:
         """Give one field, or some of a section's, another value than before.
@@ -133,7 +141,7 @@ class Draft:
                 return {name: convert(part, (*path, name)) for name, part in value.items()}
             if isinstance(value, list):
                 return [convert(part, (*path, str(at))) for at, part in enumerate(value)]
-            if isinstance(value, str) or path not in written.texts:
+            if value is None or isinstance(value, str) or path not in written.texts:
                 return value
             wanted = annotation_of(self.root, (*key, *path))
             return written.texts[path] if is_text(wanted) else value

@@ -31,7 +31,8 @@ class Written:
     lines: dict[Key, int] = field(default_factory=dict)
     """Line of every key, from 1."""
     texts: dict[Key, str] = field(default_factory=dict)
-    """What was written for every scalar but null: `007`, where YAML reads the number 7."""
+    """What was written for every scalar: `007`, where YAML reads the number 7. Null has none, but
+    for nothing at all, which YAML reads as null: an empty text."""
 
 
 def read_yaml(text: str, at: Callable[[int | None], str]) -> Written:
@@ -107,7 +108,7 @@ def _walk(
         open_nodes.remove(id(node))
 
     def below_key(node: yaml.Node, path: Key, line: int) -> Iterator[tuple[Key, int, str | None]]:
-        plain = isinstance(node, yaml.ScalarNode) and node.tag != _NULL
+        plain = isinstance(node, yaml.ScalarNode) and (node.tag != _NULL or not node.value)
         yield path, line, node.value if plain else None
         yield from below(node, path)
 

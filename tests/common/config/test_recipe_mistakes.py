@@ -122,6 +122,14 @@ def test_null_stays_a_value_where_it_is_one(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        (
+            "train:\n  ppg:\n    # n_pi: 2\n",
+            "r.yaml:2: train.ppg is empty: write null for none, or {}",
+        ),
+        (
+            "sft:\n  lora:",
+            "r.yaml:2: sft.lora is empty: write null for none, or {} for its defaults",
+        ),
         ("preset: [tiny]", "r.yaml:1: preset: should be a valid string, not ['tiny']"),
         ("name: x\npreset: {a: 1}", "r.yaml:2: preset: should be a valid string"),
         ("preset: 3", "r.yaml:1: preset: preset '3' is unknown; there are tiny, small"),
