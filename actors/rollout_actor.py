@@ -20,14 +20,16 @@ import pyarrow as pa
 import torch
 
 from actors.generation.decoder import slots_within
-from actors.generation.engine import Engine, Stops
+from actors.generation.engine import GenerationEngine, Stops
 from common.config.model import LoraConfig, ModelConfig
 from common.config.workers import RolloutConfig
 from common.data.tokenizer import Tokenizer
 from common.logprobs import sampling_of
-from common.models.lora import OFF, adapter_tensors, add_adapter, base_fingerprint
-from common.models.palm import PaLM
-from common.models.weight_files import load_weights
+from common.models.adapters import adapter_tensors, add_adapter, base_fingerprint
+from common.models.build import build_decoder
+from common.models.decoder import Decoder
+from common.models.lora import OFF
+from common.models.weight_files import load_decoder
 from common.out_of_memory import memory_for
 from common.wire.trajectory import Rollout, RolloutRequest, extend, from_table, to_table
 from common.wire.weights import CorruptSliceError, FlatBuffer, Manifest, Payload, torch_dtype
@@ -67,18 +69,18 @@ class AdapterOnWire:
 
 
 def engine_of(
-    palm: PaLM, tokenizer: Tokenizer, rollout: RolloutConfig, *, merged: str | None = OFF
-) -> Engine:
-    """The engine that settings describe; `merged` as in `Engine`.
+    decoder: Decoder, tokenizer: Tokenizer, rollout: RolloutConfig, *, merged: str | None = OFF
+) -> GenerationEngine:
+    """The engine that settings describe; `merged` as in `GenerationEngine`.
 
     Raises:
         ConfigError: the cache does not hold one sequence, or native kernels were asked for and
             nothing is to be merged.
         ClusterError: native kernels were asked for and cannot be had.
     """
-    within = slots_within(palm.config, rollout.cache_mb, torch_dtype(rollout.precision))
-    return Engine(
-        palm,
+    within = slots_within(decoder.sizes, rollout.cache_mb, torch_dtype(rollout.precision))
+    return GenerationEngine(
+        decoder,
         eos_id=tokenizer.eos_id,
         sampling=sampling_of(rollout, tokenizer.eos_id),
         max_tokens=rollout.max_response_tokens,
@@ -111,17 +113,17 @@ class RolloutActor:
         self.actor_id = actor_id
         self.tokenizer = Tokenizer.load(tokenizer_path)
         dtype = torch_dtype(rollout.precision)
-        palm, base, on_wire = PaLM(model), "", OFF
+        decoder, base, on_wire = build_decoder(model), "", OFF
         if adapted is not None:
             on_wire = adapted.name
-            load_weights(palm, Path(adapted.base), prefix="palm.")
-            base = base_fingerprint(palm.state_dict())
-            add_adapter(palm, on_wire, adapted.lora, seed=0)
-        palm = palm.eval().requires_grad_(False).to(dtype)
-        wire = adapter_tensors(palm, on_wire) if on_wire else palm.named_parameters()
+            load_decoder(decoder, Path(adapted.base))
+            base = base_fingerprint(decoder.state_dict())
+            add_adapter(decoder, on_wire, adapted.lora, seed=0)
+        decoder = decoder.eval().requires_grad_(False).to(dtype)
+        wire = adapter_tensors(decoder, on_wire) if on_wire else decoder.named_parameters()
         self.buffer = FlatBuffer(wire, dtype, base)
         self._merges = adapted is None or rollout.lora == "merged"
-        self._engine_of = partial(engine_of, palm, self.tokenizer, rollout)
+        self._engine_of = partial(engine_of, decoder, self.tokenizer, rollout)
         self.engine = self._engine_of(merged=on_wire if self._merges else None)
         self.policy_version = -1
         self.fingerprint = ""

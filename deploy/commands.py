@@ -19,7 +19,7 @@ from common.data.records import Prompt, read_demonstrations
 from common.data.tokenizer import Tokenizer
 from common.errors import ClusterError, ConfigError, DataError
 from common.files import is_utf8, write_atomic
-from common.models.networks import PolicyNetwork
+from common.models.build import build_policy
 from common.models.weight_files import load_weights
 from common.wire.weights import torch_dtype
 from deploy.control.status import Status
@@ -68,7 +68,7 @@ def sample_run(config: RunConfig, texts: Sequence[str], sft: bool, seed: int) ->
     """One response per prompt, in this process, by `rollout.threads` threads."""
     torch.set_num_threads(threads_of(config.rollout.threads, config.rollout.cpus_per_actor))
     tokenizer = Tokenizer.load(config.run_dir / "tokenizer.json")
-    network = PolicyNetwork(config.model)
+    network = build_policy(config.model)
     folder = "sft" if sft else "policy"
     load_weights(network, config.run_dir / folder / "policy.safetensors")
     network.eval().requires_grad_(False).to(torch_dtype(config.rollout.precision))
@@ -83,7 +83,7 @@ def sample_run(config: RunConfig, texts: Sequence[str], sft: bool, seed: int) ->
         max_tokens=config.max_prompt_tokens,
         too_long="error",
     )
-    engine = engine_of(network.palm, tokenizer, config.rollout)
+    engine = engine_of(network.decoder, tokenizer, config.rollout)
     requests = evaluation_requests(prompts, seed=seed, label="sample")
     return [engine.text(made).strip() for made in engine.generate(requests)]
 

@@ -19,7 +19,8 @@ from common.config.model import ModelConfig
 from common.config.stages import PpgConfig
 from common.errors import TrainingError
 from common.metrics import Metrics, mean, require_finite
-from common.models.lora import adapter_tensors, drop_adapter, snapshot_adapter
+from common.models.adapters import adapter_tensors, drop_adapter, snapshot_adapter
+from common.models.build import build_policy
 from common.models.networks import PolicyNetwork, compute_in
 from learner.algorithms import ppg
 from learner.batch.memory import AuxiliaryMemory
@@ -125,7 +126,7 @@ def _frozen_policy(engine: ZeroEngine, model: ModelConfig) -> Iterator[Policy]:
 
 def _copy(engine: ZeroEngine, model: ModelConfig) -> PolicyNetwork:
     """On this rank, whole whatever the ZeRO stage."""
-    old = PolicyNetwork(model)
+    old = build_policy(model)
     if engine.zero_stage < 3:
         old.load_state_dict(copy.deepcopy(engine.network.state_dict()))
     else:

@@ -17,19 +17,21 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+from common.config.model import ModelConfig
 from common.config.run import RunConfig
 from common.errors import CheckpointError
 from common.logprobs import chosen_reader, sampling_of
 from common.metrics import Metrics, mean
 from common.models.adapter_files import load_scalar
-from common.models.lora import (
+from common.models.adapters import (
     adapter_tensors,
+    attach_adapter,
     base_fingerprint,
     freeze_base,
     merged_state,
     share_base,
-    train_adapter,
 )
+from common.models.build import build_policy, build_scalar
 from common.models.networks import PolicyNetwork, ScalarNetwork
 from common.models.weight_files import load_weights
 from common.randomness import derive_seed
@@ -73,7 +75,7 @@ class Learner:
         self.train = train = config.train
         self.start = policy_weights
         self.sampling = sampling_of(config.rollout, eos_id)
-        policy = PolicyNetwork(config.model)
+        policy = build_policy(config.model)
         load_weights(policy, policy_weights)
         self.base = base_fingerprint(policy.state_dict()) if train.lora else ""
         """Of the weights that adapters are trained on."""
@@ -83,13 +85,13 @@ class Learner:
         # The auxiliary head starts fresh: SFT never trained it.
         policy.value.initialise(derive_seed(config.seed, "auxiliary head") >> 1)
         if train.lora is not None:
-            train_adapter(policy, train.adapter, train.lora, config.seed)
+            attach_adapter(policy, train.adapter, train.lora, config.seed)
         self.policy = self._engine(policy)
         self._publisher = publisher(
             self.policy,
-            adapter_tensors(policy.palm, policy.adapter)
+            adapter_tensors(policy.decoder, policy.adapter)
             if policy.adapter
-            else policy.palm.named_parameters(),
+            else policy.decoder.named_parameters(),
             dtype=torch_dtype(config.rollout.precision),
             base=self.base,
         )
@@ -308,22 +310,22 @@ class Learner:
         With LoRA its base is the policy's own, unless the reward model has whole weights.
         """
         lora, seed = self.train.lora, self.config.seed
-        value = ScalarNetwork(self.config.model)
+        value = build_scalar(self.config.model)
         if reward_weights is not None:
-            adapted = load_scalar(value, reward_weights, policy.palm, "value")
+            adapted = load_scalar(value, reward_weights, policy.decoder, "value")
         else:
             adapted = None
             value.head.initialise(derive_seed(seed, "value head") >> 1)
             if lora is not None:
-                share_base(value.palm, policy.palm)
+                share_base(value.decoder, policy.decoder)
             else:
-                value.palm.load_state_dict(policy.palm.state_dict())
+                value.decoder.load_state_dict(policy.decoder.state_dict())
         if lora is not None and adapted is None:
-            train_adapter(value, "value", lora, seed)
+            attach_adapter(value, "value", lora, seed)
         elif lora is not None:
-            freeze_base(value.palm)
+            freeze_base(value.decoder)
         elif adapted is not None:
-            return _whole(value)
+            return _whole(value, self.config.model)
         return value
 
     def _engine(self, network: nn.Module) -> ZeroEngine:
@@ -381,8 +383,8 @@ class Learner:
             ) from None
 
 
-def _whole(network: ScalarNetwork) -> ScalarNetwork:
+def _whole(network: ScalarNetwork, model: ModelConfig) -> ScalarNetwork:
     """The same network with its adapter in its weights."""
-    made = ScalarNetwork(network.palm.config)
+    made = build_scalar(model)
     made.load_state_dict(merged_state(network, network.adapter))
     return made

@@ -12,8 +12,8 @@ from common.batching import SequenceBatch, micro_batches, sequence_batch
 from common.config.model import ModelConfig
 from common.logprobs import Sampling, chosen_reader
 from common.models.adapter_files import load_scalar
-from common.models.networks import PolicyNetwork, ScalarNetwork
-from common.models.palm import PaLM
+from common.models.build import build_policy, build_scalar
+from common.models.decoder import Decoder
 from common.models.weight_files import load_weights
 from common.wire.trajectory import Rollout
 
@@ -21,9 +21,9 @@ from common.wire.trajectory import Rollout
 class RewardModel:
     """One number per response, read at its last token (EOS included), before any padding."""
 
-    def __init__(self, config: ModelConfig, weights: Path, base: PaLM) -> None:
+    def __init__(self, config: ModelConfig, weights: Path, base: Decoder) -> None:
         """One that was trained as an adapter shares `base`, the supervised policy, in memory."""
-        self.network = ScalarNetwork(config)
+        self.network = build_scalar(config)
         load_scalar(self.network, weights, base, "reward")
         _freeze(self.network)
 
@@ -37,7 +37,7 @@ class ReferencePolicy:
     """The supervised policy that the KL penalty measures against."""
 
     def __init__(self, config: ModelConfig, weights: Path, sampling: Sampling) -> None:
-        self.network = PolicyNetwork(config)
+        self.network = build_policy(config)
         self.sampling = sampling
         load_weights(self.network, weights)
         _freeze(self.network)

@@ -81,7 +81,7 @@ class RewardWorker:
             if component.kind == "model":
                 if reward_model is None:
                     raise ValueError(f"component '{name}' needs a trained reward model")
-                base = self.reference.network.palm
+                base = self.reference.network.decoder
                 self.reward_model = RewardModel(model, Path(reward_model), base)
             else:
                 self.scorers[name] = _scorer(component)

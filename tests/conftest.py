@@ -16,7 +16,7 @@ from hypothesis import settings
 from common.config.run import RunConfig
 from common.data.records import Comparison, Demonstration, Prompt, write_jsonl
 from common.data.tokenizer import Tokenizer
-from common.models.networks import PolicyNetwork, ScalarNetwork
+from common.models.build import build_policy, build_scalar
 from common.models.weight_files import save_weights
 
 torch.set_num_threads(1)
@@ -136,7 +136,7 @@ def make_workspace(root: Path) -> RunConfig:
 
 def write_networks(config: RunConfig) -> None:
     """Random policy and reward model, where the stages would leave them."""
-    policy, reward = PolicyNetwork(config.model), ScalarNetwork(config.model)
+    policy, reward = build_policy(config.model), build_scalar(config.model)
     policy.initialise(1)
     reward.initialise(2)
     for network, path in (

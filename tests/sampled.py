@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from actors.generation.engine import Engine
+from actors.generation.engine import GenerationEngine
 from common.wire.trajectory import (
     Rollout,
     RolloutRequest,
@@ -17,7 +17,7 @@ from reward_service.models import ReferencePolicy, frozen_pass
 
 
 def sampled_trajectories(
-    engine: Engine,
+    engine: GenerationEngine,
     requests: Sequence[RolloutRequest],
     reference: ReferencePolicy,
     scores: Sequence[float] = (0.0,),

@@ -184,8 +184,8 @@ def test_config_and_errors_import_without_torch_and_ray() -> None:
         ("actors.x", "def f():\n    import learner.algorithms.ppo", "learner.algorithms.ppo"),
         (
             "reward_service.x",
-            "from actors.generation.engine import Engine",
-            "actors.generation.engine.Engine",
+            "from actors.generation.engine import GenerationEngine",
+            "actors.generation.engine.GenerationEngine",
         ),
         ("learner.x", "import deploy", "deploy"),
     ],

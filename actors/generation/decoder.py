@@ -23,56 +23,57 @@ from torch import Tensor
 from actors.generation.forward import Chunk, Copy, Delta, Forward, Layer, Product, lay_out
 from actors.generation.native_forward import NativeForward
 from actors.generation.torch_forward import TorchForward
-from common.config.model import ModelConfig
 from common.errors import ClusterError, ConfigError
 from common.logprobs import Sampling
+from common.models.decoder import Decoder, Sizes
 from common.models.lora import OFF, Adapted, adapter_names
 from common.models.palm import Block, PaLM
 
 Choice = Literal["auto", "native", "torch"]
 
 
-class Decoder:
+class CachedDecoder:
     """Weights, keys and values of all slots."""
 
     def __init__(
-        self, palm: PaLM, *, slots: int, kernels: Choice = "auto", merged: str | None = OFF
+        self, decoder: Decoder, *, slots: int, kernels: Choice = "auto", merged: str | None = OFF
     ) -> None:
-        """Products run in the dtype of `palm`; norms, softmax and the residual stream in fp32.
+        """Products run in the dtype of `decoder`; norms, softmax and the residual stream in fp32.
 
         Args:
             merged: the adapter to put into the weights, where it costs nothing at a token, and to
                 run every slot with. None merges none: each slot runs with an adapter of its own,
-                or with none, over the one copy of the weights that `palm` holds.
+                or with none, over the one copy of the weights that `decoder` holds.
 
         Raises:
             ClusterError: native kernels were asked for and cannot be had.
             ConfigError: they were asked for and nothing is to be merged.
-            ValueError: `palm` has no such adapter.
+            ValueError: `decoder` has no such adapter.
         """
-        self.palm = palm
+        assert isinstance(decoder, PaLM)
+        self.decoder = decoder
         self.merged = merged
         self.adapters: list[str] = []
         """What slots can run with; a slot names its adapter by its index here."""
-        self.config = palm.config
-        self.device = palm.embedding.weight.device
-        self.dtype = palm.embedding.weight.dtype
+        self.config = decoder.config
+        self.device = decoder.embedding.weight.device
+        self.dtype = decoder.embedding.weight.dtype
         self.implementation = self._choose(kernels, slots)
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the weights that `palm` holds now.
+        """Take over the weights that `decoder` holds now.
 
         Raises:
             TrainingError: an adapter is not finite.
         """
-        names = [OFF, *adapter_names(self.palm)]
+        names = [OFF, *adapter_names(self.decoder)]
         if self.merged not in (None, *names):
             raise ValueError(f"no adapter '{self.merged}' among {names}")
         self.adapters = names if self.merged is None else [self.merged]
         layers = []
-        for block in self.palm.blocks:
+        for block in self.decoder.blocks:
             assert isinstance(block, Block)
             layers.append(
                 Layer(
@@ -83,8 +84,8 @@ class Decoder:
                 )
             )
         scale = self.config.dim**-0.5 if self.config.scale_logits else 1.0
-        norm = self.palm.norm.weight.float() * scale
-        self.implementation.take(layers, norm, self.palm.embedding.weight.detach())
+        norm = self.decoder.norm.weight.float() * scale
+        self.implementation.take(layers, norm, self.decoder.embedding.weight.detach())
 
     def forward(
         self,
@@ -146,18 +147,18 @@ class Decoder:
             return TorchForward(self.config, self.dtype, slots, self.device)
 
 
-def slots_within(config: ModelConfig, budget_mb: float, dtype: torch.dtype) -> int:
-    """How many sequences of a full context a cache of `budget_mb` holds.
+def slots_within(sizes: Sizes, budget_mb: float, dtype: torch.dtype) -> int:
+    """Count the sequences of a full context that a cache of `budget_mb` holds.
 
     Raises:
         ConfigError: not even one; the error names the number needed.
     """
-    values = 2 * config.layers * config.context * config.head_dim
+    values = 2 * sizes.layers * sizes.context * sizes.kv_heads * sizes.head_dim
     each = values * dtype.itemsize / 2**20
     slots = int(budget_mb / each)
     if slots < 1:
         raise ConfigError(
-            f"rollout.cache_mb={budget_mb:g} holds no sequence of model.context={config.context} "
+            f"rollout.cache_mb={budget_mb:g} holds no sequence of model.context={sizes.context} "
             f"tokens; at least {each:.3g} are needed"
         )
     return slots

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.generation.decoder import Choice, Decoder
+from actors.generation.decoder import CachedDecoder, Choice
 from actors.generation.forward import Chunk, Copy
 from actors.generation.slots import Slots, Waiting
 from common.logprobs import Sampling, draw, logprobs_at, sampling_logits
+from common.models.decoder import Decoder
 from common.models.lora import OFF
-from common.models.palm import PaLM
 from common.randomness import uniforms
 from common.wire.trajectory import RolloutRequest
 
@@ -60,12 +60,12 @@ class Stops:
     """Ids to text."""
 
 
-class Engine:
+class GenerationEngine:
     """Samples from a frozen policy."""
 
     def __init__(
         self,
-        palm: PaLM,
+        decoder: Decoder,
         *,
         eos_id: int,
         sampling: Sampling,
@@ -76,24 +76,24 @@ class Engine:
         kernels: Choice = "auto",
         merged: str | None = OFF,
     ) -> None:
-        """Runs in the dtype and on the device of `palm`'s parameters.
+        """Runs in the dtype and on the device of `decoder`'s parameters.
 
         Args:
             max_tokens: longest response, when a request does not name its own.
             slots: sequences in work at once; the cache holds each in a full context.
             prefill_tokens: prompt tokens that one step may compute beside its decodes.
             merged: the adapter that every request is sampled with; None: each with its own (see
-                `Decoder`).
+                `CachedDecoder`).
 
         Raises:
-            ValueError: a size under 1, or `palm` has no such adapter.
+            ValueError: a size under 1, or `decoder` has no such adapter.
             ClusterError: native kernels were asked for and cannot be had.
             ConfigError: they were asked for and nothing is to be merged.
         """
         if min(max_tokens, slots, prefill_tokens) < 1:
             raise ValueError("max_tokens, slots and prefill_tokens must be at least 1")
-        self.palm = palm
-        self.decoder = Decoder(palm, slots=slots, kernels=kernels, merged=merged)
+        self.decoder = decoder
+        self.cached = CachedDecoder(decoder, slots=slots, kernels=kernels, merged=merged)
         self.eos_id = eos_id
         self.sampling = sampling
         self.max_tokens = max_tokens
@@ -107,12 +107,12 @@ class Engine:
         self._queue: deque[Waiting] = deque()
         self._prefilling = False
         """A slot is in the middle of its prompt."""
-        self._work = Slots(slots, palm.config.context, filters=sampling.filters)
+        self._work = Slots(slots, decoder.sizes.context, filters=sampling.filters)
 
     @property
     def merged(self) -> str | None:
-        """The one adapter that requests may name; None: whichever `palm` has, and none."""
-        return self.decoder.merged
+        """The one adapter that requests may name; None: whichever `decoder` has, and none."""
+        return self.cached.merged
 
     @property
     def idle(self) -> bool:
@@ -120,14 +120,14 @@ class Engine:
         return not self._queue and not len(self._work)
 
     def refresh(self) -> None:
-        """Take over the weights that `palm` holds now.
+        """Take over the weights that `decoder` holds now.
 
         Raises:
             ValueError: responses are in work; each must come from one version.
         """
         if not self.idle:
             raise ValueError("weights cannot change under responses in work")
-        self.decoder.refresh()
+        self.cached.refresh()
 
     def generate(
         self, requests: Sequence[RolloutRequest], limits: Sequence[int] | None = None
@@ -160,9 +160,9 @@ class Engine:
         limits = limits or [self.max_tokens] * len(requests)
         known = {job.request.rollout_id for job in self._queue}
         known |= {request.rollout_id for request in self._work.requests}
-        here = {name: index for index, name in enumerate(self.decoder.adapters)}
+        here = {name: index for index, name in enumerate(self.cached.adapters)}
         for request, limit in zip(requests, limits, strict=True):
-            room, length = self.palm.config.context - limit, len(request.prompt_ids)
+            room, length = self.decoder.sizes.context - limit, len(request.prompt_ids)
             if limit < 1:
                 raise ValueError(f"rollout {request.rollout_id}: a response needs at least 1 token")
             if not 0 < length <= room:
@@ -195,7 +195,7 @@ class Engine:
         if not used:
             return []
         positions = work.filled[:used] - 1
-        logits_SV = self.decoder.forward(
+        logits_SV = self.cached.forward(
             work.newest[:used], positions, chunks, copies, work.adapters[:used]
         )
         drawing: np.ndarray | slice = slice(used)
@@ -282,7 +282,7 @@ class Engine:
     ) -> tuple[np.ndarray, np.ndarray]:
         """One token for each row and its log-probability, at these positions of the responses."""
         if self._plain:
-            return self.decoder.draw(logits, self.sampling, uniforms)
+            return self.cached.draw(logits, self.sampling, uniforms)
         positions_B = torch.from_numpy(positions).to(logits.device)
         kept = sampling_logits(logits, self.sampling, positions=positions_B)
         tokens, logprobs = draw(kept, torch.from_numpy(uniforms).to(logits.device))
@@ -339,4 +339,4 @@ class Engine:
         for slot in sorted(slots, reverse=True):
             last = len(self._work) - 1
             if self._work.remove(slot):
-                self.decoder.move(last, slot, int(self._work.filled[slot]))
+                self.cached.move(last, slot, int(self._work.filled[slot]))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.config.model import ModelConfig
 from common.logprobs import Sampling
-from common.models.palm import rotary
+from common.models.rotary import rotary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

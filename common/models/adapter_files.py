@@ -4,7 +4,7 @@ Both name the base that they were trained on by its fingerprint; on another one 
 
 PEFT (huggingface.co/docs/peft) knows one adapter per linear layer, we have one per segment of the
 fused projection. Side by side they are one of a larger rank, whose B is block-diagonal: exact, and
-readable by ``peft`` on a `common.models.palm.PaLM`.
+readable by ``peft`` on a `common.models.decoder.Decoder`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from torch import Tensor
 
 from common.config.model import LoraConfig, ModelConfig
 from common.errors import CheckpointError
-from common.models.lora import (
-    adapted,
+from common.models.adapters import (
     add_adapter,
     base_fingerprint,
     load_adapter,
     merged_state,
     share_base,
 )
-from common.models.networks import PolicyNetwork, ScalarNetwork
-from common.models.palm import PaLM
+from common.models.build import build_policy
+from common.models.decoder import DECODER, Decoder
+from common.models.lora import adapted
+from common.models.networks import ScalarNetwork
 from common.models.weight_files import load_weights, save_weights
 
 _PEFT = "base_model.model."
@@ -38,13 +39,13 @@ _PEFT = "base_model.model."
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """An adapter as it is kept."""
+    """An adapter with all that is needed to use it elsewhere."""
 
     settings: LoraConfig
     base: str
     """Fingerprint of the decoder that it was trained on."""
     tensors: Mapping[str, Tensor]
-    """By the names that `common.models.lora.adapter_tensors` gives."""
+    """By the names of `common.models.adapters.adapter_tensors`."""
 
 
 def save_adapter(
@@ -60,9 +61,9 @@ def save_adapter(
 
 
 def adapter_of(state: Mapping[str, Tensor], name: str, settings: LoraConfig, base: str) -> Adapter:
-    """The adapter `name` out of a network's state dict."""
+    """Take the adapter `name` out of a network's state dict."""
     tensors = {
-        key.removeprefix("palm.").replace(f".lora_{name}_", ".lora_"): tensor
+        key.removeprefix(f"{DECODER}.").replace(f".lora_{name}_", ".lora_"): tensor
         for key, tensor in state.items()
         if f".lora_{name}_" in key
     }
@@ -76,27 +77,30 @@ def export_merged(
     ``adapter/``.
 
     Args:
-        state: what was trained; its ``value.`` head goes into the weights.
-        base: the weights that the adapter was trained on, as they were: rounded ones, as a learner
-            in bf16 holds them, would not do.
+        adapter: what was trained.
+        state: what was trained beside it; its ``value.`` head goes into the weights.
+        base: file of the weights that the adapter was trained on, not rounded as a learner in bf16
+            holds them.
+        folder: where to write.
+        model: the decoder's shape.
 
     Raises:
         CheckpointError: `base` is missing, or another one.
         TrainingError: the adapter is not finite.
     """
-    network = PolicyNetwork(model)
+    network = build_policy(model)
     load_weights(network, base)
     require_base(adapter, base_fingerprint(network.state_dict()), base)
     head = {k.removeprefix("value."): v for k, v in state.items() if k.startswith("value.")}
     network.value.load_state_dict(head)
     folder.mkdir(parents=True, exist_ok=True)
-    save_peft(adapter, network.palm, folder / "adapter")
-    put_adapter(network.palm, "exported", adapter)
+    save_peft(adapter, network.decoder, folder / "adapter")
+    put_adapter(network.decoder, "exported", adapter)
     metadata = {"model": model.model_dump_json()}
     save_weights(merged_state(network, "exported"), folder / "policy.safetensors", metadata)
 
 
-def load_scalar(network: ScalarNetwork, path: Path, base: PaLM, name: str) -> LoraConfig | None:
+def load_scalar(network: ScalarNetwork, path: Path, base: Decoder, name: str) -> LoraConfig | None:
     """Load a reward model: whole weights, or an adapter on a base that is then shared.
 
     Returns the adapter's settings, or None for whole weights. The adapter is put under `name`, and
@@ -105,34 +109,42 @@ def load_scalar(network: ScalarNetwork, path: Path, base: PaLM, name: str) -> Lo
     Raises:
         CheckpointError: missing, torn, of another architecture, or trained on another base.
     """
-    found = _settings(path)
-    if found is None:
+    metadata = _adapter_metadata(path)
+    if metadata is None:
         load_weights(network, path)
         return None
     state = load_file(path)
     head = {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
-    settings = LoraConfig.model_validate_json(found["lora"])
+    settings = LoraConfig.model_validate_json(metadata["lora"])
     adapter = Adapter(
         settings=settings.model_copy(update={"dropout": 0.0}),
-        base=found["base"],
+        base=metadata["base"],
         tensors={k: v for k, v in state.items() if not k.startswith("head.")},
     )
     require_base(adapter, base_fingerprint(base.state_dict()), path)
-    share_base(network.palm, base)
-    put_adapter(network.palm, name, adapter)
+    share_base(network.decoder, base)
+    put_adapter(network.decoder, name, adapter)
     network.head.load_state_dict(head)
     network.adapter = name
     return adapter.settings
 
 
-def put_adapter(palm: PaLM, name: str, adapter: Adapter) -> None:
-    """Add an adapter to a decoder. Raises CheckpointError when its tensors are of other shapes."""
-    add_adapter(palm, name, adapter.settings, seed=0)
-    load_adapter(palm, name, adapter.tensors)
+def put_adapter(decoder: Decoder, name: str, adapter: Adapter) -> None:
+    """Add an adapter to a decoder.
+
+    Raises:
+        CheckpointError: its tensors are of other shapes.
+    """
+    add_adapter(decoder, name, adapter.settings, seed=0)
+    load_adapter(decoder, name, adapter.tensors)
 
 
 def require_base(adapter: Adapter, base: str, where: object) -> None:
-    """Raises CheckpointError, with both fingerprints, when the adapter is of another base."""
+    """Refuse an adapter of another base.
+
+    Raises:
+        CheckpointError: the fingerprints differ; the error names both.
+    """
     if adapter.base != base:
         raise CheckpointError(
             f"{where}: the adapter was trained on base {adapter.base or 'unknown'}, and this one "
@@ -143,11 +155,11 @@ def require_base(adapter: Adapter, base: str, where: object) -> None:
 # ------------------------------------------------------------------ PEFT's layout
 
 
-def save_peft(adapter: Adapter, palm: PaLM, folder: Path) -> None:
+def save_peft(adapter: Adapter, decoder: Decoder, folder: Path) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``."""
     settings, state = adapter.settings, dict[str, Tensor]()
     ranks: dict[str, int] = {}
-    for path, module in adapted(palm):
+    for path, module in adapted(decoder):
         reached = module.reached(settings)
         if not reached:
             continue
@@ -189,19 +201,19 @@ def save_peft(adapter: Adapter, palm: PaLM, folder: Path) -> None:
     (folder / "adapter_config.json").write_text(text, encoding="utf8")
 
 
-def load_peft(folder: Path, palm: PaLM) -> Adapter:
+def load_peft(folder: Path, decoder: Decoder) -> Adapter:
     """Read what `save_peft` wrote.
 
     Raises:
         CheckpointError: missing, torn, or not written by Talipot.
     """
     path = folder / "adapter_model.safetensors"
-    found = _settings(path)
-    if found is None:
+    metadata = _adapter_metadata(path)
+    if metadata is None:
         raise CheckpointError(f"{path}: not an adapter that talipot wrote")
-    settings, state = LoraConfig.model_validate_json(found["lora"]), load_file(path)
+    settings, state = LoraConfig.model_validate_json(metadata["lora"]), load_file(path)
     tensors: dict[str, Tensor] = {}
-    for name, module in adapted(palm):
+    for name, module in adapted(decoder):
         reached = module.reached(settings)
         if not reached:
             continue
@@ -214,11 +226,11 @@ def load_peft(folder: Path, palm: PaLM) -> Adapter:
         parts = torch.split(out, settings.rank, dim=1)
         for (segment, rows), part in zip(reached.items(), parts, strict=True):
             tensors[f"{name}.lora_B_{segment}"] = part[rows]
-    return Adapter(settings=settings, base=found["base"], tensors=tensors)
+    return Adapter(settings=settings, base=metadata["base"], tensors=tensors)
 
 
-def _settings(path: Path) -> dict[str, str] | None:
-    """A safetensors file's metadata when it holds an adapter, else None."""
+def _adapter_metadata(path: Path) -> dict[str, str] | None:
+    """Metadata of a safetensors file that holds an adapter, else None."""
     if not path.exists():
         raise CheckpointError(f"{path}: no such weights; run the stage that writes them first")
     try:

@@ -15,7 +15,6 @@ always computed from the base, in fp32, and never written over it: there is noth
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,10 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.config.model import LoraConfig
-from common.errors import CheckpointError, ConfigError, TrainingError
+from common.errors import TrainingError
 from common.models.precision import product
-from common.randomness import derive_seed
-from common.wire.weights import state_hash
 
 OFF = ""
 """The base without any adapter."""
@@ -225,76 +222,11 @@ class _LoraLinear(torch.autograd.Function):
         return x_gradient, dropped_gradient, None, None, None, A_gradient, *found
 
 
-# ------------------------------------------------------------------ adapters of a whole network
-
-
-def add_adapter(network: nn.Module, name: str, settings: LoraConfig, seed: int) -> None:
-    """Put a new adapter on every projection that `settings` targets.
-
-    Raises:
-        ConfigError: the name cannot be one, or is taken.
-    """
-    if not re.fullmatch(r"[a-z0-9]+", name):
-        raise ConfigError(f"adapter name '{name}' must be of small letters and digits")
-    generator = torch.Generator().manual_seed(seed)
-    for path, module in adapted(network):
-        if name in module.settings:
-            raise ConfigError(f"{path} has an adapter '{name}' already")
-        module.add(name, settings, generator)
-
-
-def snapshot_adapter(network: nn.Module, source: str, name: str) -> None:
-    """Keep an adapter as it is now under another name, frozen."""
-    for _, module in adapted(network):
-        module.snapshot(source, name)
-
-
-def drop_adapter(network: nn.Module, name: str) -> None:
-    """Forget an adapter."""
-    for _, module in adapted(network):
-        module.drop(name)
-
-
-def freeze_base(network: nn.Module) -> None:
-    """No gradients for anything but adapters."""
-    for name, parameter in network.named_parameters():
-        parameter.requires_grad_(".lora_" in f".{name}")
-
-
-def train_adapter(network: Any, name: str, settings: LoraConfig, seed: int) -> None:
-    """Put a new adapter on a network's decoder (`network.palm`) and run with it: adapter and head
-    are trained, and the base stays as it is."""
-    add_adapter(network.palm, name, settings, derive_seed(seed, "adapter", name) >> 1)
-    freeze_base(network.palm)
-    network.adapter = name
-
-
-def share_base(network: nn.Module, base: nn.Module) -> None:
-    """Let a network's base be another's of the same shape: one copy in memory, whose adapters are
-    apart."""
-    theirs = dict(base.named_parameters())
+def adapted(network: nn.Module) -> Iterator[tuple[str, Adapted]]:
+    """Every projection that can carry adapters, with its path."""
     for path, module in network.named_modules():
-        for name, _ in list(module.named_parameters(recurse=False)):
-            if not name.startswith("lora_"):
-                setattr(module, name, theirs[f"{path}.{name}" if path else name])
-
-
-def adapter_tensors(network: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Names (with the adapter's own left out) and tensors of one adapter."""
-    for path, module in adapted(network):
-        if name in module.settings:
-            for tensor in module.names(name):
-                yield f"{path}.{tensor.replace(f'lora_{name}_', 'lora_')}", getattr(module, tensor)
-
-
-def adapter_size(network: nn.Module, settings: LoraConfig) -> int:
-    """Numbers that an adapter of these settings would have on a network."""
-    size = 0
-    for _, module in adapted(network):
-        spans = module.reached(settings).values()
-        rows = sum(span.stop - span.start for span in spans)
-        size += settings.rank * (len(spans) * module.in_features + rows)
-    return size
+        if isinstance(module, Adapted):
+            yield path, module
 
 
 def adapter_names(network: nn.Module) -> list[str]:
@@ -309,57 +241,6 @@ def require_adapters(network: nn.Module, adapter: Selection) -> None:
         here = [OFF, *adapter_names(network)]
         if unknown := sorted(wanted.difference(here)):
             raise ValueError(f"no adapter '{unknown[0]}' among {here}")
-
-
-def load_adapter(network: nn.Module, name: str, state: Mapping[str, Tensor]) -> None:
-    """Fill an adapter with what `adapter_tensors` gave.
-
-    Raises:
-        CheckpointError: a tensor is missing, superfluous or of another shape.
-    """
-    ours = dict(adapter_tensors(network, name))
-    for key in sorted(ours.keys() | state.keys()):
-        expected = tuple(ours[key].shape) if key in ours else "absent"
-        found = tuple(state[key].shape) if key in state else "absent"
-        if expected != found:
-            raise CheckpointError(
-                f"adapter tensor '{key}' is {found}, these settings need {expected}"
-            )
-    with torch.no_grad():
-        for key, tensor in ours.items():
-            tensor.copy_(state[key])
-
-
-def merged_state(network: nn.Module, name: str) -> dict[str, Tensor]:
-    """A state dict of the plain network with an adapter in its weights.
-
-    Raises:
-        TrainingError: the adapter is not finite.
-    """
-    state = {k: v.detach() for k, v in network.state_dict().items() if ".lora_" not in f".{k}"}
-    for path, module in adapted(network):
-        try:
-            state[f"{path}.weight"] = module.merged(name)
-        except TrainingError as error:
-            raise TrainingError(f"{path}: {error}") from None
-    return state
-
-
-def base_fingerprint(state: Mapping[str, Tensor]) -> str:
-    """Content hash of a decoder's own weights in fp32, adapters and heads left out."""
-    plain = {
-        name.removeprefix("palm."): tensor.detach().float()
-        for name, tensor in state.items()
-        if ".lora_" not in f".{name}" and not name.startswith(("value.", "head."))
-    }
-    return state_hash(plain)
-
-
-def adapted(network: nn.Module) -> Iterator[tuple[str, Adapted]]:
-    """Every projection that can carry adapters, with its path."""
-    for path, module in network.named_modules():
-        if isinstance(module, Adapted):
-            yield path, module
 
 
 def _a(name: str) -> str:

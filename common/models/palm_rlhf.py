@@ -15,7 +15,7 @@ from torch import Tensor
 from common.config.model import LoraConfig
 from common.errors import CheckpointError
 from common.models.adapter_files import Adapter
-from common.models.lora import base_fingerprint
+from common.models.adapters import base_fingerprint
 
 _NAMES = {
     "norm.gamma": "norm.weight",
@@ -24,16 +24,15 @@ _NAMES = {
     "ff_out.2.weight": "ff_out.weight",
 }
 _LAYER = re.compile(r"layers\.(\d+)\.fn\.(.+)")
+_ADAPTERS = "finetune_modules."
 _DERIVED = ("beta", "inv_freq", "rotary_emb.scale", "to_logits.weight", "pos_emb", "pos_emb_scale")
 """Buffers, and the output embedding, which is the input's."""
 
 
-_ADAPTERS = "finetune_modules."
-
-
 def from_palm_rlhf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A `PaLM` state dict. The fused projection has the same order of rows: q, k, v, up, gate.
-    Adapters beside the decoder are left to `lora_from_palm_rlhf`.
+    """Convert a state dict to one of `PaLM`; `lora_from_palm_rlhf` reads the adapters.
+
+    The fused projection has the same order of rows: q, k, v, up, gate.
 
     Raises:
         CheckpointError: a name that is not of this package's decoder.
@@ -59,32 +58,34 @@ def from_palm_rlhf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def lora_from_palm_rlhf(
     state: Mapping[str, Tensor], scope: str, *, alpha: float | None = None
 ) -> Adapter:
-    """The adapter of a fine-tuning scope: q, k, v and attention output of every layer.
+    """Convert the adapter of a fine-tuning scope: q, k, v and attention output of every layer.
 
     Args:
-        alpha: what the adapters were made with, which their weights do not tell; their default is
-            the rank.
+        state: a state dict of that package.
+        scope: the adapter's name there.
+        alpha: the setting of the adapters, which their weights do not tell; their default is the
+            rank.
 
     Raises:
         CheckpointError: no such scope.
     """
     prefix = f"{_ADAPTERS}{scope}."
-    found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    if not found:
+    factors = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    if not factors:
         scopes = sorted({k.split(".")[1] for k in state if k.startswith(_ADAPTERS)})
         raise CheckpointError(
             f"no adapters of scope '{scope}'; there are {', '.join(scopes) or 'none'}"
         )
-    rank = found["0.0.A"].shape[1]
+    rank = factors["0.0.A"].shape[1]
     tensors: dict[str, Tensor] = {}
-    for layer in sorted({int(name.split(".")[0]) for name in found}):
+    for layer in sorted({int(name.split(".")[0]) for name in factors}):
         block = f"blocks.{layer}"
-        stacked = [found[f"{layer}.{segment}.A"].T for segment in range(3)]
+        stacked = [factors[f"{layer}.{segment}.A"].T for segment in range(3)]
         tensors[f"{block}.fused_in.lora_A"] = torch.cat(stacked)
         for segment, name in enumerate(("q", "k", "v")):
-            tensors[f"{block}.fused_in.lora_B_{name}"] = found[f"{layer}.{segment}.B"].T
-        tensors[f"{block}.attn_out.lora_A"] = found[f"{layer}.3.A"].T
-        tensors[f"{block}.attn_out.lora_B_attn_out"] = found[f"{layer}.3.B"].T
+            tensors[f"{block}.fused_in.lora_B_{name}"] = factors[f"{layer}.{segment}.B"].T
+        tensors[f"{block}.attn_out.lora_A"] = factors[f"{layer}.3.A"].T
+        tensors[f"{block}.attn_out.lora_B_attn_out"] = factors[f"{layer}.3.B"].T
     settings = LoraConfig(
         rank=rank,
         alpha=rank if alpha is None else alpha,

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.errors import CheckpointError
+from common.models.decoder import DECODER, Decoder
 
 
 def save_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
@@ -24,6 +25,15 @@ def save_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str,
     temporary.replace(path)
 
 
+def load_decoder(decoder: Decoder, path: Path) -> None:
+    """Load the decoder out of a network's file, strictly.
+
+    Raises:
+        CheckpointError: as `load_weights`.
+    """
+    load_weights(decoder, path, prefix=f"{DECODER}.")
+
+
 def load_weights(module: nn.Module, path: Path, prefix: str = "") -> None:
     """Load safetensors into a module, strictly; with a prefix only the names that begin with it.
 
@@ -33,16 +43,16 @@ def load_weights(module: nn.Module, path: Path, prefix: str = "") -> None:
     if not path.exists():
         raise CheckpointError(f"{path}: no such weights; run the stage that writes them first")
     try:
-        held = load_file(path)
+        stored = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: torn or not safetensors: {error}") from None
-    state = {k.removeprefix(prefix): v for k, v in held.items() if k.startswith(prefix)}
+    state = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
     ours: dict[str, Any] = dict(module.state_dict())
     for name in sorted(ours.keys() | state.keys()):
-        expected = tuple(ours[name].shape) if name in ours else "absent"
-        found = tuple(state[name].shape) if name in state else "absent"
-        if expected != found:
+        needed = tuple(ours[name].shape) if name in ours else "absent"
+        given = tuple(state[name].shape) if name in state else "absent"
+        if needed != given:
             raise CheckpointError(
-                f"{path}: of another architecture: '{name}' is {found}, this model needs {expected}"
+                f"{path}: of another architecture: '{name}' is {given}, this model needs {needed}"
             )
     module.load_state_dict(state)

@@ -14,9 +14,10 @@ from common.config.run import RunConfig
 from common.data.prompts import EncodedPrompt, evaluation_requests
 from common.errors import RewardError
 from common.models.adapter_files import load_peft, put_adapter, require_base
-from common.models.lora import OFF, adapter_tensors, add_adapter, base_fingerprint
-from common.models.palm import PaLM
-from common.models.weight_files import load_weights
+from common.models.adapters import adapter_tensors, add_adapter, base_fingerprint
+from common.models.build import build_decoder
+from common.models.lora import OFF
+from common.models.weight_files import load_decoder
 from common.wire.trajectory import Rollout, ScoredTrajectory, from_table
 from common.wire.weights import manifest_of, torch_dtype
 from deploy.control.collector import Collector
@@ -66,22 +67,22 @@ def policy_weights(config: RunConfig, path: Path, version: int) -> Weights:
     """
     dtype = torch_dtype(config.rollout.precision)
     lora, name = config.train.lora, config.train.adapter
-    palm = PaLM(config.model)
+    decoder = build_decoder(config.model)
     if lora is None:
-        load_weights(palm, path, prefix="palm.")
-        state: dict[str, Tensor] = dict(palm.named_parameters())
+        load_decoder(decoder, path)
+        state: dict[str, Tensor] = dict(decoder.named_parameters())
         fingerprint = ""
     else:
         base = config.run_dir / "sft" / "policy.safetensors"
-        load_weights(palm, base, prefix="palm.")
-        fingerprint = base_fingerprint(palm.state_dict())
+        load_decoder(decoder, base)
+        fingerprint = base_fingerprint(decoder.state_dict())
         if path.absolute() == base.absolute():
-            add_adapter(palm, name, lora, seed=0)
+            add_adapter(decoder, name, lora, seed=0)
         else:
-            adapter = load_peft(path.parent / "adapter", palm)
+            adapter = load_peft(path.parent / "adapter", decoder)
             require_base(adapter, fingerprint, path.parent / "adapter")
-            put_adapter(palm, name, adapter)
-        state = dict(adapter_tensors(palm, name))
+            put_adapter(decoder, name, adapter)
+        state = dict(adapter_tensors(decoder, name))
     manifest, payload = manifest_of(state, version, dtype, fingerprint)
     return Weights(manifest=manifest, payloads=(ray.put(payload),))
 

@@ -9,9 +9,8 @@ import torch
 
 from common.config.run import RunConfig
 from common.errors import ClusterError, ConfigError
-from common.models.lora import adapter_size
-from common.models.networks import count_parameters
-from common.models.palm import PaLM
+from common.models.adapters import adapter_size
+from common.models.build import build_decoder, count_parameters
 from common.wire.weights import torch_dtype
 
 _BYTES_OF_A_NUMBER = 4.0
@@ -108,12 +107,12 @@ def held(config: RunConfig) -> Held:
     adapted = config.reward_service.needs_model and config.reward_model.lora is not None
     value = config.reward_model.lora if adapted and config.reward_model.lora else train.lora
     with torch.device("meta"):
-        palm = PaLM(model)
-    policy = adapter_size(palm, train.lora)
+        decoder = build_decoder(model)
+    policy = adapter_size(decoder, train.lora)
     # The value network goes on from a reward model of whole weights on a base of its own.
     bases = 1 + (separate and config.reward_service.needs_model and not adapted)
     return Held(
-        trained=policy + separate * adapter_size(palm, value),
+        trained=policy + separate * adapter_size(decoder, value),
         policy=policy,
         frozen=whole * bases,
         frozen_bytes=torch_dtype(config.learner.precision).itemsize,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.config.model import LoraConfig
 from common.config.run import RunConfig
-from common.models.lora import base_fingerprint, train_adapter
+from common.models.adapters import attach_adapter, base_fingerprint
 from common.models.networks import PolicyNetwork, ScalarNetwork
 from common.models.weight_files import save_weights
 from learner.zero.engine import ZeroEngine, rank
@@ -19,7 +19,7 @@ def adapt_network(
     if settings is None:
         return ""
     base = base_fingerprint(network.state_dict())
-    train_adapter(network, name, settings, seed)
+    attach_adapter(network, name, settings, seed)
     return base
 
 

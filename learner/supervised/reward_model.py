@@ -14,7 +14,8 @@ from common.batching import sequence_batch
 from common.config.run import RunConfig
 from common.metrics import Metrics, mean, require_finite
 from common.models.adapter_files import adapter_of, save_adapter
-from common.models.networks import PolicyNetwork, ScalarNetwork
+from common.models.build import build_policy, build_scalar
+from common.models.networks import ScalarNetwork
 from common.models.weight_files import load_weights
 from common.randomness import ShuffledIndex, derive_seed
 from learner.algorithms.schedule import warmup_cosine
@@ -40,10 +41,10 @@ class RewardStage:
         self.held_out = held_out
         settings = config.reward_model
         self.seed = derive_seed(config.seed, "reward model", seed) >> 1
-        network = ScalarNetwork(config.model)
-        policy = PolicyNetwork(config.model)
+        network = build_scalar(config.model)
+        policy = build_policy(config.model)
         load_weights(policy, sft)
-        network.palm.load_state_dict(policy.palm.state_dict())
+        network.decoder.load_state_dict(policy.decoder.state_dict())
         network.head.initialise(self.seed)
         self._base = adapt_network(network, "reward", settings.lora, self.seed)
         self.engine = ZeroEngine(

@@ -19,7 +19,7 @@ from torch import Tensor
 from common.config.run import RunConfig
 from common.metrics import Metrics, mean, require_finite
 from common.models.adapter_files import adapter_of, export_merged
-from common.models.networks import PolicyNetwork
+from common.models.build import build_policy
 from common.models.weight_files import load_weights
 from common.randomness import ShuffledIndex, derive_seed
 from learner.algorithms.schedule import warmup_cosine
@@ -42,7 +42,7 @@ class SftStage:
         self.train = train
         self.held_out = held_out
         settings = config.sft
-        network = PolicyNetwork(config.model)
+        network = build_policy(config.model)
         network.initialise(derive_seed(config.seed, "policy") >> 1)
         if settings.start is not None:
             load_weights(network, Path(settings.start))

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from palm_rlhf_pytorch import PaLM as OtherPaLM
 
-from actors.generation.engine import Engine
+from actors.generation.engine import GenerationEngine
 from actors.generation.native_forward import NativeForward
 from common.logprobs import Sampling
 from common.models.palm import PaLM
@@ -42,12 +42,12 @@ def requests(prompts: torch.Tensor) -> list[RolloutRequest]:
     ]
 
 
-def engine(dtype: torch.dtype) -> Engine:
+def engine(dtype: torch.dtype) -> GenerationEngine:
     palm = PaLM(SHAPE)
     palm.initialise(0)
     palm.eval().requires_grad_(False).to(dtype)
     # No token ends a response: all sides sample the same numbers of tokens.
-    return Engine(palm, eos_id=SHAPE.vocab_size, sampling=Sampling(), max_tokens=RESPONSE)
+    return GenerationEngine(palm, eos_id=SHAPE.vocab_size, sampling=Sampling(), max_tokens=RESPONSE)
 
 
 def their_model(dtype: torch.dtype) -> Any:
@@ -99,12 +99,12 @@ def operations() -> float:
     return BATCH * (blocks + RESPONSE * 2.0 * SHAPE.dim * SHAPE.vocab_size)
 
 
-def profile(made: Engine, asked: list[RolloutRequest]) -> dict[str, float]:
+def profile(made: GenerationEngine, asked: list[RolloutRequest]) -> dict[str, float]:
     """Seconds of one run by what they were spent on."""
-    native = made.decoder.implementation
+    native = made.cached.implementation
     assert isinstance(native, NativeForward)
     before, drawing = native.seconds(), 0.0
-    plain = made.decoder.draw
+    plain = made.cached.draw
 
     def draw(*args: Any) -> Any:
         nonlocal drawing
@@ -113,7 +113,7 @@ def profile(made: Engine, asked: list[RolloutRequest]) -> dict[str, float]:
         drawing += time.perf_counter() - begin
         return found
 
-    with mock.patch.object(made.decoder, "draw", draw):
+    with mock.patch.object(made.cached, "draw", draw):
         total = seconds(lambda: made.generate(asked))
     spent = {name: took - before[name] for name, took in native.seconds().items()}
     named = {

@@ -12,6 +12,7 @@ import torch
 from common.batching import micro_batches, sequence_batch
 from common.config.stages import TrainConfig
 from common.logprobs import Sampling
+from common.models.build import build_policy
 from common.models.networks import PolicyNetwork
 from learner.algorithms import ppo
 from learner.batch.experience import Sequences
@@ -26,7 +27,7 @@ ROWS, BUDGET, REPEATS = 128, 4096, 5
 
 
 def network() -> PolicyNetwork:
-    made = PolicyNetwork(SHAPE)
+    made = build_policy(SHAPE)
     made.initialise(0)
     return made
 

@@ -9,7 +9,7 @@ import torch
 
 from common.config.model import ModelConfig
 from common.logprobs import Sampling, chosen_reader
-from common.models.networks import PolicyNetwork
+from common.models.palm import PaLM
 
 TOKENS, VOCABULARY = 8192, 50_000
 
@@ -22,16 +22,16 @@ def status(field: str) -> int:
 def main() -> None:
     torch.set_num_threads(2)
     config = ModelConfig(vocab_size=VOCABULARY, dim=256, layers=1, heads=4, head_dim=64)
-    network = PolicyNetwork(config)
-    network.initialise(0)
+    decoder = PaLM(config)
+    decoder.initialise(0)
     hidden = torch.randn(1, TOKENS, config.dim, requires_grad=True)
     chosen = torch.randint(0, VOCABULARY, (1, TOKENS))
     # Gradients exist already, as from the second micro-batch on.
-    for tensor in (hidden, network.palm.embedding.weight):
+    for tensor in (hidden, decoder.embedding.weight):
         tensor.grad = torch.zeros_like(tensor)
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
-    network.palm.read(hidden, chosen_reader(chosen, Sampling()))[..., 0].sum().backward()
+    decoder.read(hidden, chosen_reader(chosen, Sampling()))[..., 0].sum().backward()
     print(json.dumps({"peak": status("VmHWM") - before, "logits": TOKENS * VOCABULARY * 4}))
 
 

@@ -19,8 +19,8 @@ from torch import nn
 from common.config.model import LoraConfig, ModelConfig
 from common.config.stages import TrainConfig
 from common.logprobs import Sampling
-from common.models.lora import adapter_tensors, add_adapter, share_base, train_adapter
-from common.models.networks import PolicyNetwork, ScalarNetwork
+from common.models.adapters import adapter_tensors, add_adapter, attach_adapter, share_base
+from common.models.build import build_policy, build_scalar
 from common.models.palm import PaLM
 from common.wire.weights import FlatBuffer, Manifest
 from learner.batch.shards import Shards
@@ -96,19 +96,19 @@ def resident() -> int:
 def four(kind: str) -> dict[str, int]:
     """Bytes of policy, reference, value and reward network, and with what training adds."""
     before = resident()
-    policy, value, reward = PolicyNetwork(WIDE), ScalarNetwork(WIDE), ScalarNetwork(WIDE)
+    policy, value, reward = build_policy(WIDE), build_scalar(WIDE), build_scalar(WIDE)
     policy.initialise(0)
     networks: list[nn.Module] = [policy, value, reward]
     if kind == "full":
-        networks.append(PolicyNetwork(WIDE))
+        networks.append(build_policy(WIDE))
         value.initialise(1)
         reward.initialise(2)
         networks[-1].load_state_dict(policy.state_dict())
     else:
         for other, name in ((value, "value"), (reward, "reward")):
-            share_base(other.palm, policy.palm)
-            train_adapter(other, name, LORA, seed=0)
-        train_adapter(policy, "policy", LORA, seed=0)
+            share_base(other.decoder, policy.decoder)
+            attach_adapter(other, name, LORA, seed=0)
+        attach_adapter(policy, "policy", LORA, seed=0)
     weights = resident() - before
     trained = [p for n in (policy, value) for p in n.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
@@ -170,7 +170,7 @@ def step_seconds() -> dict[str, float]:
         for kind in ("full", "lora"):
             net = network()
             if kind == "lora":
-                train_adapter(net, "policy", LORA, seed=0)
+                attach_adapter(net, "policy", LORA, seed=0)
             engines[f"{kind} {precision}"] = ZeroEngine(
                 net,
                 zero_stage=2,

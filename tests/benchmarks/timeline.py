@@ -13,7 +13,7 @@ import ray
 from common.config.run import RunConfig
 from common.data.prompts import EncodedPrompt
 from common.data.tokenizer import Tokenizer
-from common.models.networks import PolicyNetwork, ScalarNetwork
+from common.models.build import build_policy, build_scalar
 from common.models.weight_files import save_weights
 from deploy.control.controller import Controller
 from deploy.workers.gang import LearnerGang
@@ -60,7 +60,7 @@ def seconds(folder: Path, staleness: int) -> dict[str, float]:
     config.run_dir.mkdir(parents=True)
     tokenizer = Tokenizer.train(iter(["a tokenizer of letters"]), 270)
     tokenizer.save(config.run_dir / "tokenizer.json")
-    policy, reward = PolicyNetwork(config.model), ScalarNetwork(config.model)
+    policy, reward = build_policy(config.model), build_scalar(config.model)
     policy.initialise(0)
     reward.initialise(1)
     names = ("sft/policy.safetensors", "reward_model/reward.safetensors")

@@ -9,11 +9,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from actors.generation.engine import Engine
+from actors.generation.engine import GenerationEngine
 from common.config.run import RunConfig
 from common.logprobs import sampling_of
 from common.models.palm import PaLM
-from common.models.weight_files import load_weights
+from common.models.weight_files import load_decoder
 from common.wire.trajectory import ScoredTrajectory, to_table
 from deploy.workers.gang import LearnerGang
 from reward_service.models import ReferencePolicy
@@ -41,9 +41,11 @@ def batch(config: RunConfig, scores: list[float], away: float = 0.0) -> pa.Table
     """
     path = config.run_dir / "sft" / "policy.safetensors"
     palm = PaLM(config.model)
-    load_weights(palm, path, prefix="palm.")
+    load_decoder(palm, path)
     sampling = sampling_of(config.rollout, EOS)
-    engine = Engine(palm.eval().requires_grad_(False), eos_id=EOS, sampling=sampling, max_tokens=8)
+    engine = GenerationEngine(
+        palm.eval().requires_grad_(False), eos_id=EOS, sampling=sampling, max_tokens=8
+    )
     asked = requests([3, 9, 1, 17, 5, 2, 8, 4], copies=2)
     reference = ReferencePolicy(config.model, path, sampling)
     made = sampled_trajectories(engine, asked, reference, scores, away)

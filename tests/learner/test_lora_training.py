@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from common.config.run import RunConfig
 from common.errors import CheckpointError
+from common.models.build import build_policy
 from common.models.networks import PolicyNetwork, ScalarNetwork
 from common.models.weight_files import load_weights
 from common.wire.weights import state_hash
@@ -38,7 +39,7 @@ class Rank(LearnerRank):
         policy, value = learner.policy.network, learner.value.network
         assert isinstance(policy, PolicyNetwork)
         assert isinstance(value, ScalarNetwork)
-        pairs = zip(policy.palm.parameters(), value.palm.parameters(), strict=True)
+        pairs = zip(policy.decoder.parameters(), value.decoder.parameters(), strict=True)
         found["one base"] = all(p is v for p, v in pairs if not p.requires_grad)
         return found
 
@@ -221,9 +222,9 @@ def test_checkpoints_hold_adapters_and_know_their_base(
     assert gang.train(config, first=2) == expected
     assert gang.call("export_policy", str(tmp_path / "again")) == whole
     # On another base.
-    other = PolicyNetwork(config.model)
+    other = build_policy(config.model)
     load_weights(other, config.run_dir / "sft" / "policy.safetensors")
-    assert state_hash(other.palm.state_dict()) == state["base"]
+    assert state_hash(other.decoder.state_dict()) == state["base"]
     with pytest.raises(ray.exceptions.RayTaskError) as error:
         gang.call("load", str(saved), {**state, "base": "0123"})
     assert isinstance(error.value.cause, CheckpointError)
@@ -247,9 +248,11 @@ def test_sft_adapts_a_policy_that_is_there(
     gang.call("advance", total)
     assert gang.call("evaluate")["heldout_loss"] < before - 0.3
     gang.call("export_stage", str(tmp_path / "made"))
-    plain, old = PolicyNetwork(config.model), PolicyNetwork(config.model)
+    plain, old = build_policy(config.model), build_policy(config.model)
     load_weights(plain, tmp_path / "made" / "policy.safetensors")
     load_weights(old, Path(start))
-    assert torch.equal(plain.palm.embedding.weight, old.palm.embedding.weight)
-    assert not torch.equal(plain.palm.blocks[0].ff_out.weight, old.palm.blocks[0].ff_out.weight)
+    assert torch.equal(plain.decoder.embedding.weight, old.decoder.embedding.weight)
+    assert not torch.equal(
+        plain.decoder.blocks[0].ff_out.weight, old.decoder.blocks[0].ff_out.weight
+    )
     assert (tmp_path / "made" / "adapter" / "adapter_config.json").exists()

@@ -13,6 +13,7 @@ from common.batching import SequenceBatch, sequence_batch
 from common.config.model import ModelConfig
 from common.errors import CheckpointError
 from common.logprobs import Sampling
+from common.models.build import build_policy, build_scalar
 from common.models.networks import PolicyNetwork, ScalarNetwork
 from common.models.weight_files import save_weights
 from common.wire.trajectory import Rollout
@@ -26,7 +27,7 @@ BUDGETS = [1, 17, 40, 100_000]
 @pytest.fixture(scope="module")
 def scalar() -> ScalarNetwork:
     """Seeded weights with an offset and a bias that a reader could forget."""
-    network = ScalarNetwork(CONFIG)
+    network = build_scalar(CONFIG)
     network.initialise(2)
     with torch.no_grad():
         network.head.offset.fill_(0.75)
@@ -36,7 +37,7 @@ def scalar() -> ScalarNetwork:
 
 @pytest.fixture(scope="module")
 def policy() -> PolicyNetwork:
-    network = PolicyNetwork(CONFIG)
+    network = build_policy(CONFIG)
     network.initialise(1)
     return network
 
@@ -53,7 +54,7 @@ def folder(
 
 @pytest.fixture(scope="module")
 def reward_model(folder: Path) -> RewardModel:
-    base = PolicyNetwork(CONFIG).palm
+    base = build_policy(CONFIG).decoder
     return RewardModel(CONFIG, folder / "reward.safetensors", base)
 
 
@@ -80,7 +81,7 @@ def literal_score(network: ScalarNetwork, record: Rollout) -> float:
 @torch.no_grad()
 def literal_logprobs(network: PolicyNetwork, record: Rollout, temperature: float) -> list[float]:
     """One row by itself: log softmax(logits / temperature) of each token after the prompt."""
-    logits_TV = network.palm(torch.tensor([record.prompt_ids + record.response_ids]))[0].double()
+    logits_TV = network.decoder(torch.tensor([record.prompt_ids + record.response_ids]))[0].double()
     found = []
     for step, token in enumerate(record.response_ids):
         scaled = logits_TV[len(record.prompt_ids) + step - 1] / temperature
@@ -195,6 +196,6 @@ def test_frozen_models_have_nothing_to_train(folder: Path, reward_model: RewardM
 
 def test_weights_of_another_network_are_refused(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"policy\.safetensors"):
-        RewardModel(CONFIG, folder / "policy.safetensors", PolicyNetwork(CONFIG).palm)
+        RewardModel(CONFIG, folder / "policy.safetensors", build_policy(CONFIG).decoder)
     with pytest.raises(CheckpointError, match=r"nowhere\.safetensors"):
         ReferencePolicy(CONFIG, folder / "nowhere.safetensors", Sampling())

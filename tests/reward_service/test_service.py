@@ -13,7 +13,7 @@ from common.config.run import RunConfig
 from common.config.workers import RewardServiceConfig
 from common.errors import RewardError
 from common.logprobs import Sampling
-from common.models.networks import ScalarNetwork
+from common.models.build import build_scalar
 from common.models.weight_files import save_weights
 from common.wire.trajectory import SCHEMAS, Rollout, ScoredTrajectory, from_table, to_table
 from reward_service.models import frozen_pass
@@ -216,7 +216,7 @@ def test_a_broken_function_stops_the_batch_and_is_named(
 def test_a_reward_model_that_says_nan_stops_the_batch_and_is_named(
     workspace: RunConfig, tmp_path: Path
 ) -> None:
-    network = ScalarNetwork(workspace.model)
+    network = build_scalar(workspace.model)
     network.initialise(0)
     with torch.no_grad():
         network.head.bias.fill_(float("nan"))

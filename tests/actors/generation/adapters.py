@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from common.config.model import LoraConfig
-from common.models.lora import adapter_tensors, add_adapter
+from common.models.adapters import adapter_tensors, add_adapter
 from common.models.palm import PaLM
 
 SETTINGS = {

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.generation.decoder import Decoder
-from actors.generation.engine import Engine, Generated
+from actors.generation.decoder import CachedDecoder
+from actors.generation.engine import Generated, GenerationEngine
 from actors.generation.torch_forward import TorchForward
 from actors.rollout_actor import AdapterOnWire, RolloutActor
 from common.batching import sequence_batch
@@ -24,9 +24,10 @@ from common.config.run import RunConfig
 from common.data.prompts import EncodedPrompt, evaluation_requests
 from common.errors import ConfigError, TrainingError
 from common.logprobs import Sampling
-from common.models.lora import OFF, adapter_tensors, base_fingerprint
+from common.models.adapters import adapter_tensors, base_fingerprint
+from common.models.lora import OFF
 from common.models.palm import PaLM
-from common.models.weight_files import load_weights
+from common.models.weight_files import load_decoder
 from common.wire.trajectory import Rollout, RolloutRequest, from_table, to_table
 from common.wire.weights import Manifest, Payload, manifest_of
 from tests.actors.generation.adapters import SETTINGS, carry, stir
@@ -55,8 +56,8 @@ def requests(
     return evaluation_requests(prompts, seed=0, label="t", samples=samples, adapters=adapters)
 
 
-def engine(merged: str | None = None, **more: Any) -> Engine:
-    return Engine(
+def engine(merged: str | None = None, **more: Any) -> GenerationEngine:
+    return GenerationEngine(
         more.pop("palm", None) or palm(),
         eos_id=1,
         sampling=Sampling(),
@@ -146,10 +147,10 @@ def worst(network: PaLM, asked: Sequence[RolloutRequest], found: Sequence[Genera
 def test_new_numbers_of_an_adapter_count_after_a_refresh() -> None:
     made, asked = engine(), requests([5, 9], samples=4)
     before = made.generate(asked)
-    stir(made.palm, "one", 7)
+    stir(made.decoder, "one", 7)
     made.refresh()
     after = made.generate(asked)
-    assert worst(made.palm, asked, after) < 1e-4
+    assert worst(made.decoder, asked, after) < 1e-4
     for request, old, new in zip(asked, before, after, strict=True):
         assert request.adapter == "one" or old == new
     assert before != after
@@ -157,7 +158,7 @@ def test_new_numbers_of_an_adapter_count_after_a_refresh() -> None:
 
 def test_what_cannot_be_served_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"set rollout\.lora=merged, or rollout\.kernels to auto"):
-        Decoder(palm(), slots=1, kernels="native", merged=None)
+        CachedDecoder(palm(), slots=1, kernels="native", merged=None)
     with pytest.raises(ValueError, match="no adapter 'three' among"):
         engine("three")
     asked = requests([4])
@@ -198,7 +199,7 @@ def actor(config: RunConfig, **rollout: Any) -> RolloutActor:
 def published(config: RunConfig) -> tuple[Manifest, Payload]:
     """An adapter on the supervised policy, as a learner would publish it."""
     network = PaLM(config.model)
-    load_weights(network, config.run_dir / "sft" / "policy.safetensors", prefix="palm.")
+    load_decoder(network, config.run_dir / "sft" / "policy.safetensors")
     base = base_fingerprint(network.state_dict())
     carry(network, "policy")
     return manifest_of(dict(adapter_tensors(network, "policy")), 3, base=base)
@@ -234,7 +235,7 @@ def test_an_actor_serves_base_and_adapter_in_one_lease_over_one_base(
     assert responses(both, OFF) == responses(old, OFF)
     assert responses(both, "policy") == responses(new, "policy")
     assert responses(both, OFF) != responses(both, "policy")
-    running, network = made.engine.decoder.implementation, made.engine.palm
+    running, network = made.engine.cached.implementation, made.engine.decoder
     assert isinstance(running, TorchForward)
     assert running._embedding.data_ptr() == network.embedding.weight.data_ptr()
     for layer, block in zip(running._layers, network.blocks, strict=True):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from actors.generation import native_forward
-from actors.generation.decoder import Choice, Decoder, slots_within
+from actors.generation.decoder import CachedDecoder, Choice, slots_within
 from actors.generation.forward import Chunk, Copy
 from common.config.model import ModelConfig
 from common.errors import ClusterError, ConfigError
@@ -34,7 +34,7 @@ def texts(rows: int, length: int) -> torch.Tensor:
 def test_decoding_with_a_cache_equals_the_full_forward(choice: Choice, xpos: bool) -> None:
     """Prompts of mixed lengths, one prefilled in two chunks beside decodes."""
     palm = model(xpos)
-    decoder = Decoder(palm, slots=3, kernels=choice)
+    decoder = CachedDecoder(palm, slots=3, kernels=choice)
     tokens = texts(3, 20)
     full = palm(tokens)
     rows = tokens.tolist()
@@ -64,7 +64,7 @@ def test_decoding_with_a_cache_equals_the_full_forward(choice: Choice, xpos: boo
 @pytest.mark.parametrize("choice", BOTH)
 def test_a_shared_prefix_is_copied_within_the_step_that_computes_it(choice: Choice) -> None:
     palm = model()
-    decoder = Decoder(palm, slots=3, kernels=choice)
+    decoder = CachedDecoder(palm, slots=3, kernels=choice)
     rows = texts(3, 12).tolist()
     rows[1][:8], rows[2][:10] = rows[0][:8], rows[1][:10]
     rows[2][:8] = rows[0][:8]
@@ -84,7 +84,7 @@ def test_a_shared_prefix_is_copied_within_the_step_that_computes_it(choice: Choi
 @pytest.mark.parametrize("choice", BOTH)
 def test_a_slot_takes_over_another_ones_past(choice: Choice) -> None:
     palm = model()
-    decoder = Decoder(palm, slots=2, kernels=choice)
+    decoder = CachedDecoder(palm, slots=2, kernels=choice)
     rows = texts(2, 6).tolist()
     chunks = [Chunk(slot=i, start=0, tokens=row[:3]) for i, row in enumerate(rows)]
     decoder.forward([row[3] for row in rows], [3, 3], chunks)
@@ -97,7 +97,7 @@ def test_a_slot_takes_over_another_ones_past(choice: Choice) -> None:
 def test_bf16_is_near_the_full_forward_in_bf16(choice: Choice) -> None:
     """Stated bound: 0.1 in logits of unit variance; both sides round at other places."""
     palm = model(dtype=torch.bfloat16)
-    decoder = Decoder(palm, slots=4, kernels=choice)
+    decoder = CachedDecoder(palm, slots=4, kernels=choice)
     rows = texts(4, 16)
     chunks = [Chunk(slot=i, start=0, tokens=row[:15]) for i, row in enumerate(rows.tolist())]
     found = decoder.forward(rows[:, 15].tolist(), [15] * 4, chunks)
@@ -167,7 +167,7 @@ def two_steps(palm: PaLM, tokens: torch.Tensor) -> torch.Tensor:
         for slot, start in enumerate(starts)
     ]
     copies = [Copy(source=s - 1, targets=[s], positions=8) for s in range(1, slots, 2)]
-    decoder = Decoder(palm, slots=slots, kernels="native")
+    decoder = CachedDecoder(palm, slots=slots, kernels="native")
     newest = [row[-2] for row in rows]
     first = decoder.forward(newest, [length - 2] * slots, chunks, copies).clone()
     second = decoder.forward([row[-1] for row in rows], [length - 1] * slots)
@@ -181,7 +181,7 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype)
 
 def test_new_weights_count_after_a_refresh() -> None:
     palm = model()
-    decoder = Decoder(palm, slots=1)
+    decoder = CachedDecoder(palm, slots=1)
     before = decoder.forward([5], [0]).clone()
     for parameter in palm.parameters():
         parameter.mul_(0.5)
@@ -194,7 +194,7 @@ def test_new_weights_count_after_a_refresh() -> None:
 @pytest.mark.parametrize("vocabulary", [1, 61, 64, 2048])
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 def test_the_native_draw_is_the_draw(vocabulary: int, temperature: float) -> None:
-    native = Decoder(model(), slots=1, kernels="native")
+    native = CachedDecoder(model(), slots=1, kernels="native")
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(500, vocabulary, generator=generator) * 3
     u = torch.rand(500, dtype=torch.float64, generator=generator)
@@ -208,10 +208,10 @@ def test_the_native_draw_is_the_draw(vocabulary: int, temperature: float) -> Non
 
 def test_the_cache_is_planned_from_its_budget() -> None:
     each = 2 * 3 * 40 * 16 * 4
-    assert slots_within(SHAPE, 10 * each / 2**20, torch.float32) == 10
-    assert slots_within(SHAPE, 10 * each / 2**20, torch.bfloat16) == 20
+    assert slots_within(model().sizes, 10 * each / 2**20, torch.float32) == 10
+    assert slots_within(model().sizes, 10 * each / 2**20, torch.bfloat16) == 20
     with pytest.raises(ConfigError, match=r"cache_mb=0.01 holds no sequence.*at least 0.0146"):
-        slots_within(SHAPE, 0.01, torch.float32)
+        slots_within(model().sizes, 0.01, torch.float32)
 
 
 def test_without_a_compiler_native_is_an_error_and_auto_says_so(
@@ -219,8 +219,8 @@ def test_without_a_compiler_native_is_an_error_and_auto_says_so(
 ) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(ClusterError, match=r"install gcc, or set rollout\.kernels=torch"):
-        Decoder(model(), slots=1, kernels="native")
-    Decoder(model(), slots=1, kernels="auto")
+        CachedDecoder(model(), slots=1, kernels="native")
+    CachedDecoder(model(), slots=1, kernels="auto")
     assert "generation is slower" in caplog.text
 
 

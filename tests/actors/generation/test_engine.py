@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.generation.engine import Engine, Generated, Stops
+from actors.generation.engine import Generated, GenerationEngine, Stops
 from common.batching import sequence_batch
 from common.config.model import ModelConfig
 from common.data.prompts import EncodedPrompt, evaluation_requests
@@ -43,8 +43,12 @@ def requests(
     return evaluation_requests(prompts, seed=seed, label="t", samples=copies, adapters=adapters)
 
 
-def engine(sampling: Sampling, max_tokens: int = 10, xpos: bool = False, **more: Any) -> Engine:
-    return Engine(palm(xpos), eos_id=EOS, sampling=sampling, max_tokens=max_tokens, **more)
+def engine(
+    sampling: Sampling, max_tokens: int = 10, xpos: bool = False, **more: Any
+) -> GenerationEngine:
+    return GenerationEngine(
+        palm(xpos), eos_id=EOS, sampling=sampling, max_tokens=max_tokens, **more
+    )
 
 
 def ids(found: list[Generated]) -> list[list[int]]:
@@ -108,7 +112,7 @@ def test_behavior_logprobs_are_those_of_an_uncached_forward(
         endings=(EOS,),
     )
     asked = requests(lengths, seed, copies, adapters)
-    made = Engine(
+    made = GenerationEngine(
         carry(palm(xpos), "one", "two"),
         eos_id=EOS,
         sampling=sampling,
@@ -120,9 +124,9 @@ def test_behavior_logprobs_are_those_of_an_uncached_forward(
     )
     found = made.generate(asked)
     batch = sequence_batch([r.prompt_ids for r in asked], [g.response_ids for g in found])
-    hidden = made.palm.hidden(batch.tokens_BT, adapter=[r.adapter for r in asked])
+    hidden = made.decoder.hidden(batch.tokens_BT, adapter=[r.adapter for r in asked])
     index = batch.predict_BR[..., None].expand(-1, -1, 53)
-    logits = made.palm.logits(hidden).gather(1, index)
+    logits = made.decoder.logits(hidden).gather(1, index)
     now = chosen_logprobs(logits, batch.response_BR, sampling)
     for row, generated in enumerate(found):
         then = torch.tensor(generated.logprobs)
@@ -160,7 +164,7 @@ def test_bf16_stays_within_its_bound_of_fp32() -> None:
     """Stated bound: 0.1 nats per token between behavior_logprobs and a forward in fp32."""
     asked = requests([3, 17, 8, 1, 25, 9] * 4)
     exact = palm()
-    made = Engine(
+    made = GenerationEngine(
         palm().bfloat16(), eos_id=EOS, sampling=Sampling(), max_tokens=20, prefill_tokens=16
     )
     found = made.generate(asked)
@@ -302,7 +306,7 @@ def test_greedy_takes_the_most_probable_token() -> None:
     asked = requests([6])
     made = engine(Sampling(temperature=0.0), max_tokens=3)
     found = made.generate(asked)[0]
-    logits = made.palm(torch.tensor([asked[0].prompt_ids]))[0, -1]
+    logits = made.decoder(torch.tensor([asked[0].prompt_ids]))[0, -1]
     assert found.response_ids[0] == int(logits.argmax())
     assert found.logprobs == [0.0] * len(found.logprobs)
 

@@ -27,20 +27,19 @@ from common.models.adapter_files import (
     save_adapter,
     save_peft,
 )
-from common.models.lora import (
-    OFF,
-    adapted,
+from common.models.adapters import (
     adapter_tensors,
     add_adapter,
+    attach_adapter,
     base_fingerprint,
     drop_adapter,
     load_adapter,
     merged_state,
     share_base,
     snapshot_adapter,
-    train_adapter,
 )
-from common.models.networks import PolicyNetwork, ScalarNetwork
+from common.models.build import build_policy, build_scalar
+from common.models.lora import OFF, adapted
 from common.models.palm import PaLM
 from common.models.palm_rlhf import from_palm_rlhf, lora_from_palm_rlhf
 from common.models.weight_files import load_weights, save_weights
@@ -157,10 +156,10 @@ def test_rows_of_a_batch_run_with_adapters_of_their_own() -> None:
 @pytest.mark.parametrize("remake", [False, True])
 def test_gradients_are_those_of_the_merged_weights_and_none_of_the_base(remake: bool) -> None:
     lora = LoraConfig(rank=3, alpha=5.0)
-    network = PolicyNetwork(SHAPE.model_copy(update={"activation_checkpointing": remake}))
+    network = build_policy(SHAPE.model_copy(update={"activation_checkpointing": remake}))
     network.initialise(0)
-    train_adapter(network, "policy", lora, seed=0)
-    stir(network.palm, "policy")
+    attach_adapter(network, "policy", lora, seed=0)
+    stir(network.decoder, "policy")
     found, values = network(TOKENS)
     (found.logsumexp(-1).mean() + values.square().mean()).backward()
     trained_names = {name for name, p in network.named_parameters() if p.requires_grad}
@@ -168,7 +167,7 @@ def test_gradients_are_those_of_the_merged_weights_and_none_of_the_base(remake: 
     for name, parameter in network.named_parameters():
         assert (parameter.grad is not None) == (name in trained_names), name
     # The same by chain rule from the gradient of the merged weights, which autograd computes.
-    merged = PolicyNetwork(SHAPE)
+    merged = build_policy(SHAPE)
     merged.load_state_dict(merged_state(network, "policy"))
     found, values = merged(TOKENS)
     (found.logsumexp(-1).mean() + values.square().mean()).backward()
@@ -278,18 +277,18 @@ def test_an_adapter_of_another_base_is_refused_with_both_fingerprints(tmp_path: 
     assert other != adapter.base
     with pytest.raises(CheckpointError, match=rf"base {adapter.base}, and this one is {other}"):
         require_base(adapter, other, "somewhere")
-    save_weights(PolicyNetwork(SHAPE).state_dict(), tmp_path / "policy.safetensors", {})
+    save_weights(build_policy(SHAPE).state_dict(), tmp_path / "policy.safetensors", {})
     with pytest.raises(CheckpointError, match=f"base {adapter.base}"):
         export_merged(adapter, {}, tmp_path / "policy.safetensors", tmp_path / "out", SHAPE)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_reward_adapter_comes_back_on_the_base_it_shares(tmp_path: Path) -> None:
-    network = ScalarNetwork(SHAPE)
+    network = build_scalar(SHAPE)
     network.initialise(0)
     lora = LoraConfig(rank=2, dropout=0.25)
-    train_adapter(network, "reward", lora, seed=0)
-    stir(network.palm, "reward")
+    attach_adapter(network, "reward", lora, seed=0)
+    stir(network.decoder, "reward")
     network.head.offset += 0.5
     state = network.state_dict()
     adapter = adapter_of(state, "reward", lora, base_fingerprint(state))
@@ -297,37 +296,37 @@ def test_a_reward_adapter_comes_back_on_the_base_it_shares(tmp_path: Path) -> No
     path = tmp_path / "reward.safetensors"
     save_adapter(adapter, head, path, SHAPE)
     assert path.stat().st_size < sum(4 * t.numel() for t in state.values()) / 2
-    base, made = palm(), ScalarNetwork(SHAPE)
+    base, made = palm(), build_scalar(SHAPE)
     found = load_scalar(made, path, base, "value")
     assert found is not None
     assert found.rank == 2
     assert found.dropout == 0.0, "what is loaded goes on without dropout"
-    assert made.palm.embedding.weight is base.embedding.weight
+    assert made.decoder.embedding.weight is base.embedding.weight
     assert torch.equal(made(TOKENS), network.eval()(TOKENS))
     with pytest.raises(CheckpointError, match="was trained on base"):
-        load_scalar(ScalarNetwork(SHAPE), path, palm(1), "value")
+        load_scalar(build_scalar(SHAPE), path, palm(1), "value")
     save_weights(state | {"extra": torch.zeros(1)}, path, {})
     with pytest.raises(CheckpointError, match="of another architecture"):
-        load_scalar(ScalarNetwork(SHAPE), path, base, "again")
+        load_scalar(build_scalar(SHAPE), path, base, "again")
     with pytest.raises(CheckpointError, match="no such weights"):
-        load_scalar(ScalarNetwork(SHAPE), tmp_path / "none", base, "again")
+        load_scalar(build_scalar(SHAPE), tmp_path / "none", base, "again")
     path.write_bytes(b"torn")
     with pytest.raises(CheckpointError, match="torn"):
-        load_scalar(ScalarNetwork(SHAPE), path, base, "again")
+        load_scalar(build_scalar(SHAPE), path, base, "again")
 
 
 def test_export_is_merged_from_the_base_as_it_was(tmp_path: Path) -> None:
-    policy = PolicyNetwork(SHAPE)
+    policy = build_policy(SHAPE)
     policy.initialise(0)
     save_weights(policy.state_dict(), tmp_path / "policy.safetensors", {})
     base = base_fingerprint(policy.state_dict())
-    train_adapter(policy, "policy", LoraConfig(), seed=0)
-    stir(policy.palm, "policy")
+    attach_adapter(policy, "policy", LoraConfig(), seed=0)
+    stir(policy.decoder, "policy")
     expected = policy(TOKENS)
     state = {k: v for k, v in policy.state_dict().items() if "lora" in k or "value" in k}
     adapter = adapter_of(state, "policy", LoraConfig(), base)
     export_merged(adapter, state, tmp_path / "policy.safetensors", tmp_path / "out", SHAPE)
-    plain = PolicyNetwork(SHAPE)
+    plain = build_policy(SHAPE)
     load_weights(plain, tmp_path / "out" / "policy.safetensors")
     for found, wanted in zip(plain(TOKENS), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)

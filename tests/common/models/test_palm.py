@@ -11,7 +11,7 @@ from palm_rlhf_pytorch import PaLM as TheirPaLM
 from common.config.model import PRESETS, ModelConfig
 from common.errors import CheckpointError
 from common.logprobs import Sampling, chosen_reader
-from common.models.networks import PolicyNetwork, ScalarNetwork, count_parameters
+from common.models.build import build_policy, build_scalar, count_parameters
 from common.models.palm import PaLM
 from common.models.palm_rlhf import from_palm_rlhf
 from tests.likelihoods import chosen_logprobs
@@ -108,7 +108,7 @@ def test_bf16_is_close_to_fp32() -> None:
 
 
 def test_heads_read_the_positions_asked_for() -> None:
-    policy, scalar = PolicyNetwork(SHAPE), ScalarNetwork(SHAPE)
+    policy, scalar = build_policy(SHAPE), build_scalar(SHAPE)
     policy.initialise(0)
     scalar.initialise(0)
     tokens = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(8))
@@ -125,7 +125,7 @@ def test_logits_read_in_pieces_give_the_same_values_and_gradients(logits_mb: flo
     tokens = torch.randint(0, 61, (3, 11), generator=torch.Generator().manual_seed(10))
     predict = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 0], [9, 0, 0, 0]])
     sampling = Sampling(temperature=0.8, top_k=7, min_tokens=2, endings=(3,))
-    policy = PolicyNetwork(SHAPE.model_copy(update={"logits_mb": logits_mb}))
+    policy = build_policy(SHAPE.model_copy(update={"logits_mb": logits_mb}))
     policy.initialise(0)
     chosen = tokens.gather(1, predict + 1)
     chosen[chosen == 3] = 4
@@ -140,13 +140,13 @@ def test_logits_read_in_pieces_give_the_same_values_and_gradients(logits_mb: flo
     found, _ = policy(tokens, predict_BR=predict, read=read)
     found.square().sum().backward()
     assert largest == (12 if logits_mb > 1 else 4)
-    gradients = [p.grad.clone() for p in policy.palm.parameters()]
+    gradients = [p.grad.clone() for p in policy.decoder.parameters()]
     policy.zero_grad()
     logits, _ = policy(tokens, predict_BR=predict)
     plain = torch.stack((chosen_logprobs(logits, chosen, sampling), logits.logsumexp(-1)), -1)
     torch.testing.assert_close(found, plain)
     plain.square().sum().backward()
-    for ours, parameter in zip(gradients, policy.palm.parameters(), strict=True):
+    for ours, parameter in zip(gradients, policy.decoder.parameters(), strict=True):
         torch.testing.assert_close(ours, parameter.grad, atol=1e-4, rtol=1e-4)
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from common.config.model import LoraConfig, ModelConfig
-from common.models.lora import train_adapter
-from common.models.networks import PolicyNetwork, ScalarHead, ScalarNetwork, compute_in
-from common.models.palm import Norm, PaLM
+from common.models.adapters import attach_adapter
+from common.models.build import build_policy, build_scalar
+from common.models.decoder import Norm, PaLM
+from common.models.networks import PolicyNetwork, ScalarHead, compute_in
 
 SHAPE = ModelConfig(vocab_size=61, dim=32, layers=2, heads=2, head_dim=16, context=64)
 
@@ -54,7 +55,7 @@ def test_a_head_in_bf16_tells_close_scores_apart() -> None:
 
 def test_reward_models_in_bf16_see_margins_of_their_own_rounding() -> None:
     """Pairs that differ in their last token: no margin is lost to a head that rounds."""
-    network = ScalarNetwork(SHAPE)
+    network = build_scalar(SHAPE)
     network.initialise(3)
     network.to(torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
@@ -83,12 +84,12 @@ def gradients(network: PolicyNetwork, tokens: Tensor, *, rows: int) -> dict[str,
 
 def rounded(lora: bool = False) -> PolicyNetwork:
     """A network that computes in bf16, with weights that bf16 holds exactly."""
-    network = PolicyNetwork(SHAPE)
+    network = build_policy(SHAPE)
     network.initialise(3)
     for parameter in network.parameters():
         parameter.data = parameter.data.bfloat16().float()
     if lora:
-        train_adapter(network, "policy", LoraConfig(rank=4, alpha=8.0), 0)
+        attach_adapter(network, "policy", LoraConfig(rank=4, alpha=8.0), 0)
         for name, parameter in network.named_parameters():
             if "lora" in name:
                 parameter.data = 0.1 * numbers(*parameter.shape).bfloat16().float()
@@ -142,7 +143,7 @@ def test_what_is_frozen_is_kept_in_bf16_and_what_is_trained_in_fp32() -> None:
 def test_rounding_at_use_and_rounding_for_good_are_the_same_function() -> None:
     """pi_old is kept rounded, the policy is rounded at use: their KL is exactly 0 (I8)."""
     tokens = torch.randint(0, 61, (3, 20), generator=torch.Generator().manual_seed(5))
-    trained, kept = PolicyNetwork(SHAPE), PolicyNetwork(SHAPE)
+    trained, kept = build_policy(SHAPE), build_policy(SHAPE)
     trained.initialise(3)
     kept.load_state_dict(trained.state_dict())
     kept.requires_grad_(False)

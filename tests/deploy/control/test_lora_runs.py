@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from common.config.model import LoraConfig
 from common.config.run import RunConfig
 from common.models.adapter_files import adapter_of, save_adapter
-from common.models.lora import base_fingerprint, train_adapter
-from common.models.networks import PolicyNetwork, ScalarNetwork
-from common.models.weight_files import load_weights
+from common.models.adapters import attach_adapter, base_fingerprint
+from common.models.build import build_policy, build_scalar
+from common.models.weight_files import load_decoder, load_weights
 from common.wire.trajectory import RolloutRequest, to_table
 from deploy.evaluation.compare import policy_weights
 from deploy.stages.replay import replay_run
@@ -44,12 +44,12 @@ def adapted(workspace: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> R
     """A recipe with adapters on policy and value network, and a reward model that is one."""
     train = {"lora": LORA, "lr": 1e-2, "checkpoint_every": 1}
     config = run_copy(workspace, tmp_path_factory.mktemp("adapted"), train=train)
-    reward = ScalarNetwork(config.model)
-    load_weights(reward.palm, config.run_dir / "sft" / "policy.safetensors", prefix="palm.")
+    reward = build_scalar(config.model)
+    load_decoder(reward.decoder, config.run_dir / "sft" / "policy.safetensors")
     reward.head.initialise(2)
     base = base_fingerprint(reward.state_dict())
     settings = LoraConfig(rank=2)
-    train_adapter(reward, "reward", settings, seed=0)
+    attach_adapter(reward, "reward", settings, seed=0)
     with torch.no_grad():
         for name, parameter in reward.named_parameters():
             if "lora_reward_B" in name:
@@ -85,10 +85,10 @@ def test_the_policy_is_left_as_plain_weights_and_as_an_adapter(
 ) -> None:
     config, _ = reference
     folder = config.run_dir / "policy"
-    made, start = PolicyNetwork(config.model), PolicyNetwork(config.model)
+    made, start = build_policy(config.model), build_policy(config.model)
     load_weights(made, folder / "policy.safetensors")
     load_weights(start, config.run_dir / "sft" / "policy.safetensors")
-    assert torch.equal(made.palm.embedding.weight, start.palm.embedding.weight)
+    assert torch.equal(made.decoder.embedding.weight, start.decoder.embedding.weight)
     size = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
     assert size < (folder / "policy.safetensors").stat().st_size
     (newest,) = sorted((config.run_dir / "checkpoints").iterdir())[-1:]

@@ -13,8 +13,9 @@ from common.data.prompts import EncodedPrompt
 from common.data.tokenizer import Tokenizer
 from common.errors import RewardError
 from common.models.adapter_files import adapter_of, export_merged
-from common.models.lora import OFF, base_fingerprint
-from common.models.networks import PolicyNetwork
+from common.models.adapters import base_fingerprint
+from common.models.build import build_policy
+from common.models.lora import OFF
 from common.models.weight_files import load_weights
 from deploy.evaluation.compare import Sampled, compare, policy_weights, sample_both, sample_scored
 from deploy.stages.encoding import read_encoded_prompts
@@ -32,10 +33,10 @@ def trained(workspace: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> R
     """A run whose policy is an adapter on its supervised one."""
     lora = SETTINGS["policy"]
     config = run_copy(workspace, tmp_path_factory.mktemp("trained"), train={"lora": lora})
-    network = PolicyNetwork(config.model)
+    network = build_policy(config.model)
     load_weights(network, sft(config))
     base = base_fingerprint(network.state_dict())
-    carry(network.palm, "policy")
+    carry(network.decoder, "policy")
     state = network.state_dict()
     adapter = adapter_of(state, "policy", lora, base)
     export_merged(adapter, state, sft(config), policy(config).parent, config.model)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.generation.engine import Engine
+from actors.generation.engine import GenerationEngine
 from common.config.model import ModelConfig
 from common.logprobs import Sampling
-from common.models.networks import PolicyNetwork
+from common.models.build import build_policy
 from common.models.palm import PaLM
-from common.models.weight_files import load_weights, save_weights
+from common.models.weight_files import load_decoder, save_weights
 from common.wire.trajectory import ScoredTrajectory
 from deploy.evaluation.compare import Sampled, _sampled
 from reward_service.models import ReferencePolicy
@@ -41,7 +41,7 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two that differ."""
     made = []
     for seed in (0, 1):
-        network = PolicyNetwork(SHAPE)
+        network = build_policy(SHAPE)
         network.initialise(seed)
         made.append(tmp_path_factory.mktemp("policies") / f"{seed}.safetensors")
         save_weights(network.state_dict(), made[-1], {})
@@ -50,7 +50,7 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def decoder(path: Path) -> PaLM:
     palm = PaLM(SHAPE)
-    load_weights(palm, path, prefix="palm.")
+    load_decoder(palm, path)
     return palm.eval().requires_grad_(False)
 
 
@@ -58,7 +58,7 @@ def sampled(
     policy: Path, reference: Path, sampling: Sampling, kernels: str
 ) -> tuple[list[ScoredTrajectory], Sampled]:
     """Responses through the records of the wire, and what evaluation makes of them."""
-    engine = Engine(
+    engine = GenerationEngine(
         decoder(policy),
         eos_id=EOS,
         sampling=sampling,

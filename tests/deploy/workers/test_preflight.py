@@ -7,7 +7,7 @@ import pytest
 from common.config.recipe import load_config
 from common.config.run import RunConfig
 from common.errors import ClusterError, ConfigError
-from common.models.networks import count_parameters
+from common.models.build import count_parameters
 from deploy.workers.preflight import explain, extra_bytes, learner_bytes, require_trainable
 
 

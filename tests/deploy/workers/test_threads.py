@@ -63,7 +63,7 @@ def test_every_worker_has_the_threads_and_the_precision_it_was_told(
 
     def rounded(worker: Any) -> list[str]:
         networks = (worker.reference.network, worker.reward_model.network)
-        return [str(network.palm.embedding.weight.dtype) for network in networks]
+        return [str(network.decoder.embedding.weight.dtype) for network in networks]
 
     config = run_copy(
         workspace,

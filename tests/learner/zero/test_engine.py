@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from common.config.recipe import load_config
 from common.config.run import RunConfig
-from common.models.networks import PolicyNetwork, count_parameters
+from common.models.build import build_policy, count_parameters
+from common.models.networks import PolicyNetwork
 from deploy.workers.preflight import extra_bytes, learner_bytes
 from learner.batch.experience import experience
 from learner.learner import Learner
@@ -153,7 +154,7 @@ def test_in_bf16_256_micro_batches_sum_to_the_exact_gradient_norm(
 ) -> None:
     """Stated bound: half a percent. The same row 256 times: summands that are small beside their
     sum, which bf16 lets go by."""
-    network = PolicyNetwork(workspace.model)
+    network = build_policy(workspace.model)
     network.initialise(1)
     for parameter in network.parameters():
         parameter.data = parameter.data.bfloat16().float()

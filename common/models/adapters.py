@@ -1,0 +1,131 @@
+"""Adapters of a whole network: adding, freezing, sharing, merging, reading and filling them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from common.config.model import LoraConfig
+from common.errors import CheckpointError, ConfigError, TrainingError
+from common.models.decoder import DECODER
+from common.models.lora import adapted
+from common.models.networks import DecoderNetwork
+from common.randomness import derive_seed
+from common.wire.weights import state_hash
+
+
+def add_adapter(network: nn.Module, name: str, settings: LoraConfig, seed: int) -> None:
+    """Put a new adapter on every projection that `settings` targets.
+
+    Raises:
+        ConfigError: the name cannot be one, or is taken.
+    """
+    if not re.fullmatch(r"[a-z0-9]+", name):
+        raise ConfigError(f"adapter name '{name}' must be of small letters and digits")
+    generator = torch.Generator().manual_seed(seed)
+    for path, module in adapted(network):
+        if name in module.settings:
+            raise ConfigError(f"{path} has an adapter '{name}' already")
+        module.add(name, settings, generator)
+
+
+def snapshot_adapter(network: nn.Module, source: str, name: str) -> None:
+    """Keep a frozen copy of an adapter under another name."""
+    for _, module in adapted(network):
+        module.snapshot(source, name)
+
+
+def drop_adapter(network: nn.Module, name: str) -> None:
+    """Remove an adapter."""
+    for _, module in adapted(network):
+        module.drop(name)
+
+
+def freeze_base(network: nn.Module) -> None:
+    """Compute gradients for adapters alone."""
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(".lora_" in f".{name}")
+
+
+def attach_adapter(network: DecoderNetwork, name: str, settings: LoraConfig, seed: int) -> None:
+    """Put a new adapter on a network's decoder and run with it.
+
+    Adapter and head are then trained, and the base is frozen.
+    """
+    add_adapter(network.decoder, name, settings, derive_seed(seed, "adapter", name) >> 1)
+    freeze_base(network.decoder)
+    network.adapter = name
+
+
+def share_base(network: nn.Module, base: nn.Module) -> None:
+    """Let a network use the base of another of the same shape, each with adapters of its own."""
+    theirs = dict(base.named_parameters())
+    for path, module in network.named_modules():
+        for name, _ in list(module.named_parameters(recurse=False)):
+            if not name.startswith("lora_"):
+                setattr(module, name, theirs[f"{path}.{name}" if path else name])
+
+
+def adapter_tensors(network: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield one adapter's tensors by name; the adapter's own name is left out of theirs."""
+    for path, module in adapted(network):
+        if name in module.settings:
+            for tensor in module.names(name):
+                yield f"{path}.{tensor.replace(f'lora_{name}_', 'lora_')}", getattr(module, tensor)
+
+
+def adapter_size(network: nn.Module, settings: LoraConfig) -> int:
+    """Count the parameters that an adapter of these settings has on a network."""
+    size = 0
+    for _, module in adapted(network):
+        spans = module.reached(settings).values()
+        rows = sum(span.stop - span.start for span in spans)
+        size += settings.rank * (len(spans) * module.in_features + rows)
+    return size
+
+
+def load_adapter(network: nn.Module, name: str, state: Mapping[str, Tensor]) -> None:
+    """Fill an adapter with tensors by the names of `adapter_tensors`.
+
+    Raises:
+        CheckpointError: a tensor is missing, superfluous or of another shape.
+    """
+    ours = dict(adapter_tensors(network, name))
+    for key in sorted(ours.keys() | state.keys()):
+        needed = tuple(ours[key].shape) if key in ours else "absent"
+        given = tuple(state[key].shape) if key in state else "absent"
+        if needed != given:
+            raise CheckpointError(
+                f"adapter tensor '{key}' is {given}, these settings need {needed}"
+            )
+    with torch.no_grad():
+        for key, tensor in ours.items():
+            tensor.copy_(state[key])
+
+
+def merged_state(network: nn.Module, name: str) -> dict[str, Tensor]:
+    """State dict of the plain network with an adapter merged into its weights.
+
+    Raises:
+        TrainingError: the adapter is not finite.
+    """
+    state = {k: v.detach() for k, v in network.state_dict().items() if ".lora_" not in f".{k}"}
+    for path, module in adapted(network):
+        try:
+            state[f"{path}.weight"] = module.merged(name)
+        except TrainingError as error:
+            raise TrainingError(f"{path}: {error}") from None
+    return state
+
+
+def base_fingerprint(state: Mapping[str, Tensor]) -> str:
+    """Content hash of a decoder's own weights in fp32, adapters and heads left out."""
+    plain = {
+        name.removeprefix(f"{DECODER}."): tensor.detach().float()
+        for name, tensor in state.items()
+        if ".lora_" not in f".{name}" and not name.startswith(("value.", "head."))
+    }
+    return state_hash(plain)

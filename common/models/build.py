@@ -1,0 +1,44 @@
+"""Networks from a model's configuration: the one place that chooses an architecture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from common.config.model import ModelConfig
+from common.models.decoder import Decoder
+from common.models.networks import PolicyNetwork, ScalarNetwork
+from common.models.palm import PaLM
+
+
+def build_decoder(config: ModelConfig) -> Decoder:
+    """A decoder whose weights are not drawn or loaded yet."""
+    return PaLM(config)
+
+
+def build_policy(config: ModelConfig) -> PolicyNetwork:
+    """A policy over the decoder that `config` describes."""
+    return PolicyNetwork(build_decoder(config))
+
+
+def build_scalar(config: ModelConfig) -> ScalarNetwork:
+    """A reward model or value network over the decoder that `config` describes."""
+    return ScalarNetwork(build_decoder(config))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterCount:
+    """Parameters of a shape: `kernels` as PaLM's table 1 counts them, `total` with the norms."""
+
+    kernels: int
+    total: int
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Count on the meta device: nothing is allocated, whatever the size."""
+    with torch.device("meta"):
+        model = build_decoder(config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
+    return ParameterCount(kernels=total - norms, total=total)
