@@ -142,7 +142,7 @@ def status(run: RunArgument, address: AddressOption = None) -> None:
         _print_numbers(str(run), status_of(config))
     except (ClusterError, WorkerError):
         # Whether it is running cannot be told; how far it came can.
-        _print_numbers(str(run), {"running": "unknown"} | logged(config.run_dir))
+        _print_numbers(str(run), {"running": "unknown"} | logged(config.folder))
         raise
 
 
@@ -343,7 +343,7 @@ def _show_summary(config: RunConfig, summary: dict[str, Any]) -> None:
         f"{summary['rollouts_trained']} of {summary['rollouts_issued']} rollouts trained, "
         f"{summary['rollouts_dropped']} dropped · {summary['seconds_pipeline']:.0f} s",
     )
-    say(console, "report: ", (str(config.run_dir / "report.html"), "bold"))
+    say(console, "report: ", (str(config.folder.report), "bold"))
 
 
 if __name__ == "__main__":

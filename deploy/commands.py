@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,6 +20,7 @@ from common.errors import ClusterError, ConfigError, DataError
 from common.files import is_utf8, write_atomic
 from common.models.build import build_policy
 from common.models.weight_files import load_weights
+from common.run_folder import RunFolder
 from common.wire.weights import torch_dtype
 from deploy.control.status import Status
 from deploy.evaluation.compare import Judge, compare, sample_both
@@ -57,20 +57,25 @@ def evaluate_run(config: RunConfig, console: Console) -> dict[str, float]:
         say_fitting(console, fitting)
         pools = start_pools(session, config)
         before, after = sample_both(
-            config, session.sft_weights, session.policy_weights, prompts, *pools, label="eval"
+            config,
+            session.folder.sft.weights,
+            session.folder.policy.weights,
+            prompts,
+            *pools,
+            label="eval",
         )
     found = compare([p.text for p in prompts], before, after, judge)
-    write_atomic(config.run_dir / "evaluation.json", [json.dumps(found, indent=1).encode()])
+    write_atomic(config.folder.evaluation, [json.dumps(found, indent=1).encode()])
     return found
 
 
 def sample_run(config: RunConfig, texts: Sequence[str], sft: bool, seed: int) -> list[str]:
     """One response per prompt, in this process, by `rollout.threads` threads."""
     torch.set_num_threads(threads_of(config.rollout.threads, config.rollout.cpus_per_actor))
-    tokenizer = Tokenizer.load(config.run_dir / "tokenizer.json")
+    tokenizer = Tokenizer.load(config.folder.tokenizer)
     network = build_policy(config.model)
-    folder = "sft" if sft else "policy"
-    load_weights(network, config.run_dir / folder / "policy.safetensors")
+    policy = config.folder.sft if sft else config.folder.policy
+    load_weights(network, policy.weights)
     network.eval().requires_grad_(False).to(torch_dtype(config.rollout.precision))
     for index, text in enumerate(texts):
         if not text:
@@ -99,7 +104,7 @@ def status_of(config: RunConfig) -> dict[str, Any]:
         controller = _controller(config) if there else None
         if controller is not None:
             return _live(answer(controller.status.remote(), config))
-    return {"running": False} | logged(config.run_dir)
+    return {"running": False} | logged(config.folder)
 
 
 def _live(status: Status) -> dict[str, Any]:
@@ -165,16 +170,16 @@ def _controller(config: RunConfig) -> Any:
     return controller if ended is None else None
 
 
-def logged(run_dir: Path) -> dict[str, Any]:
+def logged(folder: RunFolder) -> dict[str, Any]:
     """How far a run came by its log, whole or torn."""
-    log = read_lines(run_dir / "metrics.jsonl")
+    log = read_lines(folder.metrics)
     note = {"damaged": log.damaged[-1]} if log.damaged else {}
     if log.torn:
         note["torn"] = "the log's last line has no end; the run goes on, or was killed at it"
     if not log.lines:
         return {"logged": "nothing yet"} | note
     last = log.lines[-1]
-    finished = (run_dir / "policy" / "policy.safetensors").exists()
+    finished = folder.policy.weights.exists()
     return {"finished": finished, "stage": last.stage, "step": last.step, **last.metrics} | note
 
 

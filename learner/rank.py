@@ -22,6 +22,7 @@ from common.metrics import read
 from common.models.adapter_files import adapter_of, export_merged
 from common.models.weight_files import save_weights
 from common.out_of_memory import memory_for
+from common.run_folder import PolicyFolder
 from common.wire.trajectory import rows_without
 from common.wire.weights import Payload, state_hash
 from learner.batch.trajectory_log import write_log
@@ -167,16 +168,16 @@ class LearnerRank:
         hash of what was trained."""
         state = self._train.policy.full_state(frozen=self._train.config.train.lora is None)
         if self.rank == 0:
-            target, config = Path(folder), self._train.config
-            target.mkdir(parents=True, exist_ok=True)
+            target, config = PolicyFolder(Path(folder)), self._train.config
+            target.path.mkdir(parents=True, exist_ok=True)
             if config.train.lora is not None:
                 name, lora = config.train.adapter, config.train.lora
                 adapter = adapter_of(state, name, lora, self._train.base)
-                export_merged(adapter, state, self._train.start, target, config.model)
+                export_merged(adapter, state, self._train.start, target.path, config.model)
             else:
                 metadata = {"model": config.model.model_dump_json()}
-                save_weights(state, target / "policy.safetensors", metadata)
-            (target / "model.json").write_text(
+                save_weights(state, target.weights, metadata)
+            (target.shape).write_text(
                 json.dumps(config.model.model_dump(), indent=1), encoding="utf8"
             )
         return state_hash(state)

@@ -22,7 +22,7 @@ MAY_IMPORT = {
 LAYERS: dict[str, list[set[str]]] = {
     "common": [
         {"errors"},
-        {"endings", "files", "native_code", "randomness"},
+        {"endings", "files", "native_code", "randomness", "run_folder"},
         {"metrics", "out_of_memory"},
         {"config"},
         {"batching", "logprobs"},

@@ -30,6 +30,7 @@ from common.config.stages import (
     TrainConfig,
 )
 from common.config.workers import Labels, RewardServiceConfig, RolloutConfig
+from common.run_folder import RunFolder
 
 
 class DataConfig(Section):
@@ -184,6 +185,11 @@ class RunConfig(Section):
     def run_dir(self) -> Path:
         """``output/name``."""
         return Path(self.output) / self.name
+
+    @property
+    def folder(self) -> RunFolder:
+        """Every path in the run's folder."""
+        return RunFolder(self.run_dir)
 
     @property
     def max_prompt_tokens(self) -> int:

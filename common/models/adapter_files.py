@@ -33,6 +33,7 @@ from common.models.decoder import DECODER, Decoder
 from common.models.lora import adapted
 from common.models.networks import ScalarNetwork
 from common.models.weight_files import load_weights, save_weights
+from common.run_folder import PolicyFolder
 
 _PEFT = "base_model.model."
 
@@ -94,10 +95,11 @@ def export_merged(
     head = {k.removeprefix("value."): v for k, v in state.items() if k.startswith("value.")}
     network.value.load_state_dict(head)
     folder.mkdir(parents=True, exist_ok=True)
-    save_peft(adapter, network.decoder, folder / "adapter")
+    target = PolicyFolder(folder)
+    save_peft(adapter, network.decoder, target.adapter)
     put_adapter(network.decoder, "exported", adapter)
     metadata = {"model": model.model_dump_json()}
-    save_weights(merged_state(network, "exported"), folder / "policy.safetensors", metadata)
+    save_weights(merged_state(network, "exported"), target.weights, metadata)
 
 
 def load_scalar(network: ScalarNetwork, path: Path, base: Decoder, name: str) -> LoraConfig | None:

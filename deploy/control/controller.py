@@ -44,7 +44,6 @@ from deploy.run_folder.metrics_log import RunLog
 from deploy.workers.gang import LearnerGang, LearnerLost
 from deploy.workers.pool import Pool
 from deploy.workers.scaling import Elastic, Scaled
-from learner.batch.trajectory_log import log_path
 
 _PASSES_PER_CALL = 8
 """Frozen passes of `reward_service.micro_batch_tokens` that several leases may fill in one scoring
@@ -163,7 +162,7 @@ class Controller:
                     self._checkpoint_if_due()
                 if self.iteration < self.config.train.iterations:
                     return ""
-                exported: str = self.gang.call("export_policy", str(self.run_dir / "policy"))
+                exported: str = self.gang.call("export_policy", str(self.config.folder.policy.path))
                 return exported
             except _Stopped:
                 self._checkpoint()
@@ -208,7 +207,7 @@ class Controller:
         self.metrics |= self._learn(
             "policy_phase",
             iteration,
-            str(log_path(self.run_dir, iteration)),
+            str(self.config.folder.trajectories(iteration)),
             *(s.table for s in batch),
             without=frozenset[str]().union(*(s.lone for s in batch)),
         )

@@ -10,10 +10,8 @@ from typing import Any
 
 from common.errors import DataError
 from common.files import write_atomic
+from common.run_folder import RunFolder
 from deploy.workers.scaling import WorkerView
-
-_RESULT = "result.json"
-"""A finished run's facts, the hash of its weights among them."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -39,12 +37,12 @@ class Status:
 
 def record(run_dir: Path, facts: Mapping[str, Any]) -> None:
     """Write a finished run's facts. Raises StorageError when they cannot be written."""
-    write_atomic(run_dir / _RESULT, [json.dumps(facts, indent=1).encode()])
+    write_atomic(RunFolder(run_dir).result, [json.dumps(facts, indent=1).encode()])
 
 
 def recorded_facts(run_dir: Path) -> dict[str, Any] | None:
     """The facts of a finished run; None when it has not finished."""
-    path = run_dir / _RESULT
+    path = RunFolder(run_dir).result
     if not path.exists():
         return None
     try:

@@ -18,6 +18,7 @@ from common.models.adapters import adapter_tensors, add_adapter, base_fingerprin
 from common.models.build import build_decoder
 from common.models.lora import OFF
 from common.models.weight_files import load_decoder
+from common.run_folder import PolicyFolder
 from common.wire.trajectory import Rollout, ScoredTrajectory, from_table
 from common.wire.weights import manifest_of, torch_dtype
 from deploy.control.collector import Collector
@@ -73,14 +74,15 @@ def policy_weights(config: RunConfig, path: Path, version: int) -> Weights:
         state: dict[str, Tensor] = dict(decoder.named_parameters())
         fingerprint = ""
     else:
-        base = config.run_dir / "sft" / "policy.safetensors"
+        base = config.folder.sft.weights
         load_decoder(decoder, base)
         fingerprint = base_fingerprint(decoder.state_dict())
         if path.absolute() == base.absolute():
             add_adapter(decoder, name, lora, seed=0)
         else:
-            adapter = load_peft(path.parent / "adapter", decoder)
-            require_base(adapter, fingerprint, path.parent / "adapter")
+            folder = PolicyFolder(path.parent).adapter
+            adapter = load_peft(folder, decoder)
+            require_base(adapter, fingerprint, folder)
             put_adapter(decoder, name, adapter)
         state = dict(adapter_tensors(decoder, name))
     manifest, payload = manifest_of(state, version, dtype, fingerprint)

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from common.errors import DataError
 from common.files import one_line, write_atomic
+from common.run_folder import RunFolder
 from deploy.evaluation.charts import Series, line_chart
 from deploy.run_folder.log_lines import Line, read_metrics
 
@@ -68,8 +69,9 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         DataError: the run has no metrics, or a file that the page is made of is damaged.
     """
-    lines = read_metrics(run_dir / "metrics.jsonl")
-    summary = _json(run_dir / "summary.json") or _json(run_dir / "evaluation.json")
+    folder = RunFolder(run_dir)
+    lines = read_metrics(folder.metrics)
+    summary = _json(folder.summary) or _json(folder.evaluation)
     environment = Environment(
         loader=PackageLoader("deploy", "."), autoescape=True, undefined=StrictUndefined
     )
@@ -81,13 +83,12 @@ def write_report(run_dir: Path) -> Path:
         rows=_comparison(summary),
         stages=_stage_times(summary),
         sections=_sections(lines),
-        samples=_samples(run_dir / "samples.jsonl"),
-        config=_text(run_dir / "config.yaml"),
+        samples=_samples(folder.samples),
+        config=_text(folder.config),
         versions=_versions(),
     )
-    path = run_dir / "report.html"
-    write_atomic(path, [page.encode()])
-    return path
+    write_atomic(folder.report, [page.encode()])
+    return folder.report
 
 
 # ------------------------------------------------------------------ parts of the page

@@ -43,7 +43,7 @@ def run_quickstart(session: Session) -> dict[str, Any]:
     begin = time.perf_counter()
     session.lock("quickstart")
     config, console = session.config, session.console
-    folder = session.run_dir / "data"
+    folder = session.folder.data
     with_data = quickstart_task.with_data(config, folder)
     begun = bool(RunInputs(session.run_dir).standing())
     with session.stage("harvest", "harvested signatures and docstrings of this environment"):
@@ -56,7 +56,7 @@ def run_quickstart(session: Session) -> dict[str, Any]:
         sft = supervised.run_sft(session, config)
     say(console, f"  held-out loss {sft['heldout_loss']:.3f} nats per token")
     rollout = session.keep(
-        rollout_pool(config, config.name, session.tokenizer_path, session.sft_weights)
+        rollout_pool(config, config.name, session.folder.tokenizer, session.folder.sft.weights)
     )
     with session.stage("comparisons", "sampled and labelled comparisons"):
         count, ties = _make_comparisons(session, config, task, rollout)
@@ -68,9 +68,9 @@ def run_quickstart(session: Session) -> dict[str, Any]:
         reward_pool(
             config,
             config.name,
-            session.tokenizer_path,
-            session.sft_weights,
-            session.reward_weights,
+            session.folder.tokenizer,
+            session.folder.sft.weights,
+            session.folder.reward_model.weights,
         )
     )
     with session.stage("train", "trained the policy"):
@@ -88,7 +88,7 @@ def run_quickstart(session: Session) -> dict[str, Any]:
         **{f"seconds_{name}": seconds for name, seconds in session.seconds.items()},
         "seconds_pipeline": time.perf_counter() - begin,
     }
-    write_atomic(session.run_dir / "summary.json", [json.dumps(summary, indent=1).encode()])
+    write_atomic(session.folder.summary, [json.dumps(summary, indent=1).encode()])
     write_report(session.run_dir)
     return summary
 
@@ -100,7 +100,12 @@ def evaluate_run(
     asked, prompts = encoded_prompts(session, config, task.held_out[: config.evaluate.prompts])
     before, after = paired(
         *sample_both(
-            config, session.sft_weights, session.policy_weights, prompts, *pools, label="eval"
+            config,
+            session.folder.sft.weights,
+            session.folder.policy.weights,
+            prompts,
+            *pools,
+            label="eval",
         )
     )
     by_prompt = {prompt_text(pair): pair for pair in asked}
@@ -112,7 +117,7 @@ def evaluate_run(
     )
     named = {"sft": before, "policy": after}
     if config.evaluate.best_of:
-        sft = policy_weights(config, session.sft_weights, 0)
+        sft = policy_weights(config, session.folder.sft.weights, 0)
         many = sample_scored(
             config, sft, prompts, *pools, label="best", samples=config.evaluate.best_of
         )
@@ -139,7 +144,7 @@ def _make_comparisons(
     settings, seed = config.quickstart, config.seed
     pairs, prompts = encoded_prompts(session, config, task.train[: settings.comparisons])
     kinds = quickstart_task.draw_sides(len(pairs), settings, seed)
-    weights = policy_weights(config, session.sft_weights, 0)
+    weights = policy_weights(config, session.folder.sft.weights, 0)
 
     def samples(label: str, wanted: Container[str]) -> dict[int, str]:
         """The lines sampled for pairs of some kinds, by the pair's number."""
@@ -159,7 +164,7 @@ def _make_comparisons(
             other = second[number] if kind == "sample-sample" else pair.docstring
             sides.append((first[number], other))
     made, ties = quickstart_task.comparisons(task, pairs, sides, settings, seed)
-    write_jsonl(str(session.run_dir / "data" / "comparisons.jsonl"), made)
+    write_jsonl(str(session.folder.data / "comparisons.jsonl"), made)
     return len(made), ties
 
 
@@ -202,4 +207,4 @@ def _write_samples(
         for i, pair in enumerate(pairs)
     ]
     lines = (json.dumps(row).encode() + b"\n" for row in rows)
-    write_atomic(session.run_dir / "samples.jsonl", lines)
+    write_atomic(session.folder.samples, lines)

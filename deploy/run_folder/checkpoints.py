@@ -25,6 +25,7 @@ import xxhash
 
 from common.errors import CheckpointError, StorageError
 from common.files import one_line
+from common.run_folder import RunFolder
 
 _SUMS = "checksums.json"
 
@@ -39,8 +40,8 @@ def write(run_dir: Path, step: int, fill: Callable[[Path], dict[str, Any]], *, k
     Raises:
         StorageError: the disk is full or not writable; older checkpoints stay.
     """
-    folder = run_dir / "checkpoints"
-    final = folder / _name(step)
+    folder = RunFolder(run_dir).checkpoints
+    final = RunFolder(run_dir).checkpoint(step)
     partial = folder / f"{final.name}.{secrets.token_hex(4)}.partial"
     try:
         partial.mkdir(parents=True)
@@ -77,9 +78,9 @@ def rewind(run_dir: Path, step: int) -> None:
     Raises:
         StorageError: the folder is not writable.
     """
-    later = [p for p in _finished(run_dir) if p.stem > _name(step)]
+    later = [p for p in _finished(run_dir) if p.stem > RunFolder(run_dir).checkpoint(step).name]
     try:
-        for path in (*later, *(run_dir / "checkpoints").glob("step-*.partial")):
+        for path in (*later, *RunFolder(run_dir).checkpoints.glob("step-*.partial")):
             shutil.rmtree(path)
     except OSError as error:
         raise StorageError(f"{run_dir}: cannot be written: {error}") from None
@@ -110,10 +111,6 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def _name(step: int) -> str:
-    return f"step-{step:06d}"
-
-
 def _make_way(final: Path) -> None:
     """Take a step's checkpoint out of the way, so that a whole one of it is there all the time."""
     replaced = final.with_suffix(".replaced")
@@ -127,7 +124,7 @@ def _make_way(final: Path) -> None:
 
 def _finished(run_dir: Path) -> list[Path]:
     """Oldest first; of one step, the replaced one first."""
-    found = [p for p in (run_dir / "checkpoints").glob("step-*") if p.suffix != ".partial"]
+    found = [p for p in RunFolder(run_dir).checkpoints.glob("step-*") if p.suffix != ".partial"]
     return sorted(found, key=lambda path: (path.stem, path.suffix != ".replaced"))
 
 

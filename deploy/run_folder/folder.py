@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.files import is_utf8
+from common.run_folder import RunFolder
 
 
 def folder_of(run: str | Path) -> Path:
@@ -15,7 +16,7 @@ def folder_of(run: str | Path) -> Path:
     folder = Path(os.path.expanduser(run))
     if not is_utf8(str(folder)):
         raise DataError(f"{folder}: the path is not UTF-8; rename the folder")
-    if not (folder / "config.yaml").exists():
+    if not RunFolder(folder).config.exists():
         raise DataError(f"{folder}: not a run (no config.yaml)")
     # Behind a link or `..` is a folder with another name, under which its run is known.
     if folder.is_symlink() or ".." in folder.parts:
@@ -29,7 +30,7 @@ def recipe_of(folder: Path) -> Path:
     Raises:
         DataError: it is, by a writer that was killed or a disk that was full.
     """
-    path = folder / "config.yaml"
+    path = RunFolder(folder).config
     text = path.read_text(encoding="utf8", errors="replace")
     sections = set(re.findall(r"^(\w+):", text, re.MULTILINE))
     if not text.endswith("\n") or not sections >= {"name", "model", "data", "train", "cluster"}:

@@ -27,6 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from common.errors import StorageError
+from common.run_folder import RunFolder
 
 PATIENCE_S = 5.0
 """How long a holder may take to go before the next one is refused: a controller notices the end of
@@ -60,7 +61,7 @@ class RunLock:
         Raises:
             StorageError: another writer holds it (named), or the folder cannot be written.
         """
-        self._path = run_dir / "lock"
+        self._path = RunFolder(run_dir).lock
         self._handle: int | None = None
         self.holder = Holder(
             host=socket.gethostname(),

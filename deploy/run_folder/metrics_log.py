@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from common.endings import take_all
 from common.errors import StorageError
+from common.run_folder import RunFolder
 from deploy.run_folder.log_lines import cut_torn_end
 
 
@@ -20,12 +21,12 @@ class RunLog:
     """Appends to a run's logs. One writer per run at a time."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
+        self.run_dir, folder = run_dir, RunFolder(run_dir)
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            cut_torn_end(run_dir / "metrics.jsonl")
-            self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf8")
-            self._board = SummaryWriter(str(run_dir / "tensorboard"))
+            cut_torn_end(folder.metrics)
+            self._file = folder.metrics.open("a", encoding="utf8")
+            self._board = SummaryWriter(str(folder.tensorboard))
         except OSError as error:
             raise StorageError(f"{run_dir}: cannot be written: {error}") from None
         self._gauges: dict[str, Gauge] = {}

@@ -1,7 +1,7 @@
 """The run's tokenizer: made once, and what every later stage reads its tokens by.
 
 The recipe says how to make it (`tokenizer.path`, or `vocab_size` and `words` on the demonstrations)
-and is asked again at each stage. As long as no result stands on ``tokenizer.json``, another answer
+and is asked again at each stage. As long as no result depends on ``tokenizer.json``, another answer
 makes another tokenizer; afterwards it is refused.
 """
 
@@ -14,33 +14,29 @@ from common.config.run import RunConfig
 from common.data.records import read_demonstrations
 from common.data.tokenizer import Tokenizer
 from common.errors import ConfigError, DataError
-from deploy.run_folder.inputs import (
-    Facts,
-    Reads,
-    RunInputs,
-    StageFacts,
-    changed_settings,
-    difference,
-    settings_of,
-)
+from deploy.run_folder.fingerprints import Facts, difference
+from deploy.run_folder.inputs import RunInputs, StageFacts, changed_settings, settings_of
+from deploy.run_folder.reads import Reads
 
-_FILE, _STAGE = "tokenizer.json", "tokenizer"
+_STAGE = "tokenizer"
 
 
 def run_tokenizer(run_dir: Path, config: RunConfig, lock: Callable[[], None]) -> Tokenizer:
     """Load the run's tokenizer, or make it where there is none; `lock` comes before any writing.
 
     Raises:
-        ConfigError: the recipe asks for another one than results of this run stand on.
+        ConfigError: the recipe asks for another one than results of this run depend on.
         DataError: it was exchanged beneath them, or what it is made from cannot be read.
     """
     inputs = RunInputs(run_dir)
-    if not (run_dir / _FILE).exists():
+    path = inputs.folder.tokenizer
+    if not path.exists():
         return _make(inputs, config, lock)
-    tokenizer, recorded = Tokenizer.load(run_dir / _FILE), inputs.stages.get(_STAGE)
+    tokenizer, recorded = Tokenizer.load(path), inputs.stages.get(_STAGE)
     standing = inputs.standing()
     if recorded is not None:
-        what = difference(_FILE, recorded.writes[_FILE], [inputs.look(run_dir / _FILE)])
+        name = inputs.folder.name_of(path)
+        what = difference(name, recorded.writes[name], [inputs.look(path)])
         if what and standing:
             raise DataError(f"{run_dir}: {what} since it was made; put back what it was")
         recorded = None if what else recorded
@@ -52,7 +48,7 @@ def run_tokenizer(run_dir: Path, config: RunConfig, lock: Callable[[], None]) ->
                 f"{another}; take that back, or give the new run another name"
             )
         return _make(inputs, config, lock)
-    if recorded is None:  # a run of before, or one that was given its tokenizer
+    if recorded is None:  # a run of an earlier version, or one that was given its tokenizer
         lock()
         _record(inputs, config, {})
     return tokenizer
@@ -61,7 +57,7 @@ def run_tokenizer(run_dir: Path, config: RunConfig, lock: Callable[[], None]) ->
 def _another(
     inputs: RunInputs, config: RunConfig, tokenizer: Tokenizer, recorded: StageFacts | None
 ) -> str:
-    """How the tokenizer that the recipe asks for differs from the run's; empty when it does not."""
+    """Say how the tokenizer of the recipe differs from the run's; empty if it does not."""
     path = config.tokenizer.path
     if path is not None:
         wanted = Tokenizer.load(path)
@@ -92,14 +88,14 @@ def _make(inputs: RunInputs, config: RunConfig, lock: Callable[[], None]) -> Tok
         demonstrations = read_demonstrations(config.data.demonstrations)
         texts = (d.prompt + d.response for d in demonstrations)
         tokenizer = Tokenizer.train(texts, config.tokenizer.vocab_size, config.tokenizer.words)
-    tokenizer.save(inputs.run_dir / _FILE)
+    tokenizer.save(inputs.folder.tokenizer)
     _record(inputs, config, reads)
     return tokenizer
 
 
 def _record(inputs: RunInputs, config: RunConfig, reads: Facts) -> None:
     inputs.begin(_STAGE, config, reads)
-    inputs.end(_STAGE, [_FILE])
+    inputs.end(_STAGE, [inputs.folder.tokenizer])
 
 
 def _reads(config: RunConfig) -> Reads:

@@ -115,11 +115,11 @@ def start_pools(session: Session, config: RunConfig) -> tuple[Pool, Pool]:
 
 def make_pools(session: Session, config: RunConfig, name: str, *, start: bool) -> tuple[Pool, Pool]:
     """Pools of rollout actors and reward workers, filled when `start` is True."""
-    tokenizer = session.tokenizer_path
-    reward = session.reward_weights if config.reward_service.needs_model else None
+    tokenizer = session.folder.tokenizer
+    reward = session.folder.reward_model.weights if config.reward_service.needs_model else None
     return (
-        rollout_pool(config, name, tokenizer, session.sft_weights, start=start),
-        reward_pool(config, name, tokenizer, session.sft_weights, reward, start=start),
+        rollout_pool(config, name, tokenizer, session.folder.sft.weights, start=start),
+        reward_pool(config, name, tokenizer, session.folder.sft.weights, reward, start=start),
     )
 
 

@@ -11,8 +11,9 @@ from common.config.run import RunConfig
 from common.data.fitting import Fitting
 from common.endings import at_the_end
 from common.errors import ConfigError
-from deploy.run_folder.inputs import RunInputs, reads_of
+from deploy.run_folder.inputs import RunInputs
 from deploy.run_folder.paths import anchored
+from deploy.run_folder.reads import reads_of
 from deploy.run_folder.tokenizer import run_tokenizer
 from deploy.screen import say
 from deploy.stages.session import Session
@@ -76,7 +77,7 @@ def checked(session: Session, config: RunConfig, stage: str) -> Callable[[], Non
         say(session.console, f"changed: {line}")
 
     def begin() -> None:
-        save_config(config, session.run_dir / "config.yaml")
+        save_config(config, session.folder.config)
         inputs.begin(stage, config, found)
 
     return begin

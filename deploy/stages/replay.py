@@ -15,9 +15,11 @@ from rich.console import Console
 from common.config.run import RunConfig
 from common.endings import at_the_end
 from common.errors import DataError, TrainingError
+from common.run_folder import RunFolder
 from deploy.control.status import recorded_facts
-from deploy.run_folder.inputs import RunInputs, reads_of
+from deploy.run_folder.inputs import RunInputs
 from deploy.run_folder.lock import writing
+from deploy.run_folder.reads import reads_of
 from deploy.stages.session import open_session
 from deploy.workers.gang import LearnerGang
 from learner.batch.trajectory_log import read_log
@@ -51,7 +53,7 @@ def replay_run(config: RunConfig, console: Console) -> dict[str, Any]:
             gang.start()
             with session.progress("replay", iterations) as bar:
                 _replay(gang, config, iterations, folder, bar.update)
-            found: str = gang.call("export_policy", str((folder / "policy").absolute()))
+            found: str = gang.call("export_policy", str(RunFolder(folder.absolute()).policy.path))
     expected = recorded["weights_hash"]
     if found != expected:
         raise TrainingError(

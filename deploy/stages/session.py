@@ -15,6 +15,7 @@ from common.config.run import RunConfig
 from common.data.tokenizer import Tokenizer
 from common.endings import at_the_end, take_all
 from common.errors import StorageError
+from common.run_folder import RunFolder
 from deploy.run_folder.lock import RunLock
 from deploy.run_folder.metrics_log import RunLog
 from deploy.run_folder.paths import anchored
@@ -47,28 +48,13 @@ class Session:
         return self.config.run_dir
 
     @property
-    def tokenizer_path(self) -> Path:
-        """The run's tokenizer.json."""
-        return (self.run_dir / "tokenizer.json").absolute()
-
-    @property
-    def sft_weights(self) -> Path:
-        """Weights of the supervised policy."""
-        return (self.run_dir / "sft" / "policy.safetensors").absolute()
-
-    @property
-    def reward_weights(self) -> Path:
-        """Weights of the reward model."""
-        return (self.run_dir / "reward_model" / "reward.safetensors").absolute()
-
-    @property
-    def policy_weights(self) -> Path:
-        """Weights of the trained policy."""
-        return (self.run_dir / "policy" / "policy.safetensors").absolute()
+    def folder(self) -> RunFolder:
+        """Every path in the run's folder."""
+        return self.config.folder
 
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer."""
-        return Tokenizer.load(self.tokenizer_path)
+        return Tokenizer.load(self.folder.tokenizer)
 
     def gang(self) -> LearnerGang:
         """The learner gang, started at its first use."""

@@ -42,7 +42,7 @@ def run_sft(session: Session, config: RunConfig) -> dict[str, float]:
     total = gang.call("begin_sft", config, ray.put(train), ray.put(held_out))
     metrics = _advance(session, "sft", "supervised policy", total)
     metrics |= gang.call("evaluate")
-    gang.call("export_stage", str(session.sft_weights.parent))
+    gang.call("export_stage", str(session.folder.sft.path))
     with_log(session, "sft", total, metrics)
     return metrics
 
@@ -70,13 +70,13 @@ def run_reward(session: Session, config: RunConfig) -> dict[str, float]:
     gang, best = session.gang(), -math.inf
     metrics: dict[str, float] = {}
     for seed in range(config.reward_model.seeds):
-        total = gang.call("begin_reward", config, *data, str(session.sft_weights), seed)
+        total = gang.call("begin_reward", config, *data, str(session.folder.sft.weights), seed)
         found = _advance(session, "reward", f"reward model {seed + 1}", total)
         found |= gang.call("evaluate")
         if found["accuracy_heldout"] > best:
             best = found["accuracy_heldout"]
             metrics = found | gang.call("shift", reference)
-            gang.call("export_stage", str(session.reward_weights.parent))
+            gang.call("export_stage", str(session.folder.reward_model.path))
     with_log(session, "reward", total, metrics)
     return metrics
 

@@ -26,6 +26,7 @@ from common.data.tokenizer import Tokenizer
 from common.endings import take_all
 from common.errors import ClusterError, TalipotError, WorkerError
 from common.files import one_line
+from common.run_folder import RunFolder
 from learner.rank import LearnerRank
 
 _GRACE_S = 15.0
@@ -130,14 +131,13 @@ class LearnerGang:
 
     def begin_train(self, config: RunConfig, meanwhile: Meanwhile | None = None) -> None:
         """Build policy and value engines from the weights in the run's folder."""
-        folder = config.run_dir.absolute()
-        reward = folder / "reward_model" / "reward.safetensors"
+        folder = RunFolder(config.run_dir.absolute())
         refs = self.submit(
             "begin_train",
             config,
-            str(folder / "sft" / "policy.safetensors"),
-            str(reward) if config.reward_service.needs_model else None,
-            Tokenizer.load(folder / "tokenizer.json").eos_id,
+            str(folder.sft.weights),
+            str(folder.reward_model.weights) if config.reward_service.needs_model else None,
+            Tokenizer.load(folder.tokenizer).eos_id,
         )
         self.finish(refs, "begin_train", meanwhile)
 

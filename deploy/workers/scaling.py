@@ -51,7 +51,7 @@ class Elastic:
         self._pools = [rollout] if reward is None else [rollout, reward]
         self._rollout = rollout
         self._trend = Trend()
-        self._events = config.run_dir / "events.jsonl"
+        self._events = config.folder.events
         cut_torn_end(self._events)
         for pool in self._pools:
             pool.report = self._report

@@ -20,17 +20,13 @@ from common.config.recipe import saved_config
 from common.config.run import RunConfig
 from common.errors import DataError
 from common.files import one_line, write_atomic
+from common.run_folder import RunFolder
 from common.wire.trajectory import SCHEMAS, ScoredTrajectory
 
 _KEY = b"talipot"
 _ADDED = {"adapter": "", "unfiltered_logprobs": None}
 """Columns that logs of earlier versions lack, and what they stood for there: whole weights, and a
 KL from `behavior_logprobs`."""
-
-
-def log_path(run_dir: Path, iteration: int) -> Path:
-    """Where an iteration's trajectories are."""
-    return run_dir / "trajectories" / f"iteration-{iteration:06d}.parquet"
 
 
 def write_log(path: Path, table: pa.Table, iteration: int, config: RunConfig) -> None:
@@ -53,7 +49,7 @@ def read_log(run_dir: Path, iteration: int) -> tuple[pa.Table, RunConfig]:
     Raises:
         DataError: the file is missing, damaged or no trajectory log.
     """
-    path = log_path(run_dir, iteration)
+    path = RunFolder(run_dir).trajectories(iteration)
     try:
         table = pq.read_table(path, page_checksum_verification=True)
         note: dict[str, Any] = json.loads((table.schema.metadata or {})[_KEY])

@@ -18,6 +18,7 @@ from common.models.build import build_policy, build_scalar
 from common.models.networks import ScalarNetwork
 from common.models.weight_files import load_weights
 from common.randomness import ShuffledIndex, derive_seed
+from common.run_folder import RewardModelFolder
 from learner.algorithms.schedule import warmup_cosine
 from learner.batch.experience import Piece, deal
 from learner.supervised.export import adapt_network, export_network
@@ -131,7 +132,7 @@ class RewardStage:
 
     def export(self, folder: Path) -> None:
         """Write ``reward.safetensors``: all weights, or adapter and head (a collective)."""
-        path, settings = folder / "reward.safetensors", self.config.reward_model.lora
+        path, settings = RewardModelFolder(folder).weights, self.config.reward_model.lora
         if settings is None:
             export_network(self.engine, path, self.config)
             return

@@ -22,6 +22,7 @@ from common.models.adapter_files import adapter_of, export_merged
 from common.models.build import build_policy
 from common.models.weight_files import load_weights
 from common.randomness import ShuffledIndex, derive_seed
+from common.run_folder import PolicyFolder
 from learner.algorithms.schedule import warmup_cosine
 from learner.batch.experience import deal
 from learner.supervised.export import adapt_network, export_network
@@ -108,7 +109,7 @@ class SftStage:
     def export(self, folder: Path) -> None:
         """Write ``policy.safetensors``; of adapters also ``adapter/`` (a collective)."""
         if self.config.sft.lora is None:
-            export_network(self.engine, folder / "policy.safetensors", self.config)
+            export_network(self.engine, PolicyFolder(folder).weights, self.config)
             return
         trained = self.engine.full_state(frozen=False)
         if rank() == 0:

@@ -123,7 +123,7 @@ def best_of_n(out: Path) -> None:
     with open_session(config, console) as session:
         pools = start_pools(session, config)
         pairs, prompts = encoded_prompts(session, config, task_of(config).held_out[:few])
-        weights = policy_weights(config, session.sft_weights, 0)
+        weights = policy_weights(config, session.folder.sft.weights, 0)
         many = sample_scored(config, weights, prompts, *pools, label="many", samples=most + spare)
     scores = np.array(many.scores).reshape(len(prompts), most + spare)
     lines = np.array([r.strip() for r in many.responses]).reshape(scores.shape)
@@ -150,7 +150,7 @@ def best_of_16(out: Path, seed: int) -> None:
     with open_session(config, console) as session:
         pools = start_pools(session, config)
         pairs, prompts = encoded_prompts(session, config, task.held_out[: config.evaluate.prompts])
-        sft = policy_weights(config, session.sft_weights, 0)
+        sft = policy_weights(config, session.folder.sft.weights, 0)
         single = sample_scored(config, sft, prompts, *pools, label="eval")
         many = sample_scored(config, sft, prompts, *pools, label="best", samples=16)
     before = task.qualities(pairs, [line.strip() for line in single.responses])
@@ -174,7 +174,7 @@ def reward_data(out: Path) -> None:
             for seed in SEEDS:
                 gang = session.gang()
                 total = gang.call(
-                    "begin_reward", config, some, measured, str(session.sft_weights), seed
+                    "begin_reward", config, some, measured, str(session.folder.sft.weights), seed
                 )
                 gang.call("advance", total)
                 rows.append({"comparisons": count, "seed": seed, **gang.call("evaluate")})

@@ -16,7 +16,7 @@ from torch import Tensor
 from common.config.run import RunConfig
 from common.wire.trajectory import ScoredTrajectory, from_table, to_table
 from deploy.workers.gang import LearnerGang
-from learner.batch.trajectory_log import log_path, read_log
+from learner.batch.trajectory_log import read_log
 from learner.supervised.packing import EncodedComparison, EncodedPair
 from tests.conftest import run_copy
 
@@ -211,7 +211,7 @@ def test_rows_left_out_are_as_if_they_had_never_been(
         gang, reward = gangs[ranks], str(config.run_dir / "reward_model" / "reward.safetensors")
         sft = str(config.run_dir / "sft" / "policy.safetensors")
         gang.call("begin_train", config, sft, reward, 1)
-        log = str(log_path(config.run_dir, 0))
+        log = str(config.folder.trajectories(0))
         calls = gang.submit("policy_phase", 0, log, *tables, without=without)
         assert gang.finish(calls, "policy_phase", lambda: None)["policy_steps"] == min(2, len(kept))
         assert read_log(config.run_dir, 0)[0].equals(left)

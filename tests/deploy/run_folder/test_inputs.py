@@ -21,9 +21,10 @@ from common.data.tokenizer import Tokenizer
 from common.errors import ConfigError, DataError
 from deploy.cli import _of_run
 from deploy.run_folder import checkpoints
-from deploy.run_folder.inputs import RunInputs, reads_of
+from deploy.run_folder.inputs import RunInputs
 from deploy.run_folder.lock import writing
 from deploy.run_folder.paths import anchored
+from deploy.run_folder.reads import reads_of
 from deploy.stages import policy, preparation
 from deploy.stages.session import Session
 from tests.conftest import make_workspace

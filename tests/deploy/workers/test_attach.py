@@ -26,6 +26,7 @@ from ray.core.generated import gcs_service_pb2_grpc as services
 from common.config.recipe import save_config
 from common.config.run import RunConfig
 from common.errors import ClusterError, StorageError, WorkerError
+from common.run_folder import RunFolder
 from deploy.cli import main
 from deploy.commands import logged
 from deploy.evaluation.report import write_report
@@ -353,6 +354,6 @@ def test_status_reads_what_is_left_of_a_log(
     tmp_path: Path, text: str, expected: dict[str, object]
 ) -> None:
     (tmp_path / "metrics.jsonl").write_text(text, encoding="utf8")
-    found = logged(tmp_path)
+    found = logged(RunFolder(tmp_path))
     for name, value in expected.items():
         assert str(value) in str(found[name])

@@ -10,8 +10,9 @@ import pytest
 
 from common.config.run import RunConfig
 from common.errors import DataError
+from common.run_folder import RunFolder
 from common.wire.trajectory import ScoredTrajectory, from_table, to_table
-from learner.batch.trajectory_log import log_path, read_log, write_log
+from learner.batch.trajectory_log import read_log, write_log
 
 
 def trajectories(adapter: str) -> list[ScoredTrajectory]:
@@ -41,7 +42,7 @@ def trajectories(adapter: str) -> list[ScoredTrajectory]:
 
 
 def written(run_dir: Path, adapter: str) -> Path:
-    path = log_path(run_dir, 0)
+    path = RunFolder(run_dir).trajectories(0)
     path.parent.mkdir(parents=True)
     write_log(path, to_table(trajectories(adapter), ScoredTrajectory), 0, RunConfig())
     return path

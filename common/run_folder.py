@@ -1,0 +1,154 @@
+"""A run's folder: the one place that knows what lies where in it, and under which name.
+
+Pure paths; nothing is read or written. Files inside a checkpoint are its writer's affair
+(`deploy.run_folder.checkpoints`), files of the quickstart's data are the quickstart's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyFolder:
+    """An exported policy: what a stage leaves, and what the next one or a user loads."""
+
+    path: Path
+
+    @property
+    def weights(self) -> Path:
+        """All weights; those of an adapter are added to the base's."""
+        return self.path / "policy.safetensors"
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the adapter alone, in PEFT's layout; only where one was trained."""
+        return self.path / "adapter"
+
+    @property
+    def shape(self) -> Path:
+        """The model's shape, as `model` in a recipe."""
+        return self.path / "model.json"
+
+
+@dataclass(frozen=True, slots=True)
+class RewardModelFolder:
+    """The trained reward model."""
+
+    path: Path
+
+    @property
+    def weights(self) -> Path:
+        """All weights, or an adapter and the head."""
+        return self.path / "reward.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Every path in a run's folder."""
+
+    path: Path
+
+    # What the run is made from.
+
+    @property
+    def config(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "config.yaml"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer that every stage reads."""
+        return self.path / "tokenizer.json"
+
+    @property
+    def inputs(self) -> Path:
+        """Fingerprints of what each stage read and wrote."""
+        return self.path / "run.json"
+
+    @property
+    def data(self) -> Path:
+        """Folder of the data that the quickstart makes."""
+        return self.path / "data"
+
+    # What its stages leave.
+
+    @property
+    def sft(self) -> PolicyFolder:
+        """The supervised policy."""
+        return PolicyFolder(self.path / "sft")
+
+    @property
+    def reward_model(self) -> RewardModelFolder:
+        """The reward model."""
+        return RewardModelFolder(self.path / "reward_model")
+
+    @property
+    def policy(self) -> PolicyFolder:
+        """The trained policy, the run's result."""
+        return PolicyFolder(self.path / "policy")
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints of policy training."""
+        return self.path / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        """Return the folder of one checkpoint."""
+        return self.checkpoints / f"step-{step:06d}"
+
+    def trajectories(self, iteration: int) -> Path:
+        """Return the log of the trajectories that an iteration was trained on."""
+        return self.path / "trajectories" / f"iteration-{iteration:06d}.parquet"
+
+    # What it says of itself.
+
+    @property
+    def lock(self) -> Path:
+        """The lock of the run's one writer, with a note of who that is."""
+        return self.path / "lock"
+
+    @property
+    def metrics(self) -> Path:
+        """Metrics of every stage, a line for each step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of the same metrics as TensorBoard events."""
+        return self.path / "tensorboard"
+
+    @property
+    def events(self) -> Path:
+        """Workers that came, went or failed, a line for each."""
+        return self.path / "events.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """Facts of a finished policy training, the hash of its weights among them."""
+        return self.path / "result.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """Results of `talipot evaluate`."""
+        return self.path / "evaluation.json"
+
+    @property
+    def summary(self) -> Path:
+        """Results of the quickstart."""
+        return self.path / "summary.json"
+
+    @property
+    def samples(self) -> Path:
+        """Responses of both policies to held-out prompts, side by side; the quickstart's."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The page of `talipot report`."""
+        return self.path / "report.html"
+
+    def name_of(self, path: Path) -> str:
+        """Return a path inside the folder as ``run.json`` names it: relative to the folder."""
+        return str(path.relative_to(self.path))
