@@ -1,4 +1,4 @@
-"""Endings: every step of one is taken, whatever the steps before it raised."""
+"""Endings of work: every step of one is taken, whatever the steps before it raised."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from contextlib import contextmanager
 def at_the_end(*steps: Callable[[], object]) -> Iterator[None]:
     """Take all of these steps once the block has ended, and only then raise.
 
-    A disk that is full, a cluster that is gone or a second Ctrl-C fails one step of an ending, and
-    must not leave the workers that the next step would have ended. What is raised is the first
-    failure, the block's own before all, because the others are mostly its consequences.
+    A disk that is full, a cluster that has ended or a second Ctrl-C fails one step, and must not
+    leave the workers that the next step would have ended. What is raised is the first failure, the
+    block's own before all, because the others are mostly its consequences.
     """
     first: BaseException | None = None
     try:

@@ -25,12 +25,11 @@ from common.wire.weights import torch_dtype
 from deploy.control.status import Status
 from deploy.evaluation.compare import Judge, compare, sample_both
 from deploy.run_folder.log_lines import read_lines
-from deploy.stages.driver import answer, controller_name
+from deploy.stages.controller_actor import RemoteController
 from deploy.stages.policy import start_pools
 from deploy.stages.preparation import say_fitting
 from deploy.stages.session import open_session
 from deploy.workers.attach import cluster_at_work
-from deploy.workers.placement import NAMESPACE
 from deploy.workers.preflight import explain
 from deploy.workers.scaling import Scaled
 from reward_service.scorers import FunctionScorer
@@ -103,7 +102,7 @@ def status_of(config: RunConfig) -> dict[str, Any]:
     with cluster_at_work(config) as there:
         controller = _controller(config) if there else None
         if controller is not None:
-            return _live(answer(controller.status.remote(), config))
+            return _live(controller.status())
     return {"running": False} | logged(config.folder)
 
 
@@ -156,15 +155,14 @@ def scale_run(config: RunConfig, actors: int | None, replicas: int | None) -> li
                 }
             )
             explain(wanted, ray.cluster_resources())
-        scaled: list[Scaled] = answer(controller.scale.remote(actors, replicas), config)
-        return scaled
+        return controller.scale(actors, replicas)
 
 
-def _controller(config: RunConfig) -> Any:
+def _controller(config: RunConfig) -> RemoteController | None:
     """The run's controller, if it is at work on the cluster that was joined."""
     try:
-        controller = ray.get_actor(controller_name(config), namespace=NAMESPACE)
-        ended = answer(controller.outcome.remote(0.0), config)
+        controller = RemoteController.named_by(config)
+        ended = controller.outcome()
     except (ValueError, ray.exceptions.RayActorError, ray.exceptions.RayTaskError):
         return None  # none there, one that dies, or one that keeps what ended its run
     return controller if ended is None else None

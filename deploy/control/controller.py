@@ -22,21 +22,21 @@ restored weights allow it. The surviving history trains every rollout once.
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from actors.rollout_actor import LeaseFacts
 from common.config.run import RunConfig
-from common.data.prompts import EncodedPrompt, PromptStream
-from common.endings import at_the_end, take_all
+from common.data.prompts import EncodedPrompt
+from common.endings import at_the_end
 from common.errors import RewardError, WorkerError
-from common.metrics import read
-from common.wire.weights import Manifest
+from deploy.control.batches import staleness
 from deploy.control.collector import Collector
+from deploy.control.issuing import Issuer
 from deploy.control.jobs import Scored, Weights
 from deploy.control.ledger import Ledger
+from deploy.control.own_workers import OwnWorkers
 from deploy.control.status import Status, record
 from deploy.run_folder import checkpoints
 from deploy.run_folder.lock import writing
@@ -44,6 +44,7 @@ from deploy.run_folder.metrics_log import RunLog
 from deploy.workers.gang import LearnerGang, LearnerLost
 from deploy.workers.pool import Pool
 from deploy.workers.scaling import Elastic, Scaled
+from learner.algorithms.schedule import auxiliary_phase_due
 
 _PASSES_PER_CALL = 8
 """Frozen passes of `reward_service.micro_batch_tokens` that several leases may fill in one scoring
@@ -66,10 +67,10 @@ class Controller:
         reward: Pool,
         stop_after: int | None = None,
     ) -> None:
-        """`stop_after` ends the run after that many iterations, with a checkpoint.
+        """Control a run with these workers.
 
         Workers that were not started when `run` begins are started by it, belong to this process
-        and end with it.
+        and end with it. `stop_after` ends the run after that many iterations, with a checkpoint.
         """
         self.config = config
         self.run_dir = config.run_dir
@@ -81,27 +82,18 @@ class Controller:
             rollout,
             reward,
             deadline_s=config.rollout.lease_deadline_s,
-            merge=config.train.max_staleness > 0,
-            observe=self._observe,
+            score_together=config.train.max_staleness > 0,
             call_tokens=_PASSES_PER_CALL * config.reward_service.micro_batch_tokens,
         )
         self.elastic = Elastic(config, rollout, reward)
-        self._encoded = prompts
-        self.prompts = self._stream(0)
+        self.own_workers = OwnWorkers(config, gang, self.collector, self.elastic)
+        self.issuer = Issuer(config, prompts)
         self.iteration = 0
         """Next iteration to train."""
-        self._issued_until = 0
-        """Iterations below this have been issued."""
-        self._positions: dict[int, int] = {}
-        """Prompt cursor before each issued, untrained iteration."""
         self.metrics: dict[str, float] = {}
-        self._tokens = 0
-        self._generate_s = 0.0
-        self._load_s = 0.0
-        self._own: list[Pool | LearnerGang] = []
-        """Workers that this controller started."""
+        """Of the last iteration."""
         self._batch: list[Scored] = []
-        """What the learner is training on."""
+        """What the learner trains on now."""
         self._saved = -1
         """Iteration of the newest checkpoint written."""
         self.learner_restarts = 0
@@ -117,14 +109,14 @@ class Controller:
             StorageError: another one is writing into the run's folder.
             TalipotError: the run could not do its work; nothing committed is lost.
         """
-        # Its workers write too: a rank may be in the midst of a checkpoint.
-        with writing(self.run_dir, "train"), at_the_end(self.end_workers):
+        # Its workers write too: a rank may be writing a checkpoint when the run ends.
+        with writing(self.run_dir, "train"), at_the_end(self.own_workers.end):
             return self._run()
 
     def _run(self) -> dict[str, Any]:
         log = RunLog(self.run_dir)
         with at_the_end(self.elastic.release_room, log.close):
-            self._start_workers()
+            self.own_workers.start()
             weights = self._train(log)
         self.ledger.check()
         facts = {
@@ -145,31 +137,164 @@ class Controller:
         return facts
 
     def _train(self, log: RunLog) -> str:
-        """All iterations, over deaths of the learner; the final weights' hash, "" when stopped."""
-        ready = False
+        """Train all iterations, over deaths of the learner.
+
+        Returns:
+            The hash of the final weights, "" when the run was stopped.
+        """
+        last, restored = self.config.train.iterations, False
         while True:
             try:
-                if not ready:
+                if not restored:
                     self._restore()
-                    ready = True
-                while self.iteration < self.config.train.iterations and not self._stop:
-                    begin = time.perf_counter()
-                    self._step()
-                    self.metrics["seconds"] = time.perf_counter() - begin
-                    self.elastic.adapt(self.metrics)
-                    self.metrics["learner_restarts"] = float(self.learner_restarts)
-                    log.write("train", self.iteration, self.metrics)
+                    restored = True
+                while self.iteration < last and not self._stop:
+                    metrics: dict[str, float] = {}
+                    with _timed(metrics, "seconds"):
+                        self._iterate(metrics)
+                    self.elastic.adapt(metrics)
+                    metrics["learner_restarts"] = float(self.learner_restarts)
+                    self.metrics = metrics
+                    log.write("train", self.iteration, metrics)
                     self._checkpoint_if_due()
-                if self.iteration < self.config.train.iterations:
+                if self.iteration < last:
                     return ""
-                exported: str = self.gang.call("export_policy", str(self.config.folder.policy.path))
-                return exported
+                return self.gang.export_policy(self.config.folder.policy.path)
             except _Stopped:
                 self._checkpoint()
                 return ""
             except LearnerLost as error:
-                ready = False
+                restored = False
                 self._restart_learner(error)
+
+    def _iterate(self, metrics: dict[str, float]) -> None:
+        """Train one iteration: the whole algorithm, step by step."""
+        iteration, train = self.iteration, self.config.train
+        asynchronous = train.max_staleness > 0
+        self.issuer.issue(self.ledger, until=iteration + train.max_staleness)
+        with _timed(metrics, "collect_seconds"):
+            batch = self._collect(iteration)
+        metrics |= self._collected(batch)
+        with _timed(metrics, "learn_seconds"):
+            # The KL penalty and its controller's update, advantages, the epochs of PPO: all in
+            # `learner.learner.Learner.policy_phase`.
+            metrics |= self._policy_phase(iteration, batch)
+        if asynchronous:  # Actors generate with the new weights while the auxiliary phase runs.
+            with _timed(metrics, "publish_seconds"):
+                self._publish(iteration + 1)
+        if auxiliary_phase_due(train.ppg, iteration):
+            with _timed(metrics, "auxiliary_seconds"):
+                metrics |= self.gang.auxiliary_phase(iteration, meanwhile=self._move_rollouts)
+        if not asynchronous:
+            with _timed(metrics, "publish_seconds"):
+                self._publish(iteration + 1)
+        metrics["policy_version"] = iteration + 1
+        self._account(iteration, batch)
+
+    def status(self) -> Status:
+        """Return how far the run is; safe to call from another thread."""
+        rollout, reward = self.collector.rollout, self.collector.reward
+        return Status(
+            iteration=self.iteration,
+            iterations=self.config.train.iterations,
+            policy_version=self.collector.weights.manifest.policy_version
+            if self.collector.weights
+            else -1,
+            metrics=dict(self.metrics),
+            issued=self.ledger.issued,
+            trained=self.ledger.trained,
+            dropped=sum(self.ledger.dropped.values()),
+            in_flight=self.ledger.in_flight,
+            rollout_workers=len(rollout.workers),
+            reward_workers=len(reward.workers) if reward else 0,
+            worker_failures=self.collector.tally.failures,
+            learner_restarts=self.learner_restarts,
+            counts=self.collector.counts(),
+            workers=self.elastic.views(),
+        )
+
+    def scale(self, actors: int | None, replicas: int | None) -> list[Scaled]:
+        """Wish for other numbers of workers (None: as it is); safe from another thread."""
+        return self.elastic.scale(actors, replicas)
+
+    def stop(self) -> None:
+        """End with a checkpoint: after the current iteration, or at once while collecting."""
+        self._stop = True
+
+    # ------------------------------------------------------------------ parts of a step
+
+    def _collect(self, iteration: int) -> list[Scored]:
+        """Wait for every rollout of an iteration; returns them in rollout_id order.
+
+        Raises:
+            RewardError: too few have a score to train on any.
+        """
+        train = self.config.train
+        oldest, least = iteration - train.max_staleness, train.least_responses
+
+        def take() -> list[Scored] | None:
+            return self.collector.take(iteration, oldest=oldest, stale=train.stale, least=least)
+
+        while (batch := take()) is None:
+            if self._stop:
+                raise _Stopped
+            if self.collector.weights is self.collector.lost_weights:
+                self._publish(iteration)  # or the gang tells that a rank is lost with its node
+            self.collector.pump()
+        if not batch:
+            raise RewardError(self._nothing_left(iteration))
+        return batch
+
+    def _nothing_left(self, iteration: int) -> str:
+        train = self.config.train
+        last = f"the last: {self.collector.last_dead_letter}"
+        if train.least_responses == 1:
+            return (
+                f"every rollout of iteration {iteration} was given up by the reward service; {last}"
+            )
+        return (
+            f"iteration {iteration} has nothing to train on: {train.algorithm} compares responses "
+            f"of one prompt, and so many were given up by the reward service that no prompt has "
+            f"{train.least_responses} left; {last}"
+        )
+
+    def _collected(self, batch: Sequence[Scored]) -> dict[str, float]:
+        """Return metrics of what arrived since the last iteration, and the run's counts."""
+        return (
+            self.collector.throughput.read()
+            | staleness(batch, self.iteration)
+            | self.collector.counts()
+        )
+
+    def _policy_phase(self, iteration: int, batch: Sequence[Scored]) -> dict[str, float]:
+        """Run the policy phase on a batch, less what has nothing to be compared with."""
+        self._batch = list(batch)
+        return self.gang.policy_phase(
+            iteration,
+            self.config.folder.trajectories(iteration),
+            [s.table for s in batch],
+            without=frozenset[str]().union(*(s.lone for s in batch)),
+            meanwhile=self._move_rollouts,
+        )
+
+    def _move_rollouts(self) -> None:
+        """Keep rollouts moving while the learner works: asynchronous mode has some in flight."""
+        self.collector.pump(0.0)
+
+    def _publish(self, version: int) -> None:
+        """Make a new version of the weights what actors must sample from."""
+        manifest, payloads = self.gang.publish(version)
+        self.collector.weights = Weights(manifest=manifest, payloads=payloads)
+
+    def _account(self, iteration: int, batch: Sequence[Scored]) -> None:
+        """Enter in the books that an iteration was trained."""
+        self.ledger.train(i for s in batch for i in s.trained)
+        self.ledger.check()
+        self.issuer.trained(iteration)
+        self._batch = []
+        self.iteration = iteration + 1
+
+    # ------------------------------------------------------------------ the learner's restart
 
     def _restart_learner(self, error: LearnerLost) -> None:
         """Build another gang in place of one that is lost, a bounded number of times.
@@ -194,171 +319,6 @@ class Controller:
             except LearnerLost as again:
                 error = again
 
-    def _step(self) -> None:
-        """One iteration: collect, policy phase, auxiliary phase when due, publish."""
-        iteration, train = self.iteration, self.config.train
-        due = train.ppg is not None and (iteration + 1) % train.ppg.n_pi == 0
-        ahead = train.max_staleness > 0
-        self._issue(iteration + train.max_staleness)
-        batch, waited = self._collect(iteration)
-        self._batch = batch
-        self.metrics = {"collect_seconds": waited} | self._statistics(batch)
-        begin = time.perf_counter()
-        self.metrics |= self._learn(
-            "policy_phase",
-            iteration,
-            str(self.config.folder.trajectories(iteration)),
-            *(s.table for s in batch),
-            without=frozenset[str]().union(*(s.lone for s in batch)),
-        )
-        self.metrics["learn_seconds"] = time.perf_counter() - begin
-        if ahead:  # Actors generate with the new weights while the auxiliary phase runs.
-            self._publish(iteration + 1)
-        if due:
-            begin = time.perf_counter()
-            self.metrics |= self._learn("auxiliary_phase", iteration)
-            self.metrics["auxiliary_seconds"] = time.perf_counter() - begin
-        if not ahead:
-            self._publish(iteration + 1)
-        self.ledger.train(i for s in batch for i in s.trained)
-        self.ledger.check()
-        self._batch = []
-        self._positions.pop(iteration)
-        self.iteration += 1
-
-    def status(self) -> Status:
-        """Progress; safe to call from another thread."""
-        rollout, reward = self.collector.rollout, self.collector.reward
-        return Status(
-            iteration=self.iteration,
-            iterations=self.config.train.iterations,
-            policy_version=self.collector.weights.manifest.policy_version
-            if self.collector.weights
-            else -1,
-            metrics=dict(self.metrics),
-            issued=self.ledger.issued,
-            trained=self.ledger.trained,
-            dropped=sum(self.ledger.dropped.values()),
-            in_flight=self.ledger.in_flight,
-            rollout_workers=len(rollout.workers),
-            reward_workers=len(reward.workers) if reward else 0,
-            worker_failures=self.collector.tally.failures,
-            learner_restarts=self.learner_restarts,
-            counts=self.collector.counts(),
-            workers=self.elastic.views(),
-        )
-
-    def scale(self, actors: int | None, replicas: int | None) -> list[Scaled]:
-        """Other numbers of workers from now on (None: as it is); safe from another thread."""
-        return self.elastic.scale(actors, replicas)
-
-    def stop(self) -> None:
-        """End with a checkpoint: after the phase in work, or at once while rollouts are awaited."""
-        self._stop = True
-
-    # ------------------------------------------------------------------ parts of a step
-
-    def _stream(self, position: int) -> PromptStream:
-        return PromptStream(
-            self._encoded,
-            seed=self.config.seed,
-            position=position,
-            adapter=self.config.train.adapter,
-        )
-
-    def _issue(self, until: int) -> None:
-        """Issue all iterations up to and including `until`."""
-        train = self.config.train
-        while self._issued_until <= min(until, train.iterations - 1):
-            iteration = self._issued_until
-            self._positions[iteration] = self.prompts.position
-            requests = self.prompts.requests(
-                iteration, train.prompts_per_iteration, train.samples_per_prompt
-            )
-            size, least = self.config.rollout.lease_size, train.least_responses
-            self.ledger.issue(iteration, requests, size, least=least)
-            self._issued_until += 1
-
-    def _collect(self, iteration: int) -> tuple[list[Scored], float]:
-        """Every rollout of an iteration, in rollout_id order, and the seconds waited.
-
-        Raises:
-            RewardError: too few have a score to train on any.
-        """
-        begin = time.perf_counter()
-        train = self.config.train
-        oldest, least = iteration - train.max_staleness, train.least_responses
-
-        def take() -> list[Scored] | None:
-            return self.collector.take(iteration, oldest=oldest, stale=train.stale, least=least)
-
-        while (mine := take()) is None:
-            if self._stop:
-                raise _Stopped
-            if self.collector.weights is self.collector.lost_weights:
-                self._publish(iteration)  # or the gang tells that a rank is lost with its node
-            self.collector.pump()
-        if not mine:
-            raise RewardError(self._nothing_left(iteration))
-        return mine, time.perf_counter() - begin
-
-    def _nothing_left(self, iteration: int) -> str:
-        train = self.config.train
-        last = f"the last: {self.collector.last_dead_letter}"
-        if train.least_responses == 1:
-            return (
-                f"every rollout of iteration {iteration} was given up by the reward service; {last}"
-            )
-        return (
-            f"iteration {iteration} has nothing to train on: {train.algorithm} compares responses "
-            f"of one prompt, and so many were given up by the reward service that no prompt has "
-            f"{train.least_responses} left; {last}"
-        )
-
-    def _learn(self, method: str, *args: Any, **named: Any) -> dict[str, Any]:
-        """Run a phase on the gang; in asynchronous mode rollouts keep moving meanwhile."""
-        refs = self.gang.submit(method, *args, **named)
-        found: dict[str, Any] = self.gang.finish(refs, method, lambda: self.collector.pump(0.0))
-        return found
-
-    def _publish(self, version: int) -> None:
-        """Make a new version of the weights what actors must sample from."""
-        begin = time.perf_counter()
-        facts, payloads = self.gang.publish()
-        manifest = Manifest(
-            policy_version=version,
-            total=facts[0].total,
-            layout=facts[0].layout,
-            slices=tuple(f.piece for f in facts),
-        )
-        self.collector.weights = Weights(manifest=manifest, payloads=tuple(payloads))
-        self.metrics["publish_seconds"] = time.perf_counter() - begin
-        self.metrics["policy_version"] = version
-
-    def _statistics(self, batch: Sequence[Scored]) -> dict[str, float]:
-        """Rates and means of the rollouts that arrived since the last iteration."""
-        staleness: Counter[int] = Counter()
-        for scored in batch:
-            staleness[self.iteration - scored.policy_version] += len(scored.trained)
-        found = {
-            "tokens_per_second": self._tokens / max(self._generate_s, 1e-9),
-            "generate_seconds": self._generate_s,
-            "load_seconds": self._load_s,
-            "score_seconds": self.collector.score_seconds,
-            "staleness": float(max(age for age, n in staleness.items() if n)),
-        }
-        found |= {f"staleness/{age}": float(n) for age, n in sorted(staleness.items()) if n}
-        found |= self.collector.counts()
-        found |= {f"component/{k}": v for k, v in read(self.collector.components).items()}
-        self._tokens, self._generate_s, self._load_s = 0, 0.0, 0.0
-        self.collector.score_seconds, self.collector.components = 0.0, {}
-        return found
-
-    def _observe(self, facts: LeaseFacts) -> None:
-        self._tokens += facts.response_tokens
-        self._generate_s += facts.seconds
-        self._load_s += facts.load_seconds
-
     # ------------------------------------------------------------------ checkpoints
 
     def _checkpoint_if_due(self) -> None:
@@ -376,11 +336,11 @@ class Controller:
             self._saved = self.iteration
 
     def _fill(self, folder: Path) -> dict[str, Any]:
-        learner = self._learn("save", str(folder.absolute()))
+        learner = self.gang.save(folder, meanwhile=self._move_rollouts)
         return {
             "iteration": self.iteration,
             "config": self.config.model_dump(mode="json"),
-            "prompt_position": self._positions.get(self.iteration, self.prompts.position),
+            "prompt_position": self.issuer.position(self.iteration),
             "ledger": self.ledger.state(),
             "learner": learner,
             "learner_restarts": self.learner_restarts,
@@ -392,43 +352,31 @@ class Controller:
 
         What was issued beyond is issued again, less what is in flight and still of use.
         """
-        found = checkpoints.newest(self.run_dir)
+        newest = checkpoints.newest(self.run_dir)
         self.gang.begin_train(self.config, self.collector.tend)
         state: dict[str, Any] = {}
-        if found is not None:
-            folder, state = found
-            refs = self.gang.submit("load", str(folder.absolute()), state["learner"])
-            self.gang.finish(refs, "load", self.collector.tend)
-        issued = self._issued_until
-        self.iteration = self._issued_until = self._saved = state.get("iteration", 0)
+        if newest is not None:
+            folder, state = newest
+            self.gang.load(folder, state["learner"], meanwhile=self.collector.tend)
+        issued = self.issuer.next
+        self.iteration = self._saved = state.get("iteration", 0)
         checkpoints.rewind(self.run_dir, self.iteration)
         self.learner_restarts = max(self.learner_restarts, state.get("learner_restarts", 0))
         self.collector.tally.carry_on(state.get("counts", {}))
-        self.prompts = self._stream(state.get("prompt_position", 0))
-        self._positions = {}
         self.ledger = self.ledger.rewound(state.get("ledger"))
+        self.issuer.rewind(self.iteration, state.get("prompt_position", 0))
         ahead = self.iteration + self.config.train.max_staleness
-        self._issue(min(issued - 1, ahead))
-        self.collector.scored += self._batch
+        self.issuer.issue(self.ledger, until=min(issued - 1, ahead))
+        self.collector.batches.waiting += self._batch
         self._batch = []
         self.collector.rewind(self.ledger, self.iteration, self.config.train.max_staleness)
         self.ledger.check()
         self._publish(self.iteration)
 
-    def _start_workers(self) -> None:
-        """Start what was not started yet, all at once: those workers are this process's own."""
-        sizes = self.config.rollout.actors_at_start, self.config.reward_service.replicas
-        pools = self.collector.rollout, self.collector.reward
-        for pool, size in zip(pools, sizes, strict=True):
-            if pool is not None and not pool.workers:
-                self._own.append(pool)
-                pool.scale(size)
-        self.elastic.request_room()
-        if not self.gang.started:
-            self._own.append(self.gang)
-            self.gang.start(self.collector.tend)
 
-    def end_workers(self) -> None:
-        """End the workers that this controller started, all of them; then raise what failed."""
-        own, self._own = self._own, []
-        take_all(*(each.stop for each in reversed(own)))
+@contextmanager
+def _timed(metrics: dict[str, float], name: str) -> Iterator[None]:
+    """Note how many seconds the block took."""
+    begin = time.perf_counter()
+    yield
+    metrics[name] = time.perf_counter() - begin

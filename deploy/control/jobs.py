@@ -1,32 +1,32 @@
-"""Calls at workers and what they leave, as the collector holds them: references and facts."""
+"""Calls at workers and what they leave behind, as the collector knows them: references, facts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import pyarrow as pa
 import ray
 
 from common.wire.trajectory import RolloutRequest
-from common.wire.weights import Manifest
-from deploy.control.ledger import Lease
+from common.wire.weights import Manifest, Payload
+from deploy.control.leases import Lease
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """What actors must sample from: the manifest and the references to its slices."""
+    """The weights that actors must sample from: the manifest and the references to its slices."""
 
     manifest: Manifest
-    payloads: tuple[ray.ObjectRef[Any], ...]
+    payloads: tuple[ray.ObjectRef[Payload], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
     """Committed trajectories of one scoring call; the table stays in the object store."""
 
-    table: ray.ObjectRef[Any]
+    table: ray.ObjectRef[pa.Table]
     rollout_ids: tuple[str, ...]
     """Rows of the table."""
     iteration: int
@@ -40,7 +40,7 @@ class Scored:
 
     @property
     def requests(self) -> list[RolloutRequest]:
-        """What the rows of the table were asked for by."""
+        """Requests of the rows of the table."""
         rows = set(self.rollout_ids)
         return [r for lease in self.leases for r in lease.requests if r.rollout_id in rows]
 
@@ -57,7 +57,7 @@ class Sampling:
     worker: str
     lease: Lease
     weights: Weights
-    table: ray.ObjectRef[Any]
+    table: ray.ObjectRef[pa.Table]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Sampled:
     version: int
     tokens: int
     """Of all prompts and responses."""
-    table: ray.ObjectRef[Any]
+    table: ray.ObjectRef[pa.Table]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +77,11 @@ class Scoring:
 
     worker: str
     sampled: tuple[Sampled, ...]
-    table: ray.ObjectRef[Any]
+    table: ray.ObjectRef[pa.Table]
 
 
 def first_share(tables: Sequence[Sampled], workers: int, most: int) -> int:
-    """How many of the first of these tables go into one call, when so many workers are free.
+    """Return how many of the first of these tables go into one call, when so many workers are free.
 
     An even share of their tokens, so that no worker idles beside one that has them all, and at most
     `most` tokens, so that one deadline fits every call. One table is a call whatever its size.

@@ -1,4 +1,4 @@
-"""Which rollouts are settled, in memory that does not grow with their number.
+"""Which rollouts are settled (trained or dropped), in memory that does not grow with them.
 
 A rollout id is ``{prefix}-{index}``, and the prefix is the iteration's number (or a label of an
 evaluation). Settled indices of one prefix are kept as ranges; a prefix that was trained on and
@@ -30,7 +30,7 @@ class Ranges:
         return at >= 0 and value < self._high[at]
 
     def __len__(self) -> int:
-        """Number of ranges: the memory that is held."""
+        """Return the number of ranges: what the memory grows with."""
         return len(self._low)
 
     def add(self, value: int) -> None:
@@ -53,7 +53,7 @@ class Ranges:
             self._high.insert(after, value + 1)
 
     def pairs(self) -> list[tuple[int, int]]:
-        """All ranges as (first, last + 1)."""
+        """Return all ranges as (first, last + 1)."""
         return list(zip(self._low, self._high, strict=True))
 
 
@@ -78,33 +78,36 @@ class Settled:
         return (int(prefix) in self._numbers) if prefix.isdigit() else (prefix in self._names)
 
     def __len__(self) -> int:
-        """Ranges and names held: the memory that is held."""
+        """Return the number of ranges and names: what the memory grows with."""
         return sum(map(len, self._open.values())) + len(self._numbers) + len(self._names)
 
     def in_open_prefix(self, rollout_id: str) -> bool:
-        """Whether it is settled while others of its prefix are not."""
+        """Return whether it is settled while others of its prefix are not."""
         prefix, index = _parts(rollout_id)
         return prefix in self._open and index in self._open[prefix]
 
     def expect(self, rollout_ids: Iterable[str]) -> None:
-        """These are issued, and will be settled one day."""
+        """Note that these are issued, and will be settled one day."""
         for rollout_id in rollout_ids:
             prefix, _ = _parts(rollout_id)
             self._open.setdefault(prefix, Ranges())
             self._left[prefix] += 1
 
     def reopen(self, prefixes: Iterable[str]) -> bool:
-        """Forget what is settled of these, where all of it was dropped and nothing else is
-        expected; whether there was any."""
-        found = [
+        """Forget what is settled of prefixes of which all was dropped and nothing is expected.
+
+        Returns:
+            Whether there were any.
+        """
+        dropped = [
             p for p in prefixes if p in self._open and p not in self._begun | self._left.keys()
         ]
-        for prefix in found:
+        for prefix in dropped:
             del self._open[prefix]
-        return bool(found)
+        return bool(dropped)
 
     def add(self, rollout_id: str, *, dropped: bool = False) -> None:
-        """One that was expected is settled: trained, or dropped."""
+        """Settle a rollout that was expected: it was trained, or dropped."""
         prefix, index = _parts(rollout_id)
         self._open[prefix].add(index)
         if not dropped:
@@ -123,7 +126,7 @@ class Settled:
             self._names.add(prefix)
 
     def state(self) -> dict[str, Any]:
-        """JSON that `restore` reads; without what is expected, which is issued again."""
+        """Return JSON that `restore` reads; what is expected is not in it, and is issued again."""
         return {
             "open": {p: ranges.pairs() for p, ranges in self._open.items() if len(ranges)},
             "begun": sorted(self._begun),
@@ -133,13 +136,13 @@ class Settled:
 
     @classmethod
     def restore(cls, state: dict[str, Any]) -> Settled:
-        """The set as `state` gave it."""
-        made = cls()
-        made._open = {prefix: Ranges(pairs) for prefix, pairs in state["open"].items()}
-        made._begun = set(state.get("begun", ()))  # not there in checkpoints of earlier versions
-        made._numbers = Ranges(state["numbers"])
-        made._names = set(state["names"])
-        return made
+        """Return the set as `state` gave it."""
+        settled = cls()
+        settled._open = {prefix: Ranges(pairs) for prefix, pairs in state["open"].items()}
+        settled._begun = set(state.get("begun", ()))  # missing in checkpoints of earlier versions
+        settled._numbers = Ranges(state["numbers"])
+        settled._names = set(state["names"])
+        return settled
 
 
 def _parts(rollout_id: str) -> tuple[str, int]:

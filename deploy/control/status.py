@@ -1,4 +1,4 @@
-"""What a run says of itself: how far it is while it works, and its facts once it has finished."""
+"""How far a run is while it works, and its facts once it has finished."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def record(run_dir: Path, facts: Mapping[str, Any]) -> None:
 
 
 def recorded_facts(run_dir: Path) -> dict[str, Any] | None:
-    """The facts of a finished run; None when it has not finished."""
+    """Return the facts of a finished run; None when it has not finished."""
     path = RunFolder(run_dir).result
     if not path.exists():
         return None

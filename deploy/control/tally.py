@@ -1,12 +1,18 @@
-"""What happened in a run, counted from its beginning: no restart or resume takes a count back."""
+"""What workers did: counts from the run's beginning, and rates since the last iteration.
+
+No restart or resume takes a count back.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from actors.rollout_actor import LeaseFacts
+from common.metrics import Metrics, mean, merge, read
 from deploy.control.ledger import Ledger
 from deploy.workers.pool import Pool
+from reward_service.service import ScoreFacts
 
 
 class Tally:
@@ -22,30 +28,30 @@ class Tally:
         self._reported: Counter[str] = Counter({"weights_reloaded": 0})
 
     def add(self, reported: Mapping[str, int]) -> None:
-        """What a worker reports to have happened since its last report."""
+        """Add what a worker reports to have happened since its last report."""
         for name, count in reported.items():  # a count of 0 is shown too
             self._reported[name] += count
 
     def carry_on(self, counted: Mapping[str, int]) -> None:
         """Take up what a checkpoint says was `counted`.
 
-        Of the first checkpoint that a process restores: what it counted itself since has happened,
-        though the learner goes back behind it.
+        Only the first checkpoint that a process restores counts: what the process has counted
+        since then has happened, even where the learner goes back to an earlier iteration.
         """
         if self._before is None:
             self._before = Counter(counted)
 
     def counted(self) -> dict[str, int]:
-        """Everything so far, as a checkpoint keeps it; from any thread."""
-        found = Counter(self._before or {})
-        found.update(dict(self._reported))
+        """Return all counts so far, as a checkpoint keeps them; from any thread."""
+        counts = Counter(self._before or {})
+        counts.update(dict(self._reported))
         for pool in self._pools:
             lost = f"workers_lost/{pool.kind}"
-            found.update({lost: pool.failures})
-            found.update({f"{lost}/{cause}": n for cause, n in dict(pool.losses).items()})
+            counts.update({lost: pool.failures})
+            counts.update({f"{lost}/{cause}": n for cause, n in dict(pool.losses).items()})
             if pool.left:
-                found.update({f"workers_drained/{pool.kind}": pool.left})
-        return dict(found)
+                counts.update({f"workers_drained/{pool.kind}": pool.left})
+        return dict(counts)
 
     @property
     def failures(self) -> int:
@@ -54,16 +60,51 @@ class Tally:
         return sum(counted[f"workers_lost/{pool.kind}"] for pool in self._pools)
 
     def metrics(self, ledger: Ledger) -> dict[str, float]:
-        """All counts, those of the books, and how many workers there are now; from any thread."""
-        found: dict[str, float] = {
+        """Return all counts, the books' too, and how many workers there are; from any thread."""
+        metrics: dict[str, float] = {
             "leases_reissued": ledger.reissued,
             "late_commits": ledger.refused,
         }
-        found |= {f"dropped/{reason}": n for reason, n in dict(ledger.dropped).items()}
-        found |= {f"resampled/{reason}": n for reason, n in dict(ledger.resampled).items()}
-        found |= self.counted()
+        metrics |= {f"dropped/{reason}": n for reason, n in dict(ledger.dropped).items()}
+        metrics |= {f"resampled/{reason}": n for reason, n in dict(ledger.resampled).items()}
+        metrics |= self.counted()
         for pool in self._pools:
-            found[f"workers/{pool.kind}"] = len(pool.workers)
+            metrics[f"workers/{pool.kind}"] = len(pool.workers)
             if pool.scale_seconds:
-                found[f"scale_seconds/{pool.kind}"] = pool.scale_seconds
-        return found
+                metrics[f"scale_seconds/{pool.kind}"] = pool.scale_seconds
+        return metrics
+
+
+class Throughput:
+    """Sums of what workers report, until they are read."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._generate_s = self._load_s = self._score_s = 0.0
+        self._components: Metrics = {}
+
+    def sampled(self, facts: LeaseFacts) -> None:
+        """Add what a rollout actor reports of a lease."""
+        self._tokens += facts.response_tokens
+        self._generate_s += facts.seconds
+        self._load_s += facts.load_seconds
+
+    def scored(self, facts: ScoreFacts) -> None:
+        """Add what a reward worker reports of a call."""
+        rows = len(facts.rollout_ids)
+        means = {name: mean(value * rows, rows) for name, value in facts.component_means.items()}
+        self._components = merge([self._components, means])
+        self._score_s += facts.seconds
+
+    def read(self) -> dict[str, float]:
+        """Return the metrics, and begin anew."""
+        metrics = {
+            "tokens_per_second": self._tokens / max(self._generate_s, 1e-9),
+            "generate_seconds": self._generate_s,
+            "load_seconds": self._load_s,
+            "score_seconds": self._score_s,
+        }
+        metrics |= {f"component/{name}": value for name, value in read(self._components).items()}
+        self._tokens, self._components = 0, {}
+        self._generate_s = self._load_s = self._score_s = 0.0
+        return metrics

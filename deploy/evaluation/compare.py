@@ -278,18 +278,17 @@ def _run(
         rollout,
         reward,
         deadline_s=config.rollout.lease_deadline_s,
-        merge=False,
-        observe=lambda _: None,
+        score_together=False,
     )
     collector.weights = weights
     while ledger.pending(0):
         collector.pump()
-    if not collector.scored:
+    if not collector.batches.waiting:
         raise RewardError(
             f"evaluation: every one of {len(requests)} responses was given up by the reward "
             f"service; the last: {collector.last_dead_letter}"
         )
-    return [s.table for s in collector.scored]
+    return [s.table for s in collector.batches.waiting]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,168 +1,32 @@
-"""How a command starts, finds, follows and stops the controller of a run.
-
-::
-
-    talipot train --start or attach--> ControllerActor (named RUN:controller, detached)
-         ^                                  | owns, and builds again
-         '------ status, outcome -----------'--> learner gang, rollout actors, reward workers
-
-The run belongs to the controller, not to the command: a driver that dies on a cluster that lives on
-leaves the run working, and the next ``--resume`` attaches to it. A controller never outlives its
-use: its own workers end with the run, and it ends once its outcome was fetched, or `LINGER_S` after
-the run if nobody comes for it.
-"""
+"""How a command follows the controller of a run to its end, and stops it at a signal."""
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 
 from common.config.run import RunConfig
-from common.data.prompts import EncodedPrompt
-from common.errors import ConfigError, Interrupted, WorkerError
-from deploy.control.controller import Controller
+from common.errors import Interrupted, WorkerError
 from deploy.control.status import Status
-from deploy.run_folder.resume_rules import changes
-from deploy.workers.gang import LearnerGang, plain
-from deploy.workers.placement import NAMESPACE
-from deploy.workers.pool import Pool
+from deploy.stages.controller_actor import RemoteController
+from deploy.workers.calls import own_error
 
-LINGER_S = 600.0
-"""How long a controller keeps the outcome of an ended run for a driver to fetch it."""
 _POLL_S = 0.25
-_ANSWER_S = 10.0
-_NAME_FREE_S = 60.0
-_ELSEWHERE = ("name", "output", "cluster.")
-"""Fields that say where a run is looked at from."""
+_OUTCOME_S = 1.0
+"""How long the controller waits for the run's end before it answers that there is none yet."""
+_STATUS_S = 5.0
 
 Show = Callable[[Status], None]
 
 
-class ControllerActor(Controller):
-    """A controller as a Ray actor: works in a thread of its own, whoever asks or leaves."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._ended = threading.Event()
-        self._facts: dict[str, Any] | None = None
-        self._error: BaseException | None = None
-        threading.Thread(target=self._work, name="run", daemon=True).start()
-
-    def recipe(self) -> RunConfig:
-        """What is being run."""
-        return self.config
-
-    def outcome(self, wait_s: float) -> dict[str, Any] | None:
-        """The run's facts; None while it works. Raises what stopped the run."""
-        self._ended.wait(wait_s)
-        if self._error is not None:
-            raise self._error
-        return self._facts
-
-    def _work(self) -> None:
-        try:
-            self._facts = self.run()
-        except BaseException as error:  # handed to whoever asks for the outcome
-            self._error = error
-        self._ended.set()
-        time.sleep(LINGER_S)
-        os._exit(0)
-
-
-def start_controller(
-    config: RunConfig,
-    prompts: Sequence[EncodedPrompt],
-    gang: LearnerGang,
-    pools: tuple[Pool, Pool],
-    stop_after: int | None,
-    *,
-    detached: bool,
-) -> Any:
-    """The controller at work. Detached when all workers are its own, so that nothing it needs
-    ends with the driver."""
-    options: dict[str, Any] = {
-        "name": controller_name(config),
-        "namespace": NAMESPACE,
-        "num_cpus": 0,
-        "max_concurrency": 8,
-        "lifetime": "detached" if detached else None,
-    }
-    actor = ray.remote(ControllerActor).options(**options)
-    deadline = time.monotonic() + _NAME_FREE_S
-    while True:
-        try:
-            return actor.remote(config, prompts, gang, *pools, stop_after)
-        except ValueError:  # the name's last holder is dead, and not buried yet
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(_POLL_S)
-
-
-def controller_name(config: RunConfig) -> str:
-    """The name that a run's controller has in namespace `NAMESPACE`."""
-    return f"{config.name}:controller"
-
-
-def answer(reference: ray.ObjectRef[Any], config: RunConfig) -> Any:
-    """What a run's controller answers.
-
-    Raises:
-        WorkerError: it does not, in time.
-        ray.exceptions.RayError: it died, or raised.
-    """
-    try:
-        return ray.get(reference, timeout=_ANSWER_S)
-    except ray.exceptions.GetTimeoutError:
-        raise WorkerError(
-            f"the controller of {config.run_dir} does not answer within {_ANSWER_S:.0f} s; try "
-            f"again, or end its cluster and carry on with `talipot train --resume {config.run_dir}`"
-        ) from None
-
-
-def living_controller(config: RunConfig) -> Any:
-    """The controller that works on this run, if there is one; one whose run failed or was stopped
-    is ended, to make room.
-
-    Raises:
-        ConfigError: another folder's run of this name is at work, or this one by another recipe.
-        WorkerError: it does not answer.
-    """
-    try:
-        controller = ray.get_actor(controller_name(config), namespace=NAMESPACE)
-        recipe: RunConfig = answer(controller.recipe.remote(), config)
-    except (ValueError, ray.exceptions.RayActorError):
-        return None
-    if recipe.run_dir.resolve() != config.run_dir.resolve():
-        raise ConfigError(
-            f"a run called '{config.name}' of another folder ({recipe.run_dir}) is at work on this "
-            "cluster; set name to another one"
-        )
-    try:
-        facts = answer(controller.outcome.remote(0.0), config)
-    except ray.exceptions.RayError:
-        facts = {"finished": False}
-    if facts is None:
-        found = [c for c in changes(recipe, config, 0) if not c.field.startswith(_ELSEWHERE)]
-        if found:
-            raise ConfigError(
-                f"{config.run_dir} is at work under another recipe: {'; '.join(map(str, found))}; "
-                "stop it first, or attach to it with what it was started with"
-            )
-    if facts is None or facts["finished"]:
-        return controller
-    ray.kill(controller)
-    return None
-
-
-def follow(controller: Any, config: RunConfig, show: Show) -> dict[str, Any]:
-    """Show progress until the run ends; its facts. Ends the controller then.
+def follow(controller: RemoteController, config: RunConfig, show: Show) -> dict[str, Any]:
+    """Show progress until the run ends, and end the controller; returns the run's facts.
 
     The first SIGTERM or Ctrl-C asks the run to stop with a checkpoint and waits for that; a second
     one leaves at once.
@@ -174,10 +38,10 @@ def follow(controller: Any, config: RunConfig, show: Show) -> dict[str, Any]:
     """
     with _asked_to_stop() as asked:
         deadline = float("inf")
-        pending = controller.outcome.remote(_POLL_S * 4)
+        pending = controller.start_outcome(_OUTCOME_S)
         while True:
             if asked and deadline == float("inf"):
-                controller.stop.remote()
+                controller.stop()
                 deadline = time.monotonic() + config.cluster.stop_timeout_s
             if time.monotonic() > deadline:
                 raise Interrupted(
@@ -192,8 +56,8 @@ def follow(controller: Any, config: RunConfig, show: Show) -> dict[str, Any]:
             facts = _outcome(pending, controller, config)
             if facts is not None:
                 break
-            pending = controller.outcome.remote(_POLL_S * 4)
-    ray.kill(controller)
+            pending = controller.start_outcome(_OUTCOME_S)
+    controller.end()
     if asked and not facts["finished"]:
         raise Interrupted(
             asked[0],
@@ -204,11 +68,10 @@ def follow(controller: Any, config: RunConfig, show: Show) -> dict[str, Any]:
 
 
 def _outcome(
-    pending: ray.ObjectRef[Any], controller: Any, config: RunConfig
+    pending: ray.ObjectRef[dict[str, Any] | None], controller: RemoteController, config: RunConfig
 ) -> dict[str, Any] | None:
     try:
-        facts: dict[str, Any] | None = ray.get(pending)
-        return facts
+        return ray.get(pending)
     except ray.exceptions.ActorUnavailableError:
         return None  # a lost connection, not a death: ask again
     except ray.exceptions.RayActorError as error:
@@ -217,20 +80,20 @@ def _outcome(
             f"carry on with `talipot train --resume {config.run_dir}`"
         ) from None
     except ray.exceptions.RayTaskError as error:
-        ray.kill(controller)
-        raise plain(error) from None
+        controller.end()
+        raise own_error(error) from None
 
 
-def _show(show: Show, controller: Any) -> None:
+def _show(show: Show, controller: RemoteController) -> None:
     try:
-        show(ray.get(controller.status.remote(), timeout=5))
-    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
-        return  # The run's own reference tells what happened.
+        show(controller.status(_STATUS_S))
+    except (WorkerError, ray.exceptions.RayActorError):
+        return  # The pending outcome tells what happened.
 
 
 @contextmanager
 def _asked_to_stop() -> Iterator[list[signal.Signals]]:
-    """Signals that arrived; after the first one they mean again what they meant before."""
+    """Note the signals that arrive; after the first one they mean again what they meant before."""
     asked: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
         yield asked

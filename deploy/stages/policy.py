@@ -15,7 +15,13 @@ from deploy.run_folder.inputs import RunInputs
 from deploy.run_folder.paths import anchored
 from deploy.run_folder.resume_rules import Change, require_resumable
 from deploy.screen import say
-from deploy.stages.driver import controller_name, follow, living_controller, start_controller
+from deploy.stages.controller_actor import (
+    RemoteController,
+    controller_name,
+    living_controller,
+    start_controller,
+)
+from deploy.stages.driver import follow
 from deploy.stages.encoding import (
     read_encoded_prompts,
 )
@@ -92,7 +98,7 @@ def _start(
     prompts: list[EncodedPrompt],
     pools: tuple[Pool, Pool] | None,
     stop_after: int | None,
-) -> Any:
+) -> RemoteController:
     """A controller with the session's workers where it has some, with its own where not."""
     # Workers of a controller that was killed a moment ago may still hold the plain names.
     name = f"{config.name}-{secrets.token_hex(2)}"

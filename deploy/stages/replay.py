@@ -1,12 +1,13 @@
 """Replay: a run's trajectory log through a fresh learner, which must end in the run's weights.
 
-No rollout and no reward workers: the log holds what they made. The run's folder is only read;
+No rollout and no reward workers: the log holds what they produced. The run's folder is only read;
 the replay has one of its own beside it, ``RUN.replay``.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from deploy.run_folder.lock import writing
 from deploy.run_folder.reads import reads_of
 from deploy.stages.session import open_session
 from deploy.workers.gang import LearnerGang
+from learner.algorithms.schedule import auxiliary_phase_due
 from learner.batch.trajectory_log import read_log
 
 _SAME = ("train", "learner", "model", "seed", "rollout")
@@ -29,7 +31,7 @@ _SAME = ("train", "learner", "model", "seed", "rollout")
 
 
 def replay_run(config: RunConfig, console: Console) -> dict[str, Any]:
-    """Train again on a finished run's log; both hashes.
+    """Train again on a finished run's log; returns both hashes.
 
     Raises:
         DataError: the run is not finished, a file of its log is missing or damaged (named), or the
@@ -53,17 +55,24 @@ def replay_run(config: RunConfig, console: Console) -> dict[str, Any]:
             gang.start()
             with session.progress("replay", iterations) as bar:
                 _replay(gang, config, iterations, folder, bar.update)
-            found: str = gang.call("export_policy", str(RunFolder(folder.absolute()).policy.path))
+            replayed = gang.export_policy(RunFolder(folder).policy.path)
     expected = recorded["weights_hash"]
-    if found != expected:
+    if replayed != expected:
         raise TrainingError(
-            f"{config.run_dir}: replay of {iterations} iterations ended in weights {found}, the "
+            f"{config.run_dir}: replay of {iterations} iterations ended in weights {replayed}, the "
             f"run in {expected}; its log or its code has changed"
         )
-    return {"iterations": iterations, "weights_hash": expected, "replayed_hash": found}
+    return {"iterations": iterations, "weights_hash": expected, "replayed_hash": replayed}
 
 
-def _replay(gang: LearnerGang, run: RunConfig, iterations: int, folder: Path, show: Any) -> None:
+def _replay(
+    gang: LearnerGang,
+    run: RunConfig,
+    iterations: int,
+    folder: Path,
+    show: Callable[[int, str], None],
+) -> None:
+    """Train on every iteration of a log, in order."""
     current: RunConfig | None = None
     for iteration in range(iterations):
         table, trained = read_log(run.run_dir, iteration)
@@ -72,24 +81,23 @@ def _replay(gang: LearnerGang, run: RunConfig, iterations: int, folder: Path, sh
             moved = trained.model_copy(update={"output": run.output, "name": run.name})
             _take_over(gang, moved, None if current is None else folder)
             current = trained
-        metrics = gang.call("policy_phase", iteration, None, table)
-        ppg = trained.train.ppg
-        if ppg is not None and (iteration + 1) % ppg.n_pi == 0:
-            gang.call("auxiliary_phase", iteration)
+        metrics = gang.policy_phase(iteration, None, [table])
+        if auxiliary_phase_due(trained.train.ppg, iteration):
+            gang.auxiliary_phase(iteration)
         show(iteration + 1, f"score {metrics['score']:.2f}")
 
 
 def _take_over(gang: LearnerGang, config: RunConfig, folder: Path | None) -> None:
     """Go on under other settings, as the run did when it was resumed with them."""
-    state = None
+    state: dict[str, Any] = {}
     if folder is not None:
-        handed = (folder / "handed-over").absolute()
-        shutil.rmtree(handed, ignore_errors=True)
-        handed.mkdir(parents=True)
-        state = gang.call("save", str(handed))
+        handed_over = folder / "handed-over"
+        shutil.rmtree(handed_over, ignore_errors=True)
+        handed_over.mkdir(parents=True)
+        state = gang.save(handed_over)
     if gang.config.learner != config.learner:
         gang.config = config
         gang.restart()
     gang.begin_train(config)
     if folder is not None:
-        gang.call("load", str(handed), state)
+        gang.load(handed_over, state)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import time
 
-import ray
-
 from common.config.run import RunConfig
 from common.data.records import read_comparisons, read_demonstrations
 from common.data.tokenizer import Tokenizer
@@ -39,10 +37,10 @@ def run_sft(session: Session, config: RunConfig) -> dict[str, float]:
     train, held_out = hold_out(pairs, 0.02, config.seed, same_pair)
     begin()
     gang = session.gang()
-    total = gang.call("begin_sft", config, ray.put(train), ray.put(held_out))
+    total = gang.begin_sft(config, train, held_out)
     metrics = _advance(session, "sft", "supervised policy", total)
-    metrics |= gang.call("evaluate")
-    gang.call("export_stage", str(session.folder.sft.path))
+    metrics |= gang.evaluate()
+    gang.export_stage(session.folder.sft.path)
     with_log(session, "sft", total, metrics)
     return metrics
 
@@ -64,19 +62,18 @@ def run_reward(session: Session, config: RunConfig) -> dict[str, float]:
     require_paths(config.data.comparisons, "data.comparisons", "reward")
     begin = checked(session, config, "reward")
     train, held_out = encoded_comparisons(session, config)
-    reference = ray.put(reference_pairs(config, session.tokenizer()))
+    reference = reference_pairs(config, session.tokenizer())
     begin()
-    data = ray.put(train), ray.put(held_out)
     gang, best = session.gang(), -math.inf
     metrics: dict[str, float] = {}
     for seed in range(config.reward_model.seeds):
-        total = gang.call("begin_reward", config, *data, str(session.folder.sft.weights), seed)
+        total = gang.begin_reward(config, train, held_out, session.folder.sft.weights, seed)
         found = _advance(session, "reward", f"reward model {seed + 1}", total)
-        found |= gang.call("evaluate")
+        found |= gang.evaluate()
         if found["accuracy_heldout"] > best:
             best = found["accuracy_heldout"]
-            metrics = found | gang.call("shift", reference)
-            gang.call("export_stage", str(session.folder.reward_model.path))
+            metrics = found | gang.shift(reference)
+            gang.export_stage(session.folder.reward_model.path)
     with_log(session, "reward", total, metrics)
     return metrics
 
@@ -89,7 +86,7 @@ def _advance(session: Session, stage: str, title: str, total: int) -> dict[str, 
     with at_the_end(log.close), session.progress(title, total) as bar:
         for done in range(0, total, portion):
             begin = time.perf_counter()
-            metrics = gang.call("advance", portion)
+            metrics = gang.advance(portion)
             seconds = time.perf_counter() - begin
             if "tokens" in metrics:
                 metrics["tokens_per_second"] = metrics.pop("tokens") / seconds

@@ -1,10 +1,11 @@
 """Joining a Ray cluster, or starting one here: what stands in the way is said within seconds.
 
-    address -> `_knock`: does Ray answer there, to our token, in our versions, on this machine?
+    address -> `_require_joinable`: does Ray answer there, to our token, in our versions, and has
+               it a node on this machine?
             -> ray.init
 
 Ray itself tries for minutes where nobody answers, waits without end where something else does, and
-prints pages where a token is refused. So it is asked only once a call of our own was answered. Ray
+prints pages where a token is refused. So it is called only once a call of our own was answered. Ray
 has no public call for that: its protocol is spoken here and nowhere else.
 """
 
@@ -48,7 +49,7 @@ from common.files import one_line
 from deploy.workers.placement import NAMESPACE
 from talipot_first import strangers
 
-_KNOCK_S = 5.0
+_ANSWER_S = 5.0
 _CLIENT = "ray://"
 _ADDRESSES = "HOST:PORT, ray://HOST:PORT, auto (what runs on this machine) or local"
 _SOCKET_BYTES = 107 if sys.platform == "linux" else 103
@@ -57,8 +58,9 @@ _SOCKET_BYTES = 107 if sys.platform == "linux" else 103
 
 @contextmanager
 def cluster_of(config: RunConfig) -> Iterator[str]:
-    """The recipe's cluster, joined or started; its dashboard's URL. Left at the end, unless this
-    program was in it before.
+    """Join or start the recipe's cluster, and yield its dashboard's URL.
+
+    It is left at the end, unless this program was in it before.
 
     Raises:
         ClusterError: no cluster answers, or the local one cannot start.
@@ -74,8 +76,9 @@ def cluster_of(config: RunConfig) -> Iterator[str]:
 
 @contextmanager
 def cluster_at_work(config: RunConfig) -> Iterator[bool]:
-    """The cluster that a run may be at work on, joined: the one that is named, or what runs on this
-    machine; False where no cluster is named and none runs. Never starts one.
+    """Join the cluster that a run may be at work on, and yield whether there is one.
+
+    It is the one that is named, or what runs on this machine. None is ever started.
 
     Raises:
         ClusterError: the cluster that is named does not answer.
@@ -111,14 +114,14 @@ def start_cluster(config: RunConfig) -> str:
 
 
 def _named(config: RunConfig) -> str | None:
-    """The cluster that recipe or environment name; None for one of this command's own."""
+    """Return the address that recipe or environment name; None for a cluster of our own."""
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     return None if address in (None, "", "local") else address
 
 
 def _join(address: str) -> str:
     if address != "auto" or not ray.is_initialized():
-        _knock(address)
+        _require_joinable(address)
     try:
         return _init(address=address)
     except Exception as error:  # Ray's own refusal, of many types
@@ -129,7 +132,7 @@ def _join(address: str) -> str:
 
 
 def _init(**options: Any) -> str:
-    """Ray's own start; returns the dashboard's URL."""
+    """Start Ray in this process; returns the dashboard's URL."""
     # Ray announces a change of a later version in every worker; it says nothing to our users.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if strangers():  # a worker's path starts with the driver's working folder
@@ -148,7 +151,7 @@ def _init(**options: Any) -> str:
 
 @contextmanager
 def _kept_signal_handlers() -> Iterator[None]:
-    """Ray's start replaces the handler of SIGTERM by one that aborts the program."""
+    """Restore the handler of SIGTERM, which Ray's start replaces by one that aborts the program."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -160,26 +163,28 @@ def _kept_signal_handlers() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-# ------------------------------------------------------------------ knocking
+# ------------------------------------------------------------------ asking before joining
 
 
 def _runs_here() -> bool:
-    """Whether Ray finds a cluster on this machine by itself, and somebody listens there: the
-    address of one that was started here and has ended stays in a file."""
+    """Return whether Ray finds a cluster on this machine by itself, and something listens there.
+
+    The address of a cluster that was started here and has ended stays in a file.
+    """
     try:
-        host, _, port = str(_found_here()).rpartition(":")
-        socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
+        host, _, port = _address_here().rpartition(":")
+        socket.create_connection((host, int(port)), timeout=_ANSWER_S).close()
     except OSError:  # ConnectionError, where Ray finds none
         return False
     return True
 
 
-def _found_here() -> str:
-    """The address that Ray finds for "auto". Raises ConnectionError where it finds none."""
+def _address_here() -> str:
+    """Return the address that Ray finds for "auto". Raises ConnectionError where it finds none."""
     return str(services.get_ray_address_from_environment("auto", None))
 
 
-def _knock(address: str) -> None:
+def _require_joinable(address: str) -> None:
     """Find out in seconds what would keep Ray from joining.
 
     Raises:
@@ -188,16 +193,16 @@ def _knock(address: str) -> None:
     """
     if "://" in address and not address.startswith(_CLIENT):
         raise ClusterError(f"cluster at {address}: an address is {_ADDRESSES}")
-    deadline = time.monotonic() + _KNOCK_S
+    deadline = time.monotonic() + _ANSWER_S
     logging.getLogger("ray").setLevel(logging.ERROR)
     if address == "auto":
-        # As Ray does: what runs on this machine is found, and has this machine's token.
+        # Ray does so too: what runs on this machine has this machine's token.
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         if address.startswith(_CLIENT):
             _ask_client_server(address.removeprefix(_CLIENT), deadline)
             return
-        where = _found_here() if address == "auto" else address
+        where = _address_here() if address == "auto" else address
         versions, nodes = _ask(where, deadline)
     except ray.exceptions.AuthenticationError:
         raise ClusterError(
@@ -220,7 +225,7 @@ def _knock(address: str) -> None:
 
 
 def _ask(where: str, deadline: float) -> tuple[dict[str, Any], set[str]]:
-    """The versions that a cluster was started with, and the ids of its living nodes.
+    """Return the versions that a cluster was started with, and the ids of its living nodes.
 
     Raises:
         grpc.RpcError: no answer by the deadline, or a refusal.
@@ -228,7 +233,7 @@ def _ask(where: str, deadline: float) -> tuple[dict[str, Any], set[str]]:
     """
     channel = init_grpc_channel(where, [("grpc.enable_http_proxy", 0)])
     with contextlib.closing(channel):
-        kept = gcs_service_pb2_grpc.InternalKVGcsServiceStub(channel).InternalKVGet(
+        stored = gcs_service_pb2_grpc.InternalKVGcsServiceStub(channel).InternalKVGet(
             gcs_service_pb2.InternalKVGetRequest(namespace=b"cluster", key=b"CLUSTER_METADATA"),
             timeout=max(0.1, deadline - time.monotonic()),
         )
@@ -238,12 +243,12 @@ def _ask(where: str, deadline: float) -> tuple[dict[str, Any], set[str]]:
             ),
             timeout=max(0.1, deadline - time.monotonic()),
         )
-    versions: dict[str, Any] = json.loads(kept.value or b"{}")
+    versions: dict[str, Any] = json.loads(stored.value or b"{}")
     return versions, {node.node_id.hex() for node in answer.node_info_list}
 
 
 def _ask_client_server(where: str, deadline: float) -> None:
-    """Raises grpc.RpcError where no server for Ray's remote clients answers by the deadline."""
+    """Raise grpc.RpcError where no server for Ray's remote clients answers by the deadline."""
     channel = init_grpc_channel(where, [("grpc.enable_http_proxy", 0)])
     with contextlib.closing(channel):
         ray_client_pb2_grpc.RayletDriverStub(channel).ClusterInfo(
@@ -260,7 +265,7 @@ def _why(error: grpc.RpcError) -> str:
             "RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token) to the cluster's own"
         )
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        reason = f"nothing that speaks Ray's protocol within {_KNOCK_S:.0f} s"
+        reason = f"nothing that speaks Ray's protocol within {_ANSWER_S:.0f} s"
     elif "HTTP/2" in details or code is grpc.StatusCode.UNIMPLEMENTED:
         reason = "what listens there is not Ray"
     elif "Connection refused" in details:

@@ -1,4 +1,4 @@
-"""How many rollout actors a run wants, from who waits for whom. Pure: measurements in, size out."""
+"""How many rollout actors a run wants: more when the learner waits, fewer when they are idle."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Trend:
 
 
 def decide(size: int, bounds: ActorBounds, load: Load, trend: Trend) -> tuple[int, Trend]:
-    """The size to be and the trend to remember; a quarter more at a time, or one fewer.
+    """Return the next size and the trend to remember; a quarter more at a time, or one fewer.
 
     One measurement changes nothing, and one that disagrees starts the count anew, so that a run
     between two sizes does not swing.

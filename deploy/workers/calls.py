@@ -1,78 +1,120 @@
-"""What came of a call to a worker, and of the object that it left behind."""
+"""Typed calls at Ray actors, and what came of a call and of the object that it left behind.
+
+Ray finds a method by its name and answers with anything. Here a call names the method itself
+(``LearnerRank.policy_phase``), so that a type checker sees its arguments and its answer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import ray
+from ray.actor import ActorHandle, ActorProxy
 
 from common.errors import TalipotError
-from deploy.workers.gang import plain
-from deploy.workers.pool import Pool, last_words
 
-_INLINE = 100 * 1024
+Arguments = ParamSpec("Arguments")
+Answer = TypeVar("Answer")
+First = TypeVar("First")
+Second = TypeVar("Second")
+
+Handle = ActorProxy[Any]
+"""An actor as Ray hands it out; what it can do is said by the class that a call names."""
+
+_INLINE_BYTES = 100 * 1024
 """Ray keeps smaller objects with their owner, out of any node's object store."""
 _ANSWER_S = 10.0
-
-
-_NODE_DIED = "its node has died"
-"""What Ray's message says of an actor that did not end by itself."""
+_GUESSES = " Some common causes include"
+"""Where Ray's message of a death begins to guess."""
 
 
 class ArgumentLost(Exception):
-    """A call could not begin: what it was to work on went down with a node."""
+    """A call could not begin: what it was to work on was lost with a node."""
 
 
 class WorkerLost(Exception):
     """A call's worker was lost: in this call, or earlier or with its node (`by_itself` False)."""
 
-    def __init__(self, words: str, *, by_itself: bool) -> None:
-        super().__init__(words)
+    def __init__(self, reason: str, *, by_itself: bool) -> None:
+        super().__init__(reason)
         self.by_itself = by_itself
 
 
-def result(ref: ray.ObjectRef[Any], pool: Pool, worker: str) -> Any:
-    """A finished call's result; the pool is told what came of it.
+# ------------------------------------------------------------------ calls
 
-    Raises:
-        WorkerLost: the worker is no more.
-        ArgumentLost: what it was to work on is no more; the worker itself is well.
-        TalipotError: what the worker raised.
+
+def start(
+    actor: Handle,
+    method: Callable[Concatenate[Any, Arguments], Answer],
+    *args: Arguments.args,
+    **named: Arguments.kwargs,
+) -> ray.ObjectRef[Answer]:
+    """Start a method of an actor's class; returns the reference to its answer."""
+    answer: ray.ObjectRef[Answer] = getattr(actor, method.__name__).remote(*args, **named)
+    return answer
+
+
+def start_pair(
+    actor: Handle,
+    method: Callable[Concatenate[Any, Arguments], tuple[First, Second]],
+    *args: Arguments.args,
+    **named: Arguments.kwargs,
+) -> tuple[ray.ObjectRef[First], ray.ObjectRef[Second]]:
+    """Start a method that answers with a pair; returns a reference to each half.
+
+    Who fetches the first half, which is small, leaves the second in the object store.
     """
-    try:
-        found = ray.get(ref)
-    except (ray.exceptions.RayTaskError, ray.exceptions.ObjectLostError) as error:
-        pool.succeeded(worker)
-        ours = plain(error)
-        if isinstance(ours, TalipotError):
-            raise ours from None
-        causes = (error, getattr(error, "cause", None))
-        if any(isinstance(cause, ray.exceptions.ObjectLostError) for cause in causes):
-            raise ArgumentLost from None
-        raise
-    except ray.exceptions.RayError as error:
-        words = last_words(error)
-        cause = pool.lost(worker, "died", words)
-        # Of a process that ended Ray soon knows the death; of a node that is gone it may not yet.
-        unreachable = isinstance(error, ray.exceptions.ActorUnavailableError)
-        elsewhere = unreachable or _NODE_DIED in str(error)
-        raise WorkerLost(words, by_itself=cause == "died" and not elsewhere) from None
-    pool.succeeded(worker)
-    return found
+    call = getattr(actor, method.__name__).options(num_returns=2)
+    first: ray.ObjectRef[First]
+    second: ray.ObjectRef[Second]
+    first, second = call.remote(*args, **named)
+    return first, second
 
 
-def gone(refs: Sequence[ray.ObjectRef[Any]]) -> set[ray.ObjectRef[Any]]:
-    """Those of our objects whose only copies went down with their nodes.
+def start_function(actor: Handle, function: Callable[[Any], Answer]) -> ray.ObjectRef[Answer]:
+    """Start a function in an actor's process, with the actor's object as its argument."""
+    answer: ray.ObjectRef[Answer] = actor.__ray_call__.remote(function)
+    return answer
 
-    A moment after Ray has noticed it tries to make the object again, and what it lays in its place,
-    on our own node, is the error of not being able to. What lies here is looked at only once a
-    node has died: to look is to fetch, and a controller is not to hold what workers made.
+
+def as_argument(reference: ray.ObjectRef[Answer]) -> Answer:
+    """Type a reference as the argument that a method receives: Ray replaces it by its value."""
+    return cast(Answer, reference)
+
+
+def kill(actor: Handle) -> None:
+    """End an actor's process at once, though it be stopped (SIGSTOP)."""
+    ray.kill(cast(ActorHandle[Any], actor))
+
+
+# ------------------------------------------------------------------ what came of them
+
+
+def own_error(error: ray.exceptions.RayError) -> Exception:
+    """Return the TalipotError that a worker raised out of Ray's wrapper, else the error itself."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, TalipotError) else error
+
+
+def summary(error: Exception) -> str:
+    """Return what happened out of Ray's long message: its first line, its last, and no guesses."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    whole = lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
+    return whole.partition(_GUESSES)[0]
+
+
+def lost_objects(refs: Sequence[ray.ObjectRef[Any]]) -> set[ray.ObjectRef[Any]]:
+    """Return those of our objects whose only copies were lost with their nodes.
+
+    A moment after Ray has noticed, it tries to make the object again; in its place, on our own
+    node, it then puts the error of not being able to. Objects on this node are fetched only once a
+    node has died, because a controller is not to hold what workers produced.
     """
     here = ray.get_runtime_context().get_node_id()
     lost, doubtful = set(), []
     for ref, facts in ray.experimental.get_object_locations(list(refs)).items():
-        if (facts["object_size"] or 0) <= _INLINE or facts["did_spill"]:
+        if (facts["object_size"] or 0) <= _INLINE_BYTES or facts["did_spill"]:
             continue
         if not facts["node_ids"]:
             lost.add(ref)
@@ -89,5 +131,5 @@ def _is_an_error(ref: ray.ObjectRef[Any]) -> bool:
     except ray.exceptions.ObjectLostError:
         return True
     except ray.exceptions.GetTimeoutError:
-        pass  # evicted from here meanwhile: the next look will tell
+        pass  # evicted from this node meanwhile: the next look will tell
     return False

@@ -1,17 +1,20 @@
 """The learner gang: W ranks in one placement group, called together, each wait with a deadline.
 
-The gang never joins a collective with elastic workers: a dying receiver cannot hang it. A rank that
-dies or falls silent is `LearnerLost`: the others wait for it in a collective, so the gang is of no
-more use, and `restart` makes another one in its place.
+Each verb of a rank (`learner.rank.LearnerRank`) is one typed method here: it runs on every rank,
+and the answer is rank 0's. The gang never joins a collective with elastic workers: a dying receiver
+cannot hang it. A rank that dies or falls silent is `LearnerLost`: the others wait for it in a
+collective, so the gang is of no more use, and `restart` builds another one in its place.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Concatenate
 
+import pyarrow as pa
 import ray
 from ray.util.placement_group import (
     PlacementGroup,
@@ -26,8 +29,20 @@ from common.data.tokenizer import Tokenizer
 from common.endings import take_all
 from common.errors import ClusterError, TalipotError, WorkerError
 from common.files import one_line
-from common.run_folder import RunFolder
+from common.wire.weights import Manifest, Payload
+from deploy.workers.calls import (
+    Answer,
+    Arguments,
+    Handle,
+    as_argument,
+    kill,
+    own_error,
+    start,
+    start_pair,
+    summary,
+)
 from learner.rank import LearnerRank
+from learner.supervised.packing import EncodedComparison, EncodedPair
 
 _GRACE_S = 15.0
 """After a rank failed: how long the others have to show who died. A collective breaks for the
@@ -42,23 +57,21 @@ class LearnerLost(WorkerError):
     """A rank died or outran its deadline; only a new gang can go on."""
 
     data_lost: bool = False
-    """What the ranks were given went with its node: it cannot be given to them again."""
-
-
-def plain(error: ray.exceptions.RayError) -> Exception:
-    """Our own error out of the wrapper Ray puts around what a worker raised."""
-    cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, TalipotError) else error
+    """What the ranks were given was lost with its node: it cannot be given to them again."""
 
 
 class LearnerGang:
-    """Handles to all ranks."""
+    """All ranks, called together.
+
+    Each verb raises LearnerLost when a rank dies or outruns the deadline, and what a rank raises.
+    `meanwhile` keeps other work moving while the ranks are waited for.
+    """
 
     def __init__(self, config: RunConfig, run: str, *, start: bool = True) -> None:
         """With `start` False this is a plan only: whoever starts it owns the ranks."""
         self.config, self.run = config, run
         self.deadline_s = config.learner.deadline_s
-        self.ranks: list[Any] = []
+        self.ranks: list[Handle] = []
         self._group: PlacementGroup | None = None
         self._generation = 0
         if start:
@@ -69,10 +82,12 @@ class LearnerGang:
         """Whether ranks were started and not stopped."""
         return bool(self.ranks)
 
-    def start(self, meanwhile: Meanwhile | None = None) -> None:
-        """Place all ranks and let them meet; nothing to do when they are there.
+    # ------------------------------------------------------------------ start and end
 
-        From when they have their place `meanwhile` is called, again and again, until they have met:
+    def start(self, meanwhile: Meanwhile | None = None) -> None:
+        """Place all ranks and connect them; nothing to do when they are there.
+
+        Once they have their place, `meanwhile` is called again and again until they are connected:
         what starts beside them takes no room that they need.
 
         Raises:
@@ -81,22 +96,9 @@ class LearnerGang:
         """
         if self.started:
             return
-        settings, timeout_s = self.config.learner, self.config.cluster.start_timeout_s
-        bundle = {"CPU": settings.cpus_per_rank}
-        if settings.gpus_per_rank:
-            bundle["GPU"] = settings.gpus_per_rank
-        group = self._group = placement_group(
-            [bundle] * settings.ranks,
-            strategy="PACK",
-            bundle_label_selector=[dict(settings.labels)] * settings.ranks,
-        )
-        if not group.wait(timeout_s):
-            self.stop()
-            raise ClusterError(
-                f"the cluster has no room for {settings.ranks} learner ranks of {bundle} within "
-                f"{timeout_s:.0f} s; run `talipot preflight` to see why"
-            )
-        # Ray gives a name free only once its holder is buried: a successor gets another.
+        settings = self.config.learner
+        group = self._place()
+        # Ray frees a name some time after its holder's death, so a successor gets another name.
         suffix = f".{self._generation}" if self._generation else ""
         self.ranks = [
             ray.remote(LearnerRank)
@@ -111,17 +113,16 @@ class LearnerGang:
             .remote(rank, settings.ranks, threads_of(settings.threads, settings.cpus_per_rank))
             for rank in range(settings.ranks)
         ]
-        address, port = self.finish([self.ranks[0].address.remote()], "address", meanwhile)
-        self.finish(
-            self.submit("connect", address, port, settings.deadline_s), "connect", meanwhile
-        )
+        asked = [start(self.ranks[0], LearnerRank.address)]
+        ((address, port),) = self._answers(asked, "address", meanwhile)
+        self._call(LearnerRank.connect, meanwhile, address, port, settings.deadline_s)
 
     def stop(self) -> None:
         """End all ranks and free their resources, all of them; then raise what failed."""
-        kill = [partial(ray.kill, rank) for rank in self.ranks]
+        end = [partial(kill, rank) for rank in self.ranks]
         free = [partial(remove_placement_group, self._group)] if self._group else []
         self.ranks, self._group = [], None
-        take_all(*kill, *free)
+        take_all(*end, *free)
 
     def restart(self, meanwhile: Meanwhile | None = None) -> None:
         """End what is left of this gang and start another; raises what `start` raises."""
@@ -129,71 +130,165 @@ class LearnerGang:
         self._generation += 1
         self.start(meanwhile)
 
+    # ------------------------------------------------------------------ supervised stages
+
+    def begin_sft(
+        self, config: RunConfig, train: Sequence[EncodedPair], held_out: Sequence[EncodedPair]
+    ) -> int:
+        """Build the SFT stage; returns its number of steps."""
+        return self._call(LearnerRank.begin_sft, None, config, _put(train), _put(held_out))
+
+    def begin_reward(
+        self,
+        config: RunConfig,
+        train: Sequence[EncodedComparison],
+        held_out: Sequence[EncodedComparison],
+        sft: Path,
+        seed: int,
+    ) -> int:
+        """Build the reward stage on the supervised policy's weights; returns its steps."""
+        data = _put(train), _put(held_out)
+        return self._call(LearnerRank.begin_reward, None, config, *data, _absolute(sft), seed)
+
+    def advance(self, steps: int) -> dict[str, float]:
+        """Take some optimizer steps of the current supervised stage; returns their metrics."""
+        return self._call(LearnerRank.advance, None, steps)
+
+    def evaluate(self) -> dict[str, float]:
+        """Return held-out metrics of the current supervised stage."""
+        return self._call(LearnerRank.evaluate, None)
+
+    def shift(self, reference: Sequence[EncodedPair]) -> dict[str, float]:
+        """Centre the reward model on reference responses."""
+        return self._call(LearnerRank.shift, None, _put(reference))
+
+    def export_stage(self, folder: Path) -> None:
+        """Write the current supervised stage's weights."""
+        self._call(LearnerRank.export_stage, None, _absolute(folder))
+
+    # ------------------------------------------------------------------ policy training
+
     def begin_train(self, config: RunConfig, meanwhile: Meanwhile | None = None) -> None:
         """Build policy and value engines from the weights in the run's folder."""
-        folder = RunFolder(config.run_dir.absolute())
-        refs = self.submit(
-            "begin_train",
+        folder = config.folder
+        self._call(
+            LearnerRank.begin_train,
+            meanwhile,
             config,
-            str(folder.sft.weights),
-            str(folder.reward_model.weights) if config.reward_service.needs_model else None,
+            _absolute(folder.sft.weights),
+            _absolute(folder.reward_model.weights) if config.reward_service.needs_model else None,
             Tokenizer.load(folder.tokenizer).eos_id,
         )
-        self.finish(refs, "begin_train", meanwhile)
 
-    def call(self, method: str, *args: Any) -> Any:
-        """Call a method on every rank together; rank 0's answer.
-
-        Raises:
-            LearnerLost: a rank died or outran its deadline; the error names it.
-        """
-        return self._results(self.submit(method, *args), method)[0]
-
-    def submit(self, method: str, *args: Any, **named: Any) -> list[ray.ObjectRef[Any]]:
-        """Start a call on every rank."""
-        return [getattr(rank, method).remote(*args, **named) for rank in self.ranks]
-
-    def finish(
-        self, refs: Sequence[ray.ObjectRef[Any]], method: str, meanwhile: Meanwhile | None
-    ) -> Any:
-        """Wait for a started call while `meanwhile` keeps other work moving; rank 0's answer."""
-        return self._results(refs, method, meanwhile)[0]
-
-    def publish(self) -> tuple[list[Any], list[ray.ObjectRef[Any]]]:
-        """Every rank's facts, and references to the bytes (which stay in the object store)."""
-        pairs = [rank.publish.options(num_returns=2).remote() for rank in self.ranks]
-        return self._results([facts for facts, _ in pairs], "publish"), [ref for _, ref in pairs]
-
-    def _results(
+    def policy_phase(
         self,
-        refs: Sequence[ray.ObjectRef[Any]],
+        iteration: int,
+        log: Path | None,
+        tables: Sequence[pa.Table | ray.ObjectRef[pa.Table]],
+        *,
+        without: Collection[str] = frozenset(),
+        meanwhile: Meanwhile | None = None,
+    ) -> dict[str, float]:
+        """Train the policy on the tables' rows `without` some rollouts, and log these rows."""
+        path = _absolute(log) if log else None
+        return self._call(
+            LearnerRank.policy_phase, meanwhile, iteration, path, *tables, without=without
+        )
+
+    def auxiliary_phase(
+        self, iteration: int, *, meanwhile: Meanwhile | None = None
+    ) -> dict[str, float]:
+        """Run PPG's auxiliary phase on all that was trained on since the last one."""
+        return self._call(LearnerRank.auxiliary_phase, meanwhile, iteration)
+
+    def publish(self, version: int) -> tuple[Manifest, tuple[ray.ObjectRef[Payload], ...]]:
+        """Publish the policy as this version: its manifest, and the references to its slices."""
+        pairs = [start_pair(rank, LearnerRank.publish) for rank in self.ranks]
+        published = self._answers([facts for facts, _ in pairs], "publish")
+        manifest = Manifest(
+            policy_version=version,
+            total=published[0].total,
+            layout=published[0].layout,
+            slices=tuple(facts.piece for facts in published),
+        )
+        return manifest, tuple(payload for _, payload in pairs)
+
+    def save(self, folder: Path, *, meanwhile: Meanwhile | None = None) -> dict[str, Any]:
+        """Write a checkpoint's tensors; returns the state that belongs into its JSON."""
+        return self._call(LearnerRank.save, meanwhile, _absolute(folder))
+
+    def load(
+        self, folder: Path, state: dict[str, Any], *, meanwhile: Meanwhile | None = None
+    ) -> None:
+        """Read a checkpoint."""
+        self._call(LearnerRank.load, meanwhile, _absolute(folder), state)
+
+    def export_policy(self, folder: Path) -> str:
+        """Write the policy's weights; returns the hash of what was trained."""
+        return self._call(LearnerRank.export_policy, None, _absolute(folder))
+
+    # ------------------------------------------------------------------ parts
+
+    def _place(self) -> PlacementGroup:
+        settings, timeout_s = self.config.learner, self.config.cluster.start_timeout_s
+        bundle = {"CPU": settings.cpus_per_rank}
+        if settings.gpus_per_rank:
+            bundle["GPU"] = settings.gpus_per_rank
+        group: PlacementGroup = placement_group(
+            [bundle] * settings.ranks,
+            strategy="PACK",
+            bundle_label_selector=[dict(settings.labels)] * settings.ranks,
+        )
+        self._group = group
+        if not group.wait(timeout_s):
+            self.stop()
+            raise ClusterError(
+                f"the cluster has no room for {settings.ranks} learner ranks of {bundle} within "
+                f"{timeout_s:.0f} s; run `talipot preflight` to see why"
+            )
+        return group
+
+    def _call(
+        self,
+        method: Callable[Concatenate[Any, Arguments], Answer],
+        meanwhile: Meanwhile | None,
+        *args: Arguments.args,
+        **named: Arguments.kwargs,
+    ) -> Answer:
+        """Call a method on every rank; returns rank 0's answer."""
+        calls = [start(rank, method, *args, **named) for rank in self.ranks]
+        return self._answers(calls, method.__name__, meanwhile)[0]
+
+    def _answers(
+        self,
+        calls: Sequence[ray.ObjectRef[Answer]],
         method: str,
         meanwhile: Meanwhile | None = None,
-    ) -> list[Any]:
-        """Every rank's answer, or the failure that explains those of the others."""
-        names = {ref: f"learner-{rank}" for rank, ref in enumerate(refs)}
-        waiting, found = list(refs), dict[ray.ObjectRef[Any], Any]()
+    ) -> list[Answer]:
+        """Return every rank's answer, or raise the failure that explains those of the others."""
+        names = {call: f"learner-{rank}" for rank, call in enumerate(calls)}
+        waiting, answers = list(calls), dict[ray.ObjectRef[Answer], Answer]()
         deadline, broken = time.monotonic() + self.deadline_s, list[tuple[str, Exception]]()
         while waiting:
             ready, waiting = ray.wait(waiting, timeout=_PUMP_S if meanwhile else _WAIT_S)
-            for ref in ready:
+            for call in ready:
                 try:
-                    found[ref] = ray.get(ref)
+                    answers[call] = ray.get(call)
                 except ray.exceptions.RayActorError as error:
-                    raise LearnerLost(f"{names[ref]} died in {method}: {_ends(error)}") from None
+                    raise LearnerLost(f"{names[call]} died in {method}: {summary(error)}") from None
                 except ray.exceptions.RayTaskError as error:
-                    cause = _explained(error, names[ref], method)
+                    cause = _explained(error, names[call], method)
                     if isinstance(cause, TalipotError):
                         raise cause from None
-                    broken.append((names[ref], cause))
+                    broken.append((names[call], cause))
                     deadline = min(deadline, time.monotonic() + _GRACE_S)
             if waiting and not ready and time.monotonic() > deadline:
-                raise self._late([names[ref] for ref in waiting], method, broken)
+                raise self._late([names[call] for call in waiting], method, broken)
             if meanwhile:
                 meanwhile()
         if broken:  # and nobody died: it is not the gang that failed
             raise broken[0][1] from None
-        return [found[ref] for ref in refs]
+        return [answers[call] for call in calls]
 
     def _late(self, late: list[str], method: str, broken: list[tuple[str, Exception]]) -> Exception:
         who = ", ".join(late)
@@ -205,16 +300,20 @@ class LearnerGang:
         )
 
 
+def _put(value: Answer) -> Answer:
+    """Put what all ranks are given into the object store once; Ray hands each the value."""
+    return as_argument(ray.put(value))
+
+
+def _absolute(path: Path) -> str:
+    """Return a path that means the same in every rank's working folder."""
+    return str(path.absolute())
+
+
 def _explained(error: ray.exceptions.RayTaskError, name: str, method: str) -> Exception:
-    """What a rank raised; an error of ours when no other rank can explain it better."""
+    """Return what a rank raised: an error of ours when no other rank can explain it better."""
     if isinstance(getattr(error, "cause", None), ray.exceptions.RayError):
-        lost = LearnerLost(f"what {name} needs for {method} was lost: {_ends(error)}")
+        lost = LearnerLost(f"what {name} needs for {method} was lost: {summary(error)}")
         lost.data_lost = True
         return lost
-    return plain(error)
-
-
-def _ends(error: Exception) -> str:
-    """First and last line of a long message: what died, and of what."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
+    return own_error(error)

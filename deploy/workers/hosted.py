@@ -1,4 +1,4 @@
-"""Elastic workers as Ray actors: they outlive their own refusal to start, to say why.
+"""Elastic workers as Ray actors, which live on after their own refusal to start, to say why.
 
 Of what a constructor raises Ray keeps the text alone, as the reason of a death, and a pool replaces
 what died. A refusal that each successor would repeat (a function that cannot be imported, memory
@@ -20,7 +20,7 @@ from reward_service import service
 
 
 class Hosted:
-    """Beside a worker's class: what its constructor refused."""
+    """A mixin that keeps what a worker's constructor refused."""
 
     refusal: ConfigError | ClusterError | None = None
 
@@ -40,7 +40,7 @@ class RewardWorker(Hosted, service.RewardWorker):
 
 
 def whereabouts(worker: object) -> tuple[str, int]:
-    """Run in a worker: its node and its process. Raises what its constructor refused."""
+    """Return, in a worker, its node and its process. Raises what its constructor refused."""
     if isinstance(worker, Hosted) and worker.refusal is not None:
         raise worker.refusal
     return ray.get_runtime_context().get_node_id(), os.getpid()

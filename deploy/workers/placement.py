@@ -21,8 +21,10 @@ from common.config.run import RunConfig
 from common.config.workers import threads_of
 from common.data.tokenizer import Tokenizer
 from common.logprobs import sampling_of
+from deploy.workers.calls import Handle
 from deploy.workers.hosted import RewardWorker, RolloutActor
-from deploy.workers.pool import MakeWorker, Pool, Surroundings
+from deploy.workers.pool import Pool
+from deploy.workers.worker import ClusterQueries, MakeWorker
 
 NAMESPACE = "talipot"
 _NO_HURRY_S = 86_400.0
@@ -31,7 +33,7 @@ _NO_HURRY_S = 86_400.0
 def rollout_pool(
     config: RunConfig, run: str, tokenizer: Path, base: Path, *, start: bool = True
 ) -> Pool:
-    """Rollout actors; elastic, outside any placement group.
+    """Return a pool of rollout actors; elastic, outside any placement group.
 
     With `start` False the pool is empty: whoever scales it up owns the workers.
     """
@@ -39,7 +41,7 @@ def rollout_pool(
     adapted = AdapterOnWire(name=config.train.adapter, lora=lora, base=str(base)) if lora else None
     options = _options(settings.cpus_per_actor, settings.gpus_per_actor, settings.labels)
 
-    def make(name: str) -> Any:
+    def make(name: str) -> Handle:
         return (
             ray.remote(RolloutActor)
             .options(name=f"{run}:{name}", **options)
@@ -65,12 +67,12 @@ def reward_pool(
     *,
     start: bool = True,
 ) -> Pool:
-    """Reward workers; elastic, outside any placement group. `start` as in `rollout_pool`."""
+    """Return a pool of reward workers, as `rollout_pool` does of actors."""
     settings = config.reward_service
     sampling = sampling_of(config.rollout, Tokenizer.load(tokenizer).eos_id)
     options = _options(settings.cpus_per_replica, settings.gpus_per_replica, settings.labels)
 
-    def make(name: str) -> Any:
+    def make(name: str) -> Handle:
         return (
             ray.remote(RewardWorker)
             .options(name=f"{run}:{name}", **options)
@@ -97,7 +99,7 @@ def reward_pool(
 
 
 def request_room(config: RunConfig, actors: int, replicas: int) -> None:
-    """Ask an autoscaling cluster to hold the learner and so many elastic workers.
+    """Ask an autoscaling cluster for room for the learner and so many elastic workers.
 
     The request stands until the next one, so fewer workers let nodes go.
     """
@@ -113,7 +115,7 @@ def release_room() -> None:
 def room(
     config: RunConfig, actors: int, replicas: int
 ) -> tuple[list[dict[str, float]], list[dict[str, str]]]:
-    """Resources and labels of every worker, one bundle each."""
+    """Return resources and labels of every worker, one bundle each."""
     learner, rollout, reward = config.learner, config.rollout, config.reward_service
     bundles: list[dict[str, float]] = []
     selectors: list[dict[str, str]] = []
@@ -143,9 +145,9 @@ def _pool(
         window_s=config.cluster.restart_window_s,
         silence_s=config.rollout.lease_deadline_s,
         start_s=config.cluster.start_timeout_s,
-        around=Surroundings(
-            leaving=leaving_nodes,
-            waiting_for=lambda handle: waiting_for(handle, wants),
+        cluster=ClusterQueries(
+            leaving_nodes=leaving_nodes,
+            why_unplaced=lambda handle: why_unplaced(handle, wants),
         ),
     )
     pool.scale(size)
@@ -153,14 +155,15 @@ def _pool(
     return pool
 
 
-# -------------------------------------------------------------------------- asked of Ray's inside
+# ------------------------------------------------------------------ what only Ray's inside knows
 
 
 def leaving_nodes() -> dict[str, float]:
-    """Draining nodes (preempted, or taken away by the autoscaler) and when they go (monotonic).
+    """Return draining nodes (preempted, or taken away by the autoscaler) and when they leave.
 
-    Ray tells it in unix time: here alone the wall clock is asked for how long that is from now.
-    Empty where this Ray does not tell: then a node that goes is a death like any other.
+    Times are of the monotonic clock. Ray tells them in unix time: only here the wall clock is read,
+    for how long that is from now. Empty where this Ray has no such call: then the end of a node is
+    a death like any other.
     """
     ask = getattr(state, "get_draining_nodes", None)
     if ask is None:
@@ -170,8 +173,8 @@ def leaving_nodes() -> dict[str, float]:
     return {node: now + (ms / 1000 - unix if ms else _NO_HURRY_S) for node, ms in ask().items()}
 
 
-def waiting_for(handle: Any, wants: str) -> str:
-    """Why an actor has not started: what no node has room for; empty when it was given a place."""
+def why_unplaced(handle: Handle, wants: str) -> str:
+    """Return why an actor has not started: what no node has room for; empty when it has a place."""
     facts = ray_actors(handle._actor_id.hex())
     if facts.get("Pid"):
         return ""

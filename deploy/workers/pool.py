@@ -2,110 +2,58 @@
 
 The pool knows which workers there are, in which state, and how they were lost::
 
-    starting --answers--> working --scaled down, or node to be drained--> draining --idle--> gone
+    starting --answers--> working --scaled down, or node to be drained--> draining --idle--> left
         '----------------------'---- died, hung, preempted ----> replaced by a new one
 
 `tend` is the one loop. It consumes: a wish for a size (`scale`, from any thread), answers to
 probes, notices of nodes that will leave. Produces: new workers, and the end of those that are too
 many. Waits for: nothing. Called from the loop that hands out work, and only there.
 
-What workers were working on is the business of whoever submitted it (`deploy.control.collector`):
-it reports a failed call with `lost`, and gives the work to another. A worker gets work once it has
-answered for the first time, so that one which waits for room holds nothing up.
+The pool does not know what its workers work on. Whoever called one (`deploy.control.collector`)
+fetches the answer with `result`, and gives the work of a lost worker to another. A worker gets work
+once it has answered for the first time, so that one which waits for room delays nothing.
 
-All times are seconds of the monotonic clock, whatever is done to the wall clock; an `Event` alone,
-which is for people, bears the date.
+All times are seconds of the monotonic clock, whatever is done to the wall clock; only an `Event`,
+which is for people, has the date.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import ray
 
 from common.endings import take_all
 from common.errors import ClusterError, TalipotError, WorkerError
-from deploy.workers.gang import plain
+from deploy.workers.calls import (
+    Answer,
+    ArgumentLost,
+    WorkerLost,
+    kill,
+    own_error,
+    start_function,
+    summary,
+)
 from deploy.workers.hosted import whereabouts
+from deploy.workers.losses import Losses
+from deploy.workers.worker import Cause, ClusterQueries, Event, MakeWorker, Worker
 
-MakeWorker = Callable[[str], Any]
-"""Name -> actor handle; where resources are placed."""
-
-State = Literal["starting", "working", "draining"]
-Cause = Literal["died", "hung", "unstarted", "preempted", "corrupt"]
-
+_NODE_DIED = "its node has died"
+"""What Ray's message says of an actor that did not end by itself."""
 _LOOK_S = 1.0
 """How often draining nodes are looked for."""
 _LEAVE_S = 2.0
-"""So long before its node goes, a draining worker's work is handed back."""
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 30.0
-"""Backoff before a lost worker is replaced."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
-    """Something that happened to a worker; a line of the run's events.jsonl."""
-
-    time: float
-    """Unix seconds."""
-    worker: str
-    what: str
-    """started, draining, left, waiting, stopped, scaled (the pool), or the cause of its loss."""
-    detail: str = ""
-
-    @classmethod
-    def now(cls, worker: str, what: str, detail: str) -> Event:
-        """An event of this moment."""
-        return cls(time=time.time(), worker=worker, what=what, detail=detail)
-
-
-@dataclass(slots=True, kw_only=True)
-class Worker:
-    """One worker."""
-
-    name: str
-    handle: Any
-    asked: float
-    """When it was asked for."""
-    command: float | None
-    """When the command came that it was added for; None when it replaces another."""
-    state: State = "starting"
-    busy: int = 0
-    """Calls under way."""
-    node: str = ""
-    pid: int = 0
-    heard: float = 0.0
-    """Last sign of life."""
-    leave_by: float = math.inf
-    """When its node will go."""
-    probe: ray.ObjectRef[Any] | None = None
-    probe_until: float = math.inf
-    waits: bool = False
-    """It was reported once that it has no place to start at."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
-    """What a pool asks about the cluster it lives in; `deploy.workers.placement` answers."""
-
-    leaving: Callable[[], Mapping[str, float]]
-    """Nodes that will go, and when."""
-    waiting_for: Callable[[Any], str]
-    """Why an actor (by its handle) has no place yet; empty when it has one."""
+"""So long before its node leaves, a draining worker's work is handed back."""
 
 
 def _no_report(event: Event) -> None:
-    """Where nobody listens."""
-
-
-ALONE = Surroundings(leaving=dict, waiting_for=lambda handle: "")
-"""Nothing is known of the cluster: a node that goes is a death."""
+    """Ignore an event, where nobody listens."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -115,8 +63,8 @@ class Pool:
     kind: str
     make: MakeWorker
     max_failures: int
-    """Failures within `window_s` or since a call came back, beside one for each worker, that are
-    outlived."""
+    """Failures that are allowed within `window_s` or since a call came back, beside one for each
+    worker."""
     window_s: float = 600.0
     silence_s: float = 300.0
     """An idle worker that does not answer for so long is hung."""
@@ -127,46 +75,40 @@ class Pool:
     reported, and ends the run when no other works or may start."""
     hint: str = ""
     """What the error of too many failures adds: what else may end these workers."""
-    around: Surroundings = ALONE
+    cluster: ClusterQueries = field(default_factory=ClusterQueries)
     report: Callable[[Event], None] = _no_report
     workers: dict[str, Worker] = field(default_factory=dict)
     target: int = 0
     """Workers there are to be."""
-    losses: Counter[str] = field(default_factory=Counter)
-    """Workers lost over the pool's life, by cause."""
     left: int = 0
     """Workers that left after draining."""
     scale_seconds: float = 0.0
     """From the last command that added workers to the first result of one of them."""
+    _losses: Losses = field(default_factory=Losses)
     _commanded: float | None = None
-    _recent: deque[float] = field(default_factory=deque)
-    """Times of the failures that count."""
-    _worked: float = -math.inf
-    """When a call came back last."""
-    _backoff: float = 0.0
-    _not_before: float = -math.inf
+    """When workers were added by a command of which none has answered yet."""
     _looked: float = -math.inf
-    _made: int = 0
+    """When leaving nodes were looked for last."""
+    _next_number: int = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_sent": time.monotonic()} | {f.name: getattr(self, f.name) for f in fields(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """The clock of another machine has another zero: every time is moved to this one's."""
+        """Move every time to this machine's clock: that of another machine has another zero."""
         by = time.monotonic() - state.pop("_sent")
         for name, value in state.items():
             setattr(self, name, value)
-        self._recent = deque(at + by for at in self._recent)
         self._commanded = None if self._commanded is None else self._commanded + by
-        self._worked += by
-        self._not_before += by
         self._looked += by
+        self._losses.shift(by)
         for worker in self.workers.values():
-            worker.asked += by
-            worker.heard += by
-            worker.leave_by += by
-            worker.probe_until += by
-            worker.command = None if worker.command is None else worker.command + by
+            worker.shift(by)
+
+    @property
+    def losses(self) -> Counter[str]:
+        """Workers lost over the pool's life, by cause."""
+        return self._losses.by_cause
 
     @property
     def failures(self) -> int:
@@ -176,33 +118,62 @@ class Pool:
     # ------------------------------------------------------------------ asked from outside
 
     def scale(self, size: int) -> int:
-        """Wish for a size, from any thread; `tend` makes it so. Returns the size wished before."""
+        """Wish for a size, from any thread; `tend` brings it about. Returns the last wish."""
         before = self.target
         self._commanded = time.monotonic() if self.workers and size > before else None
         self.target = size  # last: the loop may look at any moment
         return before
 
     def able(self, depth: int) -> list[Worker]:
-        """Working workers with fewer than `depth` calls under way."""
+        """Return working workers with fewer than `depth` calls under way."""
         return [w for w in self.workers.values() if w.state == "working" and w.busy < depth]
 
     def free(self, depth: int) -> Worker | None:
-        """The least busy of these, if any."""
+        """Return the least busy of these, if any."""
         return min(self.able(depth), key=lambda w: (w.busy, w.name), default=None)
 
-    def probes(self) -> list[ray.ObjectRef[Any]]:
-        """Answers that are waited for."""
+    def probes(self) -> list[ray.ObjectRef[tuple[str, int]]]:
+        """Return the answers that are waited for."""
         return [w.probe for w in self.workers.values() if w.probe is not None]
 
+    def result(self, ref: ray.ObjectRef[Answer], name: str) -> Answer:
+        """Return what a worker's finished call answered, and take note of what came of it.
+
+        Raises:
+            WorkerLost: the worker is no more.
+            ArgumentLost: what it was to work on is no more; the worker itself is well.
+            TalipotError: what the worker raised.
+        """
+        try:
+            answer = ray.get(ref)
+        except (ray.exceptions.RayTaskError, ray.exceptions.ObjectLostError) as error:
+            self.succeeded(name)
+            own = own_error(error)
+            if isinstance(own, TalipotError):
+                raise own from None
+            causes = (error, getattr(error, "cause", None))
+            if any(isinstance(cause, ray.exceptions.ObjectLostError) for cause in causes):
+                raise ArgumentLost from None
+            raise
+        except ray.exceptions.RayError as error:
+            reason = summary(error)
+            cause = self.lost(name, "died", reason)
+            # Ray soon knows the death of a process; that of a lost node it may not know yet.
+            unreachable = isinstance(error, ray.exceptions.ActorUnavailableError)
+            elsewhere = unreachable or _NODE_DIED in str(error)
+            raise WorkerLost(reason, by_itself=cause == "died" and not elsewhere) from None
+        self.succeeded(name)
+        return answer
+
     def succeeded(self, name: str) -> None:
-        """A call came back."""
-        self._backoff = 0.0
-        self._worked = time.monotonic()
+        """Note that a worker's call came back."""
+        now = time.monotonic()
+        self._losses.succeed(now)
         worker = self.workers.get(name)
         if worker is None:
             return
         worker.busy -= 1
-        worker.heard = self._worked
+        worker.heard = now
         if worker.command is not None:
             if worker.command == self._commanded:
                 self.scale_seconds = worker.heard - worker.command
@@ -210,8 +181,10 @@ class Pool:
             worker.command = None
 
     def lost(self, name: str, cause: Cause, detail: str) -> Cause | None:
-        """Kill a failed worker, to be replaced. Returns what it was lost by, as it is counted; None
-        when it was lost or gone already.
+        """Kill a failed worker, to be replaced.
+
+        Returns:
+            What it was lost by, as it is counted; None when it was lost or had left already.
 
         Raises:
             WorkerError: too many failures within the window, or without a success between them,
@@ -227,36 +200,31 @@ class Pool:
         self._remove(name, cause, detail)
         if cause == "preempted":
             return cause  # Nothing is wrong with a worker whose node was taken away.
-        self._recent.append(now)
-        # Failures without one success between them are one trouble, however slowly they come.
-        while self._recent[0] < min(now - self.window_s, self._worked):
-            self._recent.popleft()
-        if len(self._recent) > self.max_failures + self.target:
+        recent = self._losses.fail(now, self.window_s)
+        if recent > self.max_failures + self.target:
             raise WorkerError(
-                f"{len(self._recent)} {self.kind} workers failed within {self.window_s:.0f} s, or "
+                f"{recent} {self.kind} workers failed within {self.window_s:.0f} s, or "
                 f"since one of them did anything (cluster.max_restarts); the last was {name}, "
                 f"{cause}: {detail}{self.hint}"
             )
-        if now >= self._not_before:  # Losses during one wait are one event: a node that died.
-            self._backoff = min(_LONGEST_WAIT_S, max(_FIRST_WAIT_S, 2.0 * self._backoff))
-            self._not_before = now + self._backoff
+        self._losses.back_off(now)
         return cause
 
     def stop(self) -> None:
-        """End all workers; what cannot be reported of it is raised after."""
+        """End all workers; then raise what could not be reported."""
         self.target = 0
         take_all(*(partial(self._remove, name, "stopped", "") for name in list(self.workers)))
 
     # ------------------------------------------------------------------ the loop
 
     def tend(self) -> None:
-        """Bring the pool nearer to what it should be; see the head of the file.
+        """Bring the pool nearer to its size, and find lost workers; see the head of the file.
 
         Raises:
             WorkerError: too many failures.
-            ConfigError: a worker cannot be made of this recipe.
-            ClusterError: a worker has not the memory that it needs, or no worker works, and one
-                that was asked for has been given no place.
+            ConfigError: a worker cannot be built from this recipe.
+            ClusterError: a worker lacks the memory that it needs, or no worker works and one that
+                was asked for has been given no place.
         """
         now = time.monotonic()
         self._take_answers(now)
@@ -271,7 +239,7 @@ class Pool:
                 self._ask(worker, now + self.silence_s)
 
     def _ask(self, worker: Worker, until: float) -> None:
-        worker.probe = worker.handle.__ray_call__.remote(whereabouts)
+        worker.probe = start_function(worker.handle, whereabouts)
         worker.probe_until = until
 
     def _take_answers(self, now: float) -> None:
@@ -285,24 +253,24 @@ class Pool:
             try:
                 worker.node, worker.pid = ray.get(ref)
             except ray.exceptions.RayError as error:
-                if isinstance(refusal := plain(error), TalipotError):
+                if isinstance(refusal := own_error(error), TalipotError):
                     raise refusal from None
                 cause: Cause = "unstarted" if worker.state == "starting" else "died"
-                self.lost(worker.name, cause, last_words(error))
+                self.lost(worker.name, cause, summary(error))
                 continue
             if worker.state == "starting":
                 worker.state = "working"
-                self._say(worker.name, "started", f"after {now - worker.asked:.1f} s")
+                self._tell(worker.name, "started", f"after {now - worker.asked:.1f} s")
 
     def _look_for_leaving_nodes(self, now: float) -> None:
         if now < self._looked + _LOOK_S:
             return
         self._looked = now
-        leaving = self.around.leaving()
+        leaving = self.cluster.leaving_nodes()
         for worker in self.workers.values():
             if worker.node in leaving and worker.leave_by == math.inf:
                 worker.state, worker.leave_by = "draining", leaving[worker.node]
-                self._say(worker.name, "draining", f"node {worker.node[:8]} will go")
+                self._tell(worker.name, "draining", f"node {worker.node[:8]} will go")
 
     def _settle_size(self, now: float) -> None:
         target = self.target  # which another thread may change at any moment
@@ -312,13 +280,13 @@ class Pool:
             staying.sort(key=lambda w: (w.state == "working", w.busy, -w.asked))
             for worker in staying[: len(staying) - target]:
                 worker.state = "draining"
-                self._say(worker.name, "draining", f"scaled to {target}")
+                self._tell(worker.name, "draining", f"scaled to {target}")
             return
         missing = target - len(staying)
         for worker in list(self.workers.values()):
             if missing and worker.state == "draining" and worker.leave_by == math.inf:
                 worker.state, missing = ("working" if worker.node else "starting"), missing - 1
-        if now >= self._not_before:
+        if now >= self._losses.replace_at:
             for _ in range(missing):
                 self._add(now)
 
@@ -333,11 +301,11 @@ class Pool:
         if worker.state == "working":
             self.lost(worker.name, "hung", f"idle, and no answer within {self.silence_s:.0f} s")
             return
-        why = self.around.waiting_for(worker.handle)
+        why = self.cluster.why_unplaced(worker.handle)
         if not why:
             self.lost(worker.name, "hung", f"has not started within {self.start_s:.0f} s")
             return
-        self._say(worker.name, "waiting", why)
+        self._tell(worker.name, "waiting", why)
         worker.waits, worker.probe_until = True, now + self.start_s
         if all(w.waits and w.state == "starting" for w in self.workers.values()):
             raise ClusterError(
@@ -348,23 +316,15 @@ class Pool:
     # ------------------------------------------------------------------ parts
 
     def _add(self, now: float) -> None:
-        name = f"{self.kind}-{self._made}"
-        self._made += 1
+        name = f"{self.kind}-{self._next_number}"
+        self._next_number += 1
         worker = Worker(name=name, handle=self.make(name), asked=now, command=self._commanded)
         self.workers[name] = worker
         self._ask(worker, now + self.start_s)
 
     def _remove(self, name: str, what: str, detail: str) -> None:
-        # Ray kills a stopped (SIGSTOP) process too: SIGKILL follows within seconds.
-        ray.kill(self.workers.pop(name).handle)
-        self._say(name, what, detail)
+        kill(self.workers.pop(name).handle)
+        self._tell(name, what, detail)
 
-    def _say(self, worker: str, what: str, detail: str) -> None:
+    def _tell(self, worker: str, what: str, detail: str) -> None:
         self.report(Event.now(worker, what, detail))
-
-
-def last_words(error: Exception) -> str:
-    """What happened, out of Ray's long message: its first line, its last, and no guesses."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    found = lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
-    return found.partition(" Some common causes include")[0]

@@ -38,7 +38,7 @@ def require_trainable(config: RunConfig) -> None:
             and has no gradient.
     """
     rollout = config.rollout
-    for field, greedy, mend in (
+    for field, greedy, remedy in (
         ("temperature", rollout.temperature == 0, "above 0"),
         ("top_k", rollout.top_k == 1, "to 0 or above 1"),
         ("min_p", rollout.min_p == 1, "below 1"),
@@ -47,12 +47,12 @@ def require_trainable(config: RunConfig) -> None:
             given = f"rollout.{field}={getattr(rollout, field):g}"
             raise ConfigError(
                 f"{given} always takes the most probable token, so there is nothing to learn from: "
-                f"set it {mend} for training; `talipot evaluate RUN {given}` may have it"
+                f"set it {remedy} for training; `talipot evaluate RUN {given}` may have it"
             )
 
 
 def demands(config: RunConfig) -> list[Demand]:
-    """Everything the recipe places."""
+    """Return all that the recipe places."""
     learner, rollout, reward = config.learner, config.rollout, config.reward_service
     return [
         Demand(
@@ -80,8 +80,8 @@ def demands(config: RunConfig) -> list[Demand]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
-    """What policy training holds of its networks, over all ranks."""
+class NetworkSizes:
+    """How many numbers policy training keeps of its networks, over all ranks."""
 
     trained: int
     """Numbers that are trained."""
@@ -90,18 +90,21 @@ class Held:
     frozen: int
     """Numbers of bases that adapters are trained on."""
     frozen_bytes: float
-    """Of each of these: rounded when products run in bf16."""
+    """Bytes of each of these: rounded when products run in bf16."""
 
 
-def held(config: RunConfig) -> Held:
-    """Policy, and for PPO with a separate value network that too; with LoRA their adapters, and
-    their bases once when they are one. Scalar heads are too small to count."""
+def network_sizes(config: RunConfig) -> NetworkSizes:
+    """Count the policy, and for PPO with a separate value network that too.
+
+    With LoRA it is their adapters, and their bases, which are one where they can be. Scalar heads
+    are too small to count.
+    """
     vocabulary = config.model.vocab_size or config.tokenizer.vocab_size
     model = config.model.model_copy(update={"vocab_size": vocabulary})
     whole, train = count_parameters(model).total, config.train
     separate = train.algorithm == "ppo" and train.value_network == "separate"
     if train.lora is None:
-        return Held(
+        return NetworkSizes(
             trained=whole * (1 + separate), policy=whole, frozen=0, frozen_bytes=_BYTES_OF_A_NUMBER
         )
     adapted = config.reward_service.needs_model and config.reward_model.lora is not None
@@ -111,7 +114,7 @@ def held(config: RunConfig) -> Held:
     policy = adapter_size(decoder, train.lora)
     # The value network goes on from a reward model of whole weights on a base of its own.
     bases = 1 + (separate and config.reward_service.needs_model and not adapted)
-    return Held(
+    return NetworkSizes(
         trained=policy + separate * adapter_size(decoder, value),
         policy=policy,
         frozen=whole * bases,
@@ -120,36 +123,41 @@ def held(config: RunConfig) -> Held:
 
 
 def learner_bytes(config: RunConfig) -> float:
-    """Bytes of weights, gradients and optimizer states that one learner rank holds while it trains
-    the policy, under ZeRO: stage 1 shards the optimizer, 2 also gradients, 3 also weights."""
-    parts, ranks, stage = held(config), config.learner.ranks, config.learner.zero_stage
+    """Return the bytes of weights, gradients and optimizer states of one learner rank.
+
+    They are those of policy training under ZeRO: stage 1 shards the optimizer, 2 also gradients,
+    3 also weights.
+    """
+    sizes, ranks, stage = network_sizes(config), config.learner.ranks, config.learner.zero_stage
     weights = _BYTES_OF_A_NUMBER / (ranks if stage >= 3 else 1)
     gradients = _BYTES_OF_A_NUMBER / (ranks if stage >= 2 else 1)
     moments = 2 * _BYTES_OF_A_NUMBER / (ranks if stage >= 1 else 1)
-    frozen = parts.frozen * parts.frozen_bytes / (ranks if stage >= 3 else 1)
-    return parts.trained * (weights + gradients + moments) + frozen
+    frozen = sizes.frozen * sizes.frozen_bytes / (ranks if stage >= 3 else 1)
+    return sizes.trained * (weights + gradients + moments) + frozen
 
 
 def extra_bytes(config: RunConfig) -> float:
-    """Bytes that one rank holds beside those: DeepSpeed's flat copy of a rank's share of the
-    weights (ZeRO 1 to 3), and for an auxiliary phase moments of its own and a frozen policy, which
-    each rank has whole."""
-    parts, learner = held(config), config.learner
+    """Return the bytes that one rank holds beside those.
+
+    They are DeepSpeed's flat copy of a rank's share of the weights (ZeRO 1 to 3), and for an
+    auxiliary phase moments of its own and a frozen policy, which each rank has whole.
+    """
+    sizes, learner = network_sizes(config), config.learner
     ranks = learner.ranks if learner.zero_stage >= 1 else 1
-    copies = _BYTES_OF_A_NUMBER * parts.trained / ranks if learner.zero_stage >= 1 else 0.0
+    copies = _BYTES_OF_A_NUMBER * sizes.trained / ranks if learner.zero_stage >= 1 else 0.0
     if config.train.ppg is None:
         return copies
-    moments = 2 * _BYTES_OF_A_NUMBER * parts.trained / ranks
+    moments = 2 * _BYTES_OF_A_NUMBER * sizes.trained / ranks
     # Of an adapter a copy as it is; a whole policy is rounded when products run in bf16.
     each = torch_dtype("fp32" if config.train.lora else learner.precision).itemsize
-    return copies + moments + parts.policy * each
+    return copies + moments + sizes.policy * each
 
 
 def explain(config: RunConfig, resources: Mapping[str, float]) -> list[str]:
-    """One line per demand and the totals; pure, for any cluster's resources.
+    """Explain each demand in a line, and the totals; pure, for any cluster's resources.
 
     Raises:
-        ClusterError: the cluster cannot hold the recipe, saying what is short and the mend.
+        ClusterError: the cluster cannot hold the recipe; says what is short and what to change.
     """
     lines = []
     need_cpu = need_gpu = 0.0

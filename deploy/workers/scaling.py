@@ -1,4 +1,4 @@
-"""The elastic side of a run: its size by command and by policy, who its workers are, their events.
+"""The elastic side of a run: its sizes by command and by policy, its workers, their events.
 
 Called from the controller. `scale` and `views` may be called from any thread: they set a wish, or
 read; the loop that hands out work does the rest (`deploy.workers.pool`).
@@ -18,7 +18,8 @@ from common.errors import StorageError
 from deploy.run_folder.log_lines import cut_torn_end
 from deploy.workers.autoscale import Load, Trend, decide
 from deploy.workers.placement import release_room, request_room
-from deploy.workers.pool import Event, Pool
+from deploy.workers.pool import Pool
+from deploy.workers.worker import Event
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,7 @@ class WorkerView:
 
 
 class Elastic:
-    """Both pools of one run."""
+    """The pools of one run: their sizes and their events."""
 
     def __init__(self, config: RunConfig, rollout: Pool, reward: Pool | None) -> None:
         self._config = config
@@ -60,15 +61,15 @@ class Elastic:
         """Wish for other sizes; None leaves one as it is. Returns at once.
 
         Raises:
-            StorageError: what was wished for holds, and is not in events.jsonl.
+            StorageError: the wish holds, but could not be written to events.jsonl.
         """
-        found = []
+        scaled = []
         for pool, size in zip(self._pools, (actors, replicas), strict=False):
             if size is not None:
-                found.append(Scaled(kind=pool.kind, was=pool.scale(size), will_be=size))
-        said = [Event.now(s.kind, "scaled", f"from {s.was} to {s.will_be}") for s in found]
-        take_all(self.request_room, *(partial(self._report, event) for event in said))
-        return found
+                scaled.append(Scaled(kind=pool.kind, was=pool.scale(size), will_be=size))
+        events = [Event.now(s.kind, "scaled", f"from {s.was} to {s.will_be}") for s in scaled]
+        take_all(self.request_room, *(partial(self._report, event) for event in events))
+        return scaled
 
     def adapt(self, metrics: Mapping[str, float]) -> None:
         """Choose the number of actors after an iteration, where the recipe gives bounds."""
@@ -85,7 +86,7 @@ class Elastic:
             self.scale(wanted, None)
 
     def request_room(self) -> None:
-        """On a cluster that autoscales, ask for room for everything that is wished for."""
+        """Ask a cluster that autoscales for room for everything that is wished for."""
         if self._config.cluster.autoscales:
             actors, *replicas = [pool.target for pool in self._pools]
             request_room(self._config, actors, sum(replicas))
@@ -96,7 +97,7 @@ class Elastic:
             release_room()
 
     def views(self) -> list[WorkerView]:
-        """All workers there are."""
+        """Return all workers that there are."""
         return [
             WorkerView(name=w.name, state=w.state, calls=w.busy, node=w.node, pid=w.pid)
             for pool in self._pools
@@ -104,7 +105,7 @@ class Elastic:
         ]
 
     def _report(self, event: Event) -> None:
-        """Append a line to events.jsonl: who came, went, was lost, and why."""
+        """Append a line to events.jsonl: which worker started, left or was lost, and why."""
         try:
             with Path(self._events).open("a", encoding="utf8") as file:
                 file.write(json.dumps(asdict(event)) + "\n")

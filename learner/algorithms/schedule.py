@@ -1,8 +1,10 @@
-"""Learning-rate schedules: pure functions of the step."""
+"""Schedules of learning rates and of PPG's phases: pure functions of step or iteration."""
 
 from __future__ import annotations
 
 import math
+
+from common.config.stages import PpgConfig
 
 
 def warmup_cosine(step: int, total: int, *, warmup: float, floor: float = 0.1) -> float:
@@ -17,3 +19,11 @@ def warmup_cosine(step: int, total: int, *, warmup: float, floor: float = 0.1) -
 def linear_to_zero(step: int, total: int) -> float:
     """Factor of the first rate: 1 at step 0, 0 at step `total`."""
     return max(0.0, 1.0 - step / total)
+
+
+def auxiliary_phase_due(ppg: PpgConfig | None, iteration: int) -> bool:
+    """Return whether PPG's auxiliary phase follows this iteration's policy phase.
+
+    It follows each `n_pi`-th; without PPG settings there is none.
+    """
+    return ppg is not None and (iteration + 1) % ppg.n_pi == 0

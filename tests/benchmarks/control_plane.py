@@ -96,9 +96,7 @@ def drive(actors: int, rollout: list[Any], reward: list[Any]) -> None:
     scorers = Pool(kind="reward", make=lambda name: reward[0], max_failures=0)
     scorers.scale(1)
     ledger = Ledger()
-    collector = Collector(
-        ledger, workers, scorers, deadline_s=300.0, merge=True, observe=lambda facts: None
-    )
+    collector = Collector(ledger, workers, scorers, deadline_s=300.0, score_together=True)
     collector.weights = Weights(manifest=MANIFEST, payloads=())
     prompt = EncodedPrompt(uid="p", text="a prompt", ids=list(range(LENGTH)))
     prompts = PromptStream([prompt] * 1000, seed=0)
@@ -107,8 +105,8 @@ def drive(actors: int, rollout: list[Any], reward: list[Any]) -> None:
         ledger.issue(iteration, requests, LEASE)
     while ledger.trained < ROLLOUTS:
         collector.pump()
-        ledger.train(i for scored in collector.scored for i in scored.rollout_ids)
-        collector.scored = []
+        ledger.train(i for scored in collector.batches.waiting for i in scored.rollout_ids)
+        collector.batches.waiting = []
     ledger.check()
     assert ledger.trained == ledger.issued == ROLLOUTS
 

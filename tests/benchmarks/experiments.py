@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import ray
 from rich.console import Console
 
 from common.config.recipe import load_config, save_config
@@ -168,16 +167,15 @@ def reward_data(out: Path) -> None:
     rows = []
     with open_session(config, console) as session:
         train, held_out = supervised.encoded_comparisons(session, config)
-        measured = ray.put(held_out)
         for count in COMPARISONS:
-            some = ray.put(train[:count])
             for seed in SEEDS:
                 gang = session.gang()
-                total = gang.call(
-                    "begin_reward", config, some, measured, str(session.folder.sft.weights), seed
+                gang.advance(
+                    gang.begin_reward(
+                        config, train[:count], held_out, session.folder.sft.weights, seed
+                    )
                 )
-                gang.call("advance", total)
-                rows.append({"comparisons": count, "seed": seed, **gang.call("evaluate")})
+                rows.append({"comparisons": count, "seed": seed, **gang.evaluate()})
                 console.print(rows[-1])
     save(config.run_dir, {"rows": rows, "held_out": len(held_out)})
 

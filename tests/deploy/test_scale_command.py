@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
@@ -13,12 +12,12 @@ import ray
 from common.config.recipe import save_config
 from common.config.run import RunConfig
 from deploy.control.status import Status
-from deploy.stages.driver import start_controller
+from deploy.stages.controller_actor import RemoteController, start_controller
 from deploy.workers.gang import LearnerGang
 from deploy.workers.placement import reward_pool, rollout_pool
 from tests.conftest import run_copy
 from tests.deploy.commands import Run
-from tests.deploy.control.test_controller import prompts_of
+from tests.deploy.control.runs import prompts_of
 from tests.deploy.test_cli import refused
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -27,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("cluster")
 @pytest.fixture(scope="module")
 def at_work(
     workspace: RunConfig, tmp_path_factory: pytest.TempPathFactory, cluster: None
-) -> Iterator[tuple[RunConfig, Any]]:
+) -> Iterator[tuple[RunConfig, RemoteController]]:
     """A run with workers of its own that goes on until it is stopped."""
     endless = {"iterations": 10_000, "checkpoint_every": 0, "ppg": None}
     config = run_copy(workspace, tmp_path_factory.mktemp("work"), train=endless)
@@ -47,25 +46,27 @@ def at_work(
         detached=False,
     )
     yield config, controller
-    controller.stop.remote()
+    controller.stop()
     deadline = time.monotonic() + 120
-    while ray.get(controller.outcome.remote(1.0)) is None:
+    while ray.get(controller.start_outcome(1.0)) is None:
         assert time.monotonic() < deadline
-    ray.kill(controller)
+    controller.end()
 
 
-def until(controller: Any, condition: Callable[[Status], bool]) -> Status:
+def until(controller: RemoteController, condition: Callable[[Status], bool]) -> Status:
     """Ask for the status until a condition holds."""
     deadline = time.monotonic() + 120
     while True:
-        status: Status = ray.get(controller.status.remote())
+        status = controller.status()
         if condition(status):
             return status
-        assert ray.get(controller.outcome.remote(0.2)) is None, "it ended"
+        assert ray.get(controller.start_outcome(0.2)) is None, "it ended"
         assert time.monotonic() < deadline, status
 
 
-def test_a_run_is_scaled_while_it_works(run: Run, at_work: tuple[RunConfig, Any]) -> None:
+def test_a_run_is_scaled_while_it_works(
+    run: Run, at_work: tuple[RunConfig, RemoteController]
+) -> None:
     config, controller = at_work
     folder = str(config.run_dir)
     until(controller, lambda status: status.iteration >= 1)
@@ -107,7 +108,7 @@ def test_a_run_is_scaled_while_it_works(run: Run, at_work: tuple[RunConfig, Any]
     ],
 )
 def test_what_cannot_be_is_refused(
-    run: Run, at_work: tuple[RunConfig, Any], options: list[str], code: int, says: str
+    run: Run, at_work: tuple[RunConfig, RemoteController], options: list[str], code: int, says: str
 ) -> None:
     refused(run("scale", str(at_work[0].run_dir), *options), code, says)
 

@@ -53,11 +53,8 @@ def batch(config: RunConfig, scores: list[float], away: float = 0.0) -> pa.Table
 
 
 def learn(gang: LearnerGang, config: RunConfig, table: pa.Table) -> dict[str, float]:
-    reward = str(config.run_dir / "reward_model" / "reward.safetensors")
-    policy = str(config.run_dir / "sft" / "policy.safetensors")
-    gang.call("begin_train", config, policy, reward, EOS)
-    found: dict[str, float] = gang.call("policy_phase", 0, None, table)
-    return found
+    gang.begin_train(config)
+    return gang.policy_phase(0, None, [table])
 
 
 def recipe(workspace: RunConfig, folder: Path, precision: str = "fp32", **train: Any) -> RunConfig:

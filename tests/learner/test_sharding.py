@@ -72,16 +72,15 @@ def train(
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """Weights after policy phases and an auxiliary one after the first of them, and the metrics:
     what a loss does not reach must not step on what another loss left behind."""
-    reward = str(config.run_dir / "reward_model" / "reward.safetensors")
-    gang.call("begin_train", config, str(config.run_dir / "sft" / "policy.safetensors"), reward, 1)
+    gang.begin_train(config)
     metrics = []
     for iteration in range(iterations):
-        log = str(config.run_dir / f"{iteration}.parquet")
+        log = config.run_dir / f"{iteration}.parquet"
         tables = [ray.put(table) for table in trajectories(seed=iteration)]
-        metrics.append(gang.call("policy_phase", iteration, log, *tables))
+        metrics.append(gang.policy_phase(iteration, log, tables))
         if config.train.ppg is not None and iteration == 0:
-            metrics.append(gang.call("auxiliary_phase", iteration))
-    gang.call("export_policy", str(config.run_dir / "policy"))
+            metrics.append(gang.auxiliary_phase(iteration))
+    gang.export_policy(config.run_dir / "policy")
     return load_file(config.run_dir / "policy" / "policy.safetensors"), metrics
 
 
@@ -208,14 +207,13 @@ def test_rows_left_out_are_as_if_they_had_never_been(
     found = []
     for ranks, tables, without in ((1, [left], []), (2, trajectories(), out)):
         config = run_copy(workspace, tmp_path / str(ranks), train=train)
-        gang, reward = gangs[ranks], str(config.run_dir / "reward_model" / "reward.safetensors")
-        sft = str(config.run_dir / "sft" / "policy.safetensors")
-        gang.call("begin_train", config, sft, reward, 1)
-        log = str(config.folder.trajectories(0))
-        calls = gang.submit("policy_phase", 0, log, *tables, without=without)
-        assert gang.finish(calls, "policy_phase", lambda: None)["policy_steps"] == min(2, len(kept))
+        gang = gangs[ranks]
+        gang.begin_train(config)
+        log = config.folder.trajectories(0)
+        metrics = gang.policy_phase(0, log, tables, without=without, meanwhile=lambda: None)
+        assert metrics["policy_steps"] == min(2, len(kept))
         assert read_log(config.run_dir, 0)[0].equals(left)
-        gang.call("export_policy", str(config.run_dir / "policy"))
+        gang.export_policy(config.run_dir / "policy")
         found.append(load_file(config.run_dir / "policy" / "policy.safetensors"))
     close(found[0], found[1], atol=2e-5)
 
@@ -245,13 +243,13 @@ def test_sft_agrees_over_ranks_and_stages_and_learns(
             sft={"optimizer": optimizer, "lr": lr, "batch_tokens": 512, "epochs": 2},
         )
         gang = gangs[ranks]
-        total = gang.call("begin_sft", config, data[20:], data[:20])
-        before = gang.call("evaluate")["heldout_loss"]
-        gang.call("advance", total)
-        losses.append(gang.call("evaluate")["heldout_loss"])
+        total = gang.begin_sft(config, data[20:], data[:20])
+        before = gang.evaluate()["heldout_loss"]
+        gang.advance(total)
+        losses.append(gang.evaluate()["heldout_loss"])
         assert losses[-1] < before - 0.5
         folder = config.run_dir / "made"
-        gang.call("export_stage", str(folder))
+        gang.export_stage(folder)
         weights.append(load_file(folder / "policy.safetensors"))
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-4)
     for other in weights[1:]:
@@ -291,12 +289,12 @@ def test_reward_model_learns_the_preference_and_is_centred(
     data = preferences()
     settings = {"epochs": 4, "batch_size": 16, **kind}
     config = run_copy(workspace, tmp_path, reward_model=settings, learner={"zero_stage": zero})
-    sft = str(config.run_dir / "sft" / "policy.safetensors")
+    sft = config.run_dir / "sft" / "policy.safetensors"
     gang = gangs[2]
-    total = gang.call("begin_reward", config, data[40:], data[:40], sft, 0)
-    trained = gang.call("advance", total)
+    total = gang.begin_reward(config, data[40:], data[:40], sft, 0)
+    trained = gang.advance(total)
     assert 0 < trained["gradient_norm"] < 100
-    assert gang.call("evaluate")["accuracy_heldout"] > 0.9
+    assert gang.evaluate()["accuracy_heldout"] > 0.9
     reference: Sequence[EncodedPair] = sft_data(config, 30)
-    assert gang.call("shift", reference)["reference_mean"] != 0.0
-    assert gang.call("shift", reference)["reference_mean"] == pytest.approx(0.0, abs=1e-5)
+    assert gang.shift(reference)["reference_mean"] != 0.0
+    assert gang.shift(reference)["reference_mean"] == pytest.approx(0.0, abs=1e-5)

@@ -7,7 +7,7 @@ score is refused as the request's seed says, and the learner writes down what it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,11 @@ from common.wire.trajectory import (
     rows_without,
     to_table,
 )
-from common.wire.weights import Slice
+from common.wire.weights import Manifest
 from deploy.control.controller import Controller
+from deploy.control.tally import Throughput
 from deploy.workers.gang import LearnerLost
 from deploy.workers.pool import Pool
-from learner.zero.publisher import Publication
 from reward_service.service import ScoreFacts
 from tests.deploy.control.simulated import TOKENS, SleepingActor
 
@@ -85,35 +85,37 @@ class Notes:
     def begin_train(self, config: RunConfig, meanwhile: Callable[[], None]) -> None:
         self.trained = {}
 
-    def call(self, method: str, *args: Any) -> Any:
-        return "weights" if method == "export_policy" else None
-
-    def submit(self, method: str, *args: Any, **named: Any) -> list[Any]:
-        return [(args, named)]
-
-    def finish(self, refs: list[Any], method: str, pump: Callable[[], None]) -> Any:
-        ((args, named),) = refs
-        if method == "save":
-            return dict(self.trained)
-        if method == "load":
-            self.trained = {int(k): [(i, v) for i, v in rows] for k, rows in args[1].items()}
-            return None
-        assert method == "policy_phase"
+    def policy_phase(
+        self,
+        iteration: int,
+        log: Path | None,
+        tables: Sequence[ray.ObjectRef[pa.Table]],
+        *,
+        without: Collection[str],
+        meanwhile: Callable[[], None],
+    ) -> dict[str, float]:
         turns = self.dies.get(self.phases, 0)
         for _ in range(turns or 2):
-            pump()
+            meanwhile()
         self.phases += 1
         if turns:
             raise LearnerLost("learner-1 died in policy_phase")
-        iteration, _, *tables = args
-        kept = [rows_without(ray.get(table), named["without"]) for table in tables]
+        kept = [rows_without(ray.get(table), without) for table in tables]
         rows = from_table(pa.concat_tables(kept), ScoredTrajectory)
         self.trained[iteration] = sorted((row.rollout_id, row.policy_version) for row in rows)
         return {}
 
-    def publish(self) -> tuple[list[Publication], list[Any]]:
-        piece = Slice(rank=0, offset=0, length=0, digest="")
-        return [Publication(piece=piece, total=0, layout="")], []
+    def save(self, folder: Path, *, meanwhile: Callable[[], None]) -> dict[str, Any]:
+        return dict(self.trained)
+
+    def load(self, folder: Path, state: dict[str, Any], *, meanwhile: Callable[[], None]) -> None:
+        self.trained = {int(k): [(i, v) for i, v in rows] for k, rows in state.items()}
+
+    def export_policy(self, folder: Path) -> str:
+        return "weights"
+
+    def publish(self, version: int) -> tuple[Manifest, tuple[()]]:
+        return Manifest(policy_version=version, total=0, layout="", slices=()), ()
 
     def restart(self, meanwhile: Callable[[], None]) -> None:
         """Another gang knows nothing."""
@@ -131,12 +133,21 @@ class Watched(Controller):
         super().__init__(*args, **named)
         self.leases: list[tuple[str, ...]] = []
         self.stop_at_lease = stop_at_lease
+        self.collector.throughput = Watching(self)
 
-    def _observe(self, facts: LeaseFacts) -> None:
-        super()._observe(facts)
-        self.leases.append(facts.rollout_ids)
-        if len(self.leases) == self.stop_at_lease:
-            self.stop()
+
+class Watching(Throughput):
+    """Tells a controller of every lease that was sampled."""
+
+    def __init__(self, controller: Watched) -> None:
+        super().__init__()
+        self.controller = controller
+
+    def sampled(self, facts: LeaseFacts) -> None:
+        super().sampled(facts)
+        self.controller.leases.append(facts.rollout_ids)
+        if len(self.controller.leases) == self.controller.stop_at_lease:
+            self.controller.stop()
 
 
 class Workshop:

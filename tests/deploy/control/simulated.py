@@ -18,7 +18,9 @@ from common.wire.weights import Manifest
 from deploy.control.collector import Collector
 from deploy.control.jobs import Weights
 from deploy.control.ledger import Ledger
-from deploy.workers.pool import Event, Pool
+from deploy.control.tally import Throughput
+from deploy.workers.pool import Pool
+from deploy.workers.worker import Event
 from reward_service.service import ScoreFacts
 
 TOKENS = 10
@@ -89,6 +91,18 @@ def _widened(table: pa.Table, narrow: type, wide: type, constant: dict[str, Any]
     return table.cast(SCHEMAS[wide])
 
 
+class CountedByActor(Throughput):
+    """Counts rollouts by the actor that sampled them, too."""
+
+    def __init__(self, by: Counter[str]) -> None:
+        super().__init__()
+        self.by = by
+
+    def sampled(self, facts: LeaseFacts) -> None:
+        super().sampled(facts)
+        self.by[facts.actor_id] += len(facts.rollout_ids)
+
+
 class Rig:
     """Ledger, collector, a pool of sleeping actors and, where wished for, one of scorers.
 
@@ -134,9 +148,9 @@ class Rig:
             self.pool,
             self.scorers if scorers else None,
             deadline_s=deadline_s,
-            merge=bool(scorers),
-            observe=self._observe,
+            score_together=bool(scorers),
         )
+        self.collector.throughput = CountedByActor(self.by)
         self.publish(0)
         self.prompts = PromptStream([EncodedPrompt(uid="p", text="a", ids=[1])], seed=0)
 
@@ -176,12 +190,9 @@ class Rig:
     def everything_once(self, count: int) -> None:
         """All of so many rollouts are committed, each in one table."""
         self.pump_until(lambda: self.ledger.count("committed") == count)
-        ids = [i for scored in self.collector.scored for i in scored.rollout_ids]
+        ids = [i for scored in self.collector.batches.waiting for i in scored.rollout_ids]
         assert len(ids) == len(set(ids)) == count
         assert self.ledger.refused == 0
-
-    def _observe(self, facts: LeaseFacts) -> None:
-        self.by[facts.actor_id] += len(facts.rollout_ids)
 
 
 def is_running(pid: int) -> bool:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
@@ -17,15 +16,16 @@ from common.config.run import RunConfig
 from common.endings import at_the_end, take_all
 from common.errors import StorageError
 from deploy.run_folder.metrics_log import RunLog
-from deploy.stages.driver import start_controller
+from deploy.stages.controller_actor import RemoteController, start_controller
 from deploy.stages.session import Session
 from deploy.workers.gang import LearnerGang
 from deploy.workers.placement import reward_pool, rollout_pool
-from deploy.workers.pool import Event, Pool
+from deploy.workers.pool import Pool
 from deploy.workers.scaling import Elastic
+from deploy.workers.worker import Event
 from tests.conftest import run_copy
+from tests.deploy.control.runs import prompts_of
 from tests.deploy.control.simulated import Rig, is_running, process_of
-from tests.deploy.control.test_controller import prompts_of
 
 FULL = Path("/dev/full")
 """Opens, and refuses every byte like a disk without room."""
@@ -153,13 +153,13 @@ def test_a_run_whose_events_cannot_be_written_ends_with_its_workers(
     with pytest.raises(StorageError, match=r"events\.jsonl"):
         raise_outcome(controller)
     until(lambda: not named(name))
-    ray.kill(controller)
+    controller.end()
 
 
-def raise_outcome(controller: Any) -> None:
+def raise_outcome(controller: RemoteController) -> None:
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
-        ray.get(controller.outcome.remote(1.0), timeout=90)
+        ray.get(controller.start_outcome(1.0), timeout=90)
     raise AssertionError("nobody who waits for the outcome is told")
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from common.wire.trajectory import RolloutRequest
-from deploy.control.ledger import Lease, Ledger, LedgerError
+from deploy.control.leases import Lease
+from deploy.control.ledger import Ledger, LedgerError
 from deploy.control.settled import Ranges, Settled
 
 

@@ -16,7 +16,7 @@ import ray
 from common.errors import WorkerError
 from common.wire.trajectory import RolloutRequest, to_table
 from deploy.control.jobs import Sampled, first_share
-from deploy.control.ledger import Lease
+from deploy.control.leases import Lease
 from tests.deploy.control.simulated import LEASE, Rig, SleepingActor, SleepingScorer, lost_object
 
 BAD = "000000-000004"

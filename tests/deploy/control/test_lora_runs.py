@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from actors.rollout_actor import RolloutActor
 from common.config.model import LoraConfig
 from common.config.run import RunConfig
 from common.models.adapter_files import adapter_of, save_adapter
@@ -23,12 +24,13 @@ from common.models.weight_files import load_decoder, load_weights
 from common.wire.trajectory import RolloutRequest, to_table
 from deploy.evaluation.compare import policy_weights
 from deploy.stages.replay import replay_run
+from deploy.workers.calls import start_pair
 from deploy.workers.gang import LearnerGang
 from tests.conftest import run_copy
-from tests.deploy.control.test_controller import Run, _stop_idle_pools, finish, prompts_of
+from tests.deploy.control.runs import Run, finish, prompts_of
 from tests.deploy.control.test_recovery import arm
 
-pytestmark = pytest.mark.usefixtures("cluster", _stop_idle_pools.__name__)
+pytestmark = pytest.mark.usefixtures("cluster")
 LORA = {"rank": 4}
 
 
@@ -160,8 +162,8 @@ def test_actors_take_the_supervised_policy_and_the_trained_one_as_adapters(
         for version, path in enumerate(paths):
             weights = policy_weights(config, path, version)
             table = to_table(requests, RolloutRequest)
-            facts, rollouts = worker.generate.options(num_returns=2).remote(
-                table, weights.manifest, *weights.payloads
+            facts, rollouts = start_pair(
+                worker, RolloutActor.generate, table, weights.manifest, *weights.payloads
             )
             assert ray.get(facts).weights_fingerprint == weights.manifest.fingerprint
             found.append(ray.get(rollouts)["response_ids"].to_pylist())

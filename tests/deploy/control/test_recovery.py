@@ -23,10 +23,10 @@ from deploy.workers.gang import LearnerGang
 from learner.batch.trajectory_log import read_log
 from learner.zero.engine import ZeroEngine
 from tests.conftest import run_copy
-from tests.deploy.control.test_controller import Run, _stop_idle_pools, finish
+from tests.deploy.control.runs import Run, finish
 from tests.reward_service.endpoint import Endpoint, Reply, Rows, scores
 
-pytestmark = pytest.mark.usefixtures("cluster", _stop_idle_pools.__name__)
+pytestmark = pytest.mark.usefixtures("cluster")
 
 
 @pytest.fixture(scope="module")

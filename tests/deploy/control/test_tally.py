@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import pytest
 
 from deploy.control.ledger import Ledger
 from deploy.control.tally import Tally
 from deploy.workers import pool
-from deploy.workers.pool import Pool, Worker
+from deploy.workers.pool import Pool
+from deploy.workers.worker import Worker
 
 
 def lose(some: Pool, name: str) -> None:
@@ -19,7 +19,7 @@ def lose(some: Pool, name: str) -> None:
 
 
 def test_a_resumed_run_counts_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "ray", SimpleNamespace(kill=lambda handle: None))
+    monkeypatch.setattr(pool, "kill", lambda handle: None)
     first, second = (Pool(kind="rollout", make=str, max_failures=9) for _ in range(2))
     tally = Tally([first])
     tally.carry_on({})

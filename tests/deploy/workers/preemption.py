@@ -15,17 +15,17 @@ from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from deploy.workers.placement import leaving_nodes
-from deploy.workers.pool import Surroundings, Worker
+from deploy.workers.worker import ClusterQueries, Worker
 from tests.deploy.control.simulated import Rig
 
 SPOT = {"ray.io/market-type": "spot"}
-AROUND = Surroundings(leaving=leaving_nodes, waiting_for=lambda handle: "")
+QUERIES = ClusterQueries(leaving_nodes=leaving_nodes)
 
 
 def rig(size: int, **settings: Any) -> Rig:
     """Actors that take a spot node's only core each."""
     options: dict[str, Any] = {"num_cpus": 1, "label_selector": SPOT}
-    return Rig(size, options=lambda name: options, around=AROUND, **settings)
+    return Rig(size, options=lambda name: options, cluster=QUERIES, **settings)
 
 
 def drain(worker: Worker, seconds: float) -> float:
@@ -65,7 +65,7 @@ def work_that_takes_too_long_is_handed_back() -> dict[str, Any]:
     deadline = drain(victim, 5.0)
     here.pump_until(lambda: here.pool.failures == 1)
     in_time = time.time() < deadline
-    found = {"losses": dict(here.pool.losses), "counted": len(here.pool._recent)}
+    found = {"losses": dict(here.pool.losses), "counted": len(here.pool._losses.recent)}
     here.pool.stop()
     return found | {"in_time": in_time, "reissued": here.ledger.reissued}
 
@@ -82,14 +82,14 @@ def a_table_that_dies_with_its_node_is_sampled_again(cluster: Cluster) -> dict[s
     here.pump_until(lambda: here.ledger.count("leased") == 4)
     cluster.remove_node(node, allow_graceful=False)
     begin = time.monotonic()
-    tables = [scored.table for scored in here.collector.scored]
+    tables = [scored.table for scored in here.collector.batches.waiting]
     here.pump_until(lambda: here.pool.failures == 1)
     blamed = len(here.ledger._failures)
     here.pump_until(lambda: all(map(laid_in_its_place, tables)), within_s=120)
     batch = None
     while batch is None or not here.ledger.resampled:
         assert time.monotonic() < begin + 120, here.events
-        here.collector.scored += batch or []
+        here.collector.batches.waiting += batch or []
         batch = here.collector.take(0, oldest=0, stale="wait")
         here.collector.pump(0.05)
     rows = sum(len(ray.get(s.table)) for s in batch)

@@ -32,7 +32,7 @@ from deploy.commands import logged
 from deploy.evaluation.report import write_report
 from deploy.run_folder.log_lines import read_metrics
 from deploy.run_folder.metrics_log import RunLog
-from deploy.stages import driver
+from deploy.stages.controller_actor import RemoteController
 from deploy.workers import attach
 from deploy.workers.attach import cluster_at_work, start_cluster
 from tests.conftest import run_copy
@@ -196,7 +196,7 @@ def test_every_command_of_a_run_says_that_its_cluster_is_gone(
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_command_that_knocks_can_be_stopped(
+def test_a_command_that_waits_for_an_answer_can_be_stopped(
     folder: Path, sent: signal.Signals, code: int
 ) -> None:
     program = (
@@ -217,21 +217,25 @@ def test_a_command_that_knocks_can_be_stopped(
             text=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-        knocking, _ = listening.accept()
+        connection, _ = listening.accept()
         time.sleep(0.3)
         started.send_signal(sent)
         _, error = started.communicate(timeout=20)
-        knocking.close()
+        connection.close()
     assert started.returncode == code, error
     assert len(error.splitlines()) == 1, error
 
 
-def test_a_controller_that_does_not_answer(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "_ANSWER_S", 0.2)
-    never = ray.remote(lambda: time.sleep(30)).options(num_cpus=0).remote()
-    with pytest.raises(WorkerError, match="does not answer"):
-        driver.answer(never, RunConfig())
-    ray.cancel(never, force=True)
+def test_a_controller_that_does_not_answer(cluster: None) -> None:
+    @ray.remote(num_cpus=0)
+    class Silent:
+        def status(self) -> None:
+            time.sleep(30)
+
+    silent = Silent.remote()
+    with pytest.raises(WorkerError, match=r"does not answer within 0 s"):
+        RemoteController(silent, RunConfig()).status(within_s=0.2)
+    ray.kill(silent)
 
 
 # ------------------------------------------------------------------ the local cluster

@@ -14,7 +14,8 @@ from ray import cloudpickle
 
 from common.errors import WorkerError
 from deploy.workers import placement, pool
-from deploy.workers.pool import Pool, Worker
+from deploy.workers.pool import Pool
+from deploy.workers.worker import Worker
 from tests.deploy.control.simulated import Rig
 
 HOUR = 3600.0
@@ -92,12 +93,12 @@ def test_a_pool_that_is_handed_to_another_machine_keeps_its_deadlines(
     made.workers["rollout-0"] = Worker(
         name="rollout-0", handle=None, asked=clock.now, command=None, probe_until=clock.now + 120.0
     )
-    made._recent.append(clock.now - 5.0)
+    made._losses.recent.append(clock.now - 5.0)
     sent = cloudpickle.dumps(made)
     clock.now = 60.0
     (worker,) = pickle.loads(sent).workers.values()
     assert (worker.asked, worker.probe_until, worker.command) == (60.0, 180.0, None)
-    assert list(pickle.loads(sent)._recent) == [55.0]
+    assert list(pickle.loads(sent)._losses.recent) == [55.0]
 
 
 def test_failures_that_come_slowly_end_the_run_unless_something_works(
@@ -106,7 +107,7 @@ def test_failures_that_come_slowly_end_the_run_unless_something_works(
     """A worker that never starts is found every two minutes: five in any window, for ever."""
     clock = Clock(0.0)
     monkeypatch.setattr(pool, "time", clock)
-    monkeypatch.setattr(pool, "ray", SimpleNamespace(kill=lambda handle: None))
+    monkeypatch.setattr(pool, "kill", lambda handle: None)
     made = Pool(kind="rollout", make=str, max_failures=10, window_s=600.0)
     made.scale(1)
 

@@ -13,9 +13,10 @@ import ray
 
 from common.errors import ClusterError, TrainingError, WorkerError
 from common.wire.trajectory import Rollout, from_table
-from deploy.control.collector import Scored, Stale
-from deploy.workers.placement import waiting_for
-from deploy.workers.pool import Surroundings
+from deploy.control.batches import Stale
+from deploy.control.jobs import Scored
+from deploy.workers.placement import why_unplaced
+from deploy.workers.worker import ClusterQueries
 from tests.deploy.control.simulated import LEASE, Rig, is_running
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -44,7 +45,7 @@ def test_scaling_live_loses_nothing_and_throughput_follows(
     leased = here.ledger.count("leased")
     assert here.ledger.in_flight == 2000
     assert leased <= 2 * 4, "the three that left hold nothing"
-    ids = [i for scored in here.collector.scored for i in scored.rollout_ids]
+    ids = [i for scored in here.collector.batches.waiting for i in scored.rollout_ids]
     assert len(ids) == len(set(ids)) == here.ledger.count("committed")
     assert here.pool.failures == here.ledger.refused == 0
     with capsys.disabled():
@@ -128,8 +129,8 @@ def test_one_that_waits_for_room_holds_nothing_up_and_is_reported(
     def options(name: str) -> dict[str, Any]:
         return {"num_cpus": 10_000} if name == "rollout-1" else {}
 
-    around = Surroundings(leaving=dict, waiting_for=lambda handle: waiting_for(handle, "room"))
-    here = rig(2, options=options, around=around)
+    queries = ClusterQueries(why_unplaced=lambda handle: why_unplaced(handle, "room"))
+    here = rig(2, options=options, cluster=queries)
     here.issue(0, 16)
     here.everything_once(16)
     here.pool.workers["rollout-1"].probe_until = 0.0  # its time is over
@@ -138,7 +139,7 @@ def test_one_that_waits_for_room_holds_nothing_up_and_is_reported(
     assert "no node has room for room" in here.said("waiting")[0].detail
     assert here.pool.failures == 0
 
-    none = rig(2, options=lambda name: {"num_cpus": 10_000}, around=around)
+    none = rig(2, options=lambda name: {"num_cpus": 10_000}, cluster=queries)
     none.pump_until(lambda: len(none.pool.workers) == 2)
     for worker in none.pool.workers.values():
         worker.probe_until = 0.0
@@ -194,11 +195,11 @@ def test_losses_at_one_time_are_one_wait_and_later_ones_wait_longer(
     here.pump_until(lambda: len(here.working()) == 3)
     for name in here.working():
         here.pool.lost(name, "died", "its node")
-    first = here.pool._not_before - time.monotonic()
+    first = here.pool._losses.replace_at - time.monotonic()
     assert first <= 0.1
     here.pump_until(lambda: len(here.working()) == 3)
     here.pool.lost(here.working()[0], "died", "again")
-    assert first < here.pool._not_before - time.monotonic() <= 0.2
+    assert first < here.pool._losses.replace_at - time.monotonic() <= 0.2
 
 
 def test_books_that_are_rewound_keep_what_fits_and_void_the_rest(rig: Callable[..., Rig]) -> None:
@@ -209,7 +210,7 @@ def test_books_that_are_rewound_keep_what_fits_and_void_the_rest(rig: Callable[.
     kept = books.count("committed")
     here.publish(1)
     here.issue(1, 8)
-    here.pump_until(lambda: any(s.policy_version == 1 for s in here.collector.scored))
+    here.pump_until(lambda: any(s.policy_version == 1 for s in here.collector.batches.waiting))
 
     # The learner is back at version 0: what version 1 sampled, or samples, never was.
     fresh = books.rewound(None)
@@ -220,7 +221,7 @@ def test_books_that_are_rewound_keep_what_fits_and_void_the_rest(rig: Callable[.
     here.ledger = fresh
     assert fresh.count("committed") >= kept
     here.everything_once(24)
-    assert {s.policy_version for s in here.collector.scored} == {0}
+    assert {s.policy_version for s in here.collector.batches.waiting} == {0}
 
 
 def test_a_hung_worker_is_found_though_its_work_is_void(rig: Callable[..., Rig]) -> None:
@@ -243,7 +244,7 @@ def test_what_is_too_old_is_never_trained(rig: Callable[..., Rig], stale: Stale)
     here.pump_until(lambda: here.ledger.count("committed") >= 8)
     here.publish(5)
     here.pump_until(lambda: here.ledger.count("committed") == 32)
-    assert here.collector.scored[0].policy_version == 0
+    assert here.collector.batches.waiting[0].policy_version == 0
 
     def take() -> Any:
         return here.collector.take(5, oldest=4, stale=stale)

@@ -15,10 +15,11 @@ from common.config.run import RunConfig
 from common.errors import ClusterError, ConfigError, RewardError, WorkerError
 from common.out_of_memory import memory_for, says_out_of_memory
 from common.wire.trajectory import Rollout, to_table
-from deploy.workers.calls import WorkerLost, result
+from deploy.workers.calls import WorkerLost, start_pair
 from deploy.workers.placement import reward_pool, rollout_pool
 from deploy.workers.pool import Pool
 from learner.rank import LearnerRank
+from reward_service.service import RewardWorker, ScoreFacts
 from tests.conftest import run_copy
 from tests.reward_service.samples import rollouts
 
@@ -55,15 +56,15 @@ def tend_until(pool: Pool, done: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def score(pool: Pool) -> Any:
+def score(pool: Pool) -> ScoreFacts:
     """One call to a worker that has started, as the collector makes it."""
     tend_until(pool, lambda: pool.free(1) is not None)
     worker = pool.free(1)
     assert worker is not None
     worker.busy += 1
     table = to_table(rollouts(3), Rollout)
-    facts, _ = worker.handle.score.options(num_returns=2).remote(table)
-    return result(facts, pool, worker.name)
+    facts, _ = start_pair(worker.handle, RewardWorker.score, table)
+    return pool.result(facts, worker.name)
 
 
 def test_what_would_end_a_worker_is_an_error_of_the_function(pool: Callable[[str], Pool]) -> None:

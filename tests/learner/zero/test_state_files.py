@@ -37,10 +37,10 @@ def iterate(gang: LearnerGang, first: int, count: int) -> list[float]:
     losses = []
     for iteration in range(first, first + count):
         tables = [ray.put(table) for table in trajectories(seed=iteration)]
-        found = gang.call("policy_phase", iteration, None, *tables)
+        found = gang.policy_phase(iteration, None, tables)
         losses += [found["policy_loss"], found["value_loss"]]
         if iteration % 3 == 2:
-            losses.append(gang.call("auxiliary_phase", iteration)["auxiliary/value_loss"])
+            losses.append(gang.auxiliary_phase(iteration)["auxiliary/value_loss"])
     return losses
 
 
@@ -72,17 +72,17 @@ def test_another_number_of_ranks_goes_on(
     old, new = gangs[before], gangs[3 - before]
     old.begin_train(config)
     iterate(old, 0, WHOLE)
-    state = old.call("save", str(tmp_path / "saved"))
+    state = old.save(tmp_path / "saved")
     expected = iterate(old, WHOLE, MORE)
-    whole = old.call("export_policy", str(tmp_path / "whole"))
+    whole = old.export_policy(tmp_path / "whole")
 
     old.begin_train(config)
-    old.call("load", str(tmp_path / "saved"), state)
+    old.load(tmp_path / "saved", state)
     assert iterate(old, WHOLE, MORE) == expected
-    assert old.call("export_policy", str(tmp_path / "again")) == whole
+    assert old.export_policy(tmp_path / "again") == whole
 
     new.begin_train(config)
-    new.call("load", str(tmp_path / "saved"), state)
+    new.load(tmp_path / "saved", state)
     # bf16 rounds what other orders of summing leave; the masters are what is compared in fp32.
     tolerance = 2e-3 if precision == "bf16" else 1e-5
     assert iterate(new, WHOLE, MORE) == pytest.approx(expected, abs=tolerance)
