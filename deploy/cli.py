@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from common.config.effects import require_evaluated
 from common.config.recipe import load_config
@@ -51,6 +49,7 @@ def quickstart(
     overrides: Overrides = None, config: ConfigOption = "quickstart", address: AddressOption = None
 ) -> None:
     """Run the whole pipeline on data from this Python environment; takes some minutes."""
+    from deploy.quickstart.outcome import show_outcome
     from deploy.quickstart.pipeline import run_quickstart
     from deploy.stages.session import open_session
     from deploy.workers.preflight import require_trainable
@@ -58,8 +57,8 @@ def quickstart(
     resolved = _load(config, overrides, address)
     require_trainable(resolved)
     with open_session(resolved, console, writer="quickstart") as session:
-        summary = run_quickstart(session)
-        _show_summary(session.config, summary)
+        show_outcome(console, run_quickstart(session))
+        say(console, "report: ", (str(session.folder.report), "bold"))
 
 
 @app.command()
@@ -109,10 +108,11 @@ def replay(run: RunArgument, address: AddressOption = None) -> None:
 def evaluate(run: RunArgument, overrides: Overrides = None, address: AddressOption = None) -> None:
     """Compare a run's trained policy with its supervised one on held-out prompts."""
     from deploy.commands import evaluate_run
+    from deploy.evaluation.results import figures_of
 
     require_evaluated(overrides or [])
     config = _of_run(run, overrides, address)
-    _print_numbers("evaluation", evaluate_run(config, console))
+    _print_numbers("evaluation", figures_of(evaluate_run(config, console)))
 
 
 @app.command()
@@ -164,9 +164,10 @@ def scale(
 def report(run: RunArgument) -> None:
     """Write a run's report.html."""
     from deploy.evaluation.report import write_report
+    from deploy.quickstart.outcome import IN_REPORT
     from deploy.run_folder.folder import folder_of
 
-    say(console, f"report: {write_report(folder_of(run))}")
+    say(console, f"report: {write_report(folder_of(run), summary=IN_REPORT)}")
 
 
 @app.command()
@@ -313,37 +314,6 @@ def _print_numbers(title: str, numbers: Any) -> None:
     for key, value in values.items():
         shown = f"{value:.4g}" if isinstance(value, float) else str(value)
         say(console, f" {key:<{width}}  ", (shown, "bold"))
-
-
-def _show_summary(config: RunConfig, summary: dict[str, Any]) -> None:
-    """What the quickstart achieved, before and after."""
-    table = Table(
-        title="What the judges say of held-out signatures", title_justify="left", box=None
-    )
-    for column in ("", "supervised", "policy"):
-        table.add_column(column, justify="left" if not column else "right")
-    for title, key, form in (
-        ("PEP 257 conformance (ruff)", "judge_conformance", "{:.1%}"),
-        ("ROUGE-L to the human line", "rouge_l", "{:.3f}"),
-        ("labeler's quality", "quality", "{:.3f}"),
-        ("distinct lines", "distinct", "{:.1%}"),
-        ("response length (tokens)", "response_length", "{:.1f}"),
-        ("nll under the supervised policy", "nll", "{:.2f}"),
-    ):
-        cells = [form.format(summary[f"{key}_{side}"]) for side in ("sft", "policy")]
-        table.add_row(title, cells[0], Text(cells[1], "bold"))
-    console.print(table)
-    say(
-        console,
-        "win rate ",
-        (f"{summary['win_rate']:.1%}", "bold"),
-        f" ({summary['win_rate_low']:.1%} to {summary['win_rate_high']:.1%}, "
-        f"ties {summary['ties_share']:.1%} left out; {summary['pairs_judged']} of "
-        f"{summary['pairs_asked']} prompts judged) · KL {summary['kl']:.1f} nats · "
-        f"{summary['rollouts_trained']} of {summary['rollouts_issued']} rollouts trained, "
-        f"{summary['rollouts_dropped']} dropped · {summary['seconds_pipeline']:.0f} s",
-    )
-    say(console, "report: ", (str(config.folder.report), "bold"))
 
 
 if __name__ == "__main__":

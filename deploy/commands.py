@@ -23,7 +23,9 @@ from common.models.weight_files import load_weights
 from common.run_folder import RunFolder
 from common.wire.weights import torch_dtype
 from deploy.control.status import Status
-from deploy.evaluation.compare import Judge, compare, sample_both
+from deploy.evaluation.compare import Judge, compare
+from deploy.evaluation.results import PolicyComparison, figures_of
+from deploy.evaluation.sampling import sample_both
 from deploy.run_folder.log_lines import read_lines
 from deploy.stages.controller_actor import RemoteController
 from deploy.stages.policy import start_pools
@@ -37,8 +39,8 @@ from reward_service.scorers import FunctionScorer
 _WORKERS_SHOWN = 32
 
 
-def evaluate_run(config: RunConfig, console: Console) -> dict[str, float]:
-    """Supervised against trained policy on the evaluation prompts; writes evaluation.json."""
+def evaluate_run(config: RunConfig, console: Console) -> PolicyComparison:
+    """Compare trained and supervised policy on the evaluation prompts; writes evaluation.json."""
     if not config.data.evaluation:
         raise ConfigError("data.evaluation is empty; evaluate needs held-out prompts")
     judge = _judge(config.evaluate.judge) if config.evaluate.judge else None
@@ -55,17 +57,12 @@ def evaluate_run(config: RunConfig, console: Console) -> dict[str, float]:
         )
         say_fitting(console, fitting)
         pools = start_pools(session, config)
-        before, after = sample_both(
-            config,
-            session.folder.sft.weights,
-            session.folder.policy.weights,
-            prompts,
-            *pools,
-            label="eval",
-        )
-    found = compare([p.text for p in prompts], before, after, judge)
-    write_atomic(config.folder.evaluation, [json.dumps(found, indent=1).encode()])
-    return found
+        policies = session.folder.sft.weights, session.folder.policy.weights
+        before, after = sample_both(config, *policies, prompts, *pools, label="eval")
+    comparison = compare([p.text for p in prompts], before, after, judge)
+    figures = json.dumps(figures_of(comparison), indent=1).encode()
+    write_atomic(config.folder.evaluation, [figures])
+    return comparison
 
 
 def sample_run(config: RunConfig, texts: Sequence[str], sft: bool, seed: int) -> list[str]:

@@ -16,10 +16,13 @@ from common.errors import DataError
 from common.files import one_line, write_atomic
 from common.run_folder import RunFolder
 from deploy.evaluation.charts import Series, line_chart
+from deploy.evaluation.intervals import Interval
+from deploy.evaluation.presentation import EVALUATION, Presentation
+from deploy.evaluation.results import figure
 from deploy.run_folder.log_lines import Line, read_metrics
 
 SAMPLES = 24
-"""Signatures shown, evenly spaced over the held-out ones: a rule, not a choice."""
+"""Samples shown, evenly spaced over all that there are: a rule, not a choice."""
 
 _CURVES: dict[str, tuple[tuple[str, str], ...]] = {
     "sft": (("loss", "Loss, nats per token"), ("tokens_per_second", "Tokens per second")),
@@ -42,48 +45,34 @@ _CURVES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 _TITLES = {"sft": "Supervised policy", "reward": "Reward model", "train": "Policy"}
-_SIDES = {"human": "people's lines", "sft": "supervised", "policy": "trained policy"}
-_ROWS: tuple[tuple[str, str, str], ...] = (
-    ("judge_conformance", "PEP 257 conformance (judge: ruff)", "{:.1%}"),
-    ("rouge_l", "ROUGE-L to the human line", "{:.3f}"),
-    ("quality", "Labeler's quality, noise-free", "{:.3f}"),
-    ("judge_score", "Judge's score", "{:.3f}"),
-    ("score", "Score by the run's own reward", "{:.3f}"),
-    ("distinct", "Distinct responses", "{:.1%}"),
-    ("response_length", "Response length, tokens", "{:.1f}"),
-    ("nll", "NLL under the supervised policy, nats per token", "{:.2f}"),
-)
-_TILES: tuple[tuple[str, str, str], ...] = (
-    ("kl", "KL to the supervised policy, nats", "{:.1f}"),
-    ("reward_model_accuracy", "reward model, held-out accuracy", "{:.1%}"),
-    ("rollouts_trained", "rollouts trained", "{:,}"),
-    ("rollouts_dropped", "rollouts dropped", "{:,}"),
-    ("seconds_pipeline", "seconds for everything", "{:.0f}"),
-)
-_STAGES = ("harvest", "tokenizer", "sft", "comparisons", "reward", "train", "evaluate")
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write ``report.html`` of a run, finished or not; returns its path.
+def write_report(run_dir: Path, summary: Presentation = EVALUATION) -> Path:
+    """Write ``report.html`` of a run, finished or not; return its path.
+
+    `summary` says how to show what ``summary.json`` holds; without that file the report shows
+    ``evaluation.json``.
 
     Raises:
         DataError: the run has no metrics, or a file that the page is made of is damaged.
     """
     folder = RunFolder(run_dir)
     lines = read_metrics(folder.metrics)
-    summary = _json(folder.summary) or _json(folder.evaluation)
+    shown, figures = summary, _json(folder.summary)
+    if not figures:
+        shown, figures = EVALUATION, _json(folder.evaluation)
     environment = Environment(
-        loader=PackageLoader("deploy", "."), autoescape=True, undefined=StrictUndefined
+        loader=PackageLoader("deploy.evaluation", "."), autoescape=True, undefined=StrictUndefined
     )
     page = environment.get_template("report.html.j2").render(
         name=run_dir.absolute().name,
-        tiles=_tiles(summary),
-        win=_win(summary),
-        sides=[title for side, title in _SIDES.items() if _has(summary, side)],
-        rows=_comparison(summary),
-        stages=_stage_times(summary),
+        tiles=shown.tiles_of(figures),
+        win=_win(figures),
+        table=shown.table(figures),
+        stages=_stage_times(figures, shown.stages),
         sections=_sections(lines),
         samples=_samples(folder.samples),
+        samples_note=summary.samples_note,
         config=_text(folder.config),
         versions=_versions(),
     )
@@ -95,7 +84,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def _sections(lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """Curves by stage. A resumed run's log holds a step twice: the later one counts."""
+    """Draw the curves of each stage; of a step that a resumed run logged twice, the later one."""
     sections = []
     for stage, curves in _CURVES.items():
         steps = {line.step: line.metrics for line in lines if line.stage == stage}
@@ -113,53 +102,26 @@ def _sections(lines: Sequence[Line]) -> list[dict[str, Any]]:
     return sections
 
 
-def _comparison(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the table: a cell per side, with its interval where one was measured."""
-    rows = []
-    for key, title, form in _ROWS:
-        if key == "judge_score" and "quality_sft" in summary:
-            continue  # the quickstart's judge is its labeler: the same figure twice
-        cells = []
-        for side in _SIDES:
-            value = summary.get(f"{key}_{side}")
-            bounds = [summary.get(f"{key}_{end}_{side}") for end in ("low", "high")]
-            interval = ""
-            if all(isinstance(b, float) for b in bounds):
-                interval = " to ".join(form.format(b) for b in bounds)
-            if _has(summary, side):
-                shown = "" if value is None else form.format(value)
-                cells.append({"value": shown, "interval": interval})
-        if any(cell["value"] for cell in cells):
-            rows.append({"title": title, "cells": cells})
-    return rows
-
-
-def _has(summary: Mapping[str, Any], side: str) -> bool:
-    return any(f"{key}_{side}" in summary for key, _, _ in _ROWS)
-
-
-def _tiles(summary: Mapping[str, Any]) -> list[dict[str, str]]:
-    return [
-        {"value": form.format(summary[key]), "title": title}
-        for key, title, form in _TILES
-        if key in summary
-    ]
-
-
-def _win(summary: Mapping[str, Any]) -> dict[str, str] | None:
-    """The win rate with its interval and what it is of, written out."""
-    if "win_rate" not in summary:
+def _win(figures: Mapping[str, Any]) -> dict[str, str] | None:
+    """Write out the win rate with its interval and what it is of."""
+    rate = figure(figures, "win_rate")
+    if not isinstance(rate, Interval):
         return None
-    keys = ("win_rate", "win_rate_low", "win_rate_high", "ties_share")
     judged = ""
-    if "pairs_judged" in summary:  # not in evaluations of earlier versions
-        judged = f"{summary['pairs_judged']} of {summary['pairs_asked']} prompts judged"
-    return {key: f"{summary[key]:.1%}" for key in keys} | {"judged": judged}
+    if "pairs_judged" in figures:  # not in evaluations of earlier versions
+        judged = f"{figures['pairs_judged']} of {figures['pairs_asked']} prompts judged"
+    return {
+        "rate": f"{rate.mean:.1%}",
+        "low": f"{rate.low:.1%}",
+        "high": f"{rate.high:.1%}",
+        "ties": f"{figures['ties_share']:.1%}",
+        "judged": judged,
+    }
 
 
-def _stage_times(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Seconds of each stage and their share of the longest."""
-    times = {s: summary[f"seconds_{s}"] for s in _STAGES if f"seconds_{s}" in summary}
+def _stage_times(figures: Mapping[str, Any], stages: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the seconds of each stage and their share of the longest."""
+    times = {s: figures[f"seconds_{s}"] for s in stages if f"seconds_{s}" in figures}
     longest = max(times.values(), default=1.0)
     return [
         {"name": name, "seconds": f"{seconds:.0f}", "width": f"{100 * seconds / longest:.1f}"}
@@ -168,7 +130,7 @@ def _stage_times(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _samples(path: Path) -> list[dict[str, Any]]:
-    """`SAMPLES` rows, evenly spaced; half a row at the end is left out."""
+    """Read `SAMPLES` rows, evenly spaced; half a row at the end is left out."""
     lines, rows = _text(path).splitlines(), []
     for number, line in enumerate(lines, 1):
         try:
@@ -194,12 +156,12 @@ def _versions() -> str:
 def _json(path: Path) -> dict[str, Any]:
     text = _text(path)
     try:
-        found = json.loads(text) if text else {}
-    except ValueError as error:
-        found = error
-    if not isinstance(found, dict):
+        figures = json.loads(text) if text else {}
+    except ValueError:
+        figures = None
+    if not isinstance(figures, dict):
         raise DataError(f"{path}: damaged; remove it, or write it again with `talipot evaluate`")
-    return found
+    return figures
 
 
 def _text(path: Path) -> str:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from deploy.evaluation.intervals import bootstrap_mean
 from deploy.quickstart import judges
 from deploy.quickstart.harvest import Pair, fingerprint, harvest, prompt_text, split
 from deploy.quickstart.labeler import label, quality, verb_lexicon
+from deploy.quickstart.outcome import Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +34,12 @@ class Task:
     """Opening verbs learned from the training lines; the labeler's lexicon."""
 
     def qualities(self, pairs: Sequence[Pair], lines: Sequence[str]) -> list[float]:
-        """The labeler's noise-free opinion of each line."""
+        """Return the labeler's opinion of each line, without noise."""
         return [quality(s, p, self.verbs) for s, p in zip(lines, pairs, strict=True)]
 
 
 def make_task(pairs: Sequence[Pair], settings: QuickstartConfig, seed: int) -> Task:
-    """Split harvested pairs; a function of its arguments."""
+    """Split harvested pairs; the same arguments give the same task."""
     train, held_out = split(pairs, settings.held_out, seed)
     order = np.random.default_rng(derive_seed(seed, "harvest")).permutation(len(train))
     train = [train[i] for i in order[: settings.demonstrations]]
@@ -47,11 +49,11 @@ def make_task(pairs: Sequence[Pair], settings: QuickstartConfig, seed: int) -> T
 def prepare(
     settings: QuickstartConfig, seed: int, folder: Path, *, begun: bool = False
 ) -> tuple[Task, dict[str, str]]:
-    """Harvest, split, and write the data files; returns the task and facts for the log.
+    """Harvest, split, and write the data files; return the task and facts for the log.
 
     Raises:
-        ConfigError: results stand on the data files that are there (`begun`), and these would be
-            replaced by others.
+        ConfigError: the run has results already (`begun`), and the data files that they were made
+            from would be replaced by others.
     """
     pairs = harvest()
     task = make_task(pairs, settings, seed)
@@ -78,7 +80,7 @@ def prepare(
 
 
 def _changed(path: Path, facts: Mapping[str, str]) -> str:
-    """How a harvest differs from the one that was written down; empty when it does not."""
+    """Say how a harvest differs from the one in `path`; empty when it does not."""
     if not path.exists():
         return ""
     before: dict[str, str] = json.loads(path.read_text(encoding="utf8"))
@@ -90,10 +92,10 @@ def _changed(path: Path, facts: Mapping[str, str]) -> str:
 
 
 def with_data(config: RunConfig, folder: Path) -> RunConfig:
-    """The config with its data section pointing at the prepared files.
+    """Return the config with its data section pointing at the prepared files.
 
     Raises:
-        ConfigError: it points at others, which would not be read.
+        ConfigError: it points at other files, which would not be read.
     """
     data = DataConfig(
         demonstrations=(str(folder / "demonstrations.jsonl"),),
@@ -110,19 +112,20 @@ def with_data(config: RunConfig, folder: Path) -> RunConfig:
     return config.model_copy(update={"data": data})
 
 
-Sides = Literal["sample-human", "sample-sample", "human-borrowed"]
+Kind = Literal["sample-human", "sample-sample", "human-borrowed"]
+"""Where the two lines of a comparison come from."""
 
 
-def draw_sides(count: int, settings: QuickstartConfig, seed: int) -> list[Sides]:
-    """Which two lines each comparison shows."""
+def draw_kinds(count: int, settings: QuickstartConfig, seed: int) -> list[Kind]:
+    """Draw which two lines each comparison shows."""
     rng = np.random.default_rng(derive_seed(seed, "sides"))
-    names: tuple[Sides, ...] = ("sample-human", "human-borrowed", "sample-sample")
+    names: tuple[Kind, ...] = ("sample-human", "human-borrowed", "sample-sample")
     ends = (settings.human_share, settings.human_share + settings.borrowed_share)
     return [names[int(np.searchsorted(ends, x, side="right"))] for x in rng.random(count)]
 
 
 def borrowed(task: Task, count: int, seed: int) -> list[str]:
-    """People's lines about some training function or other."""
+    """Draw lines that people wrote about other functions of the training pairs."""
     rng = np.random.default_rng(derive_seed(seed, "borrowed"))
     return [task.train[i].docstring for i in rng.integers(0, len(task.train), count)]
 
@@ -134,30 +137,37 @@ def comparisons(
     settings: QuickstartConfig,
     seed: int,
 ) -> tuple[list[Comparison], int]:
-    """Label two lines for each signature; returns the comparisons and the number of ties."""
+    """Label two lines for each signature; return the comparisons and the number of ties."""
     rng = np.random.default_rng(derive_seed(seed, "labels"))
-    made, ties = [], 0
+    labelled, ties = [], 0
     for pair, (first, second) in zip(pairs, sides, strict=True):
         shown = (first, second) if rng.random() < 0.5 else (second, first)
         if not first.strip() or not second.strip():
             ties += 1  # Nothing was written: there is nothing to compare.
             continue
-        found = label(pair, *shown, verbs=task.verbs, rng=rng, noise=settings.label_noise)
-        if found is None:
+        comparison = label(pair, *shown, verbs=task.verbs, rng=rng, noise=settings.label_noise)
+        if comparison is None:
             ties += 1
         else:
-            made.append(found)
-    return made, ties
+            labelled.append(comparison)
+    return labelled, ties
 
 
-def judge_lines(pairs: Sequence[Pair], lines: Sequence[str], seed: int) -> dict[str, float]:
-    """What the outside judges say: ruff's conformance and ROUGE-L to the human lines."""
+def judge_lines(
+    pairs: Sequence[Pair],
+    lines: Sequence[str],
+    seed: int,
+    qualities: Sequence[float] | None = None,
+) -> Verdict:
+    """Ask the outside judges, ruff and ROUGE-L to the human lines; `qualities` is the labeler's."""
     conforming = [float(c) for c in judges.conformance(lines, pairs)]
     overlap = judges.rouge_l(lines, [pair.docstring for pair in pairs])
-    found: dict[str, float] = {"distinct": judges.distinct_share(lines)}
-    for name, values in (("judge_conformance", conforming), ("rouge_l", overlap)):
-        found[name], found[f"{name}_low"], found[f"{name}_high"] = bootstrap_mean(values, seed)
-    return found
+    return Verdict(
+        judge_conformance=bootstrap_mean(conforming, seed),
+        rouge_l=bootstrap_mean(overlap, seed),
+        distinct=judges.distinct_share(lines),
+        quality=None if qualities is None else fmean(qualities),
+    )
 
 
 def _demonstration(pair: Pair) -> Demonstration:

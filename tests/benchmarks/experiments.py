@@ -25,10 +25,12 @@ from rich.console import Console
 
 from common.config.recipe import load_config, save_config
 from common.config.run import RunConfig
-from deploy.evaluation.compare import best_of, policy_weights, sample_scored
 from deploy.evaluation.intervals import best_of_n_kl, win_rate
+from deploy.evaluation.results import figures_of
+from deploy.evaluation.sampling import best_of, policy_weights, sample_scored
+from deploy.quickstart.evaluation import encoded_prompts, evaluate, stripped
 from deploy.quickstart.harvest import Pair, harvest, prompt_text
-from deploy.quickstart.pipeline import encoded_prompts, evaluate_run, run_quickstart
+from deploy.quickstart.pipeline import run_quickstart
 from deploy.quickstart.task import Task, judge_lines, make_task
 from deploy.stages import policy, supervised
 from deploy.stages.policy import start_pools
@@ -106,8 +108,8 @@ def vary(out: Path, variation: Variation) -> None:
     with open_session(config, console) as session:
         pools = start_pools(session, config)
         trained = policy.run_train(session, config, pools)
-        found = evaluate_run(session, config, task_of(config), pools)
-    save(config.run_dir, {**trained, **found, "seconds_pipeline": time.perf_counter() - begin})
+        judged = evaluate(session, config, task_of(config), pools).figures()
+    save(config.run_dir, {**trained, **judged, "seconds_pipeline": time.perf_counter() - begin})
 
 
 def best_of_n(out: Path) -> None:
@@ -125,7 +127,7 @@ def best_of_n(out: Path) -> None:
         weights = policy_weights(config, session.folder.sft.weights, 0)
         many = sample_scored(config, weights, prompts, *pools, label="many", samples=most + spare)
     scores = np.array(many.scores).reshape(len(prompts), most + spare)
-    lines = np.array([r.strip() for r in many.responses]).reshape(scores.shape)
+    lines = np.array(stripped(many.responses)).reshape(scores.shape)
     rows = []
     for n in N_VALUES:
         groups = scores[:, :most].reshape(len(prompts), most // n, n)
@@ -135,10 +137,10 @@ def best_of_n(out: Path) -> None:
         equal = (rest == best[:, None, :, None]).mean(1)[:, :, 0]
         share = np.clip(below + equal / 2, 0.5 / spare, 1.0)
         chosen = [str(lines[row, groups[row, 0].argmax()]) for row in range(len(prompts))]
-        verdict = judge_lines(pairs, chosen, config.seed)
-        quality = float(np.mean(task_of(config).qualities(pairs, chosen)))
+        qualities = task_of(config).qualities(pairs, chosen)
+        verdict = figures_of(judge_lines(pairs, chosen, config.seed, qualities))
         kl = float((np.log(n) + (n - 1) * np.log(share)).mean())
-        rows.append({"n": n, "kl": kl, "score": float(best.mean()), "quality": quality, **verdict})
+        rows.append({"n": n, "kl": kl, "score": float(best.mean()), **verdict})
     save(config.run_dir, {"rows": rows, "prompts": few, "spare": spare})
 
 
@@ -152,13 +154,12 @@ def best_of_16(out: Path, seed: int) -> None:
         sft = policy_weights(config, session.folder.sft.weights, 0)
         single = sample_scored(config, sft, prompts, *pools, label="eval")
         many = sample_scored(config, sft, prompts, *pools, label="best", samples=16)
-    before = task.qualities(pairs, [line.strip() for line in single.responses])
-    lines = [line.strip() for line in best_of(many).responses]
+    before = task.qualities(pairs, stripped(single.responses))
+    lines = stripped(best_of(many).responses)
     after = task.qualities(pairs, lines)
     wins = win_rate(after, before, tie_margin=1e-6)
-    verdict = {f"{k}_policy": v for k, v in judge_lines(pairs, lines, config.seed).items()}
-    quality = {"quality_policy": sum(after) / len(after), "kl": best_of_n_kl(16)}
-    save(config.run_dir, {**verdict, **quality, "win_rate": wins.rate})
+    verdict = figures_of(judge_lines(pairs, lines, config.seed, after), "policy")
+    save(config.run_dir, {**verdict, "kl": best_of_n_kl(16), "win_rate": wins.rate.mean})
 
 
 def reward_data(out: Path) -> None:
@@ -194,16 +195,15 @@ def over_optimisation(out: Path) -> None:
 def _judge_log(path: Path, config: RunConfig, by_prompt: Mapping[str, Pair]) -> dict[str, float]:
     table = pq.read_table(path).to_pylist()
     pairs = [by_prompt[row["prompt_text"]] for row in table]
-    lines = [row["response_text"].strip() for row in table]
+    lines = stripped([row["response_text"] for row in table])
     own = [row.get("unfiltered_logprobs") or row["behavior_logprobs"] for row in table]
     kl = [sum(ours) - sum(row["ref_logprobs"]) for ours, row in zip(own, table, strict=True)]
-    verdict = judge_lines(pairs, lines, config.seed)
+    qualities = task_of(config).qualities(pairs, lines)
     return {
         "iteration": int(path.stem.split("-")[-1]),
         "kl": float(np.mean(kl)),
         "score": float(np.mean([row["score"] for row in table])),
-        "quality": float(np.mean(task_of(config).qualities(pairs, lines))),
-        **verdict,
+        **figures_of(judge_lines(pairs, lines, config.seed, qualities)),
     }
 
 

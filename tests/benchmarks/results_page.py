@@ -16,7 +16,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from deploy.evaluation.intervals import best_of_n_kl
+from deploy.evaluation.intervals import Interval, best_of_n_kl
+from deploy.evaluation.results import figure
 from tests.benchmarks.experiments import (
     BEST_FULL_LR,
     FULL_LRS,
@@ -54,13 +55,13 @@ def load(out: Path, name: str) -> Summary | None:
     return found
 
 
-def value(summary: Summary, key: str, side: str) -> float | None:
-    """A figure of one side; win rate and KL belong to the pair."""
-    if key in ("win_rate", "kl"):
-        found = summary.get(key) if side == "policy" else None
+def value(summary: Summary, name: str, side: str) -> float | None:
+    """Return a figure of one side; win rate and KL, of both, stand beside the trained policy."""
+    if name not in ("win_rate", "kl"):
+        measured = figure(summary, name, side)
     else:
-        found = summary.get(f"{key}_{side}")
-    return found
+        measured = figure(summary, name) if side == "policy" else None
+    return measured.mean if isinstance(measured, Interval) else measured
 
 
 def spread(values: Sequence[float], form: Callable[[float], str]) -> str:

@@ -21,8 +21,8 @@ from talipot_first import ours_first
 sys.path.remove({root!r})
 ours_first()
 import json, ray
-from common.config import RunConfig
-from deploy.attach import cluster_of
+from common.config.run import RunConfig
+from deploy.workers.attach import cluster_of
 from reward_service.scorers import FunctionScorer, ScoreRequest
 
 def look():

@@ -22,7 +22,7 @@ from common.models.adapters import attach_adapter, base_fingerprint
 from common.models.build import build_policy, build_scalar
 from common.models.weight_files import load_decoder, load_weights
 from common.wire.trajectory import RolloutRequest, to_table
-from deploy.evaluation.compare import policy_weights
+from deploy.evaluation.sampling import policy_weights
 from deploy.stages.replay import replay_run
 from deploy.workers.calls import start_pair
 from deploy.workers.gang import LearnerGang

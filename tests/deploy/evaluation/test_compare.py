@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import RewardError
-from deploy.evaluation.compare import Sampled, best_of, compare, paired
+from deploy.evaluation.compare import compare, paired
+from deploy.evaluation.sampling import Sampled, best_of
 
 PROMPTS = [f"p{i}" for i in range(24)]
 
@@ -39,9 +40,9 @@ def length(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
 
 @pytest.mark.parametrize("judge", [None, length])
 def test_equal_policies_are_all_ties_whichever_response_is_refused(judge: object) -> None:
-    found = compare(PROMPTS, side(without(3)), side(without(17)), judge)  # type: ignore[arg-type]
-    assert (found["win_rate"], found["ties_share"]) == (0.5, 1.0)
-    assert (found["pairs_judged"], found["pairs_asked"]) == (22, 24)
+    compared = compare(PROMPTS, side(without(3)), side(without(17)), judge)  # type: ignore[arg-type]
+    assert (compared.win_rate.mean, compared.ties_share) == (0.5, 1.0)
+    assert (compared.pairs_judged, compared.pairs_asked) == (22, 24)
 
 
 @given(
@@ -56,15 +57,15 @@ def test_figures_are_of_the_prompts_that_both_sides_have(
         with pytest.raises(RewardError, match="nothing to compare"):
             compare(PROMPTS, *sides, None)
         return
-    found = compare(PROMPTS, *sides, None)
-    assert (found["pairs_judged"], found["pairs_asked"]) == (len(both), 24)
-    assert (found["win_rate"], found["ties_share"]) == (1.0, 0.0), "every pair is a win by 1"
+    compared = compare(PROMPTS, *sides, None)
+    assert (compared.pairs_judged, compared.pairs_asked) == (len(both), 24)
+    assert (compared.win_rate.mean, compared.ties_share) == (1.0, 0.0), "every pair is a win by 1"
     mean = math.fsum(i % 7 for i in both) / len(both)
-    assert found["score_sft"] == pytest.approx(mean)
-    assert found["score_policy"] == found["judge_score_policy"] == pytest.approx(mean + 1)
-    assert found["kl"] == pytest.approx(0.5 * sum(both) / len(both))
-    assert found["response_length_sft"] == found["response_length_policy"]
-    assert found["distinct_sft"] == 1.0
+    assert compared.sft.score == pytest.approx(mean)
+    assert compared.policy.score == compared.policy.judge_score == pytest.approx(mean + 1)
+    assert compared.kl == pytest.approx(0.5 * sum(both) / len(both))
+    assert compared.sft.response_length == compared.policy.response_length
+    assert compared.sft.distinct == 1.0
 
 
 def test_a_pair_that_the_judge_has_no_opinion_of_is_not_judged() -> None:
@@ -74,9 +75,9 @@ def test_a_pair_that_the_judge_has_no_opinion_of_is_not_judged() -> None:
     def silent(prompts: Sequence[str], responses: Sequence[str]) -> list[float | None]:
         return [None] * len(prompts)
 
-    found = compare(PROMPTS, side(without(5)), side(without()), choosy)
-    assert found["pairs_judged"] == 22
-    assert found["judge_score_sft"] == 1.0, "a refusal is no 0"
+    compared = compare(PROMPTS, side(without(5)), side(without()), choosy)
+    assert compared.pairs_judged == 22
+    assert compared.sft.judge_score == 1.0, "a refusal is no 0"
     with pytest.raises(RewardError, match=r"no.*opinion|opinion.*none of 24 prompts"):
         compare(PROMPTS, side(without()), side(without()), silent)
 

@@ -17,7 +17,9 @@ from common.models.adapters import base_fingerprint
 from common.models.build import build_policy
 from common.models.lora import OFF
 from common.models.weight_files import load_weights
-from deploy.evaluation.compare import Sampled, compare, policy_weights, sample_both, sample_scored
+from deploy.evaluation.compare import compare
+from deploy.evaluation.results import figures_of
+from deploy.evaluation.sampling import Sampled, policy_weights, sample_both, sample_scored
 from deploy.stages.encoding import read_encoded_prompts
 from deploy.workers.placement import reward_pool, rollout_pool
 from deploy.workers.pool import Pool
@@ -90,7 +92,8 @@ def test_side_by_side_equals_one_after_the_other(
     assert both[0].kl == pytest.approx([0.0] * 25, abs=1e-4), "the base is the reference"
     assert both[0].responses != both[1].responses
     texts = [prompt.text for prompt in prompts]
-    assert compare(texts, *both, None) == pytest.approx(compare(texts, *turns, None), abs=1e-4)
+    side_by_side, one_by_one = (figures_of(compare(texts, *s, None)) for s in (both, turns))
+    assert side_by_side == pytest.approx(one_by_one, abs=1e-4)
 
 
 def test_whole_weights_take_turns(
@@ -139,7 +142,7 @@ def test_equal_policies_tie_whatever_an_endpoint_refuses(
         refusing.stop()
     assert before.prompts == [i for i in range(25) if i % 5]
     assert after.prompts == [i for i in range(25) if (i + 2) % 5]
-    found = compare([prompt.text for prompt in prompts], before, after, None)
-    assert (found["win_rate"], found["ties_share"]) == (0.5, 1.0)
-    assert (found["pairs_judged"], found["pairs_asked"]) == (15, 25)
-    assert found["score_sft"] == found["score_policy"]
+    compared = compare([prompt.text for prompt in prompts], before, after, None)
+    assert (compared.win_rate.mean, compared.ties_share) == (0.5, 1.0)
+    assert (compared.pairs_judged, compared.pairs_asked) == (15, 25)
+    assert compared.sft.score == compared.policy.score

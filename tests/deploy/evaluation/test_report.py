@@ -11,6 +11,7 @@ import pytest
 
 from common.errors import DataError
 from deploy.evaluation.report import SAMPLES, read_metrics, write_report
+from deploy.quickstart.outcome import IN_REPORT
 
 SUMMARY = {
     "win_rate": 0.8731,
@@ -68,7 +69,7 @@ def test_a_finished_quickstart_shows_its_numbers(tmp_path: Path) -> None:
         samples__jsonl="\n".join(rows),
         config__yaml="name: finished",
     )
-    page = write_report(run).read_text(encoding="utf8")
+    page = write_report(run, IN_REPORT).read_text(encoding="utf8")
     for shown in (
         "87.3%",
         "95.7%",
@@ -87,7 +88,7 @@ def test_a_finished_quickstart_shows_its_numbers(tmp_path: Path) -> None:
 
 def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     run = run_folder(tmp_path, metrics__jsonl=metrics("train", 3, score=1.0))
-    page = write_report(run).read_text(encoding="utf8")
+    page = write_report(run, IN_REPORT).read_text(encoding="utf8")
     loads = re.findall(r"<(?:script|link|img|iframe)\b|@import|url\((?!#)|\ssrc=", page)
     assert not loads
     assert not re.search(r"href=\"https?:", page)
@@ -99,7 +100,7 @@ def test_what_a_policy_wrote_cannot_become_markup(tmp_path: Path) -> None:
         metrics__jsonl=metrics("sft", 2, loss=1.0),
         samples__jsonl=json.dumps(sample(0, "<script>alert(1)</script>")),
     )
-    page = write_report(run).read_text(encoding="utf8")
+    page = write_report(run, IN_REPORT).read_text(encoding="utf8")
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
 
@@ -110,7 +111,7 @@ def test_an_evaluated_run_without_a_quickstart(tmp_path: Path) -> None:
         metrics__jsonl=metrics("train", 2, score=1.0),
         evaluation__json=json.dumps({"score_sft": 0.25, "score_policy": 0.75, "kl": 1.0}),
     )
-    page = write_report(run).read_text(encoding="utf8")
+    page = write_report(run, IN_REPORT).read_text(encoding="utf8")
     assert "0.250" in page
     assert "0.750" in page
     assert "people" not in page
@@ -121,7 +122,7 @@ def test_an_evaluated_run_without_a_quickstart(tmp_path: Path) -> None:
 )
 def test_odd_curves_are_drawn(tmp_path: Path, values: dict[str, float]) -> None:
     run = run_folder(tmp_path, metrics__jsonl=metrics("sft", 1, **values))
-    assert "<svg" in write_report(run).read_text(encoding="utf8")
+    assert "<svg" in write_report(run, IN_REPORT).read_text(encoding="utf8")
 
 
 def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from common.models.build import build_policy
 from common.models.palm import PaLM
 from common.models.weight_files import load_decoder, save_weights
 from common.wire.trajectory import ScoredTrajectory
-from deploy.evaluation.compare import Sampled, _sampled
+from deploy.evaluation.sampling import Sampled, _sampled
 from reward_service.models import ReferencePolicy
 from tests.actors.generation.test_engine import requests
 from tests.sampled import sampled_trajectories

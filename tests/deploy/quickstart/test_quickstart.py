@@ -12,6 +12,7 @@ from rich.console import Console
 from common.config.recipe import load_config
 from common.config.run import RunConfig
 from deploy.cli import main
+from deploy.quickstart.outcome import show_outcome
 from deploy.quickstart.pipeline import run_quickstart
 from deploy.stages.session import Session
 
@@ -57,9 +58,12 @@ def finished(
     config = load_config(recipe, [f"output={folder}", "name=tiny"])
     config.run_dir.mkdir()
     session = Session(config, Console(file=io.StringIO()))
-    summary = run_quickstart(session)
+    outcome = run_quickstart(session)
     session.close()
-    return config, summary
+    show_outcome(session.console, outcome)
+    screen = session.console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"win rate {outcome.evaluation.comparison.win_rate.mean:.1%} (" in screen
+    return config, outcome.figures()
 
 
 def test_the_summary_holds_what_is_promised(finished: tuple[RunConfig, dict[str, Any]]) -> None:

@@ -1,0 +1,79 @@
+"""What an evaluation finds, as records, and the form that these have in a run's files.
+
+In ``evaluation.json`` and ``summary.json`` every figure has one key: its name, then ``_low`` or
+``_high`` for the ends of its interval, then the side that it is of, if it is of one::
+
+    PolicyComparison(win_rate=Interval(...), policy=PolicyFigures(nll=2.3, ...), ...)
+    {"win_rate": 0.87, "win_rate_low": 0.84, "win_rate_high": 0.89, "nll_policy": 2.3, ...}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+from deploy.evaluation.intervals import Interval
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyFigures:
+    """What was measured of one policy: means over the prompts that were judged."""
+
+    judge_score: float
+    """By the judge; by the run's own reward where there is none."""
+    score: float
+    """By the run's own reward, which the policy was trained on."""
+    nll: float
+    """Negative log-likelihood under the supervised policy, nats per token."""
+    response_length: float
+    """In tokens."""
+    distinct: float
+    """Share of the responses that differ."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyComparison:
+    """The trained policy against the supervised one, on the same prompts."""
+
+    pairs_judged: int
+    """Prompts of which both responses have a score and the judge's opinion."""
+    pairs_asked: int
+    """All prompts."""
+    win_rate: Interval
+    """How often the trained policy's response is the better one, ties left out."""
+    ties_share: float
+    kl: float
+    """Of the trained policy to the supervised one, nats per response."""
+    sft: PolicyFigures
+    policy: PolicyFigures
+
+
+def figures_of(record: DataclassInstance, side: str = "") -> dict[str, float]:
+    """Return a record's figures by their keys in a run's files; a record in it is a side of it."""
+    figures: dict[str, float] = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, Interval):
+            ends = {"": value.mean, "_low": value.low, "_high": value.high}
+            figures |= {_key(field.name + end, side): bound for end, bound in ends.items()}
+        elif is_dataclass(value) and not isinstance(value, type):
+            figures |= figures_of(value, field.name)
+        elif value is not None:
+            figures[_key(field.name, side)] = value
+    return figures
+
+
+def figure(figures: Mapping[str, Any], name: str, side: str = "") -> Interval | float | None:
+    """Read one figure back; None where the file, perhaps of an earlier version, has none."""
+    value, low, high = (figures.get(_key(name + end, side)) for end in ("", "_low", "_high"))
+    if value is None or low is None or high is None:
+        return value
+    return Interval(mean=value, low=low, high=high)
+
+
+def _key(name: str, side: str) -> str:
+    return f"{name}_{side}" if side else name
