@@ -10,11 +10,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -23,6 +23,9 @@ from common.config.recipe import load_config
 from common.config.run import RunConfig
 from common.errors import ClusterError, ConfigError, StorageError, TalipotError, WorkerError
 from deploy.screen import degrade_unprintable, make_console, say, show
+
+if TYPE_CHECKING:
+    from deploy.stages.session import Session
 
 app = typer.Typer(
     name="talipot",
@@ -42,6 +45,8 @@ ConfigOption = Annotated[
 AddressOption = Annotated[str | None, typer.Option(help="Ray cluster to join.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value ...")]
 RunArgument = Annotated[Path, typer.Argument(help="A run's folder.")]
+Stage = Callable[["Session", RunConfig], Mapping[str, Any]]
+"""A stage of a run: trains something in a session, and returns numbers to print."""
 
 
 @app.command()
@@ -66,7 +71,9 @@ def sft(
     overrides: Overrides = None, config: ConfigOption = None, address: AddressOption = None
 ) -> None:
     """Train the supervised policy on demonstrations."""
-    _stage("sft", _load(config, overrides, address))
+    from deploy.stages.supervised import run_sft
+
+    _stage("sft", run_sft, _load(config, overrides, address), writer="sft")
 
 
 @app.command()
@@ -74,7 +81,9 @@ def reward(
     overrides: Overrides = None, config: ConfigOption = None, address: AddressOption = None
 ) -> None:
     """Train the reward model on comparisons; needs the run's supervised policy."""
-    _stage("reward", _load(config, overrides, address))
+    from deploy.stages.supervised import run_reward
+
+    _stage("reward", run_reward, _load(config, overrides, address), writer="reward")
 
 
 @app.command()
@@ -88,12 +97,16 @@ def train(
     ] = None,
 ) -> None:
     """Train the policy from prompts and rewards; resumes where the run's checkpoint stands."""
-    if resume is None:
-        _stage("train", _load(config, overrides, address), stop_after)
-        return
-    if config:
+    from deploy.stages.policy import run_train, standing_of, tell
+
+    if resume is not None and config:
         raise ConfigError("--resume takes its recipe from the run: leave --config out")
-    _stage("train", _of_run(resume, overrides, address), stop_after)
+    resolved = _of_run(resume, overrides, address) if resume else _load(config, overrides, address)
+    standing = standing_of(resolved)
+    tell(console, resolved, standing)
+    if standing.facts is None:
+        # The command may only attach to a run that is at work, and then it writes nothing.
+        _stage("train", partial(run_train, stop_after=stop_after), resolved, writer="")
 
 
 @app.command()
@@ -240,35 +253,21 @@ def _run(arguments: Sequence[str] | None) -> None:
 # -------------------------------------------------------------------------- helpers
 
 
-def _stage(name: str, config: RunConfig, stop_after: int | None = None) -> None:
-    """One stage of a run, in a session of its own."""
-    from deploy.stages import policy, preparation, supervised
+def _stage(name: str, run: Stage, config: RunConfig, *, writer: str) -> None:
+    """Run one stage in a session of its own, and print its numbers."""
+    from deploy.stages.preparation import prepare_tokenizer
     from deploy.stages.session import open_session
-    from deploy.workers.preflight import require_trainable
 
-    # A recipe that is refused leaves the run's own in place: a stage writes it down once accepted.
-    if name == "train":
-        require_trainable(config)
-        if policy.resumable(config)[1] is not None:
-            say(console, policy.finished(config))
-            return
-    # Whoever trains may find the run at work, and then attaches to it and writes nothing.
-    with open_session(config, console, writer="" if name == "train" else name) as session:
+    with open_session(config, console, writer=writer) as session:
         with session.stage("tokenizer", "tokenizer"):
-            resolved = preparation.prepare_tokenizer(session, session.config)
+            resolved = prepare_tokenizer(session, session.config)
         with session.stage(name, name):
-            found: dict[str, Any]
-            if name == "sft":
-                found = supervised.run_sft(session, resolved)
-            elif name == "reward":
-                found = supervised.run_reward(session, resolved)
-            else:
-                found = policy.run_train(session, resolved, stop_after=stop_after)
-    _print_numbers(f"{resolved.run_dir}: {name}", found)
+            numbers = run(session, resolved)
+    _print_numbers(f"{resolved.run_dir}: {name}", numbers)
 
 
 def _load(config: str | None, overrides: list[str] | None, address: str | None) -> RunConfig:
-    """The recipe (a path or a built-in's name) with overrides and the address applied."""
+    """Load a recipe, a path or a built-in's name, and apply overrides and the address."""
     path = None if config is None else Path(os.path.expanduser(config))
     if path is not None and not path.exists():
         built_in = resources.files("deploy.recipes") / f"{config}.yaml"
@@ -277,7 +276,7 @@ def _load(config: str | None, overrides: list[str] | None, address: str | None) 
 
 
 def _of_run(run: Path, overrides: list[str] | None, address: str | None) -> RunConfig:
-    """The recipe of a run's folder, wherever that lies now and whatever it is called."""
+    """Load the recipe of a run's folder, wherever that lies now and whatever it is called."""
     from deploy.run_folder.folder import folder_of, recipe_of
     from deploy.run_folder.paths import anchored, rebased
 
@@ -293,7 +292,7 @@ def _place(address: str | None) -> dict[str, str]:
 
 
 def _what_failed(error: OSError) -> str:
-    """The file and the reason, as far as the error holds them."""
+    """Name the file and the reason, as far as the error knows them."""
     reason = error.strerror or str(error) or type(error).__name__
     names = [
         os.fsdecode(n) for n in (error.filename, error.filename2) if isinstance(n, str | bytes)
@@ -307,11 +306,10 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _print_numbers(title: str, numbers: Any) -> None:
-    values = numbers if isinstance(numbers, dict) else asdict(numbers)
+def _print_numbers(title: str, numbers: Mapping[str, Any]) -> None:
     say(console, (title, "italic"))
-    width = max((len(key) for key in values), default=0)
-    for key, value in values.items():
+    width = max((len(key) for key in numbers), default=0)
+    for key, value in numbers.items():
         shown = f"{value:.4g}" if isinstance(value, float) else str(value)
         say(console, f" {key:<{width}}  ", (shown, "bold"))
 

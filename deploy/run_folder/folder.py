@@ -1,4 +1,4 @@
-"""The folder of a run, found and read."""
+"""The folder of an existing run, and the recipe in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from common.run_folder import RunFolder
 
 
 def folder_of(run: str | Path) -> Path:
-    """A run's folder from its path, absolute and by its own name; raises DataError for no run."""
+    """Return a run's folder, absolute and by its own name.
+
+    Raises:
+        DataError: the path is not UTF-8, or there is no run.
+    """
     folder = Path(os.path.expanduser(run))
     if not is_utf8(str(folder)):
         raise DataError(f"{folder}: the path is not UTF-8; rename the folder")
@@ -25,10 +29,10 @@ def folder_of(run: str | Path) -> Path:
 
 
 def recipe_of(folder: Path) -> Path:
-    """A run's own recipe. It holds every section, so what is empty or cut off shows.
+    """Return the path of a run's own recipe, which has every section of a recipe.
 
     Raises:
-        DataError: it is, by a writer that was killed or a disk that was full.
+        DataError: sections are missing, because a writer was killed or the disk was full.
     """
     path = RunFolder(folder).config
     text = path.read_text(encoding="utf8", errors="replace")

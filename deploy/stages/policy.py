@@ -1,10 +1,13 @@
-"""The stages of a run, each usable alone: tokenizer, sft, reward, train."""
+"""Policy training as a stage: where it stands, and a controller that does it."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
+
+from rich.console import Console
 
 from common.config.recipe import saved_config
 from common.config.run import RunConfig
@@ -22,15 +25,57 @@ from deploy.stages.controller_actor import (
     start_controller,
 )
 from deploy.stages.driver import follow
-from deploy.stages.encoding import (
-    read_encoded_prompts,
-)
-from deploy.stages.preparation import checked, require_paths, say_fitting
+from deploy.stages.encoding import read_encoded_prompts
+from deploy.stages.preparation import check_inputs, require_paths, say_fitting
 from deploy.stages.session import Session
 from deploy.workers.gang import LearnerGang
 from deploy.workers.placement import reward_pool, rollout_pool
 from deploy.workers.pool import Pool
 from deploy.workers.preflight import require_trainable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """Where policy training of a run stands."""
+
+    changed: list[Change]
+    """How the recipe differs from the newest checkpoint's, but for the run's name and place."""
+    facts: dict[str, Any] | None
+    """The controller's facts of a run that is finished; None where there is something to train."""
+
+
+def standing_of(config: RunConfig) -> Standing:
+    """Compare the recipe with the run's newest checkpoint, if it has one; nothing starts for it.
+
+    Raises:
+        ConfigError: policy cannot be trained under this recipe, or a field changed that cannot
+            change; each is named with both values.
+    """
+    require_trainable(config)
+    checkpoint = checkpoints.newest(config.run_dir)
+    if checkpoint is None:
+        return Standing(changed=[], facts=None)
+    state = checkpoint[1]
+    changed = require_resumable(
+        saved_config(state["config"]),
+        config,
+        state["iteration"],
+        config.run_dir,
+        RunInputs(config.run_dir).recorded("train"),
+    )
+    facts = recorded_facts(config.run_dir)
+    if facts is not None and facts["iterations"] < config.train.iterations:
+        facts = None
+    return Standing(changed=[c for c in changed if c.field not in ("name", "output")], facts=facts)
+
+
+def tell(console: Console, config: RunConfig, standing: Standing) -> None:
+    """Say that the run is finished, or what has changed since its newest checkpoint."""
+    if standing.facts is not None:
+        say(console, f"{config.run_dir} is finished; nothing to train")
+        return
+    for change in standing.changed:
+        say(console, f"changed: {change}")
 
 
 def run_train(
@@ -39,57 +84,26 @@ def run_train(
     pools: tuple[Pool, Pool] | None = None,
     stop_after: int | None = None,
 ) -> dict[str, Any]:
-    """Train the policy under a controller; resumes from the run's newest checkpoint, if any.
+    """Train the policy of an unfinished run; resumes from its newest checkpoint, if any.
 
-    Returns the controller's facts. Raises whatever stopped the run.
+    A controller does the work: the one that is at it already, or a new one. Returns its facts, or
+    raises what stopped the run.
     """
     require_paths(config.data.prompts, "data.prompts", "train")
-    require_trainable(config)
     config = anchored(config)
-    changed, facts = resumable(config)
-    for change in changed:
-        say(session.console, f"changed: {change}")
-    if facts is not None:
-        say(session.console, finished(config))
-        return facts
     controller = living_controller(config)
     if controller is not None:
         say(session.console, (f"attached to {controller_name(config)}", "dim"))
     else:
-        begin = checked(session, config, "train")
+        record = check_inputs(session, config, "train")
         tokenizer = session.tokenizer()
         prompts, fitting = read_encoded_prompts(config.data.prompts, tokenizer, config)
         say_fitting(session.console, fitting)
-        begin()
-        session.unlock()  # the writer is the controller now
+        record()
+        session.unlock()  # from here on the controller writes
         controller = _start(session, config, prompts, pools, stop_after)
     with session.progress("policy", config.train.iterations) as bar:
         return follow(controller, config, lambda status: _show(bar.update, status))
-
-
-def resumable(config: RunConfig) -> tuple[list[Change], dict[str, Any] | None]:
-    """Compare with the run's newest checkpoint, if it has one: what has changed, but for the run's
-    name and place, and the facts of a run that is finished already.
-
-    Raises:
-        ConfigError: a field changed that cannot; each is named with both values.
-    """
-    found = checkpoints.newest(config.run_dir)
-    if found is None:
-        return [], None
-    state = found[1]
-    saved = saved_config(state["config"])
-    recorded = RunInputs(config.run_dir).recorded("train")
-    changed = require_resumable(saved, config, state["iteration"], config.run_dir, recorded)
-    facts = recorded_facts(config.run_dir)
-    if facts is not None and facts["iterations"] < config.train.iterations:
-        facts = None
-    return [change for change in changed if change.field not in ("name", "output")], facts
-
-
-def finished(config: RunConfig) -> str:
-    """What is said of a run that is finished."""
-    return f"{config.run_dir} is finished; nothing to train"
 
 
 def _start(
@@ -99,7 +113,7 @@ def _start(
     pools: tuple[Pool, Pool] | None,
     stop_after: int | None,
 ) -> RemoteController:
-    """A controller with the session's workers where it has some, with its own where not."""
+    """Start a controller with the session's workers where it has some, else with its own."""
     # Workers of a controller that was killed a moment ago may still hold the plain names.
     name = f"{config.name}-{secrets.token_hex(2)}"
     started = session.started_gang()
@@ -114,13 +128,13 @@ def _start(
 
 
 def start_pools(session: Session, config: RunConfig) -> tuple[Pool, Pool]:
-    """Rollout actors and reward workers that end with the session."""
+    """Start rollout actors and reward workers that end with the session."""
     rollout, reward = make_pools(session, config, config.name, start=True)
     return session.keep(rollout), session.keep(reward)
 
 
 def make_pools(session: Session, config: RunConfig, name: str, *, start: bool) -> tuple[Pool, Pool]:
-    """Pools of rollout actors and reward workers, filled when `start` is True."""
+    """Make pools of rollout actors and reward workers, filled when `start` is True."""
     tokenizer = session.folder.tokenizer
     reward = session.folder.reward_model.weights if config.reward_service.needs_model else None
     return (

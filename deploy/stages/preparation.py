@@ -1,4 +1,4 @@
-"""What every stage begins with: the tokenizer, the run's inputs, and the right to write."""
+"""The beginning of every stage: the tokenizer, the run's inputs, and the right to write."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ from deploy.stages.session import Session
 
 
 def prepare_tokenizer(session: Session, config: RunConfig) -> RunConfig:
-    """The run's tokenizer, made at its first use; returns the config with the model's vocabulary
-    filled in.
+    """Make the run's tokenizer where it has none; return the config with the model's vocabulary.
 
     Raises:
         ConfigError: the recipe asks for another tokenizer than the one that results of this run
-            stand on, model.vocab_size is set to something else than the tokenizer has, or
-            rollout.stop_ids names a token that it has not.
+            depend on, model.vocab_size is not the tokenizer's number of tokens, or
+            rollout.stop_ids names a token that it does not have.
     """
     config = anchored(config)
     # Where the run is at work already, its tokenizer is there and nothing is written.
@@ -53,16 +52,18 @@ def say_fitting(console: Console, fitting: Fitting) -> None:
         say(console, (line, "yellow"))
 
 
-def with_log(session: Session, stage: str, step: int, metrics: dict[str, float]) -> None:
+def log_metrics(session: Session, stage: str, step: int, metrics: dict[str, float]) -> None:
     """Append one line to the run's log."""
     log = session.log()
     with at_the_end(log.close):
         log.write(stage, step, metrics)
 
 
-def checked(session: Session, config: RunConfig, stage: str) -> Callable[[], None]:
-    """Make this session the run's writer, and compare what a stage is about to read with what the
-    run stands on. What is returned writes recipe and inputs down, once they are known to be good.
+def check_inputs(session: Session, config: RunConfig, stage: str) -> Callable[[], None]:
+    """Make this session the run's writer, and compare a stage's inputs with what the run used.
+
+    Returns a function that records recipe and inputs in the run's folder. The stage calls it once
+    it has read its inputs and found them good: before that a refused recipe leaves no trace.
 
     Raises:
         StorageError: another stage is writing into the run's folder.
@@ -72,17 +73,18 @@ def checked(session: Session, config: RunConfig, stage: str) -> Callable[[], Non
     session.lock(stage)
     inputs = RunInputs(session.run_dir)
     inputs.require_repeat(stage, config)
-    found, told = inputs.check(stage, reads_of(stage, config))
-    for line in told:
-        say(session.console, f"changed: {line}")
+    prints, changes = inputs.check(stage, reads_of(stage, config))
+    for change in changes:
+        say(session.console, f"changed: {change}")
 
-    def begin() -> None:
+    def record() -> None:
         save_config(config, session.folder.config)
-        inputs.begin(stage, config, found)
+        inputs.begin(stage, config, prints)
 
-    return begin
+    return record
 
 
 def require_paths(paths: Sequence[str], field: str, stage: str) -> None:
+    """Raise ConfigError where a field that a stage reads names no file."""
     if not paths:
         raise ConfigError(f"{field} is empty; {stage} needs at least one file")

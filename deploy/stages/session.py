@@ -1,4 +1,4 @@
-"""A run in progress as the driver holds it: folder, cluster, gang, logs and progress display."""
+"""A session: the folder, cluster, workers, logs and progress display of one command on a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from deploy.workers.preflight import explain
 
 @dataclass(slots=True)
 class Session:
-    """Owns what stages share. Use `open_session`."""
+    """Owner of what stages share. Use `open_session`."""
 
     config: RunConfig
     """Its paths are absolute."""
@@ -53,36 +53,36 @@ class Session:
         return self.config.folder
 
     def tokenizer(self) -> Tokenizer:
-        """The run's tokenizer."""
+        """Load the run's tokenizer."""
         return Tokenizer.load(self.folder.tokenizer)
 
     def gang(self) -> LearnerGang:
-        """The learner gang, started at its first use."""
+        """Return the learner gang, started at its first use."""
         if self._gang is None:
             self._gang = LearnerGang(self.config, self.config.name, start=False)
         self._gang.start()
         return self._gang
 
     def started_gang(self) -> LearnerGang | None:
-        """The learner gang if an earlier stage started it."""
+        """Return the learner gang if an earlier stage started it."""
         return self._gang
 
     def keep(self, pool: Pool) -> Pool:
-        """Take charge of a pool's end."""
+        """Stop this pool when the session closes."""
         self._pools.append(pool)
         return pool
 
     def lock(self, stage: str) -> None:
-        """Make this session the only writer into the run's folder; nothing to do when it is.
+        """Make this session the only writer into the run's folder, if it is not yet.
 
         Raises:
-            StorageError: another one is writing there (named), or it cannot be written.
+            StorageError: another command is writing there (it is named), or nothing can be written.
         """
         if self._lock is None:
             self._lock = RunLock(self.run_dir, stage)
 
     def unlock(self) -> None:
-        """Let another one write: the controller that this session starts, or whoever comes next."""
+        """Let others write: the controller that this session starts, or the next command."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -94,32 +94,32 @@ class Session:
         take_all(*ends, self.unlock)
 
     def log(self) -> RunLog:
-        """A writer of this run's logs; close it after use."""
+        """Open this run's logs for writing; close them after use."""
         return RunLog(self.run_dir)
 
     @contextmanager
     def stage(self, name: str, title: str) -> Iterator[None]:
-        """Time a stage and announce its end."""
+        """Time a stage, and say so when it has ended."""
         begin = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
         say(self.console, ("✓", "green"), f" {title} ", (f"{self.seconds[name]:.0f} s", "dim"))
 
     def progress(self, title: str, total: int) -> AbstractContextManager[Bar]:
-        """A live progress bar that shows metrics beside it."""
+        """Show a live progress bar with metrics beside it."""
         return progress_bar(self.console, title, total)
 
 
 @contextmanager
 def open_session(config: RunConfig, console: Console, *, writer: str = "") -> Iterator[Session]:
-    """Create the run's folder, join or start the cluster.
+    """Create the run's folder, and join or start the cluster.
 
-    `writer` is the stage that writes into the folder from the beginning: another writer is met
-    before anything starts.
+    `writer` is the stage that writes into the folder from the beginning, so that another writer is
+    noticed before anything starts.
 
     Raises:
         StorageError: the folder cannot be written, or another stage is writing there.
-        ClusterError: no cluster answers, or it cannot hold the recipe; said before anything waits.
+        ClusterError: no cluster answers, or it has no room for the recipe.
     """
     session = Session(config, console)
     try:

@@ -16,39 +16,41 @@ from deploy.stages.encoding import (
     same_comparison,
     same_pair,
 )
-from deploy.stages.preparation import checked, require_paths, say_fitting, with_log
+from deploy.stages.preparation import check_inputs, log_metrics, require_paths, say_fitting
 from deploy.stages.session import Session
 from learner.supervised.packing import EncodedComparison, EncodedPair
 
+_SFT_HELD_OUT = 0.02
+"""Share of the demonstrations that no supervised policy is trained on."""
 _REFERENCES = 512
-
-
 """Demonstrations that the reward model is centred on."""
+_LOGGED_PORTIONS = 20
+"""About how many lines of the log a supervised stage writes."""
 
 
 def run_sft(session: Session, config: RunConfig) -> dict[str, float]:
-    """Train the supervised policy; writes ``sft/policy.safetensors``."""
+    """Train the supervised policy; writes ``sft/policy.safetensors``, returns metrics."""
     require_paths(config.data.demonstrations, "data.demonstrations", "sft")
-    begin = checked(session, config, "sft")
+    record = check_inputs(session, config, "sft")
     records = read_demonstrations(config.data.demonstrations)
     pairs, fitting = encode_pairs(records, session.tokenizer(), config)
     say_fitting(session.console, fitting)
     fitting.require(len(pairs), 2, "sft (1 is held out)")
-    train, held_out = hold_out(pairs, 0.02, config.seed, same_pair)
-    begin()
+    train, held_out = hold_out(pairs, _SFT_HELD_OUT, config.seed, same_pair)
+    record()
     gang = session.gang()
     total = gang.begin_sft(config, train, held_out)
     metrics = _advance(session, "sft", "supervised policy", total)
     metrics |= gang.evaluate()
     gang.export_stage(session.folder.sft.path)
-    with_log(session, "sft", total, metrics)
+    log_metrics(session, "sft", total, metrics)
     return metrics
 
 
 def encoded_comparisons(
     session: Session, config: RunConfig
 ) -> tuple[list[EncodedComparison], list[EncodedComparison]]:
-    """Comparisons in tokens, to train on and held out."""
+    """Read the comparisons in tokens: those to train on, and those held out."""
     require_paths(config.data.comparisons, "data.comparisons", "reward")
     records = read_comparisons(config.data.comparisons)
     encoded, fitting = encode_comparisons(records, session.tokenizer(), config)
@@ -58,29 +60,28 @@ def encoded_comparisons(
 
 
 def run_reward(session: Session, config: RunConfig) -> dict[str, float]:
-    """Train reward models and keep the most accurate; writes ``reward_model/``."""
+    """Train reward models and keep the most accurate; writes ``reward_model/``, returns metrics."""
     require_paths(config.data.comparisons, "data.comparisons", "reward")
-    begin = checked(session, config, "reward")
+    record = check_inputs(session, config, "reward")
     train, held_out = encoded_comparisons(session, config)
     reference = reference_pairs(config, session.tokenizer())
-    begin()
-    gang, best = session.gang(), -math.inf
-    metrics: dict[str, float] = {}
+    record()
+    gang = session.gang()
+    best: dict[str, float] = {"accuracy_heldout": -math.inf}
     for seed in range(config.reward_model.seeds):
         total = gang.begin_reward(config, train, held_out, session.folder.sft.weights, seed)
-        found = _advance(session, "reward", f"reward model {seed + 1}", total)
-        found |= gang.evaluate()
-        if found["accuracy_heldout"] > best:
-            best = found["accuracy_heldout"]
-            metrics = found | gang.shift(reference)
+        metrics = _advance(session, "reward", f"reward model {seed + 1}", total)
+        metrics |= gang.evaluate()
+        if metrics["accuracy_heldout"] > best["accuracy_heldout"]:
+            best = metrics | gang.shift(reference)
             gang.export_stage(session.folder.reward_model.path)
-    with_log(session, "reward", total, metrics)
-    return metrics
+    log_metrics(session, "reward", total, best)
+    return best
 
 
 def _advance(session: Session, stage: str, title: str, total: int) -> dict[str, float]:
-    """Run all steps of a supervised stage in about twenty logged portions."""
-    gang, portion = session.gang(), max(1, total // 20)
+    """Run all steps of a supervised stage, in portions; return the metrics of the last one."""
+    gang, portion = session.gang(), max(1, total // _LOGGED_PORTIONS)
     metrics: dict[str, float] = {}
     log = session.log()
     with at_the_end(log.close), session.progress(title, total) as bar:
@@ -97,7 +98,7 @@ def _advance(session: Session, stage: str, title: str, total: int) -> dict[str, 
 
 
 def reference_pairs(config: RunConfig, tokenizer: Tokenizer) -> list[EncodedPair]:
-    """The first demonstrations that fit, whose mean score the reward model is shifted to 0 by."""
+    """Read the first demonstrations that fit; the reward model is shifted to give them mean 0."""
     require_paths(config.data.demonstrations, "data.demonstrations", "centring the reward model")
     records = read_demonstrations(config.data.demonstrations)
     pairs, fitting = encode_pairs(records, tokenizer, config, limit=_REFERENCES)

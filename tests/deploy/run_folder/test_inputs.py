@@ -41,7 +41,7 @@ def checked(config: RunConfig, stage: str) -> str:
     session = session_of(config)
     try:
         config = preparation.prepare_tokenizer(session, config)
-        preparation.checked(session, config, stage)()
+        preparation.check_inputs(session, config, stage)()
     finally:
         session.close()
     file = session.console.file
@@ -203,9 +203,9 @@ def test_the_same_contents_elsewhere_are_no_change(begun: RunConfig, tmp_path: P
         checked(_of_run(tmp_path / "new" / "moved", None, None), "train")
     override = f"data.prompts=[{tmp_path}/elsewhere/prompts.jsonl]"
     config = _of_run(tmp_path / "new" / "moved", [override], None)
-    changed, facts = policy.resumable(config)
-    assert facts is None
-    assert [change.field for change in changed] == ["data.prompts"]
+    standing = policy.standing_of(config)
+    assert standing.facts is None
+    assert [change.field for change in standing.changed] == ["data.prompts"]
     assert checked(config, "train") == ""
     append(tmp_path / "elsewhere" / "prompts.jsonl")
     with pytest.raises(DataError, match=r"elsewhere/prompts\.jsonl changed"):
@@ -249,7 +249,7 @@ def test_prompts_that_nobody_recorded_cannot_be_exchanged(begun: RunConfig, tmp_
     (begun.run_dir / "run.json").unlink()
     other = shutil.copy(tmp_path / "data" / "prompts.jsonl", tmp_path / "other.jsonl")
     with pytest.raises(ConfigError, match=r"data\.prompts"):
-        policy.resumable(_of_run(begun.run_dir, [f"data.prompts=[{other}]"], None))
+        policy.standing_of(_of_run(begun.run_dir, [f"data.prompts=[{other}]"], None))
 
 
 def test_a_stage_that_training_stands_on_may_only_be_repeated(
