@@ -120,7 +120,7 @@ def test_nobody_is_there(scheme: str, address: str, says: str) -> None:
 def test_something_else_is_there(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with web() as address:
         assert "not Ray" in refusal(scheme + address)
-    monkeypatch.setattr(attach, "_KNOCK_S", 0.5)
+    monkeypatch.setattr(attach, "_ANSWER_S", 0.5)
     with silence() as address:
         assert "nothing that speaks Ray's protocol" in refusal(scheme + address)
 
@@ -200,8 +200,8 @@ def test_a_command_that_waits_for_an_answer_can_be_stopped(
     folder: Path, sent: signal.Signals, code: int
 ) -> None:
     program = (
-        "import sys; from deploy import attach; from deploy.cli import main; attach._KNOCK_S = 60; "
-        "print('ready', flush=True); main(sys.argv[1:])"
+        "import sys; from deploy.workers import attach; from deploy.cli import main; "
+        "attach._ANSWER_S = 60; print('ready', flush=True); main(sys.argv[1:])"
     )
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
