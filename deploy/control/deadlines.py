@@ -66,7 +66,14 @@ class Deadlines:
                 late.setdefault(worker, [])
         why = f"no answer within {self._seconds:g} s (rollout.lease_deadline_s)"
         for worker, leases in late.items():
-            if any(pool.lost(worker, "hung", why) for pool in self._pools):
+            at_work = f", at work on {leases[0].title}" if leases else ""
+            try:
+                lost = any(pool.lost(worker, "hung", why + at_work) for pool in self._pools)
+            except WorkerError:
+                # One failure too many for the pool; if it is a lease's third too, that says more.
+                self.blame(ledger, leases, worker, f"hung: {why}")
+                raise
+            if lost:
                 self.blame(ledger, leases, worker, f"hung: {why}")
 
     def blame(self, ledger: Ledger, leases: Sequence[Lease], worker: str, how: str) -> None:
@@ -77,11 +84,10 @@ class Deadlines:
         """
         for lease in leases:
             if ledger.failed(lease) >= _TRIES:
-                ids = lease.rollout_ids
                 hint = "".join(p.hint for p in self._pools if worker.startswith(f"{p.kind}-"))
                 raise WorkerError(
-                    f"lease {lease.lease_id} (rollouts {ids[0]} to {ids[-1]}) cost {_TRIES} "
-                    f"workers in a row, and would cost others; the last was {worker}, {how}. Raise "
-                    "rollout.lease_deadline_s if it takes longer than that; lower rollout.cache_mb "
-                    f"or reward_service.micro_batch_tokens if memory ran out{hint}"
+                    f"{lease.title} cost {_TRIES} workers in a row, and would cost others; the "
+                    f"last was {worker}, {how}. Raise rollout.lease_deadline_s if it takes longer "
+                    "than that; lower rollout.cache_mb or reward_service.micro_batch_tokens if "
+                    f"memory ran out{hint}"
                 )

@@ -32,6 +32,12 @@ class Lease:
         """In the order of the requests."""
         return tuple(request.rollout_id for request in self.requests)
 
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        ids = self.rollout_ids
+        return f"lease {self.lease_id} (rollouts {ids[0]} to {ids[-1]})"
+
 
 @dataclass(slots=True)
 class Entry:
@@ -60,6 +66,8 @@ class LeasesInFlight:
     """Lease of every rollout in flight."""
     _queue: deque[int] = field(default_factory=deque)
     """Lease ids, oldest first; not all are still queued."""
+    _given_back: list[int] = field(default_factory=list)
+    """Heap of lease ids that go before the queue; not all are still queued."""
     _deadlines: list[tuple[float, int]] = field(default_factory=list)
     """Heap of (until, lease id); not all are still valid."""
 
@@ -114,9 +122,14 @@ class LeasesInFlight:
             del self._lease_of[rollout_id]
 
     def hand_out(self, holder: str, until: float) -> Lease:
-        """Lease out the head of the queue. Raises IndexError when it is empty."""
+        """Lease out the oldest lease that was given back, or else the head of the queue.
+
+        Raises:
+            IndexError: no lease waits.
+        """
         while True:
-            entry = self._entries.get(self._queue.popleft())
+            back = self._given_back
+            entry = self._entries.get(heapq.heappop(back) if back else self._queue.popleft())
             if entry is not None and entry.state == "queued":
                 self._move(entry, "leased")
                 self.hold(entry, holder, until)
@@ -129,9 +142,13 @@ class LeasesInFlight:
             heapq.heappush(self._deadlines, (until, entry.lease.lease_id))
 
     def requeue(self, entry: Entry) -> None:
-        """Put a leased lease back at the head of the queue."""
+        """Put a leased lease back, before the queue and before younger ones that were put back.
+
+        A lease that cost a worker is thus tried again before what only waited behind it, so that
+        one which costs every worker is soon known.
+        """
         self._move(entry, "queued")
-        self._queue.appendleft(entry.lease.lease_id)
+        heapq.heappush(self._given_back, entry.lease.lease_id)
 
     def pop_overdue(self, now: float) -> list[tuple[Lease, str]]:
         """Return leases whose deadline has passed, and their holders; each once per deadline."""

@@ -124,7 +124,7 @@ class Ledger:
         return self._leases.pop_overdue(now)
 
     def give_back(self, lease_id: int, holder: str) -> None:
-        """Put a lease at the head of the queue: its holder failed, left or was late.
+        """Put a lease back before the queue: its holder failed, left or was late.
 
         Nothing happens when it is another's by now, or committed.
         """

@@ -161,6 +161,21 @@ def test_a_lease_given_back_is_the_next_one() -> None:
     assert ledger.reissued == 1
 
 
+def test_the_oldest_lease_given_back_is_the_next_one() -> None:
+    """Whatever the order in which a lost worker's calls fail: what it worked on goes before what
+    waited behind it."""
+    ledger = Ledger()
+    ledger.issue(0, requests(0, 8), 2)
+    at_work, waiting = ledger.lease("a", 1.0), ledger.lease("a", 9.0)
+    for lease in (at_work, waiting):
+        ledger.give_back(lease.lease_id, "a")
+    assert [ledger.lease("b", 9.0) for _ in range(3)][:2] == [at_work, waiting]
+    for lease in (waiting, at_work):
+        ledger.give_back(lease.lease_id, "b")
+    assert [ledger.lease("c", 9.0) for _ in range(2)] == [at_work, waiting]
+    ledger.check()
+
+
 def test_the_first_commit_counts_whoever_makes_it() -> None:
     ledger = Ledger()
     ledger.issue(0, requests(0, 2), 2)

@@ -38,6 +38,11 @@ class Hangs(SleepingActor):
         return super().generate(requests, manifest)
 
 
+class Sleeps(SleepingActor):
+    def generate(self, requests: pa.Table, manifest: Any, *payloads: Any) -> Any:
+        time.sleep(60)
+
+
 class Dies(SleepingActor):
     def generate(self, requests: pa.Table, manifest: Any, *payloads: Any) -> Any:
         strike(requests, "dies")
@@ -63,6 +68,24 @@ class DiesAtScoring(SleepingScorer):
     def score(self, *tables: pa.Table) -> Any:
         strike(pa.concat_tables(tables), "dies")
         return super().score(*tables)
+
+
+@pytest.mark.parametrize(
+    ("max_failures", "says"),
+    [
+        (1, r"^lease 0 \(rollouts .*\) cost 3 workers in a row"),
+        (0, r"^2 rollout workers failed .*hung: no answer .*, at work on lease 0 \(rollouts "),
+    ],
+)
+def test_a_deadline_that_is_too_short_for_every_lease_is_told_with_a_lease(
+    rig: Callable[..., Rig], max_failures: int, says: str
+) -> None:
+    """Also where the limit of the pool is reached, which the third failure is one too many for."""
+    here = rig(1, actor=Sleeps, deadline_s=1.0, max_failures=max_failures)
+    here.issue(0, 20 * LEASE)
+    with pytest.raises(WorkerError, match=says) as raised:
+        here.pump_until(lambda: False)
+    assert "within 1 s (rollout.lease_deadline_s)" in str(raised.value)
 
 
 @pytest.mark.parametrize(
