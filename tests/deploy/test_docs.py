@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pydoc
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
@@ -111,6 +112,15 @@ def test_tests_and_files_that_are_named_exist(path: Path) -> None:
         assert (ROOT / source).exists(), source
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert (path.parent / link).exists(), link
+
+
+@page
+def test_python_names_that_are_named_exist(path: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf8"), flags=re.M | re.S)
+    for name in re.findall(r"`((?:common|actors|learner|reward_service|deploy)(?:\.\w+)+)`", text):
+        # `learner.ranks` is a field of the recipe, `common.models.palm.PaLM` a name of ours.
+        if not is_field(name):
+            assert pydoc.locate(name) is not None, name
 
 
 def test_every_dependency_has_its_reason_and_no_other() -> None:
