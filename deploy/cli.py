@@ -1,7 +1,7 @@
-"""The command. One entrance for every stage; a user's mistake is one line and an exit code.
+"""The command line: every command, and errors as one line and an exit code.
 
 Exit codes: 0 success; 1 a bug of ours (with a traceback); 2 to 9 as in `common.errors`; 130 Ctrl-C;
-143 SIGTERM.
+143 SIGTERM. Heavy imports stand inside the commands, so that `talipot --help` is quick.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def status(run: RunArgument, address: AddressOption = None) -> None:
     try:
         _print_numbers(str(run), status_of(config))
     except (ClusterError, WorkerError):
-        # Whether it is running cannot be told; how far it came can.
+        # Nobody can tell whether it is running, but its log tells how far it came.
         _print_numbers(str(run), {"running": "unknown"} | logged(config.folder))
         raise
 
@@ -210,7 +210,7 @@ def show_config(overrides: Overrides = None, config: ConfigOption = None) -> Non
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Console entry point: run, and turn errors into one line and an exit code."""
+    """Run a command line, and turn errors into one line and an exit code."""
     degrade_unprintable()
     terminated = threading.Event()
 
@@ -237,7 +237,7 @@ def _run(arguments: Sequence[str] | None) -> None:
     except (TimeoutError, ConnectionError) as error:  # Ray's are OSErrors too
         _fail(f"no answer: {str(error) or type(error).__name__}", ClusterError.exit_code)
     except OSError as error:
-        # A full disk or a folder that may not be written, wherever it shows first.
+        # A full disk, or a folder that may not be written, wherever that is noticed first.
         _fail(_what_failed(error), StorageError.exit_code)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):

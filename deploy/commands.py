@@ -66,7 +66,7 @@ def evaluate_run(config: RunConfig, console: Console) -> PolicyComparison:
 
 
 def sample_run(config: RunConfig, texts: Sequence[str], sft: bool, seed: int) -> list[str]:
-    """One response per prompt, in this process, by `rollout.threads` threads."""
+    """Sample one response per prompt, in this process, by `rollout.threads` threads."""
     torch.set_num_threads(threads_of(config.rollout.threads, config.rollout.cpus_per_actor))
     tokenizer = Tokenizer.load(config.folder.tokenizer)
     network = build_policy(config.model)
@@ -86,11 +86,11 @@ def sample_run(config: RunConfig, texts: Sequence[str], sft: bool, seed: int) ->
     )
     engine = engine_of(network.decoder, tokenizer, config.rollout)
     requests = evaluation_requests(prompts, seed=seed, label="sample")
-    return [engine.text(made).strip() for made in engine.generate(requests)]
+    return [engine.text(response).strip() for response in engine.generate(requests)]
 
 
 def status_of(config: RunConfig) -> dict[str, Any]:
-    """Live status from the run's controller, else the last line of its log.
+    """Return the live status from the run's controller, else the last line of its log.
 
     Raises:
         ClusterError: the cluster that the run may be at work on does not answer.
@@ -104,7 +104,8 @@ def status_of(config: RunConfig) -> dict[str, Any]:
 
 
 def _live(status: Status) -> dict[str, Any]:
-    found = {
+    """Return a status as `talipot status` prints it."""
+    shown = {
         "running": True,
         "iteration": f"{status.iteration}/{status.iterations}",
         "issued": status.issued,
@@ -120,14 +121,14 @@ def _live(status: Status) -> dict[str, Any]:
     }
     for worker in status.workers[:_WORKERS_SHOWN]:
         place = f" · node {worker.node[:8]} · process {worker.pid}" if worker.pid else ""
-        found[worker.name] = f"{worker.state}, {worker.calls} under way{place}"
+        shown[worker.name] = f"{worker.state}, {worker.calls} under way{place}"
     if len(status.workers) > _WORKERS_SHOWN:
-        found["more workers"] = len(status.workers) - _WORKERS_SHOWN
-    return found
+        shown["more workers"] = len(status.workers) - _WORKERS_SHOWN
+    return shown
 
 
 def scale_run(config: RunConfig, actors: int | None, replicas: int | None) -> list[Scaled]:
-    """Change a running run's numbers of workers; returns at once with what was and what will be.
+    """Change a running run's numbers of workers; return old and new numbers at once.
 
     Raises:
         ConfigError: neither number is given.
@@ -156,7 +157,7 @@ def scale_run(config: RunConfig, actors: int | None, replicas: int | None) -> li
 
 
 def _controller(config: RunConfig) -> RemoteController | None:
-    """The run's controller, if it is at work on the cluster that was joined."""
+    """Find the run's controller, if it is at work on the cluster that was joined."""
     try:
         controller = RemoteController.named_by(config)
         ended = controller.outcome()
@@ -166,7 +167,7 @@ def _controller(config: RunConfig) -> RemoteController | None:
 
 
 def logged(folder: RunFolder) -> dict[str, Any]:
-    """How far a run came by its log, whole or torn."""
+    """Return how far a run came, by its log, whole or torn."""
     log = read_lines(folder.metrics)
     note = {"damaged": log.damaged[-1]} if log.damaged else {}
     if log.torn:

@@ -1,8 +1,8 @@
-"""What commands show. One door to the terminal, through which every text passes as it is.
+"""What commands show: the one place that prints, and that prints every text as it is.
 
 Rich reads square brackets as styles and ``:name:`` as emoji, breaks lines at 80 columns where there
-is no terminal, and passes escape sequences on. Prompts, responses, paths and messages are none of
-that: here a part is text, or (text, style), and nothing else is printed to a console.
+is no terminal, and passes escape sequences on. Prompts, responses, paths and messages are plain
+text: here a part of a line is text, or (text, style), and nothing else is printed to a console.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _IN_TEXTS = {n: shown for n, shown in _CONTROLS.items() if chr(n) not in "\n\t"}
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """A console on which a text is only ever a text, also in tables."""
+    """Make a console that takes no text for markup, also in tables."""
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def say(console: Console, *parts: Part) -> None:
-    """Print one line, never broken by us; a part is text, or (text, style)."""
+    """Print one line without breaking it; a part is text, or (text, style)."""
     pairs = [(part, "") if isinstance(part, str) else part for part in parts]
     line = [(text.translate(_IN_LINES), style) for text, style in pairs]
     console.print(Text.assemble(*line), soft_wrap=True)
@@ -57,7 +57,7 @@ def show(console: Console, text: str, style: str = "") -> None:
 
 
 def degrade_unprintable() -> None:
-    """What the streams' encoding lacks, and bytes that were no text, are written as escapes."""
+    """Write characters that the streams' encoding lacks, and bytes that are no text, as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -65,7 +65,7 @@ def degrade_unprintable() -> None:
 
 @contextmanager
 def progress_bar(console: Console, title: str, total: int) -> Iterator[Bar]:
-    """A live progress bar that shows metrics beside it."""
+    """Show a live progress bar with metrics beside it."""
     with Progress(
         SpinnerColumn(),
         TextColumn("{task.description:<22}", style="bold", markup=False),
@@ -89,5 +89,5 @@ class Bar:
     _task: TaskID
 
     def update(self, done: int, note: str = "") -> None:
-        """Show steps done and a few metrics."""
+        """Show the steps that are done and a few metrics."""
         self._progress.update(self._task, completed=done, note=note.translate(_IN_LINES))

@@ -31,7 +31,7 @@ class Series:
 
 
 def line_chart(series: Series) -> Markup:
-    """The series as an SVG element; values that are not finite are left out."""
+    """Draw the series as an SVG element; values that are not finite are left out."""
     points = [(x, y) for x, y in zip(series.steps, series.values, strict=True) if math.isfinite(y)]
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": series.title}):
         figure = Figure(figsize=(3.7, 2.1), layout="constrained")
@@ -60,7 +60,7 @@ def line_chart(series: Series) -> Markup:
 
 
 def _inline(document: str, title: str) -> Markup:
-    """The svg element alone, named for screen readers, its ink the page's text colour."""
+    """Cut out the svg element, named for screen readers, with the page's own text colour."""
     svg = document[document.index("<svg") :].replace(_TEXT, "currentColor")
     name = Markup.escape(title)
     return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{name}"', 1))

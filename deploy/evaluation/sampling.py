@@ -31,19 +31,19 @@ from deploy.workers.pool import Pool
 class Sampled:
     """One policy's scored responses to the held-out prompts, in the prompts' order.
 
-    What the reward refused to score is not among them: `prompts` says what each one answers.
+    Responses without a score are left out: `prompts` says which prompt each of the others answers.
     """
 
     prompts: list[int]
     """Index of the prompt that each response answers, ascending."""
     responses: list[str]
     scores: list[float]
-    """By the run's own reward (the proxy)."""
+    """By the run's own reward."""
     kl: list[float]
-    """sum of (policy_logprobs - ref_logprobs): one-sample estimate of KL to the reference, both
-    without a filter and at the sampling temperature (1 where that is greedy)."""
+    """Sum of (policy_logprobs - ref_logprobs), a one-sample estimate of the KL to the reference.
+    Both are without a filter and at the sampling temperature (1 where sampling is greedy)."""
     nll: list[float]
-    """Mean negative log-likelihood per token under the reference (supervised) policy, likewise."""
+    """Mean of -ref_logprobs: negative log-likelihood per token under the supervised policy."""
     lengths: list[int]
     """Response tokens."""
 

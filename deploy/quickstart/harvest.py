@@ -60,12 +60,12 @@ class Pair:
 
 
 def prompt_text(pair: Pair) -> str:
-    """What the policy is asked to go on with."""
+    """Return the prompt of a pair, which the policy continues with a docstring."""
     return f'{pair.signature}\n    """'
 
 
 def fingerprint(pairs: Sequence[Pair]) -> str:
-    """32 hex digits of the pairs in their order."""
+    """Return 32 hex digits that depend on the pairs and their order."""
     digest = blake2b(digest_size=16)
     for pair in pairs:
         digest.update(f"{pair.signature}\0{pair.docstring}\0".encode())
@@ -78,24 +78,24 @@ def harvest(
     """Collect the pairs under `roots`, sorted; by default all of this Python's packages.
 
     Files that cannot be read or parsed are passed over: there are a few in every environment and
-    none of them is the user's. `max_pairs` keeps those with the smallest hash, a fair sample.
-    `workers` > 1 starts processes by "spawn" when there are many files.
+    none of them is the user's. `max_pairs` keeps the pairs with the smallest hash, a fair sample.
+    Where there are many files, `workers` processes are started by "spawn".
 
     Raises:
-        ConfigError: no pair at all was found.
+        ConfigError: there is no pair at all.
     """
     folders = default_roots() if roots is None else list(roots)
     files = [file for folder in folders for file in _python_files(folder)]
     tasks = [files[i : i + FILES_PER_TASK] for i in range(0, len(files), FILES_PER_TASK)]
-    found: set[Pair] = set()
+    unique: set[Pair] = set()
     if workers > 1 and len(tasks) > 8:
         context = multiprocessing.get_context("spawn")  # fork is unsafe under Ray and torch
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            found.update(pair for pairs in pool.map(_pairs_of_files, tasks) for pair in pairs)
+            unique.update(pair for pairs in pool.map(_pairs_of_files, tasks) for pair in pairs)
     else:
-        found.update(pair for task in tasks for pair in _pairs_of_files(task))
+        unique.update(pair for task in tasks for pair in _pairs_of_files(task))
     by_signature: dict[str, Pair] = {}
-    for pair in sorted(found):
+    for pair in sorted(unique):
         by_signature.setdefault(pair.signature, pair)
     pairs = sorted(by_signature.values())
     if not pairs:
@@ -109,19 +109,19 @@ def harvest(
 
 
 def default_roots() -> list[Path]:
-    """The folders of the standard library and of the installed packages."""
+    """Return the folders of the standard library and of the installed packages."""
     names = ("stdlib", "purelib", "platlib")
     return [Path(path) for path in dict.fromkeys(sysconfig.get_path(name) for name in names)]
 
 
 def split(pairs: Sequence[Pair], held_out: int, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Part into (train, `held_out` pairs); no function name stands on both sides.
+    """Split into (train, `held_out` pairs); no function name is on both sides.
 
-    Names are taken in the order of their hash, whole, as long as they fit: a name that fills the
-    set beyond `held_out` (`__init__`) is passed over.
+    Names are held out with all of their pairs, in the order of their hash, as long as they fit: a
+    name with too many pairs (`__init__`) is passed over.
 
     Raises:
-        ConfigError: the pairs cannot give `held_out` and leave something to train on.
+        ConfigError: `held_out` pairs cannot be taken, or nothing would be left to train on.
     """
     if not 0 <= held_out < len(pairs):
         raise ConfigError(
@@ -149,7 +149,7 @@ def _hash(text: str) -> bytes:
 
 
 def _python_files(root: Path) -> Iterator[str]:
-    """Paths under `root` worth parsing, in sorted order; errors of single folders are passed."""
+    """List files under `root` that are worth parsing, sorted; unreadable folders are passed."""
     for folder, folders, files in os.walk(root):
         at_top = Path(folder) == root
         folders[:] = sorted(
@@ -166,7 +166,7 @@ def _python_files(root: Path) -> Iterator[str]:
 
 
 def _pairs_of_files(paths: Sequence[str]) -> list[Pair]:
-    """Runs in a worker process."""
+    """Collect the pairs of some files; called in a worker process."""
     return [pair for path in paths for pair in _pairs_of_file(path)]
 
 

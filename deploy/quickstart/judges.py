@@ -1,4 +1,4 @@
-"""Judges of the quickstart's results, none of which the labeler or the policy ever saw.
+"""Judges of the quickstart's results, which neither the labeler nor the policy ever asked.
 
 `conformance` asks ruff's implementation of PEP 257 (written by others, in another language);
 `rouge_l` compares with what a person wrote. They are for held-out evaluation: a judge that is
@@ -30,7 +30,7 @@ _TIMEOUT_SECONDS: Final = 120.0
 
 
 def conformance(lines: Sequence[str], pairs: Sequence[Pair]) -> list[bool]:
-    """Whether ruff has nothing against each line as the docstring of its function, `[B]`.
+    """Tell whether ruff accepts each line as the docstring of its function, `[B]`.
 
     Spaces around a line do not count. An empty line does not conform, nor does one without a
     letter, with a line break or a control character. Ruff runs once for all lines.
@@ -60,7 +60,7 @@ def conformance(lines: Sequence[str], pairs: Sequence[Pair]) -> list[bool]:
 
 
 def rouge_l(lines: Sequence[str], references: Sequence[str]) -> list[float]:
-    """ROUGE-L F-measure on word stems of each line against its reference, `[B]` in [0, 1]."""
+    """Compute ROUGE-L of each line and its reference on word stems (F-measure), `[B]` in [0, 1]."""
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     return [
         float(scorer.score(reference, line)["rougeL"].fmeasure)
@@ -69,20 +69,20 @@ def rouge_l(lines: Sequence[str], references: Sequence[str]) -> list[float]:
 
 
 def distinct_share(lines: Sequence[str]) -> float:
-    """Distinct lines over all lines: 1 is all different, 1/B is one line for everything."""
+    """Return distinct lines over all lines: 1 is all different, 1/B one line for everything."""
     return len(set(lines)) / len(lines) if lines else 0.0
 
 
 def _find_ruff() -> str:
     beside = Path(sys.executable).parent / "ruff"
-    found = str(beside) if beside.is_file() else shutil.which("ruff")
-    if found is None:
+    ruff = str(beside) if beside.is_file() else shutil.which("ruff")
+    if ruff is None:
         raise ConfigError("quickstart: ruff, its judge, was not found; run `pip install ruff`")
-    return found
+    return ruff
 
 
 def _ruff(source: str) -> list[tuple[int, str, str]]:
-    """(row from 1, rule, message) of every violation in `source`."""
+    """Return (row from 1, rule, message) of every violation in `source`."""
     # A response may hold a comment that silences a linter; the user's own configuration, found
     # by ruff in the folders above the temporary one, must not decide either.
     options = ["--isolated", "--no-cache", "--ignore-noqa", "--output-format", "json"]

@@ -1,6 +1,6 @@
 """A program that prefers one docstring to another: the quickstart's stand-in for people.
 
-It has two wishes, both computed by the rules below and by no linter:
+It looks for two things, both computed by the rules below and by no linter:
 
     form       PEP 257: one line, capital letter, imperative verb, closing period, no signature
     aboutness  the line speaks of this function: it shares word stems with the name and parameters
@@ -14,7 +14,7 @@ only where a verb belongs, and a line that only restates the name is not the bes
 naturalness takes points off for repeated words, for lists of words without any grammar between
 them, and for lines outside 3 ... 16 words.
 The judges of the results (`deploy.quickstart.judges`: ruff and ROUGE-L) share no code with this
-file; with its form they share the wish, PEP 257.
+file; what its form has in common with them is PEP 257.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ _ANY_PARAMS: Final = frozenset({"args", "kwargs", "kwds", "kw", "options"})
 
 
 def verb_lexicon(lines: Sequence[str]) -> frozenset[str]:
-    """Base forms of the verbs that open `lines`, lower case, learned from the lines alone.
+    """Learn the verbs that open `lines`, in their base form and lower case, from the lines alone.
 
     A verb opens lines in two moods ("Return the path.", "Returns paths.") and takes an object:
     an s-form opens some line, and a determiner follows the base form at least twice and in three
@@ -101,7 +101,7 @@ def verb_lexicon(lines: Sequence[str]) -> frozenset[str]:
 
 
 def third_persons(verb: str) -> tuple[str, ...]:
-    """How the third person of a regular verb may be written: the rules of English spelling."""
+    """Spell the third person of a regular verb by the rules of English."""
     if verb.endswith("y") and verb[-2:-1] not in tuple("aeiou"):
         return (verb[:-1] + "ies",)
     if verb.endswith(("s", "x", "z", "ch", "sh", "o")):
@@ -110,7 +110,7 @@ def third_persons(verb: str) -> tuple[str, ...]:
 
 
 def form(line: str, pair: Pair, verbs: frozenset[str]) -> float:
-    """PEP 257 by our own rules, in [0, 1]; 0 for an empty or broken line.
+    """Rate PEP 257 by our own rules, in [0, 1]; 0 for an empty or broken line.
 
     The verb weighs 0.5, the period 0.25, the capital 0.25; half is lost when the line repeats the
     signature, which PEP 257 forbids.
@@ -126,7 +126,7 @@ def form(line: str, pair: Pair, verbs: frozenset[str]) -> float:
 
 
 def aboutness(line: str, pair: Pair, verbs: frozenset[str]) -> float:
-    """How much `line` is about this function, in [0, 1].
+    """Rate how much `line` is about this function, in [0, 1].
 
     min(1, hits / offered) * min(1, precision / 0.4) * (0.8 if it only restates the name)
         * (COPYING if it pastes the name)
@@ -160,7 +160,7 @@ def aboutness(line: str, pair: Pair, verbs: frozenset[str]) -> float:
 
 
 def pastes_name(words: Sequence[str], pair: Pair) -> bool:
-    """Whether the name's words stand in the line as in the name, where people would rephrase.
+    """Tell whether the line repeats the name's words in their order, where people would rephrase.
 
     True for three in a row, and for the first two anywhere but at the start of the line.
     """
@@ -172,7 +172,7 @@ def pastes_name(words: Sequence[str], pair: Pair) -> bool:
 
 
 def naturalness(line: str) -> float:
-    """A factor in [0, 1] that is 1 for nearly every line a person wrote.
+    """Return a factor in [0, 1] that is 1 for nearly every line a person wrote.
 
     Product of: length within 3 ... 16 words; squared shares of content words that do
     not repeat (one may) and of word pairs that do not; 0.7 where four or more words hold no
@@ -193,14 +193,14 @@ def naturalness(line: str) -> float:
 
 
 def quality(line: str, pair: Pair, verbs: frozenset[str]) -> float:
-    """What the labeler thinks of `line` as the docstring of `pair`'s function, in [0, 1].
+    """Rate `line` as the docstring of `pair`'s function, in [0, 1].
 
     Reads the pair's name and parameters, never its docstring. `verbs` is `verb_lexicon` of the
     training lines.
     """
     text = line.strip()
-    wishes = 0.5 * form(text, pair, verbs) + 0.5 * aboutness(text, pair, verbs)
-    return naturalness(text) * wishes
+    rated = 0.5 * form(text, pair, verbs) + 0.5 * aboutness(text, pair, verbs)
+    return naturalness(text) * rated
 
 
 def label(
@@ -215,8 +215,8 @@ def label(
 ) -> Comparison | None:
     """Compare responses `a` and `b`; None is a tie (qualities less than `margin` apart).
 
-    `noise` is the share of labels turned round, as people's are; the confidence stays that of the
-    labeler, who does not know. Takes exactly one number from `rng`, tie or not.
+    `noise` is the share of labels that are turned round, because people make mistakes too; the
+    confidence stays as it was. Takes exactly one number from `rng`, tie or not.
     """
     flip = bool(rng.random() < noise)
     difference = quality(a, pair, verbs) - quality(b, pair, verbs)
@@ -235,7 +235,7 @@ def label(
 def topic(
     pair: Pair, verbs: frozenset[str]
 ) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
-    """What a line about the function may speak of: (opening verbs, name stems, parameter stems).
+    """Return what a line may speak of: (opening verbs, name stems, parameter stems).
 
     Opening verbs are empty unless the name starts with a verb; parameter stems are those that
     the name does not have.
@@ -252,13 +252,13 @@ def topic(
 
 @lru_cache(maxsize=2**16)
 def stem(word: str) -> str:
-    """The English snowball stem of a lower-case word."""
+    """Return the English snowball stem of a lower-case word."""
     return str(_STEMMER.stemWord(word))
 
 
 @lru_cache(maxsize=2**16)
 def _parts(name: str) -> tuple[str, ...]:
-    """Lower-case words of a snake_case, camelCase or ALLCaps name, single letters left out."""
+    """Split a snake_case, camelCase or ALLCaps name into words, lower case, no single letters."""
     parts = (part.lower() for part in _NAME_PART.findall(name))
     return tuple(part for part in parts if len(part) > 1)
 
@@ -268,5 +268,5 @@ def _stems(parts: tuple[str, ...]) -> frozenset[str]:
 
 
 def _same(part: str, word: str) -> bool:
-    """Equal stems, or `part` abbreviates `word` (`init`: initialize, `dir`: directory)."""
+    """Tell whether stems are equal, or `part` abbreviates `word` (`dir`: directory)."""
     return part == word or (len(part) >= 3 and word.startswith(part))

@@ -1,4 +1,4 @@
-"""The data of a stage in tokens: fitted into the model's room, counted, and split."""
+"""The data of a stage in tokens: fitted into the model's context, counted, and split."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 def read_encoded_prompts(
     paths: Sequence[str], tokenizer: Tokenizer, config: RunConfig
 ) -> tuple[list[EncodedPrompt], Fitting]:
-    """Prompts in tokens, and how they fitted."""
+    """Read prompts in tokens, and how many of them fitted."""
     return encode_prompts(
         list(read_prompts(paths)),
         tokenizer,
@@ -41,7 +41,7 @@ def encode_pairs(
     config: RunConfig,
     limit: int | None = None,
 ) -> tuple[list[EncodedPair], Fitting]:
-    """Tokens of the first `limit` (prompt, response) that fit, EOS appended, and how they fitted.
+    """Encode the first `limit` (prompt, response) that fit, with EOS, and count those that did not.
 
     Raises:
         DataError: one is too long and `data.too_long` is "error"; names its place.
@@ -62,7 +62,7 @@ def encode_pairs(
 def encode_comparisons(
     comparisons: Iterable[Comparison], tokenizer: Tokenizer, config: RunConfig
 ) -> tuple[list[EncodedComparison], Fitting]:
-    """Tokens of both sides, EOS appended, and how they fitted; raises as `encode_pairs`."""
+    """Encode both sides, with EOS, and count what did not fit; raises as `encode_pairs`."""
     fitting, out = _fitting("comparisons", config), list[EncodedComparison]()
     for batch in _batches(comparisons):
         texts = [text for c in batch for text in (c.prompt, c.chosen, c.rejected)]
@@ -84,12 +84,12 @@ def encode_comparisons(
 
 
 def same_pair(pair: EncodedPair) -> Hashable:
-    """Equal for demonstrations that are the same."""
+    """Return a key that is equal for demonstrations that are the same."""
     return tuple(pair.prompt), tuple(pair.response)
 
 
 def same_comparison(comparison: EncodedComparison) -> Hashable:
-    """Equal for comparisons of the same two responses, whichever was preferred."""
+    """Return a key that is equal for comparisons of the same two responses, either preferred."""
     sides = frozenset((tuple(comparison.chosen), tuple(comparison.rejected)))
     return tuple(comparison.prompt), sides
 
@@ -97,10 +97,10 @@ def same_comparison(comparison: EncodedComparison) -> Hashable:
 def hold_out(
     data: Sequence[Item], share: float, seed: int, same: Callable[[Item], Hashable]
 ) -> tuple[list[Item], list[Item]]:
-    """Split some off by seed: at least one on either side, and what is the `same` on one of them.
+    """Hold some out, drawn by seed: at least one is left on either side, equals stay together.
 
     Raises:
-        DataError: all of them are the same, or there are fewer than two.
+        DataError: all of them are equal, or there are fewer than two.
     """
     alike: dict[Hashable, list[Item]] = {}
     for item in data:

@@ -27,7 +27,7 @@ from learner.algorithms.schedule import auxiliary_phase_due
 from learner.batch.trajectory_log import read_log
 
 _SAME = ("train", "learner", "model", "seed", "rollout")
-"""Sections that results depend on: where one of them changes, a new learner takes over."""
+"""Sections that results depend on: where one of them changes, the learner begins again with it."""
 
 
 def replay_run(config: RunConfig, console: Console) -> dict[str, Any]:

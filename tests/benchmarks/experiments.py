@@ -61,7 +61,7 @@ class Variation:
 
 
 def variations() -> list[Variation]:
-    """Every variation."""
+    """List every variation."""
     rloo = ("train.ppg=null", "train.prompts_per_iteration=64", "train.samples_per_prompt=4")
     kinds: dict[str, tuple[str, ...]] = {
         "ppo": ("train.ppg=null",),
@@ -70,31 +70,31 @@ def variations() -> list[Variation]:
         "beta-clone-0": ("train.ppg.beta_clone=0",),
         "shared-value": ("train.value_network=shared",),
     }
-    found = [
+    listed = [
         Variation(f"kl-{coef}", 0, ("train.ppg=null", f"train.kl_coef={coef}")) for coef in KL_COEFS
     ]
     pushed = ("train.ppg=null", "train.kl_coef=0", "train.iterations=60", "train.lr=1.5e-3")
-    found.append(Variation("pushed", 0, pushed))
+    listed.append(Variation("pushed", 0, pushed))
     kinds |= {f"lora-r{rank}": lora(rank, LORA_LR) for rank in LORA_RANKS}
     kinds["full-best"] = rates(BEST_FULL_LR)
-    found += [Variation(f"{k}-s{s}", s, o) for s in SEEDS for k, o in kinds.items()]
-    found += [Variation(f"full-lr-{lr}", 0, rates(lr)) for lr in FULL_LRS]
-    found += [Variation(f"lora-lr-{lr}", 0, lora(LORA_RANK, lr)) for lr in LORA_LRS]
-    return found
+    listed += [Variation(f"{k}-s{s}", s, o) for s in SEEDS for k, o in kinds.items()]
+    listed += [Variation(f"full-lr-{lr}", 0, rates(lr)) for lr in FULL_LRS]
+    listed += [Variation(f"lora-lr-{lr}", 0, lora(LORA_RANK, lr)) for lr in LORA_LRS]
+    return listed
 
 
 def rates(lr: float) -> tuple[str, ...]:
-    """All three learning rates, in the proportion that the recipe has them in."""
+    """Set all three learning rates, in the recipe's proportion."""
     return (f"train.lr={lr}", f"train.value_lr={1.25 * lr}", f"train.ppg.lr={0.375 * lr}")
 
 
 def lora(rank: int, lr: float) -> tuple[str, ...]:
-    """Adapters on policy and value network."""
+    """Put adapters on policy and value network."""
     return (f"train.lora={{rank: {rank}, alpha: {2 * rank}}}", *rates(lr))
 
 
 def quickstart(out: Path, seed: int, *overrides: str, name: str = "") -> None:
-    """The recipe as it is, from harvest to judges."""
+    """Run the recipe as it is, from harvest to judges."""
     config = recipe(out, name or f"quickstart-s{seed}", f"seed={seed}", *overrides)
     with open_session(config, console) as session:
         run_quickstart(session)
@@ -113,7 +113,7 @@ def vary(out: Path, variation: Variation) -> None:
 
 
 def best_of_n(out: Path) -> None:
-    """Best-of-N of the supervised policy: its KL, measured, and what the judges say of it.
+    """Judge best-of-N of the supervised policy, and measure its KL.
 
     KL of best-of-N to its base is E[log N + (N - 1) log F(score)] with F the share of the base's
     samples that score lower; F is measured on samples other than those chosen from. Sampled
@@ -145,7 +145,7 @@ def best_of_n(out: Path) -> None:
 
 
 def best_of_16(out: Path, seed: int) -> None:
-    """The best of 16 samples of the supervised policy by the reward model: no training at all."""
+    """Judge the best of 16 samples of the supervised policy by the reward model: no training."""
     config = derive(out / f"quickstart-s{seed}", out / f"best-of-16-s{seed}", ())
     task = task_of(config)
     with open_session(config, console) as session:
@@ -163,7 +163,7 @@ def best_of_16(out: Path, seed: int) -> None:
 
 
 def reward_data(out: Path) -> None:
-    """Held-out accuracy of reward models trained on ever more comparisons, same held-out set."""
+    """Measure reward models trained on ever more comparisons, on one held-out set."""
     config = derive(out / "quickstart-s0", out / "reward-data", ())
     rows = []
     with open_session(config, console) as session:
@@ -182,7 +182,7 @@ def reward_data(out: Path) -> None:
 
 
 def over_optimisation(out: Path) -> None:
-    """Proxy score, labeler and judges along the pushed run, from its own trajectory log."""
+    """Follow score, labeler and judges along the pushed run, from its own trajectory log."""
     folder = out / "pushed"
     config = load_config(folder / "config.yaml", saved=True)
     by_prompt = {prompt_text(pair): pair for pair in task_of(config).train}
@@ -223,7 +223,7 @@ def _task(seed: int, demonstrations: int, held_out: int) -> Task:
 
 
 def task_of(config: RunConfig) -> Task:
-    """The task that the base run of this config was made from."""
+    """Return the task that the base run of this config was made from."""
     return _task(config.seed, config.quickstart.demonstrations, config.quickstart.held_out)
 
 
@@ -232,14 +232,14 @@ def _recipe_path() -> Path:
 
 
 def recipe(out: Path, name: str, *overrides: str) -> RunConfig:
-    """The quickstart's recipe under another name."""
+    """Load the quickstart's recipe under another name."""
     return load_config(
         _recipe_path(), [f"output={out}", f"name={name}", "cluster.dashboard=false", *overrides]
     )
 
 
 def derive(base: Path, target: Path, overrides: tuple[str, ...]) -> RunConfig:
-    """A new run with the base run's data, supervised policy and reward model."""
+    """Begin a new run with the base run's data, supervised policy and reward model."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     for name in BASE_FILES:
@@ -259,25 +259,25 @@ def save(folder: Path, summary: Mapping[str, Any]) -> None:
 
 
 def experiments(out: Path) -> dict[str, Callable[[], None]]:
-    """Every experiment by its folder's name, in an order that respects what stands on what."""
-    found: dict[str, Callable[[], None]] = {}
+    """List every experiment by its folder's name, each after those that it starts from."""
+    every: dict[str, Callable[[], None]] = {}
     for seed in SEEDS:
-        found[f"quickstart-s{seed}"] = partial(quickstart, out, seed)
+        every[f"quickstart-s{seed}"] = partial(quickstart, out, seed)
     for stage in (0, 1, 3):
         name = f"zero-{stage}"
-        found[name] = partial(quickstart, out, 0, f"learner.zero_stage={stage}", name=name)
+        every[name] = partial(quickstart, out, 0, f"learner.zero_stage={stage}", name=name)
     for seed in SEEDS:
-        found[f"best-of-16-s{seed}"] = partial(best_of_16, out, seed)
+        every[f"best-of-16-s{seed}"] = partial(best_of_16, out, seed)
     for one in variations():
-        found[one.name] = partial(vary, out, one)
-    found["best-of-n"] = partial(best_of_n, out)
-    found["reward-data"] = partial(reward_data, out)
-    found["over-optimisation"] = partial(over_optimisation, out)
-    return found
+        every[one.name] = partial(vary, out, one)
+    every["best-of-n"] = partial(best_of_n, out)
+    every["reward-data"] = partial(reward_data, out)
+    every["over-optimisation"] = partial(over_optimisation, out)
+    return every
 
 
 def main(arguments: list[str]) -> None:
-    """Run what is named and not yet there."""
+    """Run the experiments that are named and have no summary yet."""
     out = Path(arguments[0]).absolute()
     every = experiments(out)
     for name in arguments[1:] or every:

@@ -49,10 +49,12 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 
 def load(out: Path, name: str) -> Summary | None:
-    """A run's summary, if it is there."""
+    """Load a run's summary, if it is there."""
     path = out / name / "summary.json"
-    found: Summary | None = json.loads(path.read_text(encoding="utf8")) if path.exists() else None
-    return found
+    if not path.exists():
+        return None
+    summary: Summary = json.loads(path.read_text(encoding="utf8"))
+    return summary
 
 
 def value(summary: Summary, name: str, side: str) -> float | None:
@@ -65,7 +67,7 @@ def value(summary: Summary, name: str, side: str) -> float | None:
 
 
 def spread(values: Sequence[float], form: Callable[[float], str]) -> str:
-    """Mean and the half width of its 95 % interval over seeds (Student's t)."""
+    """Write a mean and the half width of its 95 % interval over seeds (Student's t)."""
     if len(values) not in T_975:
         return form(fmean(values))
     half = T_975[len(values)] * stdev(values) / math.sqrt(len(values))
@@ -73,14 +75,14 @@ def spread(values: Sequence[float], form: Callable[[float], str]) -> str:
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """A Markdown table."""
+    """Write a Markdown table."""
     head = list(header)
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     return [*lines, *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
 def comparison(out: Path, rows: Sequence[tuple[str, Sequence[str], str]]) -> list[str]:
-    """Rows of (title, names of runs, side) under all columns; ± is over seeds."""
+    """Show rows of (title, names of runs, side) under all columns; ± is over seeds."""
     lines = []
     for title, names, side in rows:
         found = [s for name in names if (s := load(out, name)) is not None]
@@ -93,12 +95,12 @@ def comparison(out: Path, rows: Sequence[tuple[str, Sequence[str], str]]) -> lis
 
 
 def of_seeds(kind: str) -> list[str]:
-    """Names of the runs of one kind."""
+    """List the names of the runs of one kind."""
     return [f"{kind}-s{seed}" for seed in SEEDS]
 
 
 def outcome(out: Path) -> list[str]:
-    """The quickstart over seeds, its cost, and the other ZeRO stages."""
+    """Show the quickstart over seeds, its cost, and the other ZeRO stages."""
     lines = comparison(
         out,
         [
@@ -114,7 +116,7 @@ def outcome(out: Path) -> list[str]:
 
 
 def one_run(name: str, found: Summary | None) -> list[str]:
-    """A whole run in a row; an arrow leads from the supervised to the trained policy."""
+    """Show a whole run in a row; an arrow leads from the supervised to the trained policy."""
     if found is None:
         return [name, *["not run"] * 7]
     before, after = found["judge_conformance_sft"], found["judge_conformance_policy"]
@@ -133,7 +135,7 @@ def one_run(name: str, found: Summary | None) -> list[str]:
 
 
 def equal_samples(out: Path) -> list[str]:
-    """All algorithms on the same base at the same number of rollouts."""
+    """Compare all algorithms on the same base at the same number of rollouts."""
     kinds = [
         ("supervised policy", "quickstart", "sft"),
         ("best of 16 by the reward model", "best-of-16", "policy"),
@@ -146,12 +148,12 @@ def equal_samples(out: Path) -> list[str]:
 
 
 def pairwise_kind(out: Path, rows: Sequence[tuple[str, str]]) -> list[str]:
-    """Kinds of run against each other over seeds."""
+    """Compare kinds of run over seeds."""
     return comparison(out, [(title, of_seeds(kind), "policy") for title, kind in rows])
 
 
 def adapters(out: Path) -> list[str]:
-    """LoRA against full fine-tuning from the same base."""
+    """Compare LoRA with full fine-tuning from the same base."""
     kinds = [
         (f"all weights, lr {RECIPE_LR:g} (the recipe)", "quickstart"),
         (f"all weights, lr {BEST_FULL_LR:g}", "full-best"),
@@ -163,7 +165,7 @@ def adapters(out: Path) -> list[str]:
 
 
 def learning_rates(out: Path) -> list[str]:
-    """What both kinds make of their learning rates, on seed 0."""
+    """Compare learning rates for either kind, on seed 0."""
     full = {**{lr: f"full-lr-{lr}" for lr in FULL_LRS}, RECIPE_LR: "quickstart-s0"}
     lora = {**{lr: f"lora-lr-{lr}" for lr in LORA_LRS}, LORA_LR: f"lora-r{LORA_RANK}-s0"}
     rows = [
@@ -175,14 +177,14 @@ def learning_rates(out: Path) -> list[str]:
 
 
 def kl_coefficients(out: Path) -> list[str]:
-    """kl_coef against KL at the end."""
+    """Show the KL at the end for each kl_coef."""
     runs = {**{c: f"kl-{c}" for c in KL_COEFS}, RECIPE_KL: "ppo-s0"}
     rows = [(f"kl_coef {c}", [runs[c]], "policy") for c in sorted(runs, reverse=True)]
     return comparison(out, rows)
 
 
 def best_of_n(out: Path) -> list[str]:
-    """KL of best-of-N, measured, against its closed form."""
+    """Show the KL of best-of-N, measured, beside its closed form."""
     found = load(out, "best-of-n")
     rows = []
     for row in found["rows"] if found else ():
@@ -203,7 +205,7 @@ def best_of_n(out: Path) -> list[str]:
 
 
 def reward_data(out: Path) -> list[str]:
-    """Accuracy against the number of comparisons."""
+    """Show accuracy by the number of comparisons."""
     found = load(out, "reward-data")
     rows = []
     groups = found["rows"] if found else []
@@ -215,7 +217,7 @@ def reward_data(out: Path) -> list[str]:
 
 
 def over_optimisation(out: Path) -> list[str]:
-    """Every tenth iteration of the pushed run."""
+    """Show every tenth iteration of the pushed run."""
     found = load(out, "over-optimisation")
     rows = []
     for row in (found["rows"] if found else [])[::10]:
@@ -235,7 +237,7 @@ def over_optimisation(out: Path) -> list[str]:
 
 
 def fill(template: str, out: Path) -> str:
-    """The page: every ``<!-- table: NAME -->`` of the template replaced by its table."""
+    """Fill the page: replace every ``<!-- table: NAME -->`` of the template by its table."""
     tables: dict[str, Callable[[], list[str]]] = {
         "outcome": lambda: outcome(out),
         "equal-samples": lambda: equal_samples(out),

@@ -28,7 +28,7 @@ _PACKAGES = ("torch", "ray", "deepspeed", "transformers", "palm-rlhf-pytorch", "
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure, print, write."""
+    """Measure everything, print a table, write the page."""
     # transformers has no business with the network here.
     os.environ["HF_HUB_OFFLINE"] = "1"
     begin = time.perf_counter()
@@ -75,14 +75,14 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def value(result: Result) -> str:
-    """A share in percent, a rate without decimals, a ratio with two."""
+    """Write a share in percent, a rate without decimals, a ratio with two."""
     if result.key.endswith(("_share", "_of_limit", "_waste", "_async")):
         return f"{result.value:.1%}"
     return f"{result.value:,.0f}" if result.value > 1000 else f"{result.value:.2f}"
 
 
 def rows(results: Sequence[Result]) -> str:
-    """The table in Markdown."""
+    """Write the table in Markdown."""
     lines = ["| `benchmarks.json` | metric | ours | baseline | value | of the limit |"]
     lines.append("|---|---|---|---|---:|---:|")
     lines += [
@@ -93,7 +93,7 @@ def rows(results: Sequence[Result]) -> str:
 
 
 def machine(rates: Mapping[str, float], took: float) -> str:
-    """What it was measured on."""
+    """Describe the machine, the versions and the model of these measurements."""
     info = Path("/proc/cpuinfo")
     names = [x for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
     name = names[0].split(":")[1].strip() if names else platform.processor()
@@ -111,7 +111,7 @@ def machine(rates: Mapping[str, float], took: float) -> str:
 
 
 def profile(spent: Mapping[str, float]) -> str:
-    """What a generation run is spent on."""
+    """Write where the time of a generation run goes."""
     total = sum(spent.values())
     lines = ["| operation | ms | share |", "|---|---:|---:|"]
     lines += [
@@ -122,7 +122,7 @@ def profile(spent: Mapping[str, float]) -> str:
 
 
 def bars(lines: Mapping[str, Mapping[str, float]]) -> str:
-    """One iteration in both modes: the learner's time as a bar, the workers' as numbers."""
+    """Draw one iteration in both modes: the learner's time as bars, the workers' as numbers."""
     out = []
     for name, spent in lines.items():
         parts = {
