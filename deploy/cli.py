@@ -276,15 +276,9 @@ def _load(config: str | None, overrides: list[str] | None, address: str | None) 
 
 
 def _of_run(run: Path, overrides: list[str] | None, address: str | None) -> RunConfig:
-    """Load the recipe of a run's folder, wherever that lies now and whatever it is called."""
-    from deploy.run_folder.folder import folder_of, recipe_of
-    from deploy.run_folder.paths import anchored, rebased
+    from deploy.run_folder.folder import config_of
 
-    folder = folder_of(run)
-    path, here = recipe_of(folder), {"output": str(folder.parent), "name": folder.name}
-    old = anchored(load_config(path, saved=True)).run_dir
-    config = load_config(path, overrides or [], {**here, **_place(address)}, saved=True)
-    return rebased(anchored(config), old, folder)
+    return config_of(run, overrides or [], _place(address))
 
 
 def _place(address: str | None) -> dict[str, str]:

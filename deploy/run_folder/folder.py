@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
+from common.config.recipe import load_config
+from common.config.run import RunConfig
 from common.errors import DataError
 from common.files import is_utf8
 from common.run_folder import RunFolder
+from deploy.run_folder.paths import anchored, rebased
 
 
 def folder_of(run: str | Path) -> Path:
@@ -28,11 +33,30 @@ def folder_of(run: str | Path) -> Path:
     return folder.absolute()
 
 
-def recipe_of(folder: Path) -> Path:
-    """Return the path of a run's own recipe, which has every section of a recipe.
+def config_of(
+    run: str | Path,
+    overrides: Sequence[str] = (),
+    given: Mapping[str, str] = MappingProxyType({}),
+) -> RunConfig:
+    """Load a run's own recipe, wherever its folder is now and whatever that is called.
+
+    `overrides` and `given` are those of `load_config`.
 
     Raises:
-        DataError: sections are missing, because a writer was killed or the disk was full.
+        DataError: there is no run, or its recipe is cut off.
+        ConfigError: an override that cannot be applied.
+    """
+    folder = folder_of(run)
+    path, here = _whole_recipe(folder), {"output": str(folder.parent), "name": folder.name}
+    old = anchored(load_config(path, saved=True)).run_dir
+    config = load_config(path, overrides, {**here, **given}, saved=True)
+    return rebased(anchored(config), old, folder)
+
+
+def _whole_recipe(folder: Path) -> Path:
+    """Return the path of a run's recipe; raise DataError where a section is missing.
+
+    A saved recipe has every section; one without was cut off by a kill or a full disk.
     """
     path = RunFolder(folder).config
     text = path.read_text(encoding="utf8", errors="replace")

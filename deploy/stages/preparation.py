@@ -68,7 +68,7 @@ def check_inputs(session: Session, config: RunConfig, stage: str) -> Callable[[]
     Raises:
         StorageError: another stage is writing into the run's folder.
         DataError: an input is missing, or has changed since results of this run were made from it.
-        ConfigError: the stage would replace what training stands on.
+        ConfigError: the stage would replace what policy training began from.
     """
     session.lock(stage)
     inputs = RunInputs(session.run_dir)

@@ -1,4 +1,4 @@
-"""A user's mistakes: one line that names the place and the mend, an exit code, no traceback."""
+"""A user's mistakes: one line that says where and what to do, an exit code, no traceback."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ from common.config.run import RunConfig
 from common.data.records import read_demonstrations
 from common.data.tokenizer import Tokenizer
 from common.errors import ConfigError, DataError
-from deploy.cli import _of_run
 from deploy.run_folder import checkpoints
+from deploy.run_folder.folder import config_of
 from deploy.run_folder.inputs import RunInputs
 from deploy.run_folder.lock import writing
 from deploy.run_folder.paths import anchored
@@ -200,9 +200,9 @@ def test_the_same_contents_elsewhere_are_no_change(begun: RunConfig, tmp_path: P
     (tmp_path / "new").mkdir()
     shutil.move(begun.run_dir, tmp_path / "new" / "moved")
     with pytest.raises(DataError, match=r"prompts\.jsonl: no such file"):
-        checked(_of_run(tmp_path / "new" / "moved", None, None), "train")
+        checked(config_of(tmp_path / "new" / "moved"), "train")
     override = f"data.prompts=[{tmp_path}/elsewhere/prompts.jsonl]"
-    config = _of_run(tmp_path / "new" / "moved", [override], None)
+    config = config_of(tmp_path / "new" / "moved", [override])
     standing = policy.standing_of(config)
     assert standing.facts is None
     assert [change.field for change in standing.changed] == ["data.prompts"]
@@ -219,7 +219,7 @@ def test_what_lies_in_the_runs_folder_moves_along(begun: RunConfig, tmp_path: Pa
     data = begun.data.model_copy(update={"evaluation": (str(inside / "prompts.jsonl"),)})
     save_config(begun.model_copy(update={"data": data}), begun.run_dir / "config.yaml")
     shutil.move(begun.run_dir, tmp_path / "moved")
-    config = _of_run(tmp_path / "moved", None, None)
+    config = config_of(tmp_path / "moved")
     assert config.data.evaluation == (str(tmp_path / "moved" / "data" / "prompts.jsonl"),)
     assert config.data.prompts == begun.data.prompts
 
@@ -249,7 +249,7 @@ def test_prompts_that_nobody_recorded_cannot_be_exchanged(begun: RunConfig, tmp_
     (begun.run_dir / "run.json").unlink()
     other = shutil.copy(tmp_path / "data" / "prompts.jsonl", tmp_path / "other.jsonl")
     with pytest.raises(ConfigError, match=r"data\.prompts"):
-        policy.standing_of(_of_run(begun.run_dir, [f"data.prompts=[{other}]"], None))
+        policy.standing_of(config_of(begun.run_dir, [f"data.prompts=[{other}]"]))
 
 
 def test_a_stage_that_training_stands_on_may_only_be_repeated(
