@@ -119,13 +119,13 @@ def _policy_loss(
         micro.mask_BR,
         clip_range=train.clip_range,
         normalizer=normalizer,
-        importance_weights=None if weights is None else micro.cut(weights),
+        importance_weights_BR=None if weights is None else micro.cut(weights),
     )
     loss = found.loss
     if train.entropy_coef:
         entropy = (found_BRC[..., 1] * micro.mask_BR).sum() / normalizer
         loss = loss - train.entropy_coef * entropy
-    if train.algorithm == "ppo" and train.value_network == "shared":
+    if train.needs.values and not train.separate_values:
         value = ppo.value_loss(
             values_BR,
             micro.cut(targets.values_NR),

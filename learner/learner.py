@@ -36,7 +36,8 @@ from common.models.networks import PolicyNetwork, ScalarNetwork
 from common.models.weight_files import load_weights
 from common.randomness import derive_seed
 from common.wire.weights import Payload, torch_dtype
-from learner.algorithms import advantages, gae, ppo, rewards
+from learner.algorithms import gae, ppo, rewards
+from learner.algorithms.estimators import ESTIMATORS, Outcomes
 from learner.algorithms.schedule import linear_to_zero
 from learner.auxiliary import joint_epochs
 from learner.batch.experience import Experience, experience
@@ -80,7 +81,7 @@ class Learner:
         self.base = base_fingerprint(policy.state_dict()) if train.lora else ""
         """Of the weights that adapters are trained on."""
         self.value: ZeroEngine | None = None
-        if train.algorithm == "ppo" and train.value_network == "separate":
+        if train.separate_values:
             self.value = self._engine(self._value_network(policy, reward_weights))
         # The auxiliary head starts fresh: SFT never trained it.
         policy.value.initialise(derive_seed(config.seed, "auxiliary head") >> 1)
@@ -196,7 +197,7 @@ class Learner:
 
         `shared_NR` are those by the policy's head, already computed.
         """
-        if self.train.algorithm != "ppo":
+        if not self.train.needs.values:
             return torch.zeros_like(batch.reference_NR)
         if self.value is None:
             return shared_NR
@@ -250,20 +251,19 @@ class Learner:
     ) -> Targets:
         """Advantages and value targets by the algorithm's estimator."""
         mask, train = batch.mask_NR, self.train
-        returns_NR = torch.zeros_like(values_NR)
-        if train.algorithm == "ppo":
-            raw, returns_NR = gae.gae(
-                shaped.total,
-                values_NR.double(),
-                mask,
+        estimate = ESTIMATORS[train.algorithm](
+            Outcomes(
+                rewards=shaped,
+                values_BR=values_NR,
+                groups_B=batch.groups_N,
+                mask_BR=mask,
                 gamma=train.gamma,
                 gae_lambda=train.gae_lambda,
             )
-            found = gae.whiten(raw, mask)
-        else:
-            found = advantages.critic_free(
-                train.algorithm, shaped, batch.groups_N, mask, gamma=train.gamma
-            )
+        )
+        returns_NR = estimate.returns_BR
+        if returns_NR is None:
+            returns_NR = torch.zeros_like(values_NR)
         importance_NR = None
         if self.config.corrects_mismatch:
             importance_NR = ppo.importance_weights(
@@ -272,7 +272,7 @@ class Learner:
         return Targets(
             proximal_NR=proximal_NR,
             values_NR=values_NR,
-            advantages_NR=found.float(),
+            advantages_NR=estimate.advantages_BR.float(),
             returns_NR=returns_NR.float(),
             value_unit=ppo.value_unit(values_NR, returns_NR, mask),
             importance_NR=importance_NR,
@@ -280,7 +280,7 @@ class Learner:
 
     def _value_epochs(self, batch: Experience, targets: Targets, iteration: int) -> Metrics:
         """E_V epochs of the clipped value loss on the value network."""
-        if self.train.algorithm != "ppo":
+        if not self.train.needs.values:
             return {}
         mask = batch.mask_NR
         explained = gae.explained_variance(targets.values_NR, targets.returns_NR, mask)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from common.config.algorithms import ALGORITHMS, Needs
 from common.config.run import RunConfig
 from common.config.workers import RewardComponent
 from common.config.yaml_text import Key
@@ -28,25 +29,30 @@ class Rule:
     """In words that follow "has no effect here:"."""
 
 
-_PPO = "only train.algorithm=ppo has a value function"
+def _under(has: Callable[[Needs], bool]) -> str:
+    """Return the setting of the algorithms that have something."""
+    return f"train.algorithm={' or '.join(n for n, needs in ALGORITHMS.items() if has(needs))}"
+
+
+_VALUES, _TOKENS = _under(lambda needs: needs.values), _under(lambda needs: needs.tokens)
 _ADAMW = "Adafactor knows no such setting; it has one under optimizer=adamw"
 _NO_GPU = "every role computes on the processor, and a GPU that is reserved stands idle"
 
 RULES = (
     Rule(
         ("train.gae_lambda", "train.value_network", "train.value_clip_range"),
-        lambda c: c.train.algorithm == "ppo",
-        _PPO,
+        lambda c: c.train.needs.values,
+        f"only {_VALUES} has a value function",
     ),
     Rule(
         ("train.e_v", "train.value_lr"),
-        lambda c: c.train.algorithm == "ppo" and c.train.value_network == "separate",
-        "it has one under train.algorithm=ppo with train.value_network=separate",
+        lambda c: c.train.separate_values,
+        f"it has one under {_VALUES} with train.value_network=separate",
     ),
     Rule(
         ("train.gamma",),
-        lambda c: c.train.algorithm in ("ppo", "reinforce_pp"),
-        "it has one under train.algorithm=ppo or reinforce_pp; others do not look at single tokens",
+        lambda c: c.train.needs.tokens,
+        f"it has one under {_TOKENS}; others do not look at single tokens",
     ),
     Rule(
         ("train.kl_horizon",),

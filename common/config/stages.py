@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from common.config.algorithms import ALGORITHMS, AlgorithmName, Needs
 from common.config.base import (
     Float,
     Fraction,
@@ -102,7 +103,7 @@ class PpgConfig(Section):
 class TrainConfig(Section):
     """The policy phase (Schulman 2017, Stiennon 2020) and its auxiliary phase."""
 
-    algorithm: Literal["ppo", "rloo", "grpo", "reinforce_pp"] = "ppo"
+    algorithm: AlgorithmName = "ppo"
     """Advantage function; all but ppo need no value network."""
     iterations: PositiveInt = 20
     """Policy phases to run."""
@@ -178,7 +179,7 @@ class TrainConfig(Section):
                 f"{self.algorithm} compares responses of one prompt: "
                 f"set samples_per_prompt to {self.least_responses} or more"
             )
-        if self.algorithm != "ppo" and self.ppg is not None:
+        if self.ppg is not None and not self.needs.values:
             raise ValueError(
                 f"{self.algorithm} has no value function for an auxiliary phase: set ppg to null"
             )
@@ -199,10 +200,19 @@ class TrainConfig(Section):
         return "policy" if self.lora else ""
 
     @property
+    def needs(self) -> Needs:
+        """What the algorithm needs of a run."""
+        return ALGORITHMS[self.algorithm]
+
+    @property
     def least_responses(self) -> int:
-        """Scored responses that a prompt needs to be trained on: 2 where they are compared with
-        each other, which a lone one cannot be."""
-        return 2 if self.algorithm in ("rloo", "grpo") else 1
+        """Scored responses that a prompt needs to be trained on."""
+        return self.needs.least_responses
+
+    @property
+    def separate_values(self) -> bool:
+        """Whether a network of its own learns values."""
+        return self.needs.values and self.value_network == "separate"
 
     @property
     def batch_size(self) -> int:

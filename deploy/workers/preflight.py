@@ -102,7 +102,7 @@ def network_sizes(config: RunConfig) -> NetworkSizes:
     vocabulary = config.model.vocab_size or config.tokenizer.vocab_size
     model = config.model.model_copy(update={"vocab_size": vocabulary})
     whole, train = count_parameters(model).total, config.train
-    separate = train.algorithm == "ppo" and train.value_network == "separate"
+    separate = train.separate_values
     if train.lora is None:
         return NetworkSizes(
             trained=whole * (1 + separate), policy=whole, frozen=0, frozen_bytes=_BYTES_OF_A_NUMBER

@@ -13,44 +13,76 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from learner.algorithms.shapes import require_shape
+
 
 class JointLoss(NamedTuple):
-    """`total` to differentiate; its two parts detached."""
+    """The loss of the auxiliary phase and its parts."""
 
     total: Tensor
+    """To differentiate."""
     aux_value: Tensor
+    """The value term by itself, before units, detached."""
     clone_kl: Tensor
+    """KL(pi_old || pi), before its weight, detached."""
 
 
 def clone_kl(
     old_logits_BRV: Tensor, logits_BRV: Tensor, mask_BR: Tensor, *, normalizer: float
 ) -> Tensor:
-    """KL(pi_old || pi) over the full distribution; exactly 0 for identical logits."""
-    old = old_logits_BRV.float().log_softmax(dim=-1)
-    new = logits_BRV.float().log_softmax(dim=-1)
-    kl_BR = (old.exp() * (old - new)).sum(dim=-1)
+    """Return KL(pi_old || pi) over the full distribution; exactly 0 for identical logits.
+
+    Args:
+        old_logits_BRV: of pi_old.
+        logits_BRV: of pi, at the same positions.
+        mask_BR: bool, True = a response token.
+        normalizer: response tokens of the whole minibatch.
+    """
+    require_shape(3, old_logits_BRV, logits_BRV)
+    old_BRV = old_logits_BRV.float().log_softmax(dim=-1)
+    new_BRV = logits_BRV.float().log_softmax(dim=-1)
+    kl_BR = (old_BRV.exp() * (old_BRV - new_BRV)).sum(dim=-1)
     return kl_BR.masked_fill(~mask_BR, 0.0).sum() / normalizer
 
 
 def auxiliary_value_loss(
-    v_aux: Tensor, v_targ: Tensor, mask: Tensor, *, normalizer: float
+    v_aux_BR: Tensor, v_targ_BR: Tensor, mask_BR: Tensor, *, normalizer: float
 ) -> Tensor:
-    """``0.5 (V - V_targ)^2`` over the mask; all ``[B, R]``."""
-    return 0.5 * (v_aux - v_targ).square().masked_fill(~mask, 0.0).sum() / normalizer
+    """Return ``0.5 (V_aux - V_targ)^2`` over the mask.
+
+    Args:
+        v_aux_BR: values by the policy's auxiliary head.
+        v_targ_BR: value targets of the policy phase.
+        mask_BR: bool, True = a response token.
+        normalizer: response tokens of the whole minibatch.
+    """
+    require_shape(2, v_aux_BR, v_targ_BR, mask_BR)
+    return 0.5 * (v_aux_BR - v_targ_BR).square().masked_fill(~mask_BR, 0.0).sum() / normalizer
 
 
 def joint_loss(
-    v_aux: Tensor,
-    v_targ: Tensor,
-    old_logits: Tensor,
-    logits: Tensor,
-    mask: Tensor,
+    v_aux_BR: Tensor,
+    v_targ_BR: Tensor,
+    old_logits_BRV: Tensor,
+    logits_BRV: Tensor,
+    mask_BR: Tensor,
     *,
     beta_clone: float,
     normalizer: float,
     value_unit: float = 1.0,
 ) -> JointLoss:
-    """The policy network's loss in the auxiliary phase; `value_unit` is u."""
-    value = auxiliary_value_loss(v_aux, v_targ, mask, normalizer=normalizer)
-    kl = clone_kl(old_logits, logits, mask, normalizer=normalizer)
+    """Return the policy network's loss in the auxiliary phase.
+
+    Args:
+        v_aux_BR: values by the policy's auxiliary head.
+        v_targ_BR: value targets of the policy phase.
+        old_logits_BRV: of pi_old, a frozen copy of the policy as the phase began.
+        logits_BRV: of pi, at the same positions.
+        mask_BR: bool, True = a response token.
+        beta_clone: weight of the KL.
+        normalizer: response tokens of the whole minibatch.
+        value_unit: u, what values are measured in.
+    """
+    value = auxiliary_value_loss(v_aux_BR, v_targ_BR, mask_BR, normalizer=normalizer)
+    kl = clone_kl(old_logits_BRV, logits_BRV, mask_BR, normalizer=normalizer)
     return JointLoss(value / value_unit**2 + beta_clone * kl, value.detach(), kl.detach())

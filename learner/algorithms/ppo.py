@@ -6,8 +6,9 @@ term carries the truncated weight ``min(pi_prox / pi_behav, cap)`` (decoupled PP
 arXiv 2110.00641).
 
 Losses are *sums over the mask divided by `normalizer`*, the token count of the whole minibatch over
-all ranks and micro-batches, so that adding up pieces gives the loss of the whole.
-Shape suffixes: B sequences, R response positions, V vocabulary.
+all ranks and micro-batches, so that adding up micro-batches gives the loss of the whole.
+Shape suffixes: B sequences, R response positions, V vocabulary; tensors without one may have any
+shape.
 """
 
 from __future__ import annotations
@@ -19,103 +20,152 @@ import torch
 from torch import Tensor
 
 from learner.algorithms.gae import ROUNDING, masked_moments
+from learner.algorithms.shapes import require_shape
 
 
 class PolicyLoss(NamedTuple):
-    """`loss` to differentiate; the rest are detached sums over the mask."""
+    """The clipped objective of some rows, and what it measured on the way."""
 
     loss: Tensor
+    """To differentiate."""
     clipped: Tensor
-    """Tokens whose gradient the clip removed."""
+    """Tokens whose gradient the clip removed, detached."""
     k3: Tensor
-    """Sum of the non-negative KL estimator of KL(proximal || now)."""
+    """Sum over the mask of the non-negative KL estimator of KL(proximal || now), detached."""
 
 
 class ValueLoss(NamedTuple):
-    """`loss` to differentiate, and the detached count of clipped tokens."""
+    """The value loss of some rows, and what it measured on the way."""
 
     loss: Tensor
+    """To differentiate."""
     clipped: Tensor
+    """Tokens whose gradient the clip removed, detached."""
 
 
 def policy_loss(
-    logprobs: Tensor,
-    proximal_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
+    logprobs_BR: Tensor,
+    proximal_logprobs_BR: Tensor,
+    advantages_BR: Tensor,
+    mask_BR: Tensor,
     *,
     clip_range: float,
     normalizer: float,
-    importance_weights: Tensor | None = None,
+    importance_weights_BR: Tensor | None = None,
 ) -> PolicyLoss:
-    """Clipped objective; all tensors ``[B, R]``, mask bool (True = trained on)."""
+    """Return the clipped objective.
+
+    Args:
+        logprobs_BR: log pi, of the policy as it is now.
+        proximal_logprobs_BR: log pi_prox, as it was when the policy phase began.
+        advantages_BR: A.
+        mask_BR: bool, True = a response token, trained on.
+        clip_range: eps.
+        normalizer: response tokens of the whole minibatch.
+        importance_weights_BR: as `importance_weights` makes them; None: all 1.
+    """
+    require_shape(2, logprobs_BR, proximal_logprobs_BR, advantages_BR, mask_BR)
     # Padding may hold anything, so it is set to "no change" before exp can overflow.
-    delta = (logprobs - proximal_logprobs).masked_fill(~mask, 0.0)
-    ratio = delta.exp()
-    unclipped = ratio * advantages
-    clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range) * advantages
-    term = -torch.minimum(unclipped, clipped)
-    if importance_weights is not None:
-        term = term * importance_weights
-    loss = term.masked_fill(~mask, 0.0).sum() / normalizer
+    delta_BR = (logprobs_BR - proximal_logprobs_BR).masked_fill(~mask_BR, 0.0)
+    ratio_BR = delta_BR.exp()
+    unclipped_BR = ratio_BR * advantages_BR
+    clipped_BR = ratio_BR.clamp(1.0 - clip_range, 1.0 + clip_range) * advantages_BR
+    term_BR = -torch.minimum(unclipped_BR, clipped_BR)
+    if importance_weights_BR is not None:
+        require_shape(2, term_BR, importance_weights_BR)
+        term_BR = term_BR * importance_weights_BR
+    loss = term_BR.masked_fill(~mask_BR, 0.0).sum() / normalizer
     with torch.no_grad():
-        hit = ((clipped < unclipped) & mask).sum()
-        k3 = (kl_k3(-delta) * mask).sum()
-    return PolicyLoss(loss, hit, k3)
+        clipped = ((clipped_BR < unclipped_BR) & mask_BR).sum()
+        k3 = (kl_k3(-delta_BR) * mask_BR).sum()
+    return PolicyLoss(loss, clipped, k3)
 
 
 def value_loss(
-    values: Tensor,
-    old_values: Tensor,
-    returns: Tensor,
-    mask: Tensor,
+    values_BR: Tensor,
+    old_values_BR: Tensor,
+    returns_BR: Tensor,
+    mask_BR: Tensor,
     *,
     value_clip_range: float | None,
     normalizer: float,
 ) -> ValueLoss:
-    """``0.5 max((V - R)^2, (clip(V, V_old +- c) - R)^2)`` over the mask, ``[B, R]`` tensors.
+    """Return ``0.5 max((V - R)^2, (clip(V, V_old +- c) - R)^2)`` over the mask.
 
-    `value_clip_range` is c, None leaves the clip out. Departure: Stiennon's code has a constant c,
-    which fits scores of deviation 1; callers here take a share of `value_unit`. From returns near
-    50 values would be 250 iterations of c = 0.2 away.
+    Departure: Stiennon's code has a constant c, which fits scores of deviation 1; callers here take
+    a share of `value_unit`. From returns near 50 values would be 250 iterations of c = 0.2 away.
+
+    Args:
+        values_BR: V.
+        old_values_BR: V_old, as they were when the phase began.
+        returns_BR: R, the value targets.
+        mask_BR: bool, True = a response token, trained on.
+        value_clip_range: c; None leaves the clip out.
+        normalizer: response tokens of the whole minibatch.
     """
-    error = (values - returns).square()
-    hit = torch.zeros((), dtype=torch.int64, device=values.device)
+    require_shape(2, values_BR, old_values_BR, returns_BR, mask_BR)
+    error_BR = (values_BR - returns_BR).square()
+    clipped = torch.zeros((), dtype=torch.int64, device=values_BR.device)
     if value_clip_range is not None:
-        near = old_values + (values - old_values).clamp(-value_clip_range, value_clip_range)
-        near_error = (near - returns).square()
-        hit = ((near_error > error) & mask).sum()
-        error = torch.maximum(error, near_error)
-    return ValueLoss(0.5 * error.masked_fill(~mask, 0.0).sum() / normalizer, hit.detach())
+        moved_BR = (values_BR - old_values_BR).clamp(-value_clip_range, value_clip_range)
+        near_error_BR = (old_values_BR + moved_BR - returns_BR).square()
+        clipped = ((near_error_BR > error_BR) & mask_BR).sum()
+        error_BR = torch.maximum(error_BR, near_error_BR)
+    loss = 0.5 * error_BR.masked_fill(~mask_BR, 0.0).sum() / normalizer
+    return ValueLoss(loss, clipped.detach())
 
 
-def value_unit(old_values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """What values are measured in, so that no setting depends on scale and shift of the scores:
-    the deviation of a whole batch's returns, or ``RMS(R - V_old)`` where that is more."""
-    missed = (returns.double() - old_values.double()).masked_fill(~mask, 0.0)
-    return unit_of(float(missed.square().sum()), returns, mask)
+def value_unit(old_values_BR: Tensor, returns_BR: Tensor, mask_BR: Tensor) -> float:
+    """Return what values are measured in, so that no setting depends on the scores' scale or shift.
+
+    It is the deviation of a whole batch's returns, or ``RMS(R - V_old)`` where that is more.
+
+    Args:
+        old_values_BR: V_old, as they were when the phase began.
+        returns_BR: R, the value targets.
+        mask_BR: bool, True = a response token.
+    """
+    require_shape(2, old_values_BR, returns_BR, mask_BR)
+    missed_BR = (returns_BR.double() - old_values_BR.double()).masked_fill(~mask_BR, 0.0)
+    return unit_of(float(missed_BR.square().sum()), returns_BR, mask_BR)
 
 
-def unit_of(missed: float, returns: Tensor, mask: Tensor) -> float:
-    """As `value_unit`, from the sum of the squares that values miss returns by. 1 where all is
-    equal but for its rounding: there is nothing to measure."""
-    _, variance, count = masked_moments(returns, mask)
+def unit_of(missed: float, returns_BR: Tensor, mask_BR: Tensor) -> float:
+    """Return the same as `value_unit`; 1 where all is equal but for its rounding.
+
+    Args:
+        missed: sum of the squares that values miss returns by.
+        returns_BR: R, the value targets.
+        mask_BR: bool, True = a response token.
+    """
+    _, variance, count = masked_moments(returns_BR, mask_BR)
     unit = math.sqrt(max(float(variance), missed / float(count)))
-    largest = float(returns.double().masked_fill(~mask, 0.0).abs().max())
+    largest = float(returns_BR.double().masked_fill(~mask_BR, 0.0).abs().max())
     return unit if unit > ROUNDING * largest else 1.0
 
 
-def entropy(logits_BRV: Tensor) -> Tensor:
-    """Entropy ``[B, R]`` of the full distribution at temperature 1, in nats."""
-    logprobs = logits_BRV.log_softmax(dim=-1)
+def entropy(logits: Tensor) -> Tensor:
+    """Return the entropy ``[...]`` of the full distribution at temperature 1, in nats.
+
+    Args:
+        logits: ``[..., V]``.
+    """
+    logprobs = logits.log_softmax(dim=-1)
     return -(logprobs.exp() * logprobs).sum(dim=-1)
 
 
 def importance_weights(
-    proximal_logprobs: Tensor, behavior_logprobs: Tensor, *, cap: float
+    proximal_logprobs_BR: Tensor, behavior_logprobs_BR: Tensor, *, cap: float
 ) -> Tensor:
-    """Truncated ``min(pi_prox / pi_behav, cap)``, detached."""
-    return (proximal_logprobs - behavior_logprobs).detach().exp().clamp(max=cap)
+    """Return truncated ``min(pi_prox / pi_behav, cap)``, detached, ``[B, R]``.
+
+    Args:
+        proximal_logprobs_BR: log pi_prox, of the policy as the policy phase began.
+        behavior_logprobs_BR: log pi_behav, of the samples as they were drawn.
+        cap: the largest weight.
+    """
+    require_shape(2, proximal_logprobs_BR, behavior_logprobs_BR)
+    return (proximal_logprobs_BR - behavior_logprobs_BR).detach().exp().clamp(max=cap)
 
 
 class Mismatch(NamedTuple):
@@ -127,17 +177,35 @@ class Mismatch(NamedTuple):
     """The largest factor between two probabilities of one token, 1 or more."""
 
 
-def mismatch(proximal_logprobs: Tensor, behavior_logprobs: Tensor, mask: Tensor) -> Mismatch:
-    """Between who sampled and who learns; all ``[B, R]``."""
-    delta = (behavior_logprobs.double() - proximal_logprobs.double()).masked_fill(~mask, 0.0)
-    return Mismatch(float(kl_k3(delta).sum()), float(delta.abs().max().exp()))
+def mismatch(
+    proximal_logprobs_BR: Tensor, behavior_logprobs_BR: Tensor, mask_BR: Tensor
+) -> Mismatch:
+    """Measure how far the policy that sampled is from the one that learns.
+
+    Args:
+        proximal_logprobs_BR: by the learner, before its first step.
+        behavior_logprobs_BR: of the samples as they were drawn.
+        mask_BR: bool, True = a response token.
+    """
+    require_shape(2, proximal_logprobs_BR, behavior_logprobs_BR, mask_BR)
+    delta_BR = behavior_logprobs_BR.double() - proximal_logprobs_BR.double()
+    delta_BR = delta_BR.masked_fill(~mask_BR, 0.0)
+    return Mismatch(float(kl_k3(delta_BR).sum()), float(delta_BR.abs().max().exp()))
 
 
 def kl_k1(log_ratio: Tensor) -> Tensor:
-    """k1 = log p - log q for samples of p: unbiased, of either sign (Schulman 2020)."""
+    """Return k1: unbiased, of either sign (Schulman 2020).
+
+    Args:
+        log_ratio: log p - log q for samples of p, of any shape.
+    """
     return log_ratio
 
 
 def kl_k3(log_ratio: Tensor) -> Tensor:
-    """k3 = exp(-k1) - 1 + k1 with k1 = log p - log q for samples of p: never negative."""
+    """Return k3 = exp(-k1) - 1 + k1: unbiased, never negative.
+
+    Args:
+        log_ratio: k1 = log p - log q for samples of p, of any shape.
+    """
     return torch.expm1(-log_ratio) + log_ratio

@@ -14,20 +14,25 @@ from torch import Tensor
 
 from learner.algorithms.gae import masked_moments, within_rounding
 from learner.algorithms.ppo import kl_k1
+from learner.algorithms.shapes import require_shape
 
 
 class Rewards(NamedTuple):
-    """The two parts of the rewards, ``[B, R]``, 0 outside the mask."""
+    """The two parts of the rewards, 0 outside the mask."""
 
-    scores: Tensor
+    scores_BR: Tensor
     """The score on the last response token, 0 on the others."""
-    penalties: Tensor
+    penalties_BR: Tensor
     """-kl_coef (logprob - ref_logprob)."""
 
     @property
-    def total(self) -> Tensor:
+    def total_BR(self) -> Tensor:
         """Rewards per token."""
-        return self.scores + self.penalties
+        return self.scores_BR + self.penalties_BR
+
+    def per_sequence(self) -> tuple[Tensor, Tensor]:
+        """Return the score and the summed penalty of each sequence, both ``[B]``."""
+        return self.scores_BR.sum(1), self.penalties_BR.sum(1)
 
 
 def reward_parts(
@@ -38,30 +43,38 @@ def reward_parts(
     *,
     kl_coef: float,
 ) -> Rewards:
-    """Score and penalty. The score stands on the last *response* token, never on padding.
+    """Return score and penalty of each token. The score is on the last *response* token.
 
-    Both log-probabilities are of whole distributions, without a filter: what a nucleus leaves out
-    would count as a distance from the reference.
+    Args:
+        scores_B: one score per sequence.
+        logprobs_BR: of the policy, of the whole distribution without a filter: what a nucleus
+            leaves out would count as a distance from the reference.
+        ref_logprobs_BR: of the reference policy, likewise.
+        mask_BR: bool, True = a response token.
+        kl_coef: weight of the distance.
 
-    Raises ValueError for a row without a response token (its score would have no place), and for
-    a score or log-probability that is not finite.
+    Raises:
+        ValueError: a row has no response token, which its score would be on, or a score or
+            log-probability is not finite.
     """
-    lengths = mask_BR.sum(dim=1)
-    if bool((lengths == 0).any()):
+    require_shape(2, logprobs_BR, ref_logprobs_BR, mask_BR)
+    require_shape(1, scores_B, mask_BR[:, 0])
+    lengths_B = mask_BR.sum(dim=1)
+    if bool((lengths_B == 0).any()):
         raise ValueError("a row has no response token to carry its score")
-    distances = kl_k1(logprobs_BR - ref_logprobs_BR).masked_fill(~mask_BR, 0.0)
-    last = lengths[:, None] - 1
-    scores = torch.zeros_like(distances)
-    scores = scores.scatter(1, last, scores_B[:, None].to(scores.dtype))
-    broken = ~(scores + distances).isfinite().all(dim=1)
-    if bool(broken.any()):
-        row = int(broken.nonzero()[0])
+    distances_BR = kl_k1(logprobs_BR - ref_logprobs_BR).masked_fill(~mask_BR, 0.0)
+    last_B1 = lengths_B[:, None] - 1
+    scores_BR = torch.zeros_like(distances_BR)
+    scores_BR = scores_BR.scatter(1, last_B1, scores_B[:, None].to(scores_BR.dtype))
+    broken_B = ~(scores_BR + distances_BR).isfinite().all(dim=1)
+    if bool(broken_B.any()):
+        row = int(broken_B.nonzero()[0])
         raise ValueError(f"row {row} has a score or log-probability that is not finite")
-    return Rewards(scores, -kl_coef * distances)
+    return Rewards(scores_BR, -kl_coef * distances_BR)
 
 
 def apply_eos_trick(scores_B: Tensor, ended_B: Tensor, *, penalty: float) -> Tensor:
-    """``min(score, mean + penalty std)`` for a response that never ended; the others stay.
+    """Return ``min(score, mean + penalty std)`` of a response that never ended, ``[B]``.
 
     Mean and population std are of the scores of the responses that ended, so that what it costs
     follows scale and shift of the scores. Where these have no spread (none or one ended, or all
@@ -71,9 +84,11 @@ def apply_eos_trick(scores_B: Tensor, ended_B: Tensor, *, penalty: float) -> Ten
     the penalty, never ending would then pay.
 
     Args:
-        ended_B: bool.
-        penalty: 0 or less.
+        scores_B: one score per sequence; those of responses that ended stay.
+        ended_B: bool, the response ended by itself.
+        penalty: 0 or less, in deviations.
     """
+    require_shape(1, scores_B, ended_B)
     bound = penalty
     if bool(ended_B.any()):
         mean, variance, _ = masked_moments(scores_B, ended_B)
@@ -85,40 +100,66 @@ def apply_eos_trick(scores_B: Tensor, ended_B: Tensor, *, penalty: float) -> Ten
 
 
 class FixedKL:
-    """A constant coefficient."""
+    """A constant coefficient of the KL penalty."""
 
     def __init__(self, coef: float) -> None:
+        """Begin with a coefficient, 0 or more."""
         self.coef = _coefficient(coef)
 
     def update(self, kl: float, n: int) -> None:
-        """Nothing changes. Raises ValueError for a KL that is not finite."""
+        """Check what was measured; nothing changes.
+
+        Args:
+            kl: mean KL to the reference, in nats per response.
+            n: rollouts that it is the mean of.
+
+        Raises:
+            ValueError: the KL is not finite.
+        """
         _require_finite("KL", kl)
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return what a checkpoint keeps."""
         return {"coef": self.coef}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From a checkpoint. Raises ValueError for a coefficient that is negative or not finite."""
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: the coefficient is negative or not finite.
+        """
         self.coef = _coefficient(float(state["coef"]))
 
 
 class AdaptiveKL(FixedKL):
-    """Ziegler 2019: ``err = clip(kl / target - 1, +-0.2); coef *= 1 + err n / horizon``.
+    """A coefficient that follows the KL: it grows while the policy is further off than wanted.
 
+    ``err = clip(kl / target - 1, +-0.2); coef *= 1 + err n / horizon`` (Ziegler 2019).
     Departure: ``n / horizon`` counts as 1 at most. A batch of several horizons is one measurement,
     and from five of them on the factor would be negative.
     """
 
     def __init__(self, coef: float, target: float, horizon: int) -> None:
+        """Begin with a coefficient.
+
+        Args:
+            coef: the first one, 0 or more.
+            target: the KL that is wanted, in nats per response.
+            horizon: rollouts within which the coefficient answers a deviation.
+        """
         super().__init__(coef)
         self.target = target
         self.horizon = horizon
 
     def update(self, kl: float, n: int) -> None:
-        """Move towards the target after `n` rollouts of mean KL `kl` (nats per response).
+        """Move towards the target.
 
-        Raises ValueError, changing nothing, for a KL that is not finite.
+        Args:
+            kl: mean KL to the reference, in nats per response.
+            n: rollouts that it is the mean of.
+
+        Raises:
+            ValueError: the KL is not finite; nothing has changed.
         """
         _require_finite("KL", kl)
         error = min(0.2, max(-0.2, kl / self.target - 1.0))

@@ -8,7 +8,14 @@ from common.config.stages import PpgConfig
 
 
 def warmup_cosine(step: int, total: int, *, warmup: float, floor: float = 0.1) -> float:
-    """Factor of the peak rate: linear warm-up over a share of the steps, cosine to `floor`."""
+    """Return the factor of the peak rate: a linear warm-up, then a cosine.
+
+    Args:
+        step: from 0.
+        total: steps in all.
+        warmup: share of the steps that warm up.
+        floor: the last factor.
+    """
     ramp = max(1, math.ceil(warmup * total))
     if step < ramp:
         return (step + 1) / ramp
@@ -17,7 +24,7 @@ def warmup_cosine(step: int, total: int, *, warmup: float, floor: float = 0.1) -
 
 
 def linear_to_zero(step: int, total: int) -> float:
-    """Factor of the first rate: 1 at step 0, 0 at step `total`."""
+    """Return the factor of the first rate: 1 at step 0, 0 at step `total`."""
     return max(0.0, 1.0 - step / total)
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from learner.algorithms.advantages import (
     centred,
     centred_to_go,
-    critic_free,
     grpo,
     reinforce_pp,
     rloo,
 )
+from learner.algorithms.estimators import ESTIMATORS, Outcomes
 from learner.algorithms.rewards import reward_parts
 from tests import literal
 from tests.learner.batch.ragged import EXAMPLES, Ragged, raggeds, same, widen
@@ -189,7 +189,16 @@ def by_hand(algorithm: str, kl_coef: float, score: float, noise: float) -> tuple
         mask,
         kl_coef=kl_coef,
     )
-    found = critic_free(algorithm, parts, GROUPS, mask, gamma=1.0)  # type: ignore[arg-type]
+    outcomes = Outcomes(
+        rewards=parts,
+        values_BR=torch.zeros(6, 5),
+        groups_B=GROUPS,
+        mask_BR=mask,
+        gamma=1.0,
+        gae_lambda=1.0,
+    )
+    found, returns = ESTIMATORS[algorithm](outcomes)
+    assert returns is None, "nothing for a value function to learn"
     kls = [[float(distance[b, t]) for t in range(int(LENGTHS[b]))] for b in range(6)]
     expected = torch.zeros(6, 5, dtype=torch.float64)
     tokens = [sum(row[t:]) for row in kls for t in range(len(row))]

@@ -43,7 +43,7 @@ def policy_case(batch: Ragged) -> list[Tensor]:
 def test_policy_loss_is_the_references(batch: Ragged, clip: float, weighted: bool) -> None:
     case = policy_case(batch)
     weights = batch.numbers().exp() if weighted else None
-    found = policy_loss(*case, clip_range=clip, normalizer=17.0, importance_weights=weights)
+    found = policy_loss(*case, clip_range=clip, normalizer=17.0, importance_weights_BR=weights)
     lists = [x.tolist() for x in case]
     expected = literal.policy_loss(
         *lists,
@@ -145,7 +145,9 @@ def test_micro_batches_add_up_to_the_whole(batch: Ragged, columns: int, clip: fl
 
     def one(rows: slice, more: int) -> PolicyLoss:
         cut = [widen(x[rows], more) for x in (*case, weights)]
-        return policy_loss(*cut[:4], clip_range=clip, normalizer=total, importance_weights=cut[4])
+        return policy_loss(
+            *cut[:4], clip_range=clip, normalizer=total, importance_weights_BR=cut[4]
+        )
 
     whole = one(slice(None), 0)
     parts = [one(slice(b, b + 1), columns) for b in range(len(batch.mask_BR))]
@@ -264,8 +266,8 @@ def test_weights_correct_for_age_and_for_precision(
 
 
 def test_importance_weights_survive_an_overflowing_ratio() -> None:
-    found = importance_weights(torch.tensor([200.0]), torch.tensor([-200.0]), cap=5.0)
-    assert found.tolist() == [5.0]
+    found = importance_weights(torch.tensor([[200.0]]), torch.tensor([[-200.0]]), cap=5.0)
+    assert found.tolist() == [[5.0]]
 
 
 def test_kl_estimators_are_unbiased_and_k3_is_never_negative() -> None:

@@ -17,7 +17,7 @@ from tests.learner.batch.ragged import EXAMPLES, Ragged, raggeds, same, widen
 
 
 def whole_rewards(*tensors: torch.Tensor, kl_coef: float) -> torch.Tensor:
-    return reward_parts(*tensors, kl_coef=kl_coef).total
+    return reward_parts(*tensors, kl_coef=kl_coef).total_BR
 
 
 @EXAMPLES
@@ -51,12 +51,12 @@ def test_the_parts_are_what_the_whole_is_without_the_other(batch: Ragged) -> Non
     parts = reward_parts(scores, logprobs, ref, batch.mask_BR, kl_coef=0.3)
     lists = [logprobs.tolist(), ref.tolist(), batch.mask_BR.tolist()]
     same(
-        parts.scores,
+        parts.scores_BR,
         literal.shape_rewards(scores.tolist(), *lists, kl_coef=0.0),
         torch.float64,
     )
     none = [0.0] * len(scores)
-    same(parts.penalties, literal.shape_rewards(none, *lists, kl_coef=0.3), torch.float64)
+    same(parts.penalties_BR, literal.shape_rewards(none, *lists, kl_coef=0.3), torch.float64)
 
 
 @EXAMPLES

@@ -40,7 +40,7 @@ torch.cuda.is_available = lambda: True
 torch.cuda.device_count = lambda: 1
 
 import torch.distributed as dist
-from learner.engine import ZeroEngine
+from learner.zero.engine import ZeroEngine
 from learner.rank import LearnerRank
 
 rank = LearnerRank(0, 1, 1)
@@ -206,7 +206,7 @@ def test_an_auxiliary_phase_leaves_no_momentum_behind(workspace: RunConfig, tmp_
     assert learner.value is not None
     batch = experience(trajectories())
     returns_NR = torch.randn(batch.mask_NR.shape, generator=torch.Generator().manual_seed(0))
-    learner.batch.memory.add(batch.sequences, returns_NR, batch.versions)
+    learner.memory.add(batch.sequences, returns_NR, batch.versions)
     start = learner.policy.full_state(), learner.value.full_state()
     learner.auxiliary_phase(0)
     moved = learner.policy.full_state(), learner.value.full_state()
