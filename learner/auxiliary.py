@@ -25,7 +25,8 @@ from common.models.networks import PolicyNetwork, compute_in
 from learner.algorithms import ppg
 from learner.batch.memory import AuxiliaryMemory
 from learner.batch.shards import Shards
-from learner.zero.engine import ZeroEngine, all_sum
+from learner.zero.engine import ZeroEngine
+from learner.zero.process_group import all_sum
 
 Policy = Callable[..., tuple[Any, Any]]
 _OLD = "old"

@@ -18,7 +18,8 @@ from common.metrics import Metrics, mean, require_finite
 from learner.algorithms import ppo
 from learner.batch.experience import Sequences
 from learner.batch.shards import MicroBatch, Shards
-from learner.zero.engine import ZeroEngine, all_sum
+from learner.zero.engine import ZeroEngine
+from learner.zero.process_group import all_sum
 
 SHARED_VALUE_COEF = 0.1
 """Weight of the value loss, in units of values, when one network does both (Stiennon 2020,

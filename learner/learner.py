@@ -45,7 +45,8 @@ from learner.batch.memory import AuxiliaryMemory
 from learner.batch.shards import MicroBatch, Shards
 from learner.epochs import Targets, policy_epochs, value_epochs
 from learner.zero import state_files
-from learner.zero.engine import ZeroEngine, rank
+from learner.zero.engine import ZeroEngine
+from learner.zero.process_group import rank
 from learner.zero.publisher import Publication, publisher
 
 

@@ -30,7 +30,7 @@ from learner.learner import Learner
 from learner.supervised.packing import EncodedComparison, EncodedPair
 from learner.supervised.reward_model import RewardStage
 from learner.supervised.sft import SftStage
-from learner.zero import engine
+from learner.zero import process_group
 from learner.zero.publisher import Publication
 
 _passes = memory_for("a learner rank's passes", "lower learner.micro_batch_tokens")
@@ -59,7 +59,7 @@ class LearnerRank:
 
     def connect(self, address: str, port: int, timeout_s: float) -> None:
         """Join the process group."""
-        engine.connect(
+        process_group.connect(
             rank=self.rank,
             world=self.world,
             address=address,

@@ -12,7 +12,7 @@ from torch import Tensor
 from common.batching import SequenceBatch
 from common.randomness import derive_seed
 from learner.batch.experience import Sequences, deal
-from learner.zero.engine import all_sum, rank, world_size
+from learner.zero.process_group import all_sum, rank, world_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

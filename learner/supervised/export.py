@@ -9,7 +9,8 @@ from common.config.run import RunConfig
 from common.models.adapters import attach_adapter, base_fingerprint
 from common.models.networks import PolicyNetwork, ScalarNetwork
 from common.models.weight_files import save_weights
-from learner.zero.engine import ZeroEngine, rank
+from learner.zero.engine import ZeroEngine
+from learner.zero.process_group import rank
 
 
 def adapt_network(

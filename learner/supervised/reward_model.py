@@ -23,7 +23,8 @@ from learner.algorithms.schedule import warmup_cosine
 from learner.batch.experience import Piece, deal
 from learner.supervised.export import adapt_network, export_network
 from learner.supervised.packing import EncodedComparison, EncodedPair
-from learner.zero.engine import ZeroEngine, all_sum, rank, world_size
+from learner.zero.engine import ZeroEngine
+from learner.zero.process_group import all_sum, rank, world_size
 
 
 class RewardStage:

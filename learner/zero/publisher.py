@@ -11,7 +11,8 @@ import torch
 
 from common.wire.hashing import Bytes
 from common.wire.weights import Payload, Slice, digest, layout_hash, slice_bounds
-from learner.zero.engine import ZeroEngine, rank, world_size
+from learner.zero.engine import ZeroEngine
+from learner.zero.process_group import rank, world_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

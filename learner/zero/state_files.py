@@ -24,7 +24,9 @@ from torch import Tensor
 
 from common.errors import CheckpointError, StorageError
 from common.files import one_line
-from learner.zero.engine import Fragment, ZeroEngine, all_sum, rank, world_size
+from learner.zero.engine import ZeroEngine
+from learner.zero.optimizer_state import Fragment
+from learner.zero.process_group import all_sum, rank, world_size
 
 
 def save(engine: ZeroEngine, folder: Path) -> None:
@@ -62,7 +64,7 @@ def load(engine: ZeroEngine, folder: Path) -> None:
     Raises:
         CheckpointError: a parameter is missing or of another shape.
     """
-    engine.make_optimizer_state()
+    engine.create_optimizer_state()
     paths = sorted(folder.glob("rank-*.safetensors"))
     files: list[Any] = [safe_open(path, framework="pt") for path in paths]
     where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 not a mapping

@@ -19,7 +19,7 @@ from learner.batch.experience import Sequences
 from learner.batch.shards import Shards
 from learner.epochs import Targets, policy_epochs
 from learner.rank import LearnerRank
-from learner.zero import engine
+from learner.zero import process_group
 from learner.zero.engine import ZeroEngine
 from tests.benchmarks.measure import PROMPT, RESPONSE, SHAPE, THREADS, Result, interleaved
 
@@ -76,7 +76,7 @@ def plain_step(
 
 def speed() -> list[Result]:
     address, port = LearnerRank(0, 1, THREADS).address()
-    engine.connect(rank=0, world=1, address=address, port=port, timeout_s=60)
+    process_group.connect(rank=0, world=1, address=address, port=port, timeout_s=60)
     sequences, targets = data()
     net = network()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, betas=(0.9, 0.95))
@@ -105,7 +105,7 @@ def speed() -> list[Result]:
     }
     interleaved(runs, 1)
     found = interleaved(runs, REPEATS)
-    engine.disconnect()
+    process_group.disconnect()
     tokens = ROWS * (PROMPT + RESPONSE)
     return [
         Result(

@@ -26,7 +26,7 @@ from common.wire.weights import FlatBuffer, Manifest
 from learner.batch.shards import Shards
 from learner.epochs import policy_epochs
 from learner.rank import LearnerRank
-from learner.zero import engine
+from learner.zero import process_group
 from learner.zero.engine import ZeroEngine
 from learner.zero.publisher import Publisher
 from tests.benchmarks.learner_step import BUDGET, ROWS, data, network
@@ -163,7 +163,7 @@ def step_seconds() -> dict[str, float]:
     """Median seconds of a policy update at shape S, on one DeepSpeed rank."""
     torch.set_num_threads(THREADS)
     address, port = LearnerRank(0, 1, THREADS).address()
-    engine.connect(rank=0, world=1, address=address, port=port, timeout_s=60)
+    process_group.connect(rank=0, world=1, address=address, port=port, timeout_s=60)
     sequences, targets = data()
     engines = {}
     for precision in ("fp32", "bf16"):
@@ -188,7 +188,7 @@ def step_seconds() -> dict[str, float]:
     runs = {name: lambda made=made: update(made) for name, made in engines.items()}
     interleaved(runs, 1)
     found = interleaved(runs, REPEATS)
-    engine.disconnect()
+    process_group.disconnect()
     return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from learner.rank import LearnerRank
-from learner.zero.engine import disconnect
+from learner.zero.process_group import disconnect
 
 
 @pytest.fixture(scope="session")

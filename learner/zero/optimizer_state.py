@@ -1,0 +1,133 @@
+"""What an optimizer knows under ZeRO: where DeepSpeed keeps fp32 masters and AdamW's moments.
+
+Stage 0 has whole parameters on every rank. Stages 1 and 2 lay all parameters in flat buffers and
+give each rank a partition of them, stage 3 gives it a partition of every parameter. All that reads
+DeepSpeed's own attributes for it is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from learner.zero.process_group import rank
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_AUXILIARY = "auxiliary_"
+"""Prefix of the names of the auxiliary phase's moments."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fragment:
+    """This rank's part of one parameter's training state. Reading and writing are through it."""
+
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
+    offset: int
+    """First element of the flattened parameter that is kept here."""
+    tensors: dict[str, Tensor]
+    """float32 views ``[elements kept]``: master, exp_avg, exp_avg_sq, and the moments of an
+    auxiliary phase, where there is one. ZeRO 3 pads them."""
+    steps: dict[str, Tensor]
+    """float32 scalars: AdamW's steps on it, and those of an auxiliary phase."""
+    replicated: bool = False
+    """Every rank keeps all of it."""
+
+
+class OptimizerState:
+    """Masters and moments of the parameters that a DeepSpeed optimizer trains."""
+
+    def __init__(
+        self, optimizer: Any, parameters: dict[str, nn.Parameter], zero_stage: int, auxiliary: bool
+    ) -> None:
+        """Wrap an optimizer.
+
+        Args:
+            optimizer: as DeepSpeed made it, around AdamW or Adafactor or one of them.
+            parameters: those that are trained, by name, in the optimizer's order.
+            zero_stage: 0 to 3.
+            auxiliary: there is an auxiliary phase, with moments of its own.
+        """
+        self._optimizer, self._parameters, self._zero_stage = optimizer, parameters, zero_stage
+        self._inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        self._other_phase: list[dict[str, Tensor]] | None = None
+        """For each flat tensor the optimizer's state in the phase that does not run now."""
+        if auxiliary:
+            self._other_phase = [{} for _ in self._flat_tensors()]
+
+    def exchange_phases(self) -> None:
+        """Go on with the moments of the other phase: policy or auxiliary."""
+        assert self._other_phase is not None, "an engine without an auxiliary phase"
+        for index, flat in enumerate(self._flat_tensors()):
+            other, self._other_phase[index] = self._other_phase[index], self._inner.state[flat]
+            self._inner.state[flat] = other
+
+    def clear_gradients(self) -> None:
+        """Zero what ZeRO 3 keeps of gradients.
+
+        DeepSpeed keeps the last gradient there of a parameter that a loss does not reach, as the
+        auxiliary head in a policy phase, and steps on it again.
+        """
+        if self._zero_stage == 3:
+            self._optimizer.grad_partitions_flat_buffer.zero_()
+
+    def create(self) -> None:
+        """Give every parameter zero moments, as the optimizer's first step would create them."""
+        for index, flat in enumerate(self._flat_tensors()):
+            self._inner.state[flat] = _no_steps(flat)
+            if self._other_phase is not None:
+                self._other_phase[index] = _no_steps(flat)
+
+    def fragments(self) -> Iterator[tuple[str, Fragment]]:
+        """Yield this rank's part of every parameter's masters and moments, as views."""
+        for index, (name, parameter) in enumerate(self._parameters.items()):
+            yield name, self._fragment(index, parameter)
+
+    def _flat_tensors(self) -> list[Tensor]:
+        """The tensors that the optimizer itself steps on."""
+        if self._zero_stage == 3:
+            return list(self._optimizer.fp32_partitioned_groups_flat)
+        if self._zero_stage > 0:
+            return list(self._optimizer.single_partition_of_fp32_groups)
+        return [p for group in self._inner.param_groups for p in group["params"]]
+
+    def _fragment(self, index: int, parameter: nn.Parameter) -> Fragment:
+        group, offset, start, size = self._place(index, parameter)
+        flat = self._flat_tensors()[group]
+        states = {"": self._inner.state[flat] or _no_steps(flat)}
+        if self._other_phase is not None:
+            states[_AUXILIARY] = self._other_phase[group] or _no_steps(flat)
+        tensors = {"master": flat.detach()} | {
+            f"{phase}{kind}": state[kind] for phase, state in states.items() for kind in _MOMENTS
+        }
+        return Fragment(
+            shape=tuple(getattr(parameter, "ds_shape", parameter.shape)),
+            offset=offset,
+            tensors={k: tensors[k].flatten()[start : start + size] for k in sorted(tensors)},
+            steps={f"{phase}step": state["step"] for phase, state in states.items()},
+            replicated=self._zero_stage == 0,
+        )
+
+    def _place(self, index: int, parameter: nn.Parameter) -> tuple[int, int, int, int]:
+        """Flat tensor, first element of the parameter, first element of the flat one, and count."""
+        optimizer = self._optimizer
+        if self._zero_stage == 0:
+            return index, 0, 0, parameter.numel()
+        if self._zero_stage == 3:
+            group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            return group, rank() * size, start, size
+        mapping: Any = getattr(parameter, "_hp_mapping", None)
+        if mapping is None:  # all of this parameter is on other ranks
+            return 0, 0, 0, 0
+        own = mapping.hp_fragment_address
+        return mapping.param_group_index, mapping.lp_fragment_address.start, own.start, own.numel
+
+
+def _no_steps(flat: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of what it has not stepped on yet."""
+    zeros = torch.zeros_like(flat, requires_grad=False)
+    return {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
