@@ -3,6 +3,8 @@
 Sequences are left-aligned ``prompt + response + padding``. The logits that predict response token
 t stand at position ``prompt_length - 1 + t``; that one line (`predict_BR`) is the alignment of
 the whole system, used by the learner and the reference policy alike.
+
+Shape suffixes: B sequences, T positions, R response positions.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ _PASS_TOKENS = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceBatch:
-    """Left-aligned sequences. B sequences, T positions, R response positions."""
+    """Left-aligned sequences."""
 
     tokens_BT: Tensor
     """int64 prompt + response, then zeros."""
@@ -33,41 +35,62 @@ class SequenceBatch:
     last_B: Tensor
     """int64: the position of the last response token, where a reward is read."""
 
+    def to(self, device: torch.device) -> SequenceBatch:
+        """Return the same batch on a device."""
+        return SequenceBatch(
+            tokens_BT=self.tokens_BT.to(device),
+            predict_BR=self.predict_BR.to(device),
+            response_BR=self.response_BR.to(device),
+            response_mask_BR=self.response_mask_BR.to(device),
+            last_B=self.last_B.to(device),
+        )
+
 
 def sequence_batch(
     prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
 ) -> SequenceBatch:
-    """Lay out sequences. Raises ValueError for an empty prompt or response."""
+    """Lay out prompts with their responses.
+
+    Args:
+        prompts: tokens of each prompt.
+        responses: tokens of each response, in the same order.
+
+    Raises:
+        ValueError: a prompt or response is empty.
+    """
     sizes = [(len(p), len(r)) for p, r in zip(prompts, responses, strict=True)]
     if any(not p or not r for p, r in sizes):
         raise ValueError("a sequence needs at least one prompt and one response token")
-    batch, longest, reach = (
-        len(sizes),
-        max(p + r for p, r in sizes),
-        max(r for _, r in sizes),
-    )
-    tokens = torch.zeros(batch, longest, dtype=torch.int64)
-    response = torch.zeros(batch, reach, dtype=torch.int64)
-    for row, (prompt, answer) in enumerate(zip(prompts, responses, strict=True)):
-        tokens[row, : sum(sizes[row])] = torch.tensor([*prompt, *answer])
-        response[row, : len(answer)] = torch.tensor(list(answer))
-    first = torch.tensor([p for p, _ in sizes])[:, None]
-    steps = torch.arange(reach)[None]
-    mask = steps < torch.tensor([r for _, r in sizes])[:, None]
+    longest, reach = max(p + r for p, r in sizes), max(r for _, r in sizes)
+    tokens_BT = torch.zeros(len(sizes), longest, dtype=torch.int64)
+    response_BR = torch.zeros(len(sizes), reach, dtype=torch.int64)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        tokens_BT[row, : sum(sizes[row])] = torch.tensor([*prompt, *response])
+        response_BR[row, : len(response)] = torch.tensor(list(response))
+    first_B1 = torch.tensor([p for p, _ in sizes])[:, None]
+    steps_1R = torch.arange(reach)[None]
+    mask_BR = steps_1R < torch.tensor([r for _, r in sizes])[:, None]
     return SequenceBatch(
-        tokens_BT=tokens,
-        predict_BR=torch.where(mask, first - 1 + steps, torch.zeros_like(steps)),
-        response_BR=response,
-        response_mask_BR=mask,
+        tokens_BT=tokens_BT,
+        predict_BR=torch.where(mask_BR, first_B1 - 1 + steps_1R, torch.zeros_like(steps_1R)),
+        response_BR=response_BR,
+        response_mask_BR=mask_BR,
         last_B=torch.tensor([p + r - 1 for p, r in sizes]),
     )
 
 
 def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices in groups of ``rows x longest row <= budget``, longest first: the cheapest grouping.
+    """Group rows so that ``rows x longest row <= budget``, longest first, at the lowest cost.
 
     A group costs its padded tokens and `_PASS_TOKENS`, so that padding is small and passes few.
-    A row longer than the budget stands alone: it has to be run somehow.
+    A row longer than the budget is a group by itself: it has to be run somehow.
+
+    Args:
+        lengths: tokens of each row.
+        budget: padded tokens of a group.
+
+    Returns:
+        Row numbers of each group.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     sizes = np.array([lengths[i] for i in order], dtype=np.int64)
@@ -79,9 +102,9 @@ def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
         while first < end - 1 and sizes[first] * (end - first) > budget:
             first += 1
         starts = np.arange(first, end)
-        found = costs[starts] + sizes[starts] * (end - starts) + _PASS_TOKENS
-        best = int(found.argmin())
-        costs[end], cuts[end] = found[best], first + best
+        totals = costs[starts] + sizes[starts] * (end - starts) + _PASS_TOKENS
+        best = int(totals.argmin())
+        costs[end], cuts[end] = totals[best], first + best
     groups: list[list[int]] = []
     end = len(order)
     while end:
@@ -91,8 +114,8 @@ def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def pad_rows(rows: Sequence[Sequence[float]], width: int) -> Tensor:
-    """float32 ``[B, width]`` from ragged rows, zeros on the right."""
-    out = torch.zeros(len(rows), width)
+    """Return ragged rows as float32 ``[B, width]``, zeros on the right."""
+    padded_BR = torch.zeros(len(rows), width)
     for index, row in enumerate(rows):
-        out[index, : len(row)] = torch.tensor(row, dtype=torch.float32)
-    return out
+        padded_BR[index, : len(row)] = torch.tensor(row, dtype=torch.float32)
+    return padded_BR

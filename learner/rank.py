@@ -6,7 +6,6 @@ collectives: the gang calls them on every rank together, and rank 0's answer cou
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -19,17 +18,15 @@ from common.config.run import RunConfig
 from common.errors import StorageError
 from common.files import one_line
 from common.metrics import read
-from common.models.adapter_files import adapter_of, export_merged
-from common.models.weight_files import save_weights
 from common.out_of_memory import memory_for
-from common.run_folder import PolicyFolder
 from common.wire.trajectory import rows_without
-from common.wire.weights import Payload, state_hash
+from common.wire.weights import Payload
 from learner.batch.trajectory_log import write_log
 from learner.learner import Learner
-from learner.supervised.packing import EncodedComparison, EncodedPair
-from learner.supervised.reward_model import RewardStage
+from learner.supervised.examples import EncodedComparison, EncodedPair
+from learner.supervised.reward_model import RewardModelStage
 from learner.supervised.sft import SftStage
+from learner.supervised.stage import SupervisedStage
 from learner.zero import process_group
 from learner.zero.publisher import Publication
 
@@ -47,7 +44,7 @@ class LearnerRank:
         torch.set_num_threads(threads)
         torch.manual_seed(rank)
         self.rank, self.world = rank, world
-        self._stage: SftStage | RewardStage | None = None
+        self._stage: SupervisedStage | None = None
         self._learner: Learner | None = None
 
     def address(self) -> tuple[str, int]:
@@ -90,7 +87,7 @@ class LearnerRank:
         seed: int,
     ) -> int:
         """Build the reward stage; returns its number of steps."""
-        self._stage = RewardStage(config, train, held_out, Path(sft), seed)
+        self._stage = RewardModelStage(config, train, held_out, Path(sft), seed)
         return self._stage.total_steps
 
     @_passes
@@ -108,7 +105,7 @@ class LearnerRank:
     @_passes
     def shift(self, reference: Sequence[EncodedPair]) -> dict[str, float]:
         """Centre the reward model on reference responses."""
-        assert isinstance(self._stage, RewardStage)
+        assert isinstance(self._stage, RewardModelStage)
         return read(self._stage.shift(reference))
 
     def export_stage(self, folder: str) -> None:
@@ -137,52 +134,37 @@ class LearnerRank:
 
         Rank 0 first writes what is trained on to the Parquet file `log`, if any.
         """
-        kept = [rows_without(table, without) for table in tables]
+        learner, kept = self._policy_training, [rows_without(table, without) for table in tables]
         if self.rank == 0 and log is not None:
-            write_log(Path(log), pa.concat_tables(kept), iteration, self._train.config)
-        return read(self._train.policy_phase(kept, iteration))
+            write_log(Path(log), pa.concat_tables(kept), iteration, learner.config)
+        return read(learner.policy_phase(kept, iteration))
 
     @_passes
     def auxiliary_phase(self, iteration: int) -> dict[str, float]:
         """One auxiliary phase."""
-        return read(self._train.auxiliary_phase(iteration))
+        return read(self._policy_training.auxiliary_phase(iteration))
 
     def publish(self) -> tuple[Publication, Payload]:
         """This rank's slice of the policy: facts for the controller, bytes for the actors."""
-        return self._train.publish()
+        return self._policy_training.networks.publish()
 
     def save(self, folder: str) -> dict[str, Any]:
         """Write a checkpoint's tensors; returns the state that belongs into its JSON."""
         try:
-            self._train.save(Path(folder))
+            self._policy_training.save(Path(folder))
         except OSError as error:
             raise StorageError(f"{folder}: cannot be written ({one_line(error)})") from None
-        return self._train.state()
+        return self._policy_training.state()
 
     def load(self, folder: str, state: dict[str, Any]) -> None:
         """Read a checkpoint."""
-        self._train.load(Path(folder), state)
+        self._policy_training.load(Path(folder), state)
 
     def export_policy(self, folder: str) -> str:
-        """Write ``policy.safetensors``, ``model.json`` and, of adapters, ``adapter/``; returns the
-        hash of what was trained."""
-        state = self._train.policy.full_state(frozen=self._train.config.train.lora is None)
-        if self.rank == 0:
-            target, config = PolicyFolder(Path(folder)), self._train.config
-            target.path.mkdir(parents=True, exist_ok=True)
-            if config.train.lora is not None:
-                name, lora = config.train.adapter, config.train.lora
-                adapter = adapter_of(state, name, lora, self._train.base)
-                export_merged(adapter, state, self._train.start, target.path, config.model)
-            else:
-                metadata = {"model": config.model.model_dump_json()}
-                save_weights(state, target.weights, metadata)
-            (target.shape).write_text(
-                json.dumps(config.model.model_dump(), indent=1), encoding="utf8"
-            )
-        return state_hash(state)
+        """Write the policy for users and later stages; returns the hash of what was trained."""
+        return self._policy_training.networks.export(Path(folder))
 
     @property
-    def _train(self) -> Learner:
+    def _policy_training(self) -> Learner:
         assert self._learner is not None, "begin_train comes first"
         return self._learner

@@ -15,7 +15,7 @@ from common.data.records import Comparison, Demonstration, read_prompts
 from common.data.tokenizer import Tokenizer
 from common.errors import DataError
 from common.randomness import derive_seed
-from learner.supervised.packing import EncodedComparison, EncodedPair
+from learner.supervised.examples import EncodedComparison, EncodedPair
 
 _BATCH = 1024
 """Records that are tokenised at once."""

@@ -18,7 +18,7 @@ from deploy.stages.encoding import (
 )
 from deploy.stages.preparation import check_inputs, log_metrics, require_paths, say_fitting
 from deploy.stages.session import Session
-from learner.supervised.packing import EncodedComparison, EncodedPair
+from learner.supervised.examples import EncodedComparison, EncodedPair
 
 _SFT_HELD_OUT = 0.02
 """Share of the demonstrations that no supervised policy is trained on."""

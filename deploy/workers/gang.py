@@ -42,7 +42,7 @@ from deploy.workers.calls import (
     summary,
 )
 from learner.rank import LearnerRank
-from learner.supervised.packing import EncodedComparison, EncodedPair
+from learner.supervised.examples import EncodedComparison, EncodedPair
 
 _GRACE_S = 15.0
 """After a rank failed: how long the others have to show who died. A collective breaks for the

@@ -166,6 +166,11 @@ class AdaptiveKL(FixedKL):
         self.coef *= 1.0 + error * min(1.0, n / self.horizon)
 
 
+def kl_controller(coef: float, target: float | None, horizon: int) -> FixedKL:
+    """Return a controller of the KL penalty: adaptive with a target, else fixed."""
+    return FixedKL(coef) if target is None else AdaptiveKL(coef, target, horizon)
+
+
 def _coefficient(coef: float) -> float:
     _require_finite("KL coefficient", coef)
     if coef < 0.0:

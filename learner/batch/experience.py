@@ -1,4 +1,4 @@
-"""A batch of scored trajectories as the learner sees it, and how its rows are dealt to ranks.
+"""A batch of scored trajectories as the learner sees it.
 
 Every rank holds the whole batch (a few megabytes through shared memory) and computes its share of
 the forward passes; scalars per token are then summed over ranks, so that advantages are computed
@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from common.batching import SequenceBatch, micro_batches, pad_rows, sequence_batch
+from common.batching import SequenceBatch, pad_rows, sequence_batch
 from common.errors import TrainingError
 from common.wire.trajectory import ScoredTrajectory, from_table
 
@@ -101,33 +101,3 @@ def experience(tables: Sequence[pa.Table], adapter: str = "") -> Experience:
         mask_NR=sequences.mask_NR,
         versions=tuple(t.policy_version for t in rows),
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """One micro-batch of one rank."""
-
-    rows: list[int]
-    """Row numbers in the whole batch."""
-    real: bool
-    """False for a filler that only keeps ranks in step: its loss must be multiplied by 0."""
-
-
-def deal(
-    rows: Sequence[int], lengths: Sequence[int], *, ranks: int, rank: int, budget: int
-) -> list[Piece]:
-    """This rank's micro-batches of some rows: as many as every other rank's.
-
-    Rows are dealt longest first, so that ranks carry like loads; a rank with fewer micro-batches
-    repeats a row as a filler, because all ranks must run the same number of collectives.
-    """
-    order = sorted(rows, key=lambda row: (-lengths[row], row))
-    hands = [order[r::ranks] for r in range(ranks)]
-    split = [
-        [[hand[i] for i in piece] for piece in micro_batches([lengths[i] for i in hand], budget)]
-        for hand in hands
-    ]
-    steps = max(len(pieces) for pieces in split)
-    mine = [Piece(rows=piece, real=True) for piece in split[rank]]
-    filler = Piece(rows=[order[-1]], real=False)
-    return mine + [filler] * (steps - len(mine))

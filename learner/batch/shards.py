@@ -1,4 +1,8 @@
-"""Which rows this rank computes: seeded minibatches, dealt to ranks, cut into micro-batches."""
+"""Which rows this rank computes: seeded minibatches, dealt to ranks, cut into micro-batches.
+
+Shape suffixes: N rows of the whole batch, B rows of a micro-batch, T positions, R response
+positions.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,8 @@ from torch import Tensor
 
 from common.batching import SequenceBatch
 from common.randomness import derive_seed
-from learner.batch.experience import Sequences, deal
+from learner.batch.dealing import Share, deal
+from learner.batch.experience import Sequences
 from learner.zero.process_group import all_sum, rank, world_size
 
 
@@ -28,7 +33,7 @@ class MicroBatch:
     """No other micro-batch of this rank comes before the optimizer step."""
 
     def cut(self, tensor_NR: Tensor) -> Tensor:
-        """These rows of a tensor of the whole batch, ``[B, R]``, R the longest of these."""
+        """Return these rows of a tensor of the whole batch, ``[B, R]``, R the longest of these."""
         return tensor_NR[self.rows, : self.mask_BR.shape[1]].to(self.mask_BR.device)
 
 
@@ -36,50 +41,53 @@ class Shards:
     """Deals rows to this rank. Every rank gets the same number of micro-batches."""
 
     def __init__(self, *, seed: int, budget: int, device: torch.device) -> None:
-        """`budget` is padded tokens per micro-batch."""
-        self.seed = seed
-        self.budget = budget
-        self.device = device
+        """Deal for one run.
+
+        Args:
+            seed: of the run; the order of rows derives from it.
+            budget: padded tokens of one micro-batch.
+            device: where micro-batches belong.
+        """
+        self.seed, self.budget, self.device = seed, budget, device
 
     def minibatches(self, rows: int, parts: int, *purpose: int | str) -> Iterator[list[int]]:
-        """All rows in `parts` parts, in an order that is a function of (seed, purpose)."""
+        """Yield all rows in `parts` parts, in an order that is a function of (seed, purpose)."""
         order = np.random.default_rng(derive_seed(self.seed, *purpose)).permutation(rows)
         for part in np.array_split(order, min(parts, rows)):
             yield part.tolist()
 
+    def deal(self, rows: Sequence[int], lengths: Sequence[int]) -> list[Share]:
+        """Return this rank's micro-batches of some rows, as row numbers."""
+        return deal(rows, lengths, ranks=world_size(), rank=rank(), budget=self.budget)
+
     def micro_batches(self, sequences: Sequences, rows: Sequence[int]) -> Iterator[MicroBatch]:
-        """This rank's share of some rows."""
-        pieces = deal(rows, sequences.lengths, ranks=world_size(), rank=rank(), budget=self.budget)
-        for index, piece in enumerate(pieces):
-            data = self._move(sequences.batch(piece.rows))
+        """Yield this rank's micro-batches of some rows, padded."""
+        for share in self.deal(rows, sequences.lengths):
+            data = sequences.batch(share.rows).to(self.device)
             yield MicroBatch(
                 data=data,
-                rows=piece.rows,
-                mask_BR=data.response_mask_BR & piece.real,
-                last=index == len(pieces) - 1,
+                rows=share.rows,
+                mask_BR=data.response_mask_BR & share.real,
+                last=share.last,
             )
 
     @torch.no_grad()
     def gather(self, sequences: Sequences, run: Callable[[MicroBatch], Tensor]) -> Tensor:
-        """Run each row on one rank; fp32 ``[N, R, ...]`` on every rank, zeros outside the mask.
+        """Run each row on one rank and hand the results to all.
 
-        `run` gives ``[B, R, ...]``.
+        Args:
+            sequences: the whole batch.
+            run: maps a micro-batch to ``[B, R, ...]``.
+
+        Returns:
+            fp32 ``[N, R, ...]`` on every rank, zeros outside the mask.
         """
         out = torch.zeros(0)
         for micro in self.micro_batches(sequences, range(len(sequences))):
-            found = run(micro).float().cpu()
+            result = run(micro).float().cpu()
             if not len(out):
-                out = torch.zeros(*sequences.mask_NR.shape, *found.shape[2:])
-            hidden = ~micro.mask_BR.cpu().view(*micro.mask_BR.shape, *[1] * (found.dim() - 2))
+                out = torch.zeros(*sequences.mask_NR.shape, *result.shape[2:])
+            hidden = ~micro.mask_BR.cpu().view(*micro.mask_BR.shape, *[1] * (result.dim() - 2))
             if not bool(hidden.all()):
-                out[micro.rows, : found.shape[1]] = found.masked_fill(hidden, 0.0)
+                out[micro.rows, : result.shape[1]] = result.masked_fill(hidden, 0.0)
         return all_sum(out)
-
-    def _move(self, data: SequenceBatch) -> SequenceBatch:
-        return SequenceBatch(
-            tokens_BT=data.tokens_BT.to(self.device),
-            predict_BR=data.predict_BR.to(self.device),
-            response_BR=data.response_BR.to(self.device),
-            response_mask_BR=data.response_mask_BR.to(self.device),
-            last_B=data.last_B.to(self.device),
-        )

@@ -1,4 +1,4 @@
-"""Demonstrations and comparisons in tokens, and rows of several demonstrations each.
+"""Demonstrations packed into rows of one length, several to a row.
 
 Shape suffixes: B rows, T positions.
 """
@@ -11,27 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from learner.supervised.examples import EncodedPair
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncodedPair:
-    """A demonstration in tokens."""
-
-    prompt: list[int]
-    response: list[int]
-    """EOS included."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncodedComparison:
-    """A comparison in tokens."""
-
-    prompt: list[int]
-    chosen: list[int]
-    """EOS included."""
-    rejected: list[int]
-    """EOS included."""
-    confidence: float
-    """Probability that `chosen` is the better one, 0.5 to 1."""
+_OPEN_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +31,7 @@ class Packed:
 
 
 def pack(pairs: Sequence[EncodedPair], length: int) -> list[list[int]]:
-    """Indices of pairs per row, first fit over the open rows in order; none is split.
+    """Return the pairs of each row, as indices: first fit over the open rows; none is split.
 
     Only the last 16 rows are kept open, which keeps packing linear and rows over 95 % full.
     """
@@ -57,7 +39,7 @@ def pack(pairs: Sequence[EncodedPair], length: int) -> list[list[int]]:
     room: list[int] = []
     for index, pair in enumerate(pairs):
         size = len(pair.prompt) + len(pair.response)
-        for row in range(max(0, len(rows) - 16), len(rows)):
+        for row in range(max(0, len(rows) - _OPEN_ROWS), len(rows)):
             if size <= room[row]:
                 rows[row].append(index)
                 room[row] -= size
@@ -71,28 +53,32 @@ def pack(pairs: Sequence[EncodedPair], length: int) -> list[list[int]]:
 def packed_batch(
     pairs: Sequence[EncodedPair], rows: Sequence[Sequence[int]], length: int
 ) -> Packed:
-    """Tensors of packed rows."""
+    """Lay out packed rows.
+
+    Args:
+        pairs: all demonstrations.
+        rows: indices of the pairs in each row.
+        length: tokens of a row.
+    """
     shape = (len(rows), length)
-    tokens, positions = (
-        torch.zeros(shape, dtype=torch.int64),
-        torch.zeros(shape, dtype=torch.int64),
-    )
-    segments = torch.full(shape, -1)
-    target = torch.zeros(shape, dtype=torch.bool)
+    tokens_BT = torch.zeros(shape, dtype=torch.int64)
+    positions_BT = torch.zeros(shape, dtype=torch.int64)
+    segments_BT = torch.full(shape, -1)
+    target_BT = torch.zeros(shape, dtype=torch.bool)
     for row, members in enumerate(rows):
-        at = 0
+        begin = 0
         for segment, index in enumerate(members):
             pair = pairs[index]
             ids = [*pair.prompt, *pair.response]
-            end = at + len(ids)
-            tokens[row, at:end] = torch.tensor(ids)
-            positions[row, at:end] = torch.arange(len(ids))
-            segments[row, at:end] = segment
-            target[row, at + len(pair.prompt) - 1 : end - 1] = True
-            at = end
+            end = begin + len(ids)
+            tokens_BT[row, begin:end] = torch.tensor(ids)
+            positions_BT[row, begin:end] = torch.arange(len(ids))
+            segments_BT[row, begin:end] = segment
+            target_BT[row, begin + len(pair.prompt) - 1 : end - 1] = True
+            begin = end
     return Packed(
-        tokens_BT=tokens,
-        positions_BT=positions,
-        segments_BT=segments,
-        target_mask_BT=target,
+        tokens_BT=tokens_BT,
+        positions_BT=positions_BT,
+        segments_BT=segments_BT,
+        target_mask_BT=target_BT,
     )

@@ -17,7 +17,8 @@ from common.models.networks import PolicyNetwork
 from learner.algorithms import ppo
 from learner.batch.experience import Sequences
 from learner.batch.shards import Shards
-from learner.epochs import Targets, policy_epochs
+from learner.objectives.policy import PolicyObjective, PolicyTargets
+from learner.optimisation import Plan, optimise
 from learner.rank import LearnerRank
 from learner.zero import process_group
 from learner.zero.engine import ZeroEngine
@@ -32,25 +33,33 @@ def network() -> PolicyNetwork:
     return made
 
 
-def data() -> tuple[Sequences, Targets]:
+def data() -> tuple[Sequences, PolicyTargets]:
     rng = np.random.default_rng(0)
     sequences = Sequences(
         prompts=rng.integers(2, SHAPE.vocab_size, (ROWS, PROMPT)).tolist(),
         responses=rng.integers(2, SHAPE.vocab_size, (ROWS, RESPONSE)).tolist(),
     )
     shape = (ROWS, RESPONSE)
-    return sequences, Targets(
+    return sequences, PolicyTargets(
         proximal_NR=torch.full(shape, -8.0),
-        values_NR=torch.zeros(shape),
         advantages_NR=torch.from_numpy(rng.standard_normal(shape).astype(np.float32)),
-        returns_NR=torch.zeros(shape),
-        value_unit=1.0,
-        importance_NR=None,
     )
 
 
+def policy_update(engine: ZeroEngine, sequences: Sequences, targets: PolicyTargets) -> None:
+    """One epoch of one step, as a policy phase takes it."""
+    settings = TrainConfig(minibatches=1, prompts_per_iteration=ROWS, stop_kl=None)
+    objective = PolicyObjective(engine, targets, settings, Sampling())
+    shards = Shards(seed=0, budget=BUDGET, device=engine.device)
+    plan = Plan(phase="policy", iteration=0, epochs=1, minibatches=1, lr=1e-4)
+    optimise(engine, objective, sequences, shards, plan)
+
+
 def plain_step(
-    net: PolicyNetwork, optimizer: torch.optim.Optimizer, sequences: Sequences, targets: Targets
+    net: PolicyNetwork,
+    optimizer: torch.optim.Optimizer,
+    sequences: Sequences,
+    targets: PolicyTargets,
 ) -> None:
     """What one would write by hand: forward, PPO loss, backward, clip, AdamW."""
     rows = BUDGET // (PROMPT + RESPONSE)
@@ -91,17 +100,10 @@ def speed() -> list[Result]:
         )
         for precision in ("fp32", "bf16")
     }
-    train = TrainConfig(minibatches=1, prompts_per_iteration=ROWS, stop_kl=None)
-
-    def ours(precision: str) -> None:
-        made = engines[precision]
-        shards = Shards(seed=0, budget=BUDGET, device=made.device)
-        policy_epochs(made, shards, sequences, targets, train, Sampling(), lr=1e-4, iteration=0)
-
     runs = {
         "plain": lambda: plain_step(net, optimizer, sequences, targets),
-        "fp32": lambda: ours("fp32"),
-        "bf16": lambda: ours("bf16"),
+        "fp32": lambda: policy_update(engines["fp32"], sequences, targets),
+        "bf16": lambda: policy_update(engines["bf16"], sequences, targets),
     }
     interleaved(runs, 1)
     found = interleaved(runs, REPEATS)

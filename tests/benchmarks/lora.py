@@ -17,19 +17,15 @@ import torch
 from torch import nn
 
 from common.config.model import LoraConfig, ModelConfig
-from common.config.stages import TrainConfig
-from common.logprobs import Sampling
 from common.models.adapters import adapter_tensors, add_adapter, attach_adapter, share_base
 from common.models.build import build_policy, build_scalar
 from common.models.palm import PaLM
 from common.wire.weights import FlatBuffer, Manifest
-from learner.batch.shards import Shards
-from learner.epochs import policy_epochs
 from learner.rank import LearnerRank
 from learner.zero import process_group
 from learner.zero.engine import ZeroEngine
 from learner.zero.publisher import Publisher
-from tests.benchmarks.learner_step import BUDGET, ROWS, data, network
+from tests.benchmarks.learner_step import ROWS, data, network, policy_update
 from tests.benchmarks.measure import PROMPT, RESPONSE, THREADS, Result, interleaved
 
 LORA = LoraConfig(rank=8)
@@ -179,13 +175,9 @@ def step_seconds() -> dict[str, float]:
                 max_grad_norm=1.0,
                 eps=1e-8,
             )
-    train = TrainConfig(minibatches=1, prompts_per_iteration=ROWS, stop_kl=None)
-
-    def update(made: ZeroEngine) -> None:
-        shards = Shards(seed=0, budget=BUDGET, device=made.device)
-        policy_epochs(made, shards, sequences, targets, train, Sampling(), lr=1e-4, iteration=0)
-
-    runs = {name: lambda made=made: update(made) for name, made in engines.items()}
+    runs = {
+        name: partial(policy_update, engine, sequences, targets) for name, engine in engines.items()
+    }
     interleaved(runs, 1)
     found = interleaved(runs, REPEATS)
     process_group.disconnect()

@@ -17,7 +17,7 @@ from common.config.run import RunConfig
 from common.wire.trajectory import ScoredTrajectory, from_table, to_table
 from deploy.workers.gang import LearnerGang
 from learner.batch.trajectory_log import read_log
-from learner.supervised.packing import EncodedComparison, EncodedPair
+from learner.supervised.examples import EncodedComparison, EncodedPair
 from tests.conftest import run_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from common.errors import TrainingError
 from common.wire.trajectory import ScoredTrajectory, to_table
-from learner.batch.experience import Sequences, deal, experience
+from learner.batch.dealing import deal
+from learner.batch.experience import Sequences, experience
 from learner.batch.memory import AuxiliaryMemory
-from learner.supervised.packing import EncodedPair, pack, packed_batch
+from learner.supervised.examples import EncodedPair
+from learner.supervised.packing import pack, packed_batch
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=40)
 

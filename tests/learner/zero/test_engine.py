@@ -24,7 +24,7 @@ from common.models.networks import PolicyNetwork
 from deploy.workers.preflight import extra_bytes, learner_bytes
 from learner.batch.experience import experience
 from learner.learner import Learner
-from learner.supervised.reward_model import RewardStage
+from learner.supervised.reward_model import RewardModelStage
 from learner.supervised.sft import SftStage
 from learner.zero.engine import ZeroEngine
 from tests.conftest import run_copy
@@ -278,7 +278,7 @@ def weights_after(stage: str, config: RunConfig) -> dict[str, Tensor]:
         made.advance(2)
         return made.engine.full_state()
     if stage == "reward_model":
-        reward = RewardStage(config, preferences(), [], sft, 0)
+        reward = RewardModelStage(config, preferences(), [], sft, 0)
         reward.advance(2)
         return reward.engine.full_state()
     learner = Learner(config, sft, config.run_dir / "reward_model" / "reward.safetensors", 1)

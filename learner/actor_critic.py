@@ -1,0 +1,170 @@
+"""The networks of policy training: the policy, and a value network of its own where there is one.
+
+They are built from the weights of earlier stages, published to the actors, saved and exported here;
+`learner.learner` trains them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import nn
+
+from common.config.model import LoraConfig, ModelConfig
+from common.config.run import RunConfig
+from common.errors import CheckpointError
+from common.models.adapter_files import adapter_of, export_merged, load_scalar
+from common.models.adapters import (
+    adapter_tensors,
+    attach_adapter,
+    base_fingerprint,
+    freeze_base,
+    merged_state,
+    share_base,
+)
+from common.models.build import build_policy, build_scalar
+from common.models.networks import PolicyNetwork, ScalarNetwork
+from common.models.weight_files import load_weights, save_weights
+from common.randomness import derive_seed
+from common.run_folder import PolicyFolder
+from common.wire.weights import Payload, state_hash, torch_dtype
+from learner.zero import state_files
+from learner.zero.engine import ZeroEngine
+from learner.zero.process_group import rank
+from learner.zero.publisher import Publication, publisher
+
+
+class ActorCritic:
+    """One rank's share of policy and value network."""
+
+    def __init__(
+        self, config: RunConfig, policy_weights: Path, reward_weights: Path | None
+    ) -> None:
+        """Build both (a collective).
+
+        Args:
+            config: the run's.
+            policy_weights: the supervised policy.
+            reward_weights: the reward model, which the value network starts as; None: functions or
+                endpoints score.
+        """
+        self.config, self._policy_weights = config, policy_weights
+        settings = config.train
+        policy = build_policy(config.model)
+        load_weights(policy, policy_weights)
+        self.base_fingerprint = base_fingerprint(policy.state_dict()) if settings.lora else ""
+        """Of the frozen weights that adapters are trained on; empty where all weights are."""
+        self.value: ZeroEngine | None = None
+        if settings.separate_values:
+            self.value = self._engine(_value_network(config, policy, reward_weights))
+        # The auxiliary head starts fresh: SFT never trained it.
+        policy.value.initialise(derive_seed(config.seed, "auxiliary head") >> 1)
+        if settings.lora is not None:
+            attach_adapter(policy, settings.adapter, settings.lora, config.seed)
+        self.policy = self._engine(policy)
+        self._publisher = publisher(
+            self.policy,
+            adapter_tensors(policy.decoder, policy.adapter)
+            if policy.adapter
+            else policy.decoder.named_parameters(),
+            dtype=torch_dtype(config.rollout.precision),
+            base=self.base_fingerprint,
+        )
+
+    def publish(self) -> tuple[Publication, Payload]:
+        """Return this rank's slice of the policy's decoder: facts and bytes."""
+        return self._publisher.publish()
+
+    def save(self, folder: Path) -> None:
+        """Write both engines' state (a collective)."""
+        state_files.save(self.policy, folder / "policy")
+        if self.value is not None:
+            state_files.save(self.value, folder / "value")
+
+    def load(self, folder: Path, base: str) -> None:
+        """Read what `save` wrote (a collective).
+
+        Args:
+            folder: where it is.
+            base: fingerprint of the base that its adapters were trained on.
+
+        Raises:
+            CheckpointError: networks of another shape, or adapters of another base.
+        """
+        if base != self.base_fingerprint:
+            raise CheckpointError(
+                f"{folder}: its adapters were trained on base {base or 'none'}, and the supervised "
+                f"policy is {self.base_fingerprint or 'trained as a whole'}; put back the weights "
+                "that they were trained on"
+            )
+        state_files.load(self.policy, folder / "policy")
+        if self.value is not None:
+            state_files.load(self.value, folder / "value")
+
+    def export(self, folder: Path) -> str:
+        """Write the policy for users and later stages (a collective).
+
+        All weights, the model's shape, and of adapters the adapter alone.
+
+        Returns:
+            The hash of what was trained.
+        """
+        model, lora, adapter = self.config.model, self.config.train.lora, self.config.train.adapter
+        state = self.policy.full_state(frozen=lora is None)
+        if rank() == 0:
+            target = PolicyFolder(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            if lora is not None:
+                trained = adapter_of(state, adapter, lora, self.base_fingerprint)
+                export_merged(trained, state, self._policy_weights, folder, model)
+            else:
+                save_weights(state, target.weights, {"model": model.model_dump_json()})
+            target.shape.write_text(json.dumps(model.model_dump(), indent=1), encoding="utf8")
+        return state_hash(state)
+
+    def _engine(self, network: nn.Module) -> ZeroEngine:
+        learner, settings = self.config.learner, self.config.train
+        return ZeroEngine(
+            network,
+            zero_stage=learner.zero_stage,
+            precision=learner.precision,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            eps=settings.adam_eps,
+            auxiliary=settings.ppg is not None,
+        )
+
+
+def _value_network(
+    config: RunConfig, policy: PolicyNetwork, reward_weights: Path | None
+) -> ScalarNetwork:
+    """The reward model as it was trained, or the supervised policy with a fresh head.
+
+    With LoRA its base is the policy's own, unless the reward model has whole weights.
+    """
+    value = build_scalar(config.model)
+    match reward_weights, config.train.lora:
+        case None, None:
+            value.head.initialise(derive_seed(config.seed, "value head") >> 1)
+            value.decoder.load_state_dict(policy.decoder.state_dict())
+        case None, LoraConfig() as lora:
+            value.head.initialise(derive_seed(config.seed, "value head") >> 1)
+            share_base(value.decoder, policy.decoder)
+            attach_adapter(value, "value", lora, config.seed)
+        case Path() as weights, None:
+            if load_scalar(value, weights, policy.decoder, "value") is not None:
+                return _merged(value, config.model)
+        case Path() as weights, LoraConfig() as lora:
+            if load_scalar(value, weights, policy.decoder, "value") is not None:
+                freeze_base(value.decoder)  # its adapter goes on
+            else:
+                attach_adapter(value, "value", lora, config.seed)
+    return value
+
+
+def _merged(network: ScalarNetwork, model: ModelConfig) -> ScalarNetwork:
+    """The same network with its adapter in its weights."""
+    whole = build_scalar(model)
+    whole.load_state_dict(merged_state(network, network.adapter))
+    return whole

@@ -1,0 +1,119 @@
+"""The joint loss of phasic policy gradient's auxiliary phase (Cobbe 2020, algorithm 1).
+
+V_targ are those of the policy phases; pi_old is a frozen copy of the policy as it is when the
+phase begins.
+Shape suffixes: N rows of the memory, B rows of a micro-batch, R response positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.config.model import ModelConfig
+from common.metrics import Metrics, mean
+from common.models.adapters import adapter_tensors, drop_adapter, snapshot_adapter
+from common.models.build import build_policy
+from common.models.networks import PolicyNetwork, compute_in
+from learner.algorithms import ppg
+from learner.batch.shards import MicroBatch
+from learner.optimisation import Loss, Objective, Step
+from learner.zero.engine import ZeroEngine
+
+Policy = Callable[..., tuple[Any, Any]]
+"""Logits and values of tokens, as `PolicyNetwork.forward`."""
+
+_OLD = "old"
+"""Name of the frozen copy of an adapter."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JointObjective(Objective):
+    """L_joint of the policy network: auxiliary values, and staying the policy that it was."""
+
+    engine: ZeroEngine
+    old: Policy
+    """pi_old."""
+    targets_NR: Tensor
+    """float32 V_targ."""
+    value_unit: float
+    """What values are measured in (`ppo.value_unit`)."""
+    beta_clone: float
+    name: str = "auxiliary loss"
+
+    def loss(self, micro: MicroBatch, tokens: float) -> Loss:
+        """Return the loss of a micro-batch."""
+        data = micro.data
+        with torch.no_grad():
+            old_logits_BRV, _ = self.old(data.tokens_BT, predict_BR=data.predict_BR)
+        logits_BRV, values_BR = self.engine(data.tokens_BT, predict_BR=data.predict_BR)
+        joint = ppg.joint_loss(
+            values_BR,
+            micro.cut(self.targets_NR),
+            old_logits_BRV,
+            logits_BRV,
+            micro.mask_BR,
+            beta_clone=self.beta_clone,
+            normalizer=tokens,
+            value_unit=self.value_unit,
+        )
+        return Loss(joint.total, {"aux_value": joint.aux_value, "clone_kl": joint.clone_kl})
+
+    def problem(self, steps: int, sums: Mapping[str, float]) -> str:
+        """Refuse a first step before which KL(pi_old, pi) is not exactly 0 (invariant I8).
+
+        In bf16 both forward passes round alike, so it is 0 there too.
+        """
+        if steps or sums["clone_kl"] == 0.0:
+            return ""
+        return (
+            f"KL(pi_old, pi) is {sums['clone_kl']} before the first auxiliary step (ZeRO "
+            f"{self.engine.zero_stage}); pi_old is not the policy"
+        )
+
+
+def auxiliary_metrics(steps: Sequence[Step]) -> Metrics:
+    """Return what an auxiliary phase reports of the policy's steps: means of its last epoch."""
+    last = [step for step in steps if step.epoch == steps[-1].epoch]
+    tokens = sum(step.tokens for step in last)
+    return {
+        "auxiliary/clone_kl_first": mean(steps[0].sums["clone_kl"], 1),
+        "auxiliary/value_loss": mean(sum(s.sums["aux_value"] * s.tokens for s in last), tokens),
+        "auxiliary/clone_kl": mean(sum(s.sums["clone_kl"] * s.tokens for s in last), tokens),
+    }
+
+
+@contextmanager
+def frozen_policy(engine: ZeroEngine, model: ModelConfig) -> Iterator[Policy]:
+    """Copy the policy as it is now: its adapter, or all of it where it has none."""
+    network = engine.network
+    assert isinstance(network, PolicyNetwork)
+    if not network.adapter:
+        yield _copy(engine, model)
+        return
+    with engine.gathered([t for _, t in adapter_tensors(network, network.adapter)]):
+        snapshot_adapter(network, network.adapter, _OLD)
+    try:
+        yield partial(engine, adapter=_OLD)
+    finally:
+        drop_adapter(network, _OLD)
+
+
+def _copy(engine: ZeroEngine, model: ModelConfig) -> PolicyNetwork:
+    """The whole policy on this rank, whatever the ZeRO stage."""
+    old = build_policy(model)
+    if engine.zero_stage < 3:
+        old.load_state_dict(copy.deepcopy(engine.network.state_dict()))
+    else:
+        old.load_state_dict(engine.full_state())
+    old.to(engine.device).eval().requires_grad_(False)
+    if engine.precision == "bf16":
+        compute_in(old, torch.bfloat16)
+    return old

@@ -1,0 +1,94 @@
+"""The clipped objective of a policy phase, with the entropy bonus and a shared value head's loss.
+
+Shape suffixes: N rows of the whole batch, B rows of a micro-batch, R response positions, C columns
+read of the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from common.config.stages import TrainConfig
+from common.logprobs import Sampling, chosen_reader
+from common.metrics import Metrics, mean
+from learner.algorithms import ppo
+from learner.batch.shards import MicroBatch
+from learner.objectives.value import ValueTargets
+from learner.optimisation import Loss, Objective, Step
+from learner.zero.engine import ZeroEngine
+
+SHARED_VALUE_COEF = 0.1
+"""Weight of the value loss, in units of values, when one network does both (Stiennon 2020,
+implementation)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyTargets:
+    """What the policy is optimised for; frozen before the first step."""
+
+    proximal_NR: Tensor
+    """float32 logprobs at the start of the phase."""
+    advantages_NR: Tensor
+    """float32, by the algorithm's estimator."""
+    importance_NR: Tensor | None = None
+    """float32 truncated proximal/behaviour weights; None where the two are the same policy in the
+    same precision (`RunConfig.corrects_mismatch`)."""
+    shared_values: ValueTargets | None = None
+    """Of the policy's own head, where it is the value function."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyObjective(Objective):
+    """PPO's loss of the policy network."""
+
+    engine: ZeroEngine
+    targets: PolicyTargets
+    settings: TrainConfig
+    sampling: Sampling
+    name: str = "policy loss"
+
+    def loss(self, micro: MicroBatch, tokens: float) -> Loss:
+        """Return the loss of a micro-batch."""
+        data, settings, targets = micro.data, self.settings, self.targets
+        more = ppo.entropy if settings.entropy_coef else None
+        read = chosen_reader(data.response_BR, self.sampling, more)
+        columns_BRC, values_BR = self.engine(data.tokens_BT, predict_BR=data.predict_BR, read=read)
+        weights_NR = targets.importance_NR
+        surrogate = ppo.policy_loss(
+            columns_BRC[..., 0],
+            micro.cut(targets.proximal_NR),
+            micro.cut(targets.advantages_NR),
+            micro.mask_BR,
+            clip_range=settings.clip_range,
+            normalizer=tokens,
+            importance_weights_BR=None if weights_NR is None else micro.cut(weights_NR),
+        )
+        total = surrogate.loss
+        if settings.entropy_coef:
+            entropy = (columns_BRC[..., 1] * micro.mask_BR).sum() / tokens
+            total = total - settings.entropy_coef * entropy
+        if targets.shared_values is not None:
+            value = targets.shared_values.loss(values_BR, micro, tokens).loss
+            total = total + SHARED_VALUE_COEF / targets.shared_values.unit**2 * value
+        return Loss(total, {"clipped": surrogate.clipped, "k3": surrogate.k3})
+
+    def enough(self, step: Step) -> bool:
+        """Whether the policy has moved `stop_kl` from the proximal one."""
+        limit = self.settings.stop_kl
+        return limit is not None and step.sums["k3"] / step.tokens > limit
+
+    def metrics(self, steps: Sequence[Step], lr: float) -> Metrics:
+        """Return what a policy phase reports of its policy steps."""
+        tokens, count = sum(step.tokens for step in steps), len(steps)
+        return {
+            "policy_loss": mean(sum(step.loss for step in steps), count),
+            "clip_fraction": mean(sum(step.sums["clipped"] for step in steps), tokens),
+            "update_kl": mean(sum(step.sums["k3"] for step in steps), tokens),
+            "gradient_norm": mean(sum(step.gradient_norm for step in steps), count),
+            "policy_steps": mean(count, 1),
+            "stopped_by_kl": mean(self.enough(steps[-1]), 1),
+            "lr": mean(lr, 1),
+        }

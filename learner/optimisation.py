@@ -1,0 +1,137 @@
+"""The one loop of optimisation: epochs, minibatches, micro-batches, and a step per minibatch.
+
+What is optimised is an `Objective` (`learner.objectives`). All ranks run it together, each on its
+share of the rows, and take the same number of steps.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from common.errors import TrainingError
+from common.metrics import require_finite
+from learner.batch.experience import Sequences
+from learner.batch.shards import MicroBatch, Shards
+from learner.zero.engine import ZeroEngine
+from learner.zero.process_group import all_sums
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How often a phase goes over its batch, and in which steps."""
+
+    phase: str
+    """Its name in errors; the order of rows derives from it."""
+    iteration: int
+    epochs: int
+    minibatches: int
+    """Optimizer steps of one epoch."""
+    lr: float
+
+
+class Loss(NamedTuple):
+    """The loss of one micro-batch."""
+
+    total: Tensor
+    """To differentiate, divided by the tokens of the whole minibatch."""
+    sums: Mapping[str, float | Tensor]
+    """What is added up over micro-batches and ranks, detached; the same names in all of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What is known of one optimizer step, the same on every rank."""
+
+    epoch: int
+    tokens: float
+    """Response tokens of the minibatch, over all ranks."""
+    loss: float
+    sums: dict[str, float]
+    """As `Loss.sums`, over all micro-batches and ranks."""
+    gradient_norm: float
+    """Before clipping."""
+
+
+class Objective(ABC):
+    """What an engine is optimised for."""
+
+    name: str
+    """Of its loss, in errors."""
+
+    @abstractmethod
+    def loss(self, micro: MicroBatch, tokens: float) -> Loss:
+        """Return the loss of a micro-batch.
+
+        Args:
+            micro: this rank's rows; its mask is empty in a filler.
+            tokens: response tokens of the whole minibatch, to divide by.
+        """
+
+    def problem(self, steps: int, sums: Mapping[str, float]) -> str:
+        """Say why the next step must not be taken; empty if it may.
+
+        Args:
+            steps: taken before it.
+            sums: of the minibatch, as in `Step.sums`.
+        """
+        return ""
+
+    def enough(self, step: Step) -> bool:
+        """Whether the step just taken is the last one."""
+        return False
+
+
+def optimise(
+    engine: ZeroEngine, objective: Objective, sequences: Sequences, shards: Shards, plan: Plan
+) -> list[Step]:
+    """Take a phase's optimizer steps (a collective).
+
+    Raises:
+        TrainingError: a loss or gradient is not finite, or the objective has a problem.
+    """
+    steps: list[Step] = []
+    for epoch in range(plan.epochs):
+        for rows in shards.minibatches(
+            len(sequences), plan.minibatches, plan.phase, plan.iteration, epoch
+        ):
+            where = f"{plan.phase} phase of iteration {plan.iteration}, step {len(steps)}"
+            tokens = sequences.response_tokens(rows)
+            micro_batches = shards.micro_batches(sequences, rows)
+            losses = ((objective.loss(micro, tokens), micro.last) for micro in micro_batches)
+            loss, sums = accumulate(engine, losses, objective.name, where)
+            if problem := objective.problem(len(steps), sums):
+                raise TrainingError(problem)
+            norm = engine.step(plan.lr, where)
+            steps.append(Step(epoch=epoch, tokens=tokens, loss=loss, sums=sums, gradient_norm=norm))
+            if objective.enough(steps[-1]):
+                return steps
+    return steps
+
+
+def accumulate(
+    engine: ZeroEngine, losses: Iterable[tuple[Loss, bool]], name: str, where: str
+) -> tuple[float, dict[str, float]]:
+    """Add up the gradients of one minibatch; its loss and sums over all ranks (a collective).
+
+    Args:
+        engine: whose gradients they are.
+        losses: of this rank's micro-batches, each computed as it is asked for, and whether it is
+            the last.
+        name: of the loss, for the error.
+        where: phase and step, in words, for the error.
+
+    Raises:
+        TrainingError: a loss is not finite.
+    """
+    total, sums = 0.0, dict[str, float]()
+    for loss, last in losses:
+        total += require_finite(name, float(loss.total.detach()), where)
+        engine.backward(loss.total, last=last)
+        sums = {key: sums.get(key, 0.0) + float(value) for key, value in loss.sums.items()}
+    summed = all_sums({"": total, **sums})
+    return summed.pop(""), summed

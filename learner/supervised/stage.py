@@ -1,0 +1,113 @@
+"""What SFT and the reward model have in common: a network, its engine, and optimizer steps.
+
+A stage advances a given number of steps at a time, so that the driver owns the loop. A batch is a
+function of the step number alone (PaLM, section 5: bitwise determinism).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+from common.config.run import RunConfig
+from common.config.stages import RewardModelConfig, SftConfig
+from common.metrics import Metrics, mean
+from common.models.adapters import attach_adapter, base_fingerprint
+from common.models.networks import PolicyNetwork, ScalarNetwork
+from common.models.weight_files import save_weights
+from learner.algorithms.schedule import warmup_cosine
+from learner.batch.shards import Shards
+from learner.optimisation import Loss, accumulate
+from learner.zero.engine import ZeroEngine
+from learner.zero.process_group import rank
+
+
+class SupervisedStage(ABC):
+    """One supervised stage on this rank."""
+
+    name: str
+    """In errors."""
+    total_steps: int
+    """Steps of the whole stage."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        settings: SftConfig | RewardModelConfig,
+        network: PolicyNetwork | ScalarNetwork,
+        adapter: str,
+        seed: int,
+    ) -> None:
+        """Hand the network over to its engine (a collective).
+
+        Args:
+            config: the run's.
+            settings: this stage's section of it.
+            network: with the weights that the stage begins with.
+            adapter: name of the adapter, where one is trained.
+            seed: of that adapter.
+        """
+        self.config, self.step = config, 0
+        self._settings = settings
+        self._base_fingerprint = ""
+        """Of the frozen weights that an adapter is trained on."""
+        if settings.lora is not None:
+            self._base_fingerprint = base_fingerprint(network.state_dict())
+            attach_adapter(network, adapter, settings.lora, seed)
+        self.engine = ZeroEngine(
+            network,
+            zero_stage=config.learner.zero_stage,
+            precision=settings.precision,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            optimizer=settings.optimizer,
+            eps=settings.adam_eps,
+        )
+        self.shards = Shards(
+            seed=config.seed,
+            budget=config.learner.micro_batch_tokens,
+            device=self.engine.device,
+        )
+
+    def advance(self, steps: int) -> Metrics:
+        """Take up to `steps` optimizer steps (a collective); returns their metrics.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite.
+        """
+        settings, totals, norm = self._settings, dict[str, float](), 0.0
+        count = min(steps, self.total_steps - self.step)
+        for _ in range(count):
+            where = f"{self.name} step {self.step}"
+            losses = self._losses(self.step)
+            loss, sums = accumulate(self.engine, losses, f"{self.name} loss", where)
+            factor = warmup_cosine(self.step, self.total_steps, warmup=settings.warmup)
+            norm += self.engine.step(settings.lr * factor, where)
+            self.step += 1
+            for key, value in {"loss": loss, **sums}.items():
+                totals[key] = totals.get(key, 0.0) + value
+        return self._metrics(totals, count) | {"gradient_norm": mean(norm, count)}
+
+    @abstractmethod
+    def evaluate(self) -> Metrics:
+        """Measure the network on held-out data (a collective)."""
+
+    @abstractmethod
+    def export(self, folder: Path) -> None:
+        """Write the trained weights (a collective)."""
+
+    @abstractmethod
+    def _losses(self, step: int) -> Iterator[tuple[Loss, bool]]:
+        """This rank's micro-batches of a step, each with whether it is the last."""
+
+    @abstractmethod
+    def _metrics(self, totals: dict[str, float], steps: int) -> Metrics:
+        """Metrics of some steps, from the sum of their losses and of what these measured."""
+
+    def _export_whole(self, path: Path) -> None:
+        """Write all weights (a collective)."""
+        state = self.engine.full_state()
+        if rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_weights(state, path, {"model": self.config.model.model_dump_json()})

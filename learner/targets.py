@@ -1,0 +1,143 @@
+"""From a batch to what a policy phase optimises: rewards, advantages, value targets.
+
+All of it is computed on the whole batch, the same on every rank, before the first step.
+Shape suffixes: N rows of the whole batch, R response positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.config.run import RunConfig
+from common.config.stages import TrainConfig
+from common.metrics import Metrics, mean
+from learner.algorithms import gae, ppo, rewards
+from learner.algorithms.estimators import ESTIMATORS, Estimate, Outcomes
+from learner.batch.experience import Experience
+from learner.objectives.policy import PolicyTargets
+from learner.objectives.value import ValueTargets
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proximal:
+    """What policy and value function say of a batch before the first step, float32."""
+
+    logprobs_NR: Tensor
+    """Of the distribution that tokens are sampled from: what ratios are taken to."""
+    unfiltered_NR: Tensor
+    """Before the filter: what the KL to the reference is taken from."""
+    entropy_NR: Tensor
+    head_values_NR: Tensor
+    """By the policy's own head."""
+    values_NR: Tensor
+    """By the value function; zeros of an algorithm that has none."""
+
+
+def kl_of(batch: Experience, proximal: Proximal) -> float:
+    """Return the KL to the reference policy, summed over the batch, in nats."""
+    apart_NR = proximal.unfiltered_NR.double() - batch.reference_NR.double()
+    return float((ppo.kl_k1(apart_NR) * batch.mask_NR).sum())
+
+
+def rewards_of(
+    batch: Experience, proximal: Proximal, settings: TrainConfig, kl_coef: float
+) -> rewards.Rewards:
+    """Return scores and penalties per token.
+
+    In float64: what a large score and a small penalty add up to must not be rounding.
+
+    Args:
+        batch: the trajectories.
+        proximal: what the policy says of them.
+        settings: whether a response that never ended is penalised.
+        kl_coef: weight of the KL to the reference policy.
+    """
+    scores_N = batch.scores_N.double()
+    if settings.missing_eos_penalty is not None:
+        scores_N = rewards.apply_eos_trick(
+            scores_N, batch.ended_N, penalty=settings.missing_eos_penalty
+        )
+    return rewards.reward_parts(
+        scores_N,
+        proximal.unfiltered_NR.double(),
+        batch.reference_NR.double(),
+        batch.mask_NR,
+        kl_coef=kl_coef,
+    )
+
+
+def estimate_of(
+    batch: Experience, proximal: Proximal, shaped: rewards.Rewards, settings: TrainConfig
+) -> Estimate:
+    """Return advantages and value targets by the algorithm's estimator."""
+    return ESTIMATORS[settings.algorithm](
+        Outcomes(
+            rewards=shaped,
+            values_BR=proximal.values_NR,
+            groups_B=batch.groups_N,
+            mask_BR=batch.mask_NR,
+            gamma=settings.gamma,
+            gae_lambda=settings.gae_lambda,
+        )
+    )
+
+
+def value_targets(
+    batch: Experience, proximal: Proximal, estimate: Estimate, settings: TrainConfig
+) -> ValueTargets | None:
+    """Return what the value function learns; None of an algorithm that has none."""
+    returns_NR = estimate.returns_BR
+    if returns_NR is None:
+        return None
+    unit = ppo.value_unit(proximal.values_NR, returns_NR, batch.mask_NR)
+    share = settings.value_clip_range
+    return ValueTargets(
+        returns_NR=returns_NR.float(),
+        old_values_NR=proximal.values_NR,
+        unit=unit,
+        clip_range=None if share is None else share * unit,
+    )
+
+
+def policy_targets(
+    batch: Experience,
+    proximal: Proximal,
+    estimate: Estimate,
+    values: ValueTargets | None,
+    config: RunConfig,
+) -> PolicyTargets:
+    """Return what the policy learns, and its own head where that is the value function."""
+    importance_NR = None
+    if config.corrects_mismatch:
+        importance_NR = ppo.importance_weights(
+            proximal.logprobs_NR, batch.behavior_NR, cap=config.train.behavior_cap
+        )
+    return PolicyTargets(
+        proximal_NR=proximal.logprobs_NR,
+        advantages_NR=estimate.advantages_BR.float(),
+        importance_NR=importance_NR,
+        shared_values=None if config.train.separate_values else values,
+    )
+
+
+def batch_metrics(batch: Experience, proximal: Proximal, values: ValueTargets | None) -> Metrics:
+    """Return statistics of the batch, and how far who sampled it is from who learns."""
+    tokens, rows = float(batch.mask_NR.sum()), float(len(batch))
+    apart = ppo.mismatch(proximal.logprobs_NR, batch.behavior_NR, batch.mask_NR)
+    drift_NR = ((proximal.logprobs_NR - batch.behavior_NR) * batch.mask_NR).exp() - 1.0
+    metrics = {
+        "score": mean(float(batch.scores_N.sum()), rows),
+        "response_length": mean(tokens, rows),
+        "eos_share": mean(float(batch.ended_N.sum()), rows),
+        "entropy": mean(float(proximal.entropy_NR.sum(dtype=torch.float64)), tokens),
+        "ratio_deviation": mean(float(drift_NR.abs().max()), 1),
+        "mismatch_kl": mean(apart.kl, tokens),
+        "mismatch_ratio": mean(apart.ratio, 1),
+    }
+    if values is not None:
+        explained = gae.explained_variance(proximal.values_NR, values.returns_NR, batch.mask_NR)
+        metrics["explained_variance"] = mean(explained, 1)
+    return metrics
