@@ -139,7 +139,7 @@ class ActorCritic:
 def _value_network(
     config: RunConfig, policy: PolicyNetwork, reward_weights: Path | None
 ) -> ScalarNetwork:
-    """The reward model as it was trained, or the supervised policy with a fresh head.
+    """Return the reward model as it was trained, or the supervised policy with a fresh head.
 
     With LoRA its base is the policy's own, unless the reward model has whole weights.
     """
@@ -164,7 +164,7 @@ def _value_network(
 
 
 def _merged(network: ScalarNetwork, model: ModelConfig) -> ScalarNetwork:
-    """The same network with its adapter in its weights."""
+    """Return the same network with its adapter in its weights."""
     whole = build_scalar(model)
     whole.load_state_dict(merged_state(network, network.adapter))
     return whole

@@ -1,6 +1,6 @@
-"""One member of the learner gang: a process group and whatever stage is in training.
+"""One member of the learner gang: its verbs, from the first supervised step to the last export.
 
-Plain class; `deploy.workers.gang` wraps it as a Ray actor. All methods but `address` are
+A plain class; `deploy.workers.gang` makes a Ray actor of it. All methods but `address` are
 collectives: the gang calls them on every rank together, and rank 0's answer counts.
 """
 
@@ -38,9 +38,16 @@ _states = memory_for(
 
 
 class LearnerRank:
-    """Rank `rank` of `world`."""
+    """One rank: the process, and the stage that it trains."""
 
     def __init__(self, rank: int, world: int, threads: int) -> None:
+        """Begin without a stage.
+
+        Args:
+            rank: number in the gang, from 0.
+            world: ranks in all.
+            threads: that torch computes with.
+        """
         torch.set_num_threads(threads)
         torch.manual_seed(rank)
         self.rank, self.world = rank, world
@@ -48,7 +55,7 @@ class LearnerRank:
         self._learner: Learner | None = None
 
     def address(self) -> tuple[str, int]:
-        """Where rank 0 will listen for the others: an address and a free port."""
+        """Return where rank 0 will listen for the others: an address and a free port."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             port: int = probe.getsockname()[1]
@@ -70,35 +77,49 @@ class LearnerRank:
     def begin_sft(
         self,
         config: RunConfig,
-        train: Sequence[EncodedPair],
+        training: Sequence[EncodedPair],
         held_out: Sequence[EncodedPair],
     ) -> int:
-        """Build the SFT stage; returns its number of steps."""
-        self._stage = SftStage(config, train, held_out)
+        """Build the SFT stage; returns its number of steps.
+
+        Args:
+            config: the run's.
+            training: demonstrations to train on.
+            held_out: demonstrations to evaluate on.
+        """
+        self._stage = SftStage(config, training, held_out)
         return self._stage.total_steps
 
     @_states
     def begin_reward(
         self,
         config: RunConfig,
-        train: Sequence[EncodedComparison],
+        training: Sequence[EncodedComparison],
         held_out: Sequence[EncodedComparison],
-        sft: str,
+        policy: str,
         seed: int,
     ) -> int:
-        """Build the reward stage; returns its number of steps."""
-        self._stage = RewardModelStage(config, train, held_out, Path(sft), seed)
+        """Build the reward model's stage; returns its number of steps.
+
+        Args:
+            config: the run's.
+            training: comparisons to train on.
+            held_out: comparisons to evaluate on.
+            policy: file of the supervised policy's weights.
+            seed: which of `reward_model.seeds` models this is.
+        """
+        self._stage = RewardModelStage(config, training, held_out, Path(policy), seed)
         return self._stage.total_steps
 
     @_passes
     def advance(self, steps: int) -> dict[str, float]:
-        """Some optimizer steps of the current supervised stage."""
+        """Take some optimizer steps of the current supervised stage; returns their metrics."""
         assert self._stage is not None
         return read(self._stage.advance(steps))
 
     @_passes
     def evaluate(self) -> dict[str, float]:
-        """Held-out metrics of the current supervised stage."""
+        """Return held-out metrics of the current supervised stage."""
         assert self._stage is not None
         return read(self._stage.evaluate())
 
@@ -117,7 +138,14 @@ class LearnerRank:
 
     @_states
     def begin_train(self, config: RunConfig, policy: str, reward: str | None, eos_id: int) -> None:
-        """Build policy and value engines."""
+        """Build the learner of policy training.
+
+        Args:
+            config: the run's.
+            policy: file of the supervised policy's weights.
+            reward: file of the reward model's weights; None: functions or endpoints score.
+            eos_id: the tokenizer's end of a text.
+        """
         self._stage = None
         weights = Path(reward) if reward else None
         self._learner = Learner(config, Path(policy), weights, eos_id)
@@ -130,9 +158,13 @@ class LearnerRank:
         *tables: pa.Table,
         without: Collection[str] = frozenset(),
     ) -> dict[str, float]:
-        """One iteration on the tables' rows `without` some rollouts, in tables or out of them.
+        """Train on one iteration; returns its metrics.
 
-        Rank 0 first writes what is trained on to the Parquet file `log`, if any.
+        Args:
+            iteration: its number, from 0.
+            log: Parquet file that rank 0 first writes what is trained on to; None writes none.
+            *tables: ScoredTrajectory.
+            without: ids of rollouts that are left out, whether the tables have them or not.
         """
         learner, kept = self._policy_training, [rows_without(table, without) for table in tables]
         if self.rank == 0 and log is not None:
@@ -141,11 +173,11 @@ class LearnerRank:
 
     @_passes
     def auxiliary_phase(self, iteration: int) -> dict[str, float]:
-        """One auxiliary phase."""
+        """Run an auxiliary phase on all that was trained on since the last; returns its metrics."""
         return read(self._policy_training.auxiliary_phase(iteration))
 
     def publish(self) -> tuple[Publication, Payload]:
-        """This rank's slice of the policy: facts for the controller, bytes for the actors."""
+        """Return this rank's slice of the policy: facts for the controller, bytes for actors."""
         return self._policy_training.networks.publish()
 
     def save(self, folder: str) -> dict[str, Any]:

@@ -209,7 +209,7 @@ class LearnerGang:
             policy_version=version,
             total=published[0].total,
             layout=published[0].layout,
-            slices=tuple(facts.piece for facts in published),
+            slices=tuple(facts.slice for facts in published),
         )
         return manifest, tuple(payload for _, payload in pairs)
 

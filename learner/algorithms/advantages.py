@@ -131,5 +131,5 @@ def _group_sums(values_B: Tensor, inverse_B: Tensor, count_G: Tensor) -> Tensor:
 
 
 def _on_tokens(advantages_B: Tensor, mask_BR: Tensor, like: Tensor) -> Tensor:
-    """A sequence's advantage on each of its tokens, ``[B, R]``."""
+    """Put a sequence's advantage on each of its tokens, ``[B, R]``."""
     return (advantages_B[:, None] * mask_BR).to(like.dtype)

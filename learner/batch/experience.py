@@ -3,6 +3,8 @@
 Every rank holds the whole batch (a few megabytes through shared memory) and computes its share of
 the forward passes; scalars per token are then summed over ranks, so that advantages are computed
 on the global batch, the same on every rank.
+
+Shape suffixes: N rows of the whole batch, R response positions.
 """
 
 from __future__ import annotations
@@ -36,16 +38,16 @@ class Sequences:
 
     @property
     def mask_NR(self) -> Tensor:
-        """bool ``[N, R]`` response_mask of the whole batch."""
-        lengths = torch.tensor([len(r) for r in self.responses])
-        return torch.arange(int(lengths.max()))[None] < lengths[:, None]
+        """The response_mask of the whole batch, bool ``[N, R]``."""
+        lengths_N = torch.tensor([len(r) for r in self.responses])
+        return torch.arange(int(lengths_N.max()))[None] < lengths_N[:, None]
 
     def response_tokens(self, rows: Sequence[int]) -> float:
-        """Response tokens of some rows: what their losses are normalised by."""
+        """Count the response tokens of some rows: what their losses are normalised by."""
         return float(sum(len(self.responses[row]) for row in rows))
 
     def batch(self, rows: Sequence[int]) -> SequenceBatch:
-        """The padded tensors of some rows."""
+        """Return the padded tensors of some rows."""
         return sequence_batch([self.prompts[i] for i in rows], [self.responses[i] for i in rows])
 
 
@@ -75,6 +77,10 @@ class Experience:
 
 def experience(tables: Sequence[pa.Table], adapter: str = "") -> Experience:
     """Gather tables of ScoredTrajectory in rollout_id order.
+
+    Args:
+        tables: in any order.
+        adapter: the one that is trained; empty where all weights are.
 
     Raises:
         TrainingError: a row was sampled from something else than `adapter`, which is trained.

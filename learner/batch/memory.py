@@ -39,8 +39,8 @@ class AuxiliaryMemory:
     iterations: int = 0
     """Policy phases since the memory was emptied."""
     missed: float = 0.0
-    """Sum of the squares that the auxiliary head misses the targets by, as it was when they were
-    made; 0 where nobody measured it."""
+    """Sum of the squares by which the auxiliary head missed the targets when they were set; 0
+    where it was not measured."""
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -53,7 +53,14 @@ class AuxiliaryMemory:
         *,
         missed: float = 0.0,
     ) -> None:
-        """Append one iteration."""
+        """Append one iteration.
+
+        Args:
+            sequences: its prompts and responses.
+            returns_NR: V_targ of each response token.
+            versions: policy_version of each row.
+            missed: sum of the squares by which the auxiliary head misses these targets.
+        """
         self.sequences.prompts.extend(sequences.prompts)
         self.sequences.responses.extend(sequences.responses)
         self.value_targets += [
@@ -71,7 +78,7 @@ class AuxiliaryMemory:
 
     @property
     def targets_NR(self) -> Tensor:
-        """value_targets as float32 ``[N, R]``, zeros on the right."""
+        """V_targ of all rows, float32 ``[N, R]``, zeros on the right."""
         return pad_rows(self.value_targets, max(len(row) for row in self.value_targets))
 
     def save(self, path: Path) -> None:

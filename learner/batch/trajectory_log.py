@@ -44,7 +44,7 @@ def write_log(path: Path, table: pa.Table, iteration: int, config: RunConfig) ->
 
 
 def read_log(run_dir: Path, iteration: int) -> tuple[pa.Table, RunConfig]:
-    """An iteration's trajectories and the settings they were trained under.
+    """Read an iteration's trajectories and the settings they were trained under.
 
     Raises:
         DataError: the file is missing, damaged or no trajectory log.

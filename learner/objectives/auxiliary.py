@@ -107,7 +107,7 @@ def frozen_policy(engine: ZeroEngine, model: ModelConfig) -> Iterator[Policy]:
 
 
 def _copy(engine: ZeroEngine, model: ModelConfig) -> PolicyNetwork:
-    """The whole policy on this rank, whatever the ZeRO stage."""
+    """Copy the whole policy to this rank, whatever the ZeRO stage."""
     old = build_policy(model)
     if engine.zero_stage < 3:
         old.load_state_dict(copy.deepcopy(engine.network.state_dict()))

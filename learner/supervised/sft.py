@@ -97,13 +97,13 @@ class SftStage(SupervisedStage):
     def _packed(
         self, pairs: Sequence[EncodedPair], rows: Sequence[Sequence[int]], share: Share
     ) -> Packed | None:
-        """The rows of a micro-batch; None for a filler."""
+        """Return the rows of a micro-batch; None for a filler."""
         if not share.real:
             return None
         return packed_batch(pairs, [rows[i] for i in share.rows], self.config.model.context)
 
     def _loss(self, batch: Packed | None, tokens: float) -> Loss:
-        """The loss of a micro-batch, and its sums of nll and of target tokens."""
+        """Return the loss of a micro-batch, with its sums of nll and of target tokens."""
         device = self.engine.device
         if batch is None:
             logits_BTV, _ = self.engine(torch.zeros(1, 2, dtype=torch.int64, device=device))

@@ -99,11 +99,11 @@ class SupervisedStage(ABC):
 
     @abstractmethod
     def _losses(self, step: int) -> Iterator[tuple[Loss, bool]]:
-        """This rank's micro-batches of a step, each with whether it is the last."""
+        """Yield the losses of this rank's micro-batches of a step, and whether each is the last."""
 
     @abstractmethod
     def _metrics(self, totals: dict[str, float], steps: int) -> Metrics:
-        """Metrics of some steps, from the sum of their losses and of what these measured."""
+        """Return the metrics of some steps, from sums of their losses and of what was measured."""
 
     def _export_whole(self, path: Path) -> None:
         """Write all weights (a collective)."""

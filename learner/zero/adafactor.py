@@ -21,11 +21,7 @@ _SMALLEST_SCALE = 1e-3
 
 
 class PalmAdafactor(torch.optim.Optimizer):
-    """One parameter group per parameter, so that ZeRO keeps their scales apart.
-
-    Args:
-        sharded: each rank holds a piece of every parameter; scales are summed over ranks.
-    """
+    """One parameter group per parameter, so that ZeRO keeps their scales apart."""
 
     def __init__(
         self,
@@ -35,13 +31,21 @@ class PalmAdafactor(torch.optim.Optimizer):
         beta1: float = 0.9,
         sharded: bool,
     ) -> None:
+        """Take over parameters.
+
+        Args:
+            parameters: all that is trained.
+            lr: step size, relative to a parameter's scale.
+            beta1: decay of the mean of the updates.
+            sharded: each rank has a partition of every parameter; scales are summed over ranks.
+        """
         groups = [{"params": [p], "numel": p.numel()} for p in parameters]
         super().__init__(groups, {"lr": lr, "beta1": beta1, "weight_decay": 0.0})
         self._sharded = sharded
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         zero = torch.zeros(())
         squares = [
             sum((self._own(p, g["numel"]).float().square().sum() for p in g["params"]), zero)
@@ -72,9 +76,9 @@ class PalmAdafactor(torch.optim.Optimizer):
         lr = group["lr"]
         parameter.mul_(1.0 - lr * lr).add_(state["exp_avg"], alpha=-lr * scale)
 
-    def _own(self, piece: Tensor, numel: int) -> Tensor:
-        """This rank's piece of a parameter less its padding, which ZeRO 3 leaves uninitialised."""
+    def _own(self, partition: Tensor, numel: int) -> Tensor:
+        """Cut off a partition's padding, which ZeRO 3 leaves uninitialised."""
         if not self._sharded:
-            return piece
+            return partition
         rank = dist.get_rank() if dist.is_initialized() else 0
-        return piece.flatten()[: max(0, numel - rank * piece.numel())]
+        return partition.flatten()[: max(0, numel - rank * partition.numel())]

@@ -88,7 +88,7 @@ class OptimizerState:
             yield name, self._fragment(index, parameter)
 
     def _flat_tensors(self) -> list[Tensor]:
-        """The tensors that the optimizer itself steps on."""
+        """Return the tensors that the optimizer itself steps on."""
         if self._zero_stage == 3:
             return list(self._optimizer.fp32_partitioned_groups_flat)
         if self._zero_stage > 0:
@@ -113,7 +113,7 @@ class OptimizerState:
         )
 
     def _place(self, index: int, parameter: nn.Parameter) -> tuple[int, int, int, int]:
-        """Flat tensor, first element of the parameter, first element of the flat one, and count."""
+        """Return which flat tensor, where the parameter begins, where in the tensor, and count."""
         optimizer = self._optimizer
         if self._zero_stage == 0:
             return index, 0, 0, parameter.numel()

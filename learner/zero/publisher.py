@@ -1,4 +1,4 @@
-"""Publishing: each rank hashes its share of the policy and hands it out as it lies."""
+"""Publishing: each rank hashes its slice of the policy and hands out its bytes without a copy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from learner.zero.process_group import rank, world_size
 class Publication:
     """One rank's contribution to a manifest."""
 
-    piece: Slice
+    slice: Slice
     total: int
     """Bytes of the whole buffer."""
     layout: str
@@ -27,11 +27,14 @@ class Publication:
 
 
 Named = Iterable[tuple[str, torch.Tensor]]
+"""Parameters by name."""
+
 Gathered = Callable[[list[torch.Tensor]], AbstractContextManager[None]]
+"""Makes parameters whole inside a block, as `ZeroEngine.gathered`."""
 
 
 @dataclass(slots=True)
-class _Share:
+class _Range:
     """What a rank publishes of one parameter: elements begin .. end - 1."""
 
     parameter: torch.Tensor
@@ -40,11 +43,16 @@ class _Share:
     address: int = 0
     """Of the parameter whose elements `bytes` are."""
     bytes: Bytes | None = None
-    """Those elements where they lie, when they can be sent from there."""
+    """Those elements in the parameter's own memory, where they can be sent from there."""
+
+    @property
+    def elements(self) -> torch.Tensor:
+        """The elements, flat."""
+        return self.parameter.detach().reshape(-1)[self.begin : self.end]
 
 
 class Publisher:
-    """A rank's share of all parameters in order of their names, version after version.
+    """A rank's slice of all parameters in order of their names, version after version.
 
     The bytes are the parameters' own where those are on the processor and in `dtype`: they are to
     be sent before the next optimizer step.
@@ -60,8 +68,17 @@ class Publisher:
         base: str = "",
         gathered: Gathered | None = None,
     ) -> None:
-        """`base` is the fingerprint of what adapters belong to. `gathered` makes parameters whole
-        that ranks hold in parts (a collective)."""
+        """Cut the parameters into slices, one for each rank.
+
+        Args:
+            named: parameters by name, the same on every rank.
+            rank: this process's number.
+            ranks: ranks in all.
+            dtype: what is sent.
+            base: fingerprint of the weights that adapters belong to.
+            gathered: makes parameters whole that ranks keep in parts (a collective); None where
+                every rank has them whole.
+        """
         ordered = sorted(named, key=lambda pair: pair[0])
         shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in ordered}
         total = sum(map(math.prod, shapes.values()))
@@ -69,54 +86,57 @@ class Publisher:
         self._total, self._layout = total * dtype.itemsize, layout_hash(shapes, dtype, base)
         first, last = slice_bounds(total, ranks, rank)
         self._offset = first * dtype.itemsize
-        self._shares, offset = [], 0
+        self._ranges, offset = [], 0
         for name, parameter in ordered:
             size = math.prod(shapes[name])
             begin, end = max(first - offset, 0), min(last - offset, size)
-            self._shares.append(_Share(parameter, begin, end))
+            self._ranges.append(_Range(parameter, begin, end))
             offset += size
 
     def publish(self) -> tuple[Publication, Payload]:
-        """Facts and bytes apart: the bytes go through the object store to the actors and never
-        through the controller.
+        """Return facts and bytes of this rank's slice.
 
-        Parameters that are to be gathered are so one by one, never all at once.
+        They are apart because bytes go through the object store to the actors, never through the
+        controller. Parameters are gathered one by one, never all at once.
         """
         if self._gathered is None:
-            payload = Payload(self._lying(s) for s in self._shares if s.begin < s.end)
+            payload = Payload(self._in_place(r) for r in self._ranges if r.begin < r.end)
         else:
             payload = Payload(self._copied(self._gathered))
-        piece = Slice(
+        own = Slice(
             rank=self._rank,
             offset=self._offset,
             length=sum(part.nbytes for part in payload),
             digest=digest(payload),
         )
-        return Publication(piece=piece, total=self._total, layout=self._layout), payload
+        return Publication(slice=own, total=self._total, layout=self._layout), payload
 
-    def _lying(self, share: _Share) -> Bytes:
-        """A share's bytes. Where they lie is found anew only when the parameter has moved: among
-        hundreds of tensors that took a fifth of the time that hashing them takes."""
-        address = share.parameter.data_ptr()
-        if share.bytes is not None and share.address == address:
-            return share.bytes
-        made = _elements(share).to("cpu", self._dtype)
-        held = made.view(torch.uint8).numpy()
-        if made.data_ptr() == address + share.begin * self._dtype.itemsize:
-            share.address, share.bytes = address, held
-        return held
+    def _in_place(self, part: _Range) -> Bytes:
+        """Return the bytes of a range, in the parameter's own memory where that is possible.
+
+        They are looked up again only when the parameter has moved: among hundreds of tensors that
+        took a fifth of the time that hashing them takes.
+        """
+        address = part.parameter.data_ptr()
+        if part.bytes is not None and part.address == address:
+            return part.bytes
+        elements = part.elements.to("cpu", self._dtype)
+        data = elements.view(torch.uint8).numpy()
+        if elements.data_ptr() == address + part.begin * self._dtype.itemsize:
+            part.address, part.bytes = address, data
+        return data
 
     def _copied(self, gathered: Gathered) -> Iterator[Bytes]:
-        """All shares' bytes; what was gathered goes when its block ends."""
-        for share in self._shares:
-            with gathered([share.parameter]):
-                if share.begin < share.end:
-                    made = _elements(share).to("cpu", self._dtype, copy=True)
-                    yield made.view(torch.uint8).numpy()
+        """Yield copies of all ranges: a gathered parameter is gone when its block ends."""
+        for part in self._ranges:
+            with gathered([part.parameter]):
+                if part.begin < part.end:
+                    elements = part.elements.to("cpu", self._dtype, copy=True)
+                    yield elements.view(torch.uint8).numpy()
 
 
 def publisher(engine: ZeroEngine, named: Named, *, dtype: torch.dtype, base: str = "") -> Publisher:
-    """Of this rank's share of an engine's parameters, of all or only of an adapter on `base`."""
+    """Publish this rank's slice of an engine's parameters, of all or of an adapter on `base`."""
     return Publisher(
         named,
         rank=rank(),
@@ -125,7 +145,3 @@ def publisher(engine: ZeroEngine, named: Named, *, dtype: torch.dtype, base: str
         base=base,
         gathered=engine.gathered if engine.zero_stage == 3 else None,
     )
-
-
-def _elements(share: _Share) -> torch.Tensor:
-    return share.parameter.detach().reshape(-1)[share.begin : share.end]

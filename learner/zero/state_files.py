@@ -80,22 +80,24 @@ def load(engine: ZeroEngine, folder: Path) -> None:
                 f"{folder}: parameter '{name}' is {tuple(read['master'].shape)}, this model needs "
                 f"{fragment.shape}"
             )
-        for kind, piece in fragment.tensors.items():
-            own = read[kind].flatten()[fragment.offset : fragment.offset + piece.numel()]
-            piece[: own.numel()].copy_(own)
+        for kind, tensor in fragment.tensors.items():
+            own = read[kind].flatten()[fragment.offset : fragment.offset + tensor.numel()]
+            tensor[: own.numel()].copy_(own)
         for kind, step in fragment.steps.items():
             step.fill_(max(float(read[kind]), float(step)))
         engine.set_weights(name, read["master"])
 
 
 def _whole(fragment: Fragment, kind: str) -> Tensor:
-    """One tensor of a parameter, whole, on the processor. Bits travel as integers: a sum of floats
-    would turn -0 into 0."""
-    piece = fragment.tensors[kind]
+    """Return one tensor of a parameter, whole, on the processor.
+
+    Bits travel as integers: a sum of floats would turn -0 into 0.
+    """
+    own = fragment.tensors[kind]
     size = math.prod(fragment.shape)
     if fragment.replicated:
-        return piece.detach().cpu().reshape(fragment.shape).clone()
-    bits = torch.zeros(size, dtype=torch.int32, device=piece.device)
-    own = piece[: max(0, size - fragment.offset)]
+        return own.detach().cpu().reshape(fragment.shape).clone()
+    bits = torch.zeros(size, dtype=torch.int32, device=own.device)
+    own = own[: max(0, size - fragment.offset)]
     bits[fragment.offset : fragment.offset + own.numel()] = own.detach().view(torch.int32)
     return all_sum(bits).view(torch.float32).cpu().reshape(fragment.shape)

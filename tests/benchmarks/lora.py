@@ -62,7 +62,7 @@ def wire() -> list[Result]:
     def sync(kind: str) -> None:
         made, payload = publishers[kind].publish()
         manifest = Manifest(
-            policy_version=0, total=made.total, layout=made.layout, slices=(made.piece,)
+            policy_version=0, total=made.total, layout=made.layout, slices=(made.slice,)
         )
         assert buffers[kind].load(manifest, [payload]) == manifest.fingerprint
 

@@ -68,7 +68,7 @@ def publish(sender: Any, receivers: list[Any]) -> None:
     facts, payload = sender.publish.options(num_returns=2).remote()
     made = ray.get(facts)
     manifest = Manifest(
-        policy_version=0, total=made.total, layout=made.layout, slices=(made.piece,)
+        policy_version=0, total=made.total, layout=made.layout, slices=(made.slice,)
     )
     held = ray.get([receiver.load.remote(manifest, payload) for receiver in receivers])
     assert set(held) == {manifest.fingerprint}

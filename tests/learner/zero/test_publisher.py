@@ -26,7 +26,7 @@ def arrived(publishers: list[Publisher], dtype: torch.dtype) -> dict[str, torch.
     held = parameters(seed=1).to(dtype)
     buffer = FlatBuffer(held.named_parameters(), dtype)
     facts = parts[0][0]
-    slices = tuple(made.piece for made, _ in parts)
+    slices = tuple(made.slice for made, _ in parts)
     manifest = Manifest(policy_version=0, total=facts.total, layout=facts.layout, slices=slices)
     assert buffer.load(manifest, [payload for _, payload in parts]) == manifest.fingerprint
     return {name: tensor.detach() for name, tensor in held.items()}
