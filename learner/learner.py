@@ -80,18 +80,20 @@ class Learner:
         proximal = self._proximal(batch)
         shaped = targets.rewards_of(batch, proximal, self.settings, self.kl.coef)
         estimate = targets.estimate_of(batch, proximal, shaped, self.settings)
-        value = targets.value_targets(batch, proximal, estimate, self.settings)
-        policy = targets.policy_targets(batch, proximal, estimate, value, self.config)
+        value_targets = targets.value_targets(batch, proximal, estimate, self.settings)
+        policy_targets = targets.policy_targets(
+            batch, proximal, estimate, value_targets, self.config
+        )
 
         kl = targets.kl_of(batch, proximal)
         metrics = {"kl": mean(kl, len(batch)), "kl_coef": mean(self.kl.coef, 1)}
         self.kl.update(kl / len(batch), len(batch))
 
-        metrics |= targets.batch_metrics(batch, proximal, value)
-        metrics |= self._optimise_policy(batch, policy, iteration)
-        if value is not None:
-            metrics |= self._optimise_values(batch, value, iteration)
-            self._remember(batch, proximal, value)
+        metrics |= targets.batch_metrics(batch, proximal, value_targets)
+        metrics |= self._optimise_policy(batch, policy_targets, iteration)
+        if value_targets is not None:
+            metrics |= self._optimise_values(batch, value_targets, iteration)
+            self._remember(batch, proximal, value_targets)
         return metrics
 
     def auxiliary_phase(self, iteration: int) -> Metrics:
