@@ -166,7 +166,7 @@ class LearnerRank:
             *tables: ScoredTrajectory.
             without: ids of rollouts that are left out, whether the tables have them or not.
         """
-        learner, kept = self._policy_training, [rows_without(table, without) for table in tables]
+        learner, kept = self.learner, [rows_without(table, without) for table in tables]
         if self.rank == 0 and log is not None:
             write_log(Path(log), pa.concat_tables(kept), iteration, learner.config)
         return read(learner.policy_phase(kept, iteration))
@@ -174,29 +174,29 @@ class LearnerRank:
     @_passes
     def auxiliary_phase(self, iteration: int) -> dict[str, float]:
         """Run an auxiliary phase on all that was trained on since the last; returns its metrics."""
-        return read(self._policy_training.auxiliary_phase(iteration))
+        return read(self.learner.auxiliary_phase(iteration))
 
     def publish(self) -> tuple[Publication, Payload]:
         """Return this rank's slice of the policy: facts for the controller, bytes for actors."""
-        return self._policy_training.networks.publish()
+        return self.learner.networks.publish()
 
     def save(self, folder: str) -> dict[str, Any]:
         """Write a checkpoint's tensors; returns the state that belongs into its JSON."""
         try:
-            self._policy_training.save(Path(folder))
+            self.learner.save(Path(folder))
         except OSError as error:
             raise StorageError(f"{folder}: cannot be written ({one_line(error)})") from None
-        return self._policy_training.state()
+        return self.learner.state()
 
     def load(self, folder: str, state: dict[str, Any]) -> None:
         """Read a checkpoint."""
-        self._policy_training.load(Path(folder), state)
+        self.learner.load(Path(folder), state)
 
     def export_policy(self, folder: str) -> str:
         """Write the policy for users and later stages; returns the hash of what was trained."""
-        return self._policy_training.networks.export(Path(folder))
+        return self.learner.networks.export(Path(folder))
 
     @property
-    def _policy_training(self) -> Learner:
+    def learner(self) -> Learner:
         assert self._learner is not None, "begin_train comes first"
         return self._learner

@@ -91,8 +91,10 @@ class ZeroEngine:
             config=_settings(zero_stage, max_grad_norm),
         )[0]
         self._parameters = list(trained.values())
-        self._state = OptimizerState(self._engine.optimizer, trained, zero_stage, auxiliary)
-        self._state.clear_gradients()  # before the first one: what was in memory
+        self.optimizer_state = OptimizerState(
+            self._engine.optimizer, trained, zero_stage, auxiliary
+        )
+        self.optimizer_state.clear_gradients()  # before the first one: what was in memory
 
     @property
     def network(self) -> nn.Module:
@@ -140,7 +142,7 @@ class ZeroEngine:
             norm = float(torch.nn.utils.get_total_norm(gradients))
             require_finite("gradient norm", norm, where)
         self._engine.step()
-        self._state.clear_gradients()
+        self.optimizer_state.clear_gradients()
         if norm is None:
             norm = float(self._engine.get_global_grad_norm())
         return require_finite("gradient norm", norm, where)
@@ -152,11 +154,11 @@ class ZeroEngine:
         AdamW moves along what it remembers: without this an auxiliary phase would go on in the
         steps of policy phases after it, and a policy phase in the steps of auxiliary ones.
         """
-        self._state.exchange_phases()
+        self.optimizer_state.exchange_phases()
         try:
             yield
         finally:
-            self._state.exchange_phases()
+            self.optimizer_state.exchange_phases()
 
     @contextmanager
     def gathered(self, parameters: list[Tensor]) -> Iterator[None]:
@@ -185,11 +187,11 @@ class ZeroEngine:
 
     def fragments(self) -> Iterator[tuple[str, Fragment]]:
         """Yield what this rank keeps of every parameter's fp32 master and moments, as views."""
-        yield from self._state.fragments()
+        yield from self.optimizer_state.fragments()
 
     def create_optimizer_state(self) -> None:
         """Give every parameter zero moments, as the optimizer's first step would create them."""
-        self._state.create()
+        self.optimizer_state.create()
 
     def set_weights(self, name: str, master: Tensor) -> None:
         """Let the network compute with a master (a collective)."""

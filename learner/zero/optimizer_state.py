@@ -42,18 +42,19 @@ class OptimizerState:
     """Masters and moments of the parameters that a DeepSpeed optimizer trains."""
 
     def __init__(
-        self, optimizer: Any, parameters: dict[str, nn.Parameter], zero_stage: int, auxiliary: bool
+        self, wrapper: Any, parameters: dict[str, nn.Parameter], zero_stage: int, auxiliary: bool
     ) -> None:
         """Wrap an optimizer.
 
         Args:
-            optimizer: as DeepSpeed made it, around AdamW or Adafactor or one of them.
-            parameters: those that are trained, by name, in the optimizer's order.
+            wrapper: the optimizer that DeepSpeed puts around AdamW or Adafactor; ZeRO 0 has none.
+            parameters: those that it trains, by name, in its order.
             zero_stage: 0 to 3.
             auxiliary: there is an auxiliary phase, with moments of its own.
         """
-        self._optimizer, self._parameters, self._zero_stage = optimizer, parameters, zero_stage
-        self._inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        self._wrapper, self._parameters, self._zero_stage = wrapper, parameters, zero_stage
+        self.optimizer: torch.optim.Optimizer = getattr(wrapper, "optimizer", wrapper)
+        """AdamW or Adafactor itself."""
         self._other_phase: list[dict[str, Tensor]] | None = None
         """For each flat tensor the optimizer's state in the phase that does not run now."""
         if auxiliary:
@@ -63,8 +64,8 @@ class OptimizerState:
         """Go on with the moments of the other phase: policy or auxiliary."""
         assert self._other_phase is not None, "an engine without an auxiliary phase"
         for index, flat in enumerate(self._flat_tensors()):
-            other, self._other_phase[index] = self._other_phase[index], self._inner.state[flat]
-            self._inner.state[flat] = other
+            other, self._other_phase[index] = self._other_phase[index], self.optimizer.state[flat]
+            self.optimizer.state[flat] = other
 
     def clear_gradients(self) -> None:
         """Zero what ZeRO 3 keeps of gradients.
@@ -73,12 +74,12 @@ class OptimizerState:
         auxiliary head in a policy phase, and steps on it again.
         """
         if self._zero_stage == 3:
-            self._optimizer.grad_partitions_flat_buffer.zero_()
+            self._wrapper.grad_partitions_flat_buffer.zero_()
 
     def create(self) -> None:
         """Give every parameter zero moments, as the optimizer's first step would create them."""
         for index, flat in enumerate(self._flat_tensors()):
-            self._inner.state[flat] = _no_steps(flat)
+            self.optimizer.state[flat] = _no_steps(flat)
             if self._other_phase is not None:
                 self._other_phase[index] = _no_steps(flat)
 
@@ -90,15 +91,15 @@ class OptimizerState:
     def _flat_tensors(self) -> list[Tensor]:
         """Return the tensors that the optimizer itself steps on."""
         if self._zero_stage == 3:
-            return list(self._optimizer.fp32_partitioned_groups_flat)
+            return list(self._wrapper.fp32_partitioned_groups_flat)
         if self._zero_stage > 0:
-            return list(self._optimizer.single_partition_of_fp32_groups)
-        return [p for group in self._inner.param_groups for p in group["params"]]
+            return list(self._wrapper.single_partition_of_fp32_groups)
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _fragment(self, index: int, parameter: nn.Parameter) -> Fragment:
         group, offset, start, size = self._place(index, parameter)
         flat = self._flat_tensors()[group]
-        states = {"": self._inner.state[flat] or _no_steps(flat)}
+        states = {"": self.optimizer.state[flat] or _no_steps(flat)}
         if self._other_phase is not None:
             states[_AUXILIARY] = self._other_phase[group] or _no_steps(flat)
         tensors = {"master": flat.detach()} | {
@@ -114,11 +115,11 @@ class OptimizerState:
 
     def _place(self, index: int, parameter: nn.Parameter) -> tuple[int, int, int, int]:
         """Return which flat tensor, where the parameter begins, where in the tensor, and count."""
-        optimizer = self._optimizer
+        wrapper = self._wrapper
         if self._zero_stage == 0:
             return index, 0, 0, parameter.numel()
         if self._zero_stage == 3:
-            group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            group, start, size = wrapper.grad_position[wrapper.get_param_id(parameter)]
             return group, rank() * size, start, size
         mapping: Any = getattr(parameter, "_hp_mapping", None)
         if mapping is None:  # all of this parameter is on other ranks

@@ -31,7 +31,7 @@ class Rank(LearnerRank):
     """A learner's rank that tells what it holds."""
 
     def holds(self) -> dict[str, Any]:
-        learner = self._train
+        learner = self.learner
         assert learner.value is not None
         found: dict[str, Any] = {"state": 0, "trainable": 0, "frozen gradients": 0, "allocated": 0}
         for engine in (learner.policy, learner.value):
@@ -50,7 +50,7 @@ class Rank(LearnerRank):
             for kind in ("exp_avg", "exp_avg_sq"):
                 held = min(fragment.tensors[kind].numel(), max(0, size - fragment.offset))
                 found["state"] += held * fragment.tensors[kind].element_size()
-        for state in engine._adam.state.values():
+        for state in engine.optimizer_state.optimizer.state.values():
             found["allocated"] += sum(t.nbytes for k, t in state.items() if k != "step")
         for parameter in engine.network.parameters():
             found["frozen gradients"] += not parameter.requires_grad and parameter.grad is not None

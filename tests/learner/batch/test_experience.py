@@ -67,16 +67,16 @@ def test_every_row_is_dealt_once_and_ranks_keep_step(
 ) -> None:
     if len(lengths) < ranks:
         return  # refused by the configuration
-    hands = [
+    dealt = [
         deal(range(len(lengths)), lengths, ranks=ranks, rank=rank, budget=budget)
         for rank in range(ranks)
     ]
-    real = sorted(row for hand in hands for piece in hand if piece.real for row in piece.rows)
+    real = sorted(row for shares in dealt for share in shares if share.real for row in share.rows)
     assert real == list(range(len(lengths)))
-    assert len({len(hand) for hand in hands}) == 1
-    for piece in (piece for hand in hands for piece in hand):
-        size = len(piece.rows) * max(lengths[row] for row in piece.rows)
-        assert len(piece.rows) == 1 or size <= budget
+    assert len({len(shares) for shares in dealt}) == 1
+    for share in (share for shares in dealt for share in shares):
+        size = len(share.rows) * max(lengths[row] for row in share.rows)
+        assert len(share.rows) == 1 or size <= budget
 
 
 def test_the_memory_comes_back_from_its_file(tmp_path: Path) -> None:
