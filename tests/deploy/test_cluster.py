@@ -20,7 +20,7 @@ from deploy.workers.preflight import explain
 from tests.deploy.commands import parse
 
 ROOT = Path(__file__).resolve().parents[2]
-CLUSTER = ROOT / "deploy" / "cluster"
+KUBERNETES = ROOT / "deploy" / "kubernetes"
 Manifest = dict[str, Any]
 
 
@@ -112,7 +112,7 @@ RAY_JOB = shape(
 
 
 def manifest(name: str) -> Manifest:
-    found: Manifest = yaml.safe_load((CLUSTER / name).read_text(encoding="utf8"))
+    found: Manifest = yaml.safe_load((KUBERNETES / name).read_text(encoding="utf8"))
     return found
 
 
@@ -136,7 +136,7 @@ def groups(cluster: Manifest) -> dict[str, Manifest]:
 
 @pytest.fixture
 def recipe() -> RunConfig:
-    return load_config(CLUSTER / "recipe.yaml")
+    return load_config(KUBERNETES / "recipe.yaml")
 
 
 def pods(cluster: Manifest) -> list[Manifest]:
@@ -216,7 +216,7 @@ def test_the_job_runs_a_command_that_exists_on_the_recipe_that_is_mounted(
     path = Path(parameters["config"])
     (head,) = pods(cluster)[0]["containers"]
     assert str(path.parent) in {mount["mountPath"] for mount in head["volumeMounts"]}
-    load_config(CLUSTER / path.name, parameters["overrides"] or [])
+    load_config(KUBERNETES / path.name, parameters["overrides"] or [])
 
 
 def test_a_flag_that_does_not_exist_is_found() -> None:
@@ -252,7 +252,7 @@ def test_the_recipe_lives_on_the_shared_folder_and_can_carry_on(recipe: RunConfi
 
 
 def test_the_image_is_pinned_ordered_and_not_root() -> None:
-    lines = (CLUSTER / "Dockerfile").read_text(encoding="utf8").splitlines()
+    lines = (KUBERNETES / "Dockerfile").read_text(encoding="utf8").splitlines()
     text = "\n".join(lines)
     assert "FROM python:3.11-slim" in lines
     steps = [
