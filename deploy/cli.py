@@ -97,14 +97,14 @@ def train(
     ] = None,
 ) -> None:
     """Train the policy from prompts and rewards; resumes where the run's checkpoint stands."""
-    from deploy.stages.policy import run_train, standing_of, tell
+    from deploy.stages.policy import resumption_of, run_train, tell
 
     if resume is not None and config:
         raise ConfigError("--resume takes its recipe from the run: leave --config out")
     resolved = _of_run(resume, overrides, address) if resume else _load(config, overrides, address)
-    standing = standing_of(resolved)
-    tell(console, resolved, standing)
-    if standing.facts is None:
+    resumption = resumption_of(resolved)
+    tell(console, resolved, resumption)
+    if resumption.facts is None:
         # The command may only attach to a run that is at work, and then it writes nothing.
         _stage("train", partial(run_train, stop_after=stop_after), resolved, writer="")
 

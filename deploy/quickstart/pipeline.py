@@ -62,9 +62,9 @@ def run_quickstart(session: Session) -> Outcome:
         )
     )
     with session.stage("train", "trained the policy"):
-        standing = policy.standing_of(config)
-        policy.tell(console, config, standing)
-        trained = standing.facts or policy.run_train(session, config, (rollout, scoring))
+        resumption = policy.resumption_of(config)
+        policy.tell(console, config, resumption)
+        trained = resumption.facts or policy.run_train(session, config, (rollout, scoring))
     session.lock("quickstart")
     with session.stage("evaluate", "asked the judges"):
         evaluation = evaluate(session, config, task, (rollout, scoring))

@@ -1,4 +1,4 @@
-"""Policy training as a stage: where it stands, and a controller that does it."""
+"""Policy training as a stage: whether it can go on, and a controller that does it."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from deploy.workers.preflight import require_trainable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
-    """Where policy training of a run stands."""
+class Resumption:
+    """What it means to go on with a run: what has changed, or that it is finished."""
 
     changed: list[Change]
     """How the recipe differs from the newest checkpoint's, but for the run's name and place."""
@@ -44,7 +44,7 @@ class Standing:
     """The controller's facts of a run that is finished; None where there is something to train."""
 
 
-def standing_of(config: RunConfig) -> Standing:
+def resumption_of(config: RunConfig) -> Resumption:
     """Compare the recipe with the run's newest checkpoint, if it has one; nothing starts for it.
 
     Raises:
@@ -54,7 +54,7 @@ def standing_of(config: RunConfig) -> Standing:
     require_trainable(config)
     checkpoint = checkpoints.newest(config.run_dir)
     if checkpoint is None:
-        return Standing(changed=[], facts=None)
+        return Resumption(changed=[], facts=None)
     state = checkpoint[1]
     changed = require_resumable(
         saved_config(state["config"]),
@@ -66,15 +66,17 @@ def standing_of(config: RunConfig) -> Standing:
     facts = recorded_facts(config.run_dir)
     if facts is not None and facts["iterations"] < config.train.iterations:
         facts = None
-    return Standing(changed=[c for c in changed if c.field not in ("name", "output")], facts=facts)
+    return Resumption(
+        changed=[c for c in changed if c.field not in ("name", "output")], facts=facts
+    )
 
 
-def tell(console: Console, config: RunConfig, standing: Standing) -> None:
+def tell(console: Console, config: RunConfig, resumption: Resumption) -> None:
     """Say that the run is finished, or what has changed since its newest checkpoint."""
-    if standing.facts is not None:
+    if resumption.facts is not None:
         say(console, f"{config.run_dir} is finished; nothing to train")
         return
-    for change in standing.changed:
+    for change in resumption.changed:
         say(console, f"changed: {change}")
 
 

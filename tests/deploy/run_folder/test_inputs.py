@@ -203,9 +203,9 @@ def test_the_same_contents_elsewhere_are_no_change(begun: RunConfig, tmp_path: P
         checked(config_of(tmp_path / "new" / "moved"), "train")
     override = f"data.prompts=[{tmp_path}/elsewhere/prompts.jsonl]"
     config = config_of(tmp_path / "new" / "moved", [override])
-    standing = policy.standing_of(config)
-    assert standing.facts is None
-    assert [change.field for change in standing.changed] == ["data.prompts"]
+    resumption = policy.resumption_of(config)
+    assert resumption.facts is None
+    assert [change.field for change in resumption.changed] == ["data.prompts"]
     assert checked(config, "train") == ""
     append(tmp_path / "elsewhere" / "prompts.jsonl")
     with pytest.raises(DataError, match=r"elsewhere/prompts\.jsonl changed"):
@@ -249,7 +249,7 @@ def test_prompts_that_nobody_recorded_cannot_be_exchanged(begun: RunConfig, tmp_
     (begun.run_dir / "run.json").unlink()
     other = shutil.copy(tmp_path / "data" / "prompts.jsonl", tmp_path / "other.jsonl")
     with pytest.raises(ConfigError, match=r"data\.prompts"):
-        policy.standing_of(config_of(begun.run_dir, [f"data.prompts=[{other}]"]))
+        policy.resumption_of(config_of(begun.run_dir, [f"data.prompts=[{other}]"]))
 
 
 def test_a_stage_that_training_stands_on_may_only_be_repeated(
