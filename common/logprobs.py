@@ -4,7 +4,8 @@ Engine and learner both call `sampling_logits`, so that the probability ratio of
 under the weights it was sampled from is 1 (invariant I1), whatever temperature, top-k and top-p.
 Distances from the reference are measured between whole distributions (`Sampling.unfiltered`).
 
-Shape suffixes: B sequences, R response positions, V vocabulary.
+Shape suffixes: B sequences, R response positions, V vocabulary, K blocks of C tokens, 1 an axis of
+one. Tensors without a suffix may have any leading axes.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ class Sampling:
 
     @property
     def unfiltered(self) -> Sampling:
-        """The whole distribution that tokens are picked from, of which KL and likelihood are taken:
-        no top-k, top-p or min-p, and temperature 1 where sampling is greedy.
+        """The whole distribution, of which KL and likelihood are taken.
 
-        Of a filtered policy, the KL to a whole reference is positive even where both are equal; to
-        a reference that is filtered too, it is infinite for a token outside that one's nucleus.
+        It has no top-k, top-p or min-p, and temperature 1 where sampling is greedy. The KL of a
+        filtered policy to a whole reference is positive even where both are equal; to a reference
+        that is filtered too, it is infinite for a token outside that one's nucleus.
         """
         return replace(self, temperature=self.temperature or 1.0, top_p=1.0, top_k=0, min_p=0.0)
 
@@ -57,7 +58,7 @@ class Sampling:
 
 
 def sampling_of(rollout: RolloutConfig, eos_id: int) -> Sampling:
-    """The sampling distribution of the rollouts."""
+    """Return the sampling distribution of the rollouts."""
     return Sampling(
         temperature=rollout.temperature,
         top_p=rollout.top_p,
@@ -78,6 +79,8 @@ def sampling_logits(
     """fp32 logits ``[..., V]`` of the distribution that tokens are drawn from; -inf = never.
 
     Args:
+        logits: ``[..., V]``, of the network.
+        sampling: the distribution.
         chosen: int64 ``[...]``, tokens that were drawn: they are kept whatever the filter says
             now, because a last-bit difference in the logits may put a token at the very border
             of the nucleus on its other side.
@@ -112,14 +115,17 @@ def chosen_reader(
     *,
     unfiltered: bool = False,
 ) -> Callable[[Tensor, slice], Tensor]:
-    """`logprobs_at` for logits that come in pieces (`PolicyNetwork.forward`).
+    """Return `logprobs_at` for logits that come in pieces (`PolicyNetwork.forward`).
 
-    `more` maps logits ``[n, V]`` to a second column ``[n]``; `unfiltered` adds a last one: the
-    log-probabilities before the filter.
+    Args:
+        chosen_BR: int64 tokens of responses.
+        sampling: the distribution.
+        more: maps logits ``[n, V]`` to a second column ``[n]``.
+        unfiltered: add a last column, the log-probabilities before the filter.
     """
     chosen = chosen_BR.flatten()
-    steps = torch.arange(chosen_BR.shape[1], device=chosen_BR.device)
-    positions = steps.expand_as(chosen_BR).flatten()
+    steps_R = torch.arange(chosen_BR.shape[1], device=chosen_BR.device)
+    positions = steps_R.expand_as(chosen_BR).flatten()
 
     def read(logits: Tensor, part: slice) -> Tensor:
         columns = [logprobs_at(logits, chosen[part], sampling, positions[part])]
@@ -134,15 +140,17 @@ def chosen_reader(
 
 
 def logprobs_at(logits: Tensor, chosen: Tensor, sampling: Sampling, positions: Tensor) -> Tensor:
-    """Log-probability (fp32 ``[...]``) of chosen tokens (int64 ``[...]``) at these places of their
-    responses; `positions` as in `sampling_logits`."""
+    """Log-probabilities (fp32 ``[...]``) of chosen tokens (int64 ``[...]``).
+
+    `positions` are the places of the tokens in their responses, as in `sampling_logits`.
+    """
     kept = sampling_logits(logits, sampling, chosen=chosen, positions=positions)
     # One number per token survives: a log-softmax would write the whole vocabulary once more.
     return kept.gather(-1, chosen[..., None]).squeeze(-1) - kept.logsumexp(dim=-1)
 
 
 def draw(logits_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse-CDF sampling from `sampling_logits`, one uniform (float64, [0, 1)) per row.
+    """Draw by the inverse CDF from `sampling_logits`, one uniform (float64, [0, 1)) per row.
 
     Two searches, first among sums of 64 tokens, then within one: a cumulative sum over the whole
     vocabulary would cost more than everything else here.
@@ -152,25 +160,27 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
     """
     vocabulary = logits_BV.shape[-1]
     peak_B1 = logits_BV.amax(dim=-1, keepdim=True)
-    weights = (logits_BV - peak_B1).exp_()
+    weights_BV = (logits_BV - peak_B1).exp_()
     if vocabulary % _BLOCK:
-        weights = F.pad(weights, (0, -vocabulary % _BLOCK))
-    blocks = weights.view(len(weights), -1, _BLOCK)
-    cdf = F.pad(blocks.sum(dim=-1).double().cumsum(dim=-1), (1, 0))
-    total_B1 = cdf[:, -1:]
-    target = _below(uniforms_B[:, None].to(cdf.device) * total_B1, total_B1)
-    block_B1 = (cdf[:, 1:] <= target).sum(dim=-1, keepdim=True)
-    within = blocks.gather(1, block_B1[..., None].expand(-1, -1, _BLOCK)).squeeze(1)
-    inner = within.double().cumsum(dim=-1)
-    rest = _below(target - cdf.gather(1, block_B1), inner[:, -1:])
-    tokens_B1 = block_B1 * _BLOCK + (inner <= rest).sum(dim=-1, keepdim=True)
-    logprobs = logits_BV.gather(1, tokens_B1) - peak_B1 - total_B1.log().float()
-    return tokens_B1.squeeze(1), logprobs.squeeze(1)
+        weights_BV = F.pad(weights_BV, (0, -vocabulary % _BLOCK))
+    blocks_BKC = weights_BV.view(len(weights_BV), -1, _BLOCK)
+    cdf_BK = F.pad(blocks_BKC.sum(dim=-1).double().cumsum(dim=-1), (1, 0))
+    total_B1 = cdf_BK[:, -1:]
+    target_B1 = _below(uniforms_B[:, None].to(cdf_BK.device) * total_B1, total_B1)
+    block_B1 = (cdf_BK[:, 1:] <= target_B1).sum(dim=-1, keepdim=True)
+    within_BC = blocks_BKC.gather(1, block_B1[..., None].expand(-1, -1, _BLOCK)).squeeze(1)
+    inner_BC = within_BC.double().cumsum(dim=-1)
+    rest_B1 = _below(target_B1 - cdf_BK.gather(1, block_B1), inner_BC[:, -1:])
+    tokens_B1 = block_B1 * _BLOCK + (inner_BC <= rest_B1).sum(dim=-1, keepdim=True)
+    logprobs_B1 = logits_BV.gather(1, tokens_B1) - peak_B1 - total_B1.log().float()
+    return tokens_B1.squeeze(1), logprobs_B1.squeeze(1)
 
 
 def _below(target: Tensor, total: Tensor) -> Tensor:
-    """At most the last number under `total`: rounding never asks for more than there is, so a
-    search ends on a token whose weight is not zero."""
+    """Return `target`, or the largest number under `total` where rounding reached it.
+
+    So a search ends on a token whose weight is not zero.
+    """
     return torch.minimum(target, total.nextafter(torch.zeros_like(total)))
 
 

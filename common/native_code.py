@@ -1,4 +1,4 @@
-"""C compiled for the processor at hand, once per machine, and kept in the user's cache folder."""
+"""C compiled for this machine's processor, once, and kept in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from common.errors import ClusterError
 def shared_library(
     purpose: str, main: Path, flags: Sequence[str], included: Sequence[Path] = ()
 ) -> Path:
-    """The shared library of a C file, compiled by gcc (or `CC`) unless it is there already.
+    """Return the shared library of a C file, compiled by gcc (or `CC`) at the first call.
 
     Args:
         purpose: what errors call it, in the plural.
-        included: the files that `main` includes; a change in them is a library of its own.
+        main: the C file.
+        flags: of the compiler, beside the common ones.
+        included: the files that `main` includes; a change in them makes another library.
 
     Raises:
         ClusterError: there is no C compiler, or it fails, or the folder cannot be written.
@@ -49,15 +51,15 @@ def _compile(purpose: str, command: Sequence[str], target: Path) -> None:
     # Workers start together: each compiles for itself, and the renames are of equal files.
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         built = Path(folder) / target.name
-        done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)
-        if done.returncode:
-            reason = "".join(done.stderr.strip().splitlines()[-1:])
+        process = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)
+        if process.returncode:
+            reason = "".join(process.stderr.strip().splitlines()[-1:])
             raise ClusterError(f"{command[0]} cannot compile the {purpose}: {reason}")
         built.replace(target)
 
 
 def _processor() -> str:
-    """What -march=native depends on."""
+    """Describe what -march=native depends on."""
     info = Path("/proc/cpuinfo")
     flags = (
         info.read_text(encoding="utf8").split("flags", 1)[-1].split("\n", 1)[0]

@@ -1,7 +1,7 @@
 """Which exceptions say that memory ran out, and the error that names the setting to lower.
 
-Python, NumPy, torch on a GPU and torch on the processor each say it in a way of their own; the last
-by a plain RuntimeError.
+Python, NumPy, torch on a GPU and torch on the processor each say it in their own way; the last by a
+plain RuntimeError.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _TORCH_ON_PROCESSOR: Final = ("DefaultCPUAllocator", "not enough memory")
 
 
 def says_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is about memory that could not be had."""
+    """Whether `error` says that memory could not be allocated."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(w in str(error) for w in _TORCH_ON_PROCESSOR)
 
 
 @contextmanager
-def memory_for(what: str, mend: str) -> Iterator[None]:
-    """Name what needed the memory, and the mend.
+def memory_for(what: str, remedy: str) -> Iterator[None]:
+    """Turn an error of memory in the body into one that names what needed it, and the remedy.
 
     Raises:
         ClusterError: memory ran out in the body.
@@ -38,4 +38,4 @@ def memory_for(what: str, mend: str) -> Iterator[None]:
         if not says_out_of_memory(error):
             raise
         text = one_line(error)
-        raise ClusterError(f"out of memory in {what}: {mend} ({text})") from error
+        raise ClusterError(f"out of memory in {what}: {remedy} ({text})") from error

@@ -10,7 +10,7 @@ import ray
 import torch
 from rich.console import Console
 
-from actors.rollout_actor import engine_of
+from actors.generation.decoder_generator import build_engine
 from common.config.run import RunConfig
 from common.config.workers import threads_of
 from common.data.prompts import encode_prompts, evaluation_requests
@@ -84,7 +84,7 @@ def sample_run(config: RunConfig, texts: Sequence[str], sft: bool, seed: int) ->
         max_tokens=config.max_prompt_tokens,
         too_long="error",
     )
-    engine = engine_of(network.decoder, tokenizer, config.rollout)
+    engine = build_engine(network.decoder, tokenizer, config.rollout)
     requests = evaluation_requests(prompts, seed=seed, label="sample")
     return [engine.text(response).strip() for response in engine.generate(requests)]
 

@@ -1,4 +1,7 @@
-"""Frozen forward passes: scores from the reward model, ref_logprobs from the reference policy."""
+"""Frozen forward passes: scores from the reward model, ref_logprobs from the reference policy.
+
+Shape suffixes: B sequences, T positions, R response positions.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,13 @@ class RewardModel:
     """One number per response, read at its last token (EOS included), before any padding."""
 
     def __init__(self, config: ModelConfig, weights: Path, base: Decoder) -> None:
-        """One that was trained as an adapter shares `base`, the supervised policy, in memory."""
+        """Load the weights; those of an adapter share `base`, the supervised policy, in memory."""
         self.network = build_scalar(config)
         load_scalar(self.network, weights, base, "reward")
         _freeze(self.network)
 
     def __call__(self, batch: SequenceBatch) -> Tensor:
-        """fp32 ``[B]``."""
+        """Score the sequences of a batch, fp32 ``[B]``."""
         values_BT = self.network(batch.tokens_BT)
         return read_last(values_BT, batch)
 
@@ -43,16 +46,18 @@ class ReferencePolicy:
         _freeze(self.network)
 
     def __call__(self, batch: SequenceBatch) -> Tensor:
-        """fp32 ``[B, R]`` log-probabilities of the response tokens, zeros outside the mask: of the
-        whole distribution (`Sampling.unfiltered`)."""
+        """fp32 ``[B, R]`` log-probabilities of the response tokens, zeros outside the mask.
+
+        They are of the whole distribution (`Sampling.unfiltered`).
+        """
         read = chosen_reader(batch.response_BR, self.sampling.unfiltered)
-        found, _ = self.network(batch.tokens_BT, predict_BR=batch.predict_BR, read=read)
-        logprobs: Tensor = found[..., 0]
-        return logprobs.masked_fill(~batch.response_mask_BR, 0.0)
+        columns, _ = self.network(batch.tokens_BT, predict_BR=batch.predict_BR, read=read)
+        logprobs_BR: Tensor = columns[..., 0]
+        return logprobs_BR.masked_fill(~batch.response_mask_BR, 0.0)
 
 
 def read_last(values_BT: Tensor, batch: SequenceBatch) -> Tensor:
-    """The value at each sequence's last response token, ``[B]``."""
+    """Read the value at each sequence's last response token, ``[B]``."""
     return values_BT.gather(1, batch.last_B[:, None]).squeeze(1)
 
 

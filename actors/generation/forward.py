@@ -1,4 +1,4 @@
-"""What one call of the decoder computes, and what both implementations of its forward share."""
+"""What one step of the cached forward computes, and the interface of its implementations."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from common.config.model import ModelConfig
 from common.logprobs import Sampling
-from common.models.rotary import rotary
+from common.models.decoder import Decoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +27,8 @@ class Chunk:
 class Copy:
     """A prefix that slots share with another: its keys and values are copied, not computed.
 
-    Copies are made in order, after the step's own keys and values are written."""
+    Copies are made in order, after the step's own keys and values are written.
+    """
 
     source: int
     targets: Sequence[int]
@@ -41,8 +40,8 @@ class Step:
     """Flat rows: the newest token of slots 0 .. used - 1, then the tokens of the chunks."""
 
     rows: np.ndarray
-    """int64 ``[4, N]``, contiguous: tokens, slots, positions, and adapters as `Delta.owners`, which
-    a row's slot decides."""
+    """int64 ``[4, N]``, contiguous: tokens, slots, positions, and indices of adapters, one for all
+    rows of a slot."""
     used: int
     chunks: Sequence[Chunk]
     copies: Sequence[Copy]
@@ -55,8 +54,15 @@ def lay_out(
     copies: Sequence[Copy],
     adapters: Sequence[int] | np.ndarray | int,
 ) -> Step:
-    """The rows of a step; `newest`, `positions` and `adapters`, where it is not one for all, have
-    one entry per slot in use."""
+    """Lay out the rows of a step.
+
+    Args:
+        newest: tokens, one per slot in use.
+        positions: likewise.
+        chunks: earlier tokens of prompts.
+        copies: prefixes to copy.
+        adapters: indices, one per slot in use or one for all.
+    """
     sizes = [len(chunk.tokens) for chunk in chunks]
     rows = np.empty((4, len(newest) + sum(sizes)), dtype=np.int64)
     end = len(newest)
@@ -74,52 +80,23 @@ def lay_out(
     return Step(rows=rows, used=len(newest), chunks=chunks, copies=copies)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delta:
-    """What adapters add to a product: ``B (own * (A x))``, all of them side by side, where `own` is
-    1 in the directions of the row's own adapter and 0 in all others. Rows of one batch need not be
-    sorted by their adapters, and the cost grows with the ranks R of all together."""
-
-    A: Tensor
-    """``[R, in]``."""
-    B: Tensor
-    """``[out, R]``, times the adapters' scales."""
-    owners: Tensor
-    """int64 ``[R]``: whose direction it is, by index in `Decoder.adapters`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Product:
-    """Weights in the precision of the products, and adapters that are not merged into them."""
-
-    weight: Tensor
-    """``[out, in]``."""
-    delta: Delta | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layer:
-    """One block's weights."""
-
-    norm: Tensor
-    """fp32 ``[D]``."""
-    inward: Product
-    """Of ``[q + k + v + up + gate, D]``."""
-    attn_out: Product
-    """Of ``[D, H K]``."""
-    ff_out: Product
-    """Of ``[D, feed-forward]``."""
-
-
 class Forward(Protocol):
     """Weights, keys and values of all slots, and the pass over them."""
 
-    def take(self, layers: Sequence[Layer], norm: Tensor, embedding: Tensor) -> None:
-        """Run with these weights from now on; `norm` is the last LayerNorm's, ``[D]`` fp32, with
-        the scale of the logits in it, and `embedding` ``[V, D]``."""
+    def take(self, decoder: Decoder, adapters: Sequence[str]) -> None:
+        """Run with the weights that a decoder has now.
+
+        Args:
+            decoder: of the shape that this was made for.
+            adapters: what rows can run with, in the order of their indices; a single one is
+                merged into the weights.
+
+        Raises:
+            TrainingError: an adapter is not finite.
+        """
 
     def run(self, step: Step) -> Tensor:
-        """Logits ``[S, V]`` after the newest token of each slot, good until the next call."""
+        """Logits ``[S, V]`` after the newest token of each slot, valid until the next call."""
 
     def move(self, source: int, target: int, positions: int) -> None:
         """Give a slot another slot's keys and values."""
@@ -127,12 +104,8 @@ class Forward(Protocol):
     def draw(
         self, logits: Tensor, sampling: Sampling, uniforms: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As `common.logprobs.draw`, for logits ``[B, V]`` without a filter: int64 tokens and
-        float32 log-probabilities ``[B]`` from float64 uniforms."""
+        """Draw as `common.logprobs.draw`, from logits ``[B, V]`` without a filter.
 
-
-def rope_tables(config: ModelConfig, device: torch.device | None = None) -> tuple[Tensor, ...]:
-    """``(cos_q, sin_q, cos_k, sin_k)``, fp32 ``[context, K / 2]`` of every position."""
-    positions = torch.arange(config.context, device=device)
-    tables = rotary(positions, config.head_dim, xpos=config.xpos, centre=config.context // 2)
-    return tuple(table[:, : config.head_dim // 2].contiguous() for table in tables)
+        Returns:
+            int64 tokens and float32 log-probabilities ``[B]``, from float64 uniforms.
+        """

@@ -1,4 +1,4 @@
-"""The requests that the engine has in work, side by side in columns."""
+"""The requests that are being sampled, side by side in columns."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ class Waiting:
     uniforms: np.ndarray
     """float64 ``[limit or more]``, one for each token that may be drawn."""
     adapter: int
-    """Index in `Decoder.adapters`."""
+    """Index in `CachedDecoder.adapters`."""
 
 
 class Slots:
-    """The requests in work, side by side; slots in use are 0 .. S - 1. Nothing here is done token
-    by token in Python: that would take longer than the attention. Operations on all slots are few,
-    because the forward leaves nothing of Python in the processor's caches: each costs many times
-    what it does in a loop of its own."""
+    """The requests that are being sampled; slots in use are 0 .. S - 1.
+
+    Nothing here is done token by token in Python, which would take longer than the attention.
+    Operations on all slots are few, because the forward leaves nothing of Python in the processor's
+    caches, so that each costs many times what it does in a loop of its own.
+    """
 
     def __init__(self, slots: int, context: int, *, filters: bool = False) -> None:
-        """`filters`: tokens are drawn from less than the whole distribution."""
+        """With `filters`, tokens are drawn from less than the whole distribution."""
         self.requests: list[RolloutRequest] = []
         # [slots, context]. All but the first are one memory with the flat views below: filled,
         # never replaced.
@@ -52,7 +54,7 @@ class Slots:
         self.limits = np.zeros(slots, dtype=np.int64)
         """Longest response."""
         self.adapters = np.zeros(slots, dtype=np.int64)
-        """Index in `Decoder.adapters`."""
+        """Index in `CachedDecoder.adapters`."""
         self.newest = np.zeros(slots, dtype=np.int64)
         """The token that the step in planning computes from."""
         self._first = np.arange(slots) * context
@@ -68,7 +70,7 @@ class Slots:
         return len(self.requests)
 
     def add(self, waiting: Waiting) -> int:
-        """Take a request in; its slot."""
+        """Give a request a slot, and return which."""
         slot, prompt = len(self), waiting.request.prompt_ids
         self.requests.append(waiting.request)
         self.prompts[slot, : len(prompt)] = prompt
@@ -79,7 +81,7 @@ class Slots:
         return slot
 
     def remove(self, slot: int) -> bool:
-        """Empty a slot; True when the last one in use has moved into it."""
+        """Empty a slot; return whether the last one in use has moved into it."""
         last = len(self) - 1
         request = self.requests.pop()
         if slot == last:
@@ -93,13 +95,15 @@ class Slots:
         return True
 
     def cells(self, slots: np.ndarray | slice) -> np.ndarray:
-        """int64, one for each of these slots: where in all of `tokens`, `logprobs` and `uniforms`,
-        laid flat, its next token belongs."""
+        """Where the next token of each of these slots belongs, int64.
+
+        The places are those of `tokens`, `logprobs` and `uniforms` as flat arrays.
+        """
         cells: np.ndarray = self._first[slots] + self.counts[slots]
         return cells
 
     def uniforms_at(self, cells: np.ndarray) -> np.ndarray:
-        """float64, one for each cell."""
+        """Uniforms of these cells, float64."""
         return self._uniforms.take(cells)
 
     def record(
@@ -110,7 +114,7 @@ class Slots:
         logprobs: np.ndarray,
         unfiltered: np.ndarray | None,
     ) -> None:
-        """The next token of slots, and its log-probability."""
+        """Store the next token of slots, and its log-probability."""
         self._tokens[cells] = tokens
         self._logprobs[cells] = logprobs
         if unfiltered is not None:

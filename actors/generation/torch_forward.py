@@ -1,4 +1,12 @@
-"""The forward in PyTorch: on GPUs, and where there is no C compiler."""
+"""The forward in PyTorch, for any decoder on any device.
+
+It runs the decoder's own blocks. Only their attention is another one: keys and values go into a
+cache, and queries attend to that.
+
+Shape suffixes: N flat tokens, S slots in use, P prompt chunks, C tokens of the longest chunk,
+L positions that can be attended to, H query heads, G key and value heads, K head width,
+V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +18,94 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from actors.generation.forward import Chunk, Layer, Product, Step, rope_tables
-from common.config.model import ModelConfig
+from actors.generation.forward import Chunk, Step
 from common.logprobs import Sampling, draw, sampling_logits
+from common.models.decoder import Decoder, over_heads
+from common.models.inference import inference_copy
 
 
-@dataclass(frozen=True, slots=True)
-class _Places:
-    """Where in the cache the rows of a step belong, on its device."""
+class TorchForward:
+    """Weights, keys and values of all slots, on any device."""
 
-    slots: Tensor
-    """int64 ``[N]``."""
-    positions: Tensor
-    """int64 ``[N]``."""
+    def __init__(self, decoder: Decoder, slots: int) -> None:
+        """Products and cache in the dtype of `decoder`'s parameters."""
+        sizes, weight = decoder.sizes, next(decoder.parameters())
+        shape = (sizes.layers, slots, sizes.kv_heads, sizes.context, sizes.head_dim)
+        self._keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self._values = torch.zeros_like(self._keys)
+        self._decoder = decoder
+
+    def take(self, decoder: Decoder, adapters: Sequence[str]) -> None:
+        """Run with the weights that a decoder has now."""
+        self._decoder = inference_copy(decoder, adapters)
+
+    @torch.no_grad()
+    def run(self, step: Step) -> Tensor:
+        """fp32 logits ``[S, V]`` after the newest token of each slot."""
+        tokens_N, slots_N, positions_N, adapters_N = torch.from_numpy(step.rows).to(
+            self._keys.device
+        )
+        attention = _CachedAttention(
+            self._keys, self._values, slots_N, positions_N, step, self._decoder.sizes.heads
+        )
+        hidden = self._decoder.states(tokens_N, positions_N, attention, adapters_N)
+        return self._decoder.logits(hidden[: step.used])
+
+    def move(self, source: int, target: int, positions: int) -> None:
+        """Give a slot another slot's keys and values."""
+        for cache in (self._keys, self._values):
+            cache[:, target, :, :positions] = cache[:, source, :, :positions]
+
+    def draw(
+        self, logits: Tensor, sampling: Sampling, uniforms: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Draw as `common.logprobs.draw`, from logits ``[B, V]`` without a filter."""
+        uniforms_B = torch.from_numpy(uniforms).to(logits.device)
+        tokens, logprobs = draw(sampling_logits(logits, sampling), uniforms_B)
+        return tokens.cpu().numpy(), logprobs.cpu().numpy()
 
 
-@dataclass(frozen=True, slots=True)
-class _Reach:
-    """What the rows of a step may attend to."""
+class _CachedAttention:
+    """`Attention` of one step: keys and values are stored, and queries attend to what is stored."""
 
-    bias: Tensor
-    """``[S, H, reach]`` of the newest tokens: 0, or -inf where a slot has no position yet."""
-    prefill: _Prefill | None
-    """Of the chunks, where there are any."""
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        slots_N: Tensor,
+        positions_N: Tensor,
+        step: Step,
+        heads: int,
+    ) -> None:
+        """`keys` and `values` are the cache ``[layers, slots, G, context, K]``."""
+        self._caches = keys, values
+        self._slots_N, self._positions_N = slots_N, positions_N
+        self._used, self._copies = step.used, step.copies
+        self._bias = _bias(positions_N[: step.used], keys.shape[2], heads, keys.dtype)
+        self._prefill = _prefill(step.chunks, keys.device) if step.chunks else None
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Queries ``[N, H, K]``, keys and values ``[N, G, K]`` to mixed values ``[N, H, K]``."""
+        keys, values = (cache[layer] for cache in self._caches)
+        for cache, new in ((keys, k), (values, v)):
+            cache[self._slots_N, :, self._positions_N] = new
+            for copy in self._copies:
+                source = cache[copy.source, :, : copy.positions]
+                cache[copy.targets, :, : copy.positions] = source
+        mixed = self._attend_newest(q[: self._used], keys, values)
+        if self._prefill is None:
+            return mixed
+        return torch.cat((mixed, _attend_prompts(q[self._used :], keys, values, self._prefill)))
+
+    def _attend_newest(self, q_SHK: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attend from one token of each slot: a product per head of keys, nothing expanded."""
+        heads, used, reach = q_SHK.shape[1], self._used, self._bias.shape[-1]
+        q = q_SHK.unflatten(1, (keys.shape[1], -1)).flatten(0, 1)
+        near, kept = (t[:used, :, :reach].flatten(0, 1) for t in (keys, values))
+        scale = q.shape[-1] ** -0.5
+        scores = torch.baddbmm(self._bias, q, near.transpose(1, 2), alpha=scale)
+        weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
+        return torch.bmm(weights, kept).view(used, heads, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,146 +113,33 @@ class _Prefill:
     """Where the queries of prompt chunks stand, and what they may attend to."""
 
     rows: Tensor
-    """int64 ``[N - S]``, row of the padded queries."""
+    """int64 ``[N - S]``, chunk of each query."""
     columns: Tensor
+    """int64 ``[N - S]``, its place in the chunk."""
     slots: Tensor
     """int64 ``[P]``."""
     mask: Tensor
-    """bool ``[P, 1, C, reach]``."""
+    """bool ``[P, 1, C, L]``."""
 
 
-class TorchForward:
-    """Weights, keys and values of all slots, on any device."""
-
-    def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, slots: int, device: torch.device
-    ) -> None:
-        """Products and cache in `dtype`."""
-        self._config = config
-        self._dtype = dtype
-        shape = (config.layers, slots, config.context, config.head_dim)
-        self._keys = torch.zeros(shape, dtype=dtype, device=device)
-        self._values = torch.zeros(shape, dtype=dtype, device=device)
-        tables = rope_tables(config, device)
-        self._cos_q, self._sin_q, self._cos_k, self._sin_k = tables
-        self._inner = config.heads * config.head_dim
-        self._kv = slice(self._inner, self._inner + 2 * config.head_dim)
-        """Rows of the input projection that make keys and values."""
-        self._layers: Sequence[Layer] = ()
-        self._norm: Tensor
-        self._embedding: Tensor
-
-    def take(self, layers: Sequence[Layer], norm: Tensor, embedding: Tensor) -> None:
-        """Run with these weights from now on."""
-        self._layers, self._norm, self._embedding = layers, norm, embedding
-
-    @torch.no_grad()
-    def run(self, step: Step) -> Tensor:
-        """Logits ``[S, V]``, in the dtype of the products, after the newest token of each slot."""
-        device = self._keys.device
-        tokens, slots, positions, adapters = torch.from_numpy(step.rows).to(device)
-        at = _Places(slots, positions)
-        seen = _reach(step, positions, self._config.heads, self._dtype)
-        x = F.embedding(tokens, self._embedding).float()
-        for index, layer in enumerate(self._layers):
-            normed = self._normed(x, layer.norm)
-            if index == len(self._layers) - 1 and step.used < len(x):
-                # Of a prompt's earlier tokens the last layer owes later ones its keys and values,
-                # and nothing else.
-                kv = _product(layer.inward, normed[step.used :], adapters[step.used :], self._kv)
-                self._write(index, kv, at, slice(step.used, None))
-                x, normed, adapters = x[: step.used], normed[: step.used], adapters[: step.used]
-            fused = _product(layer.inward, normed, adapters)
-            mixed = self._attend(index, fused, step, at, seen)
-            up, gate = fused[:, self._kv.stop :].chunk(2, dim=-1)
-            x = x + _product(layer.attn_out, mixed, adapters)
-            x = x + _product(layer.ff_out, F.silu(gate) * up, adapters)
-        return F.linear(self._normed(x, self._norm), self._embedding)
-
-    def move(self, source: int, target: int, positions: int) -> None:
-        """Give a slot another slot's keys and values."""
-        self._keys[:, target, :positions] = self._keys[:, source, :positions]
-        self._values[:, target, :positions] = self._values[:, source, :positions]
-
-    def draw(
-        self, logits: Tensor, sampling: Sampling, uniforms: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """As `common.logprobs.draw`, for logits ``[B, V]`` without a filter."""
-        uniforms_B = torch.from_numpy(uniforms).to(logits.device)
-        tokens, logprobs = draw(sampling_logits(logits, sampling), uniforms_B)
-        return tokens.cpu().numpy(), logprobs.cpu().numpy()
-
-    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.layer_norm(x, (x.shape[-1],), weight).to(self._dtype)
-
-    def _write(self, layer: int, kv: Tensor, places: _Places, rows: slice) -> None:
-        """Rotate keys and write them and values to the cache, ``[n, 2 K]``."""
-        slots, at = places.slots[rows], places.positions[rows]
-        k, v = kv.chunk(2, dim=-1)
-        self._keys[layer][slots, at] = _rotate(k, self._cos_k[at], self._sin_k[at])
-        self._values[layer][slots, at] = v
-
-    def _attend(
-        self, layer: int, fused: Tensor, step: Step, places: _Places, seen: _Reach
-    ) -> Tensor:
-        """Write the cache, copy shared prefixes, attend: ``[n, q + k + v + ...]`` of the first n
-        rows to ``[n, H K]``."""
-        heads, width, rows = self._config.heads, self._config.head_dim, len(fused)
-        keys, values = self._keys[layer], self._values[layer]
-        at = places.positions[:rows]
-        q = fused[:, : self._inner].view(rows, heads, width)
-        q = _rotate(q, self._cos_q[at][:, None], self._sin_q[at][:, None])
-        self._write(layer, fused[:, self._kv], places, slice(rows))
-        for copy in step.copies:
-            keys[copy.targets, : copy.positions] = keys[copy.source, : copy.positions]
-            values[copy.targets, : copy.positions] = values[copy.source, : copy.positions]
-        reach = seen.bias.shape[-1]
-        near, kept = keys[: step.used, :reach], values[: step.used, :reach]
-        # One key and value head: [S, H, K] x [S, K, reach] in one product, nothing expanded.
-        scores = torch.baddbmm(seen.bias, q[: step.used], near.transpose(1, 2), alpha=width**-0.5)
-        weights = torch.softmax(scores, -1, dtype=torch.float32).to(self._dtype)
-        mixed = torch.bmm(weights, kept)
-        if seen.prefill is not None and rows > step.used:
-            prompts = self._attend_prompts(q[step.used :], keys, values, seen.prefill)
-            mixed = torch.cat((mixed, prompts))
-        return mixed.flatten(1)
-
-    def _attend_prompts(self, q: Tensor, keys: Tensor, values: Tensor, prefill: _Prefill) -> Tensor:
-        """Attention ``[N - S, H, K]`` of prompt tokens, padded per prompt."""
-        count, _, longest, reach = prefill.mask.shape
-        padded = q.new_zeros(count, longest, *q.shape[1:])
-        padded[prefill.rows, prefill.columns] = q
-        seen = (t[prefill.slots, :reach].unsqueeze(1) for t in (keys, values))
-        k, v = (t.expand(-1, self._config.heads, -1, -1) for t in seen)
-        out = F.scaled_dot_product_attention(padded.transpose(1, 2), k, v, attn_mask=prefill.mask)
-        return out.transpose(1, 2)[prefill.rows, prefill.columns]
+def _attend_prompts(q: Tensor, keys: Tensor, values: Tensor, prefill: _Prefill) -> Tensor:
+    """Attention ``[N - S, H, K]`` of prompt tokens, padded per prompt."""
+    count, _, longest, reach = prefill.mask.shape
+    heads = q.shape[1]
+    padded = q.new_zeros(count, longest, *q.shape[1:])
+    padded[prefill.rows, prefill.columns] = q
+    k, v = (over_heads(t[prefill.slots, :, :reach], heads) for t in (keys, values))
+    out = F.scaled_dot_product_attention(padded.transpose(1, 2), k, v, attn_mask=prefill.mask)
+    return out.transpose(1, 2)[prefill.rows, prefill.columns]
 
 
-def _product(product: Product, x: Tensor, adapters: Tensor, rows: slice = slice(None)) -> Tensor:
-    """Some rows of a product ``[n, in] -> [n, out]``, and what each x's adapter adds."""
-    y = F.linear(x, product.weight[rows])
-    delta = product.delta
-    if delta is None:
-        return y
-    inner = F.linear(x, delta.A).masked_fill_(delta.owners != adapters[:, None], 0)
-    return y.addmm_(inner, delta.B[rows].T)
-
-
-def _reach(step: Step, positions: Tensor, heads: int, dtype: torch.dtype) -> _Reach:
-    newest = positions[: step.used]
-    reach = int(newest.max()) + 1
-    hidden = torch.arange(reach, device=newest.device) > newest[:, None]
-    bias = torch.zeros(hidden.shape, dtype=dtype, device=newest.device)
-    bias = bias.masked_fill_(hidden, float("-inf"))
-    prefill = _prefill(step.chunks, newest.device) if step.chunks else None
-    return _Reach(bias[:, None].expand(-1, heads, -1), prefill)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + K/2) of the last axis; tables ``[..., K / 2]``."""
-    left, right = x.float().chunk(2, dim=-1)
-    turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
-    return turned.to(x.dtype)
+def _bias(positions_S: Tensor, kv_heads: int, heads: int, dtype: torch.dtype) -> Tensor:
+    """``[S G, H / G, L]`` of the newest tokens: 0, or -inf where a slot has no position yet."""
+    reach = int(positions_S.max()) + 1
+    absent = torch.arange(reach, device=positions_S.device) > positions_S[:, None]
+    bias = torch.zeros(absent.shape, dtype=dtype, device=positions_S.device)
+    bias = bias.masked_fill_(absent, float("-inf"))[:, None, None]
+    return bias.expand(-1, kv_heads, heads // kv_heads, -1).flatten(0, 1)
 
 
 def _prefill(chunks: Sequence[Chunk], device: torch.device) -> _Prefill:

@@ -74,8 +74,9 @@ def adapter_of(state: Mapping[str, Tensor], name: str, settings: LoraConfig, bas
 def export_merged(
     adapter: Adapter, state: Mapping[str, Tensor], base: Path, folder: Path, model: ModelConfig
 ) -> None:
-    """Write a policy as plain weights, ``policy.safetensors``, and its adapter in PEFT's layout,
-    ``adapter/``.
+    """Write a policy twice: as plain weights, and its adapter in PEFT's layout.
+
+    The files are ``policy.safetensors`` and ``adapter/``.
 
     Args:
         adapter: what was trained.
@@ -105,8 +106,10 @@ def export_merged(
 def load_scalar(network: ScalarNetwork, path: Path, base: Decoder, name: str) -> LoraConfig | None:
     """Load a reward model: whole weights, or an adapter on a base that is then shared.
 
-    Returns the adapter's settings, or None for whole weights. The adapter is put under `name`, and
-    the network runs with it.
+    The adapter is put under `name`, and the network runs with it.
+
+    Returns:
+        The adapter's settings, or None for whole weights.
 
     Raises:
         CheckpointError: missing, torn, of another architecture, or trained on another base.

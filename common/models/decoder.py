@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.models.embedding import Reader
-from common.models.lora import OFF, Selection, require_adapters
+from common.models.lora import OFF, RowSelection, Selection, require_adapters
 
 DECODER = "palm"
 """Name of the decoder among a network's modules: the first part of its tensors' names in weights,
@@ -67,7 +67,7 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def states(
-        self, tokens: Tensor, positions: Tensor, attention: Attention, adapter: Selection
+        self, tokens: Tensor, positions: Tensor, attention: Attention, adapter: RowSelection
     ) -> Tensor:
         """Final normalised states ``[..., D]``, fp32 at least.
 
@@ -133,7 +133,8 @@ def causal_attention(segments_BT: Tensor | None = None) -> Attention:
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dtype, heads = q.dtype, q.shape[-2]
-        q, k, v = q.transpose(1, 2), over_heads(k, heads), over_heads(v, heads)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        k, v = over_heads(k, heads), over_heads(v, heads)
         if q.device.type == "cpu":
             # The backward of attention in bf16 takes three times as long there as in fp32.
             q, k, v = q.float(), k.float(), v.float()
@@ -143,8 +144,7 @@ def causal_attention(segments_BT: Tensor | None = None) -> Attention:
     return attend
 
 
-def over_heads(kv_BTGK: Tensor, heads: int) -> Tensor:
-    """Keys or values ``[B, H, T, K]`` for every query head; a single head is not copied."""
-    groups = kv_BTGK.shape[-2]
-    per_group = kv_BTGK.transpose(1, 2).unsqueeze(2).expand(-1, -1, heads // groups, -1, -1)
-    return per_group.flatten(1, 2)
+def over_heads(kv_BGTK: Tensor, heads: int) -> Tensor:
+    """Keys or values ``[B, H, T, K]`` of every query head; a single head is not copied."""
+    groups = kv_BGTK.shape[1]
+    return kv_BGTK.unsqueeze(2).expand(-1, -1, heads // groups, -1, -1).flatten(1, 2)

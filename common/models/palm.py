@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from common.config.model import ModelConfig
 from common.models.decoder import Attention, Decoder, Sizes
 from common.models.embedding import Reader, TiedEmbedding
-from common.models.lora import Adapted, Selection
+from common.models.lora import Adapted, RowSelection
 from common.models.precision import wide
 from common.models.rotary import rotary, rotate
 
@@ -61,7 +61,7 @@ class Block(nn.Module):
         x: Tensor,
         rope: tuple[Tensor, ...],
         attend: Callable[[Tensor, Tensor, Tensor], Tensor],
-        adapter: Selection,
+        adapter: RowSelection,
     ) -> Tensor:
         """``[..., D] -> [..., D]``.
 
@@ -122,7 +122,7 @@ class PaLM(Decoder):
                 parameter.copy_(noise)
 
     def states(
-        self, tokens: Tensor, positions: Tensor, attention: Attention, adapter: Selection
+        self, tokens: Tensor, positions: Tensor, attention: Attention, adapter: RowSelection
     ) -> Tensor:
         """Final normalised states, as `Decoder.states`."""
         rope = rotary(

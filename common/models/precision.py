@@ -15,16 +15,16 @@ from torch import Tensor
 
 
 def wide(x: Tensor) -> Tensor:
-    """A tensor in fp32 at least."""
+    """Return a tensor in fp32 at least."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T`` in the dtype of x: ``[..., in] -> [..., out]``, weight ``[out, in]``."""
+    """Multiply ``x @ weight.T`` in the dtype of x: ``[..., in] -> [..., out]``."""
     if x.dtype == weight.dtype:
         return F.linear(x, weight)
-    found: Tensor = _Product.apply(x, weight)  # type: ignore[no-untyped-call]
-    return found
+    y: Tensor = _Product.apply(x, weight)  # type: ignore[no-untyped-call]
+    return y
 
 
 class _Product(torch.autograd.Function):

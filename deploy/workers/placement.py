@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ray._private.state import actors as ray_actors
 from ray._private.state import state
 from ray.autoscaler.sdk import request_resources
 
-from actors.rollout_actor import AdapterOnWire
+from actors.generation.decoder_generator import AdapterOnWire, DecoderGenerator
 from common.config.run import RunConfig
 from common.config.workers import threads_of
 from common.data.tokenizer import Tokenizer
@@ -39,20 +40,14 @@ def rollout_pool(
     """
     settings, lora = config.rollout, config.train.lora
     adapted = AdapterOnWire(name=config.train.adapter, lora=lora, base=str(base)) if lora else None
+    build = partial(DecoderGenerator, config.model, str(tokenizer), settings, adapted)
     options = _options(settings.cpus_per_actor, settings.gpus_per_actor, settings.labels)
 
     def make(name: str) -> Handle:
         return (
             ray.remote(RolloutActor)
             .options(name=f"{run}:{name}", **options)
-            .remote(
-                name,
-                config.model,
-                str(tokenizer),
-                settings,
-                threads_of(settings.threads, settings.cpus_per_actor),
-                adapted,
-            )
+            .remote(name, build, threads_of(settings.threads, settings.cpus_per_actor))
         )
 
     return _pool("rollout", make, settings.actors_at_start if start else 0, config, options)

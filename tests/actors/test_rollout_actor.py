@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
+from actors.generation.decoder_generator import DecoderGenerator
 from actors.rollout_actor import RolloutActor
 from common.config.run import RunConfig
 from common.data.prompts import EncodedPrompt, evaluation_requests
@@ -14,7 +17,8 @@ from common.wire.weights import manifest_of
 
 def actor(config: RunConfig) -> RolloutActor:
     tokenizer = str(config.run_dir / "tokenizer.json")
-    return RolloutActor("rollout-0", config.model, tokenizer, config.rollout, 1)
+    build = partial(DecoderGenerator, config.model, tokenizer, config.rollout)
+    return RolloutActor("rollout-0", build, 1)
 
 
 def lease() -> list[RolloutRequest]:

@@ -90,17 +90,17 @@ def corrupted_slice(campaign: Campaign, rng: random.Random) -> None:
 
 
 def _flip(actor: Any, place: int) -> None:
-    load = actor.buffer.load
+    load = actor.generator.buffer.load
 
     def flipped(manifest: Any, payloads: Any) -> str:
-        actor.buffer.load = load
+        actor.generator.buffer.load = load
         damaged = [part.copy() for part in payloads[0]]
         whole = max(range(len(damaged)), key=lambda i: damaged[i].nbytes)
         damaged[whole][place % damaged[whole].nbytes] ^= 1
         found: str = load(manifest, [damaged, *payloads[1:]])
         return found
 
-    actor.buffer.load = flipped
+    actor.generator.buffer.load = flipped
 
 
 def corrupted_checkpoint(campaign: Campaign, rng: random.Random) -> None:

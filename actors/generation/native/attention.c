@@ -4,7 +4,7 @@
  * positions, all 16 for one dimension (one pair of dimensions, where there is an instruction for
  * pairs) after another; values position by position (in pairs of positions).
  */
-#include "crew.c"
+#include "thread_pool.c"
 
 #if defined(DOT) && HEAD_DIM % 16 == 0
 #define PAIRS
@@ -68,8 +68,8 @@ static inline void store_row(const model *m, const layer *at, const real *kv, in
 /* The same for all rows, kv [rows, stride]. */
 static void store(worker *me, const model *m, const layer *at, const real *kv, int64_t stride,
                   int64_t rows, const int64_t *slots, const int64_t *positions) {
-    way through = enter(me);
-    for (task t; next_task(&through, rows, SOME_ROWS, 1, &t);)
+    cursor tasks = begin_phase(me);
+    for (task t; next_task(&tasks, rows, SOME_ROWS, 1, &t);)
         for (int64_t row = t.begin; row < t.end; row++)
             store_row(m, at, kv + row * stride, slots[row], positions[row]);
 }
@@ -182,8 +182,8 @@ static inline void mix(const real *weights, const real *values, int64_t length, 
             for (int g = 0; g < HEADS_AT_ONCE; g++)
 #pragma GCC unroll 4
                 for (int j = 0; j < WIDTH / 16; j++) {
-                    __m512 made = _mm512_mul_ps(sum[g][j], _mm512_set1_ps(scale[h + g]));
-                    __m256i bits = (__m256i)_mm512_cvtneps_pbh(made);
+                    __m512 mixed = _mm512_mul_ps(sum[g][j], _mm512_set1_ps(scale[h + g]));
+                    __m256i bits = (__m256i)_mm512_cvtneps_pbh(mixed);
                     memcpy(out + (h + g) * HEAD_DIM + i + 16 * j, &bits, sizeof bits);
                 }
         }
@@ -191,7 +191,8 @@ static inline void mix(const real *weights, const real *values, int64_t length, 
 
 /* weights [reach] = exp(scores - the largest), zero from `length` on; the inverse of their sum, as
  * they are used: rounded. */
-static inline float soften(const float *scores, int64_t length, int64_t reach, real *weights) {
+static inline float softmax_weights(const float *scores, int64_t length, int64_t reach,
+                                    real *weights) {
     int64_t whole = length / 16 * 16;
     __mmask16 rest = (__mmask16)((1u << (length - whole)) - 1);
     __m512 low = _mm512_set1_ps(-FLT_MAX), top = low, total = _mm512_setzero_ps();
@@ -241,7 +242,7 @@ static inline void mix(const real *weights, const real *values, int64_t length, 
             out[h * HEAD_DIM + i] = narrow(mixed[h * HEAD_DIM + i] * scale[h]);
 }
 
-static inline float soften(float *scores, int64_t length, int64_t reach, real *weights) {
+static inline float softmax_weights(float *scores, int64_t length, int64_t reach, real *weights) {
     float top = -FLT_MAX, total = 0.0f;
     for (int64_t t = length; t < reach; t++) scores[t] = -FLT_MAX;
 #pragma omp simd reduction(max : top)
@@ -273,7 +274,7 @@ static void attend_row(const model *m, const real *row, const real *keys, const 
 #endif
     score(q, keys, reach, keys + ahead, scores);
     for (int h = 0; h < HEADS; h++)
-        inverse[h] = soften(scores + h * reach, length, reach, weights + h * reach);
+        inverse[h] = softmax_weights(scores + h * reach, length, reach, weights + h * reach);
     mix(weights, values, length, reach, values + ahead, inverse, out);
 }
 
@@ -283,8 +284,8 @@ static void attend(worker *me, const model *m, const layer *at, const step *s, i
                    const real *fused, int64_t stride, int64_t kv, int storing, real *out,
                    int64_t out_stride) {
     int64_t each = m->context * HEAD_DIM; /* of a slot */
-    way through = enter(me);
-    for (task t; next_task(&through, rows, ATTEND_ROWS, 1, &t);)
+    cursor tasks = begin_phase(me);
+    for (task t; next_task(&tasks, rows, ATTEND_ROWS, 1, &t);)
         for (int64_t row = t.begin; row < t.end; row++) {
             const real *asked = fused + row * stride;
             int64_t slot = s->slots[row], position = s->positions[row];

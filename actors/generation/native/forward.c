@@ -1,4 +1,4 @@
-/* One step of all slots: the whole forward in one call, so that nothing waits for Python. */
+/* One step of all slots: the whole forward in one call, so that no thread waits for Python. */
 #include "attention.c"
 #include "products.c"
 #include "rows.c"
@@ -24,58 +24,57 @@ void forward(const model *m, const step *s, const scratch *room, float *logits, 
     double since = omp_get_wtime();
 #pragma omp parallel
     {
-        worker me = join(groups, counters);
+        worker me = join_pool(groups, counters);
         int64_t rows = s->rows;
         embed(&me, m->embedding, s->tokens, rows, m->dim, room->x);
-        leave(&time->norms, &since);
+        end_phase(&time->norms, &since);
         for (int64_t index = 0; index < m->layers; index++) {
             const layer *at = m->layer + index;
             layer_norm(&me, room->x, at->norm, rows, m->dim, room->normed, m->dim_stride);
-            leave(&time->norms, &since);
+            end_phase(&time->norms, &since);
             if (index == m->layers - 1 && s->used < rows) {
-                /* Of a prompt's earlier tokens the last layer owes later ones its keys and values,
-                 * and nothing else. */
+                /* Of a prompt's earlier tokens the last layer needs only keys and values. */
                 const real *early = room->normed + s->used * m->dim_stride;
                 int64_t count = rows - s->used;
-                real *made = room->fused + s->used * fused + kv;
-                part only = {at->keyvalue, REAL, made, fused, fused - kv};
+                real *kept = room->fused + s->used * fused + kv;
+                part only = {at->keyvalue, REAL, kept, fused, fused - kv};
                 product(&me, early, m->dim_stride, count, &only, 1, NULL);
-                leave(&time->inward, &since);
-                store(&me, m, at, made, fused, count, s->slots + s->used, s->positions + s->used);
-                leave(&time->attention, &since);
+                end_phase(&time->inward, &since);
+                store(&me, m, at, kept, fused, count, s->slots + s->used, s->positions + s->used);
+                end_phase(&time->attention, &since);
                 rows = s->used;
             }
-            soon next = {s->used, offset, bytes, {(char *)at->keys, (char *)at->values}};
+            prefetch next = {s->used, offset, bytes, {(char *)at->keys, (char *)at->values}};
             part inward[] = {
                 {at->query, REAL, room->fused, fused, kv},
                 {at->keyvalue, REAL, room->fused + kv, fused, fused - kv},
                 {at->forward, SWIGLU, room->both + m->inner, m->both_stride, m->ff},
             };
             product(&me, room->normed, m->dim_stride, rows, inward, 3, &next);
-            leave(&time->inward, &since);
+            end_phase(&time->inward, &since);
             /* One row of each slot, and what else it needs is in the cache: it stores its own. */
             int storing = rows == s->used && !s->copies;
             if (!storing) {
                 store(&me, m, at, room->fused + kv, fused, rows, s->slots, s->positions);
-                leave(&time->attention, &since);
+                end_phase(&time->attention, &since);
             }
             if (s->copies) {
                 if (omp_get_thread_num() == 0)
                     for (int64_t c = 0; c < s->copies; c++) /* a target may be a later source */
                         copy_slot(m, at, s->copy[3 * c], s->copy[3 * c + 1], s->copy[3 * c + 2]);
-                leave(&time->attention, &since);
+                end_phase(&time->attention, &since);
             }
             attend(&me, m, at, s, rows, room->fused, fused, kv, storing, room->both, m->both_stride);
-            leave(&time->attention, &since);
+            end_phase(&time->attention, &since);
             part outward = {at->outward, ADD, room->x, m->dim, m->dim};
             product(&me, room->both, m->both_stride, rows, &outward, 1, NULL);
-            leave(&time->outward, &since);
+            end_phase(&time->outward, &since);
         }
         layer_norm(&me, room->x, m->norm, s->used, m->dim, room->normed, m->dim_stride);
-        leave(&time->norms, &since);
+        end_phase(&time->norms, &since);
         part all = {m->logits, FLOAT, logits, m->vocabulary, m->vocabulary};
         product(&me, room->normed, m->dim_stride, s->used, &all, 1, NULL);
-        leave(&time->logits, &since);
+        end_phase(&time->logits, &since);
     }
     free(counters);
 }

@@ -1,7 +1,7 @@
-/* The decoder's forward for generation, for processors: types, and arithmetic that files share.
+/* PaLM's forward for generation on processors: types, and arithmetic that files share.
  *
- * Compiled by `actors/generation/native_forward.py` in one piece with HEADS, HEAD_DIM (and BF16) defined, so
- * that inner loops have constant length. Every row is computed alone and in one order: its result
+ * `actors/generation/native_library.py` compiles all files as one, with HEADS, HEAD_DIM (and BF16)
+ * defined, so that inner loops have constant length. Every row is computed alone and in one order: its result
  * depends neither on the batch it is in nor on the number of threads.
  *
  * `real` is the type of weights, activations between products, and the cache. All sums are fp32,

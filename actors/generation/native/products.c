@@ -5,11 +5,11 @@
  * where there is an instruction for pairs), so that the inner loop reads it front to back. Between
  * the two sides of SwiGLU a panel has 32 columns of `up` and the same 32 of `gate`.
  */
-#include "crew.c"
+#include "thread_pool.c"
 
 #define ROWS 6 /* rows of a tile: 6 x 4 vectors of sums, and the weights, fill the registers */
 #define STRETCH 32 /* of a product's inner dimension between two fetches */
-#define CHUNK 66 /* rows of a task; twice as many where there are panels enough to share out */
+#define CHUNK 66 /* rows of a task; twice as many where there are enough panels to divide */
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -22,24 +22,24 @@ typedef struct {
     int64_t apart, left;
 } place;
 
-/* What will be read after a product: for each row as many bytes at an offset, from two places. The
- * product computes while memory is idle, so each task fetches its share of its group's, a few lines
- * at a time: many would keep the weights waiting. */
+/* What is read after a product: for each row so many bytes at an offset, from two places. Memory is
+ * idle while a product computes, so each task fetches a part of that into the caches, a few lines at
+ * a time: many at once would delay the weights. */
 typedef struct {
     int64_t rows;
     const int64_t *offset, *bytes;
     const char *place[2];
-} soon;
+} prefetch;
 
-/* A task's share, and how far it is. */
+/* What one task fetches of it, and where it is. */
 typedef struct {
-    const soon *of;
+    const prefetch *of;
     int64_t row, last, byte, lines; /* the next line's row and byte; lines at a time */
     int place;
-} share;
+} prefetch_share;
 
-INLINE share shared(const soon *of, const task *t, int64_t stride) {
-    share mine = {of, 0, 0, 0, 0, 0};
+INLINE prefetch_share shared(const prefetch *of, const task *t, int64_t stride) {
+    prefetch_share mine = {of, 0, 0, 0, 0, 0};
     if (!of || t->first >= of->rows) return mine;
     int64_t rows = (t->last < of->rows ? t->last : of->rows) - t->first, lines = 0;
     int64_t times = (t->end - t->begin + ROWS - 1) / ROWS * ((stride + STRETCH - 1) / STRETCH);
@@ -50,8 +50,8 @@ INLINE share shared(const soon *of, const task *t, int64_t stride) {
     return mine;
 }
 
-INLINE void fetch(share *mine) {
-    const soon *of = mine->of;
+INLINE void fetch(prefetch_share *mine) {
+    const prefetch *of = mine->of;
     for (int64_t line = 0; line < mine->lines && mine->row < mine->last; line++) {
         __builtin_prefetch(of->place[mine->place] + of->offset[mine->row] + mine->byte, 0, 2);
         mine->byte += 64;
@@ -94,7 +94,7 @@ INLINE void end_row(const finish how, const __m512 *sum, char *to, int64_t left)
 }
 
 INLINE void tile(const int rows, const finish how, const real *a, int64_t stride, const weight *b,
-                 share *ahead, place out) {
+                 prefetch_share *ahead, place out) {
     __m512 sum[ROWS][4];
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
@@ -142,11 +142,11 @@ INLINE void end_row(const finish how, const float *sums, char *to, int64_t left)
         float *out = (float *)to;
         for (int64_t i = 0; i < left; i++) out[i] += sums[i];
     } else if (how == SWIGLU) {
-        real made[PANEL / 2];
+        real gated[PANEL / 2];
         const float *gate = sums + PANEL / 2;
         for (int i = 0; i < PANEL / 2; i++)
-            made[i] = narrow(gate[i] / (1.0f + fast_exp(-gate[i])) * sums[i]);
-        memcpy(to, made, left * sizeof(real));
+            gated[i] = narrow(gate[i] / (1.0f + fast_exp(-gate[i])) * sums[i]);
+        memcpy(to, gated, left * sizeof(real));
     } else {
         real *out = (real *)to;
         for (int64_t i = 0; i < left; i++) out[i] = narrow(sums[i]);
@@ -154,7 +154,7 @@ INLINE void end_row(const finish how, const float *sums, char *to, int64_t left)
 }
 
 INLINE void tile(const int rows, const finish how, const real *a, int64_t stride, const weight *b,
-                 share *ahead, place out) {
+                 prefetch_share *ahead, place out) {
     float sums[ROWS][PANEL];
     for (int at = 0; at < PANEL; at += LANES * VECTORS) {
         vector sum[ROWS][VECTORS];
@@ -190,7 +190,7 @@ INLINE void tile(const int rows, const finish how, const real *a, int64_t stride
 
 /* a [rows, stride] times a panel. */
 INLINE void strip(const finish how, const real *a, int64_t stride, int64_t rows,
-                  const weight *panel, share ahead, place out) {
+                  const weight *panel, prefetch_share ahead, place out) {
     for (; rows >= ROWS; rows -= ROWS) {
         tile(ROWS, how, a, stride, panel, &ahead, out);
         a += ROWS * stride, out.to += ROWS * out.apart;
@@ -212,14 +212,14 @@ typedef struct {
     int64_t stride, columns;
 } part;
 
-/* a [rows, stride] times the weights of all parts, in one phase: more tasks, better shared out. */
+/* a [rows, stride] times the weights of all parts, in one phase: more tasks divide better among threads. */
 static void product(worker *me, const real *a, int64_t stride, int64_t rows, const part *parts,
-                    int64_t count, const soon *next) {
+                    int64_t count, const prefetch *next) {
     int64_t panels = 0;
     for (int64_t i = 0; i < count; i++) panels += parts[i].weights.panels;
     int64_t size = panels >= 4 * me->threads ? 2 * CHUNK : CHUNK;
-    way through = enter(me);
-    for (task t; next_task(&through, rows, size, panels, &t);) {
+    cursor tasks = begin_phase(me);
+    for (task t; next_task(&tasks, rows, size, panels, &t);) {
         int64_t panel = t.panel;
         const part *p = parts;
         for (; panel >= p->weights.panels; p++) panel -= p->weights.panels;
@@ -230,7 +230,7 @@ static void product(worker *me, const real *a, int64_t stride, int64_t rows, con
         const weight *weights = p->weights.data + panel * stride * PANEL;
         const real *from = a + t.begin * stride;
         int64_t some = t.end - t.begin;
-        share ahead = shared(next, &t, stride);
+        prefetch_share ahead = shared(next, &t, stride);
         switch (p->how) {
         case REAL: strip(REAL, from, stride, some, weights, ahead, out); break;
         case FLOAT: strip(FLOAT, from, stride, some, weights, ahead, out); break;

@@ -1,13 +1,13 @@
 /* What is done to rows one by one: embedding, LayerNorm, drawing a token. */
-#include "crew.c"
+#include "thread_pool.c"
 
 #define BLOCK 64 /* as in common.logprobs.draw */
 
 /* x [rows, dim] = the tokens' embeddings. */
 static void embed(worker *me, const real *embedding, const int64_t *tokens, int64_t rows,
                   int64_t dim, float *x) {
-    way through = enter(me);
-    for (task t; next_task(&through, rows, SOME_ROWS, 1, &t);)
+    cursor tasks = begin_phase(me);
+    for (task t; next_task(&tasks, rows, SOME_ROWS, 1, &t);)
         for (int64_t row = t.begin; row < t.end; row++)
             for (int64_t i = 0; i < dim; i++)
                 x[row * dim + i] = wide(embedding[tokens[row] * dim + i]);
@@ -16,9 +16,9 @@ static void embed(worker *me, const real *embedding, const int64_t *tokens, int6
 /* out [rows, stride] = LayerNorm(x [rows, dim]) * weight. */
 static void layer_norm(worker *me, const float *x, const float *weight, int64_t rows, int64_t dim,
                        real *out, int64_t stride) {
-    float made[dim];
-    way through = enter(me);
-    for (task t; next_task(&through, rows, SOME_ROWS, 1, &t);)
+    float normed[dim];
+    cursor tasks = begin_phase(me);
+    for (task t; next_task(&tasks, rows, SOME_ROWS, 1, &t);)
         for (int64_t row = t.begin; row < t.end; row++) {
             const float *at = x + row * dim;
             float sum = 0.0f, squares = 0.0f;
@@ -28,8 +28,8 @@ static void layer_norm(worker *me, const float *x, const float *weight, int64_t 
 #pragma omp simd reduction(+ : squares)
             for (int64_t i = 0; i < dim; i++) squares += (at[i] - mean) * (at[i] - mean);
             float scale = 1.0f / sqrtf(squares / dim + 1e-5f);
-            for (int64_t i = 0; i < dim; i++) made[i] = (at[i] - mean) * scale * weight[i];
-            narrow_all(made, out + row * stride, dim);
+            for (int64_t i = 0; i < dim; i++) normed[i] = (at[i] - mean) * scale * weight[i];
+            narrow_all(normed, out + row * stride, dim);
         }
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,10 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.generation.decoder import CachedDecoder
-from actors.generation.engine import Generated, GenerationEngine
+from actors.generation.cached_decoder import CachedDecoder
+from actors.generation.decoder_generator import AdapterOnWire, DecoderGenerator
+from actors.generation.engine import GenerationEngine
+from actors.generation.interface import Generated
 from actors.generation.torch_forward import TorchForward
-from actors.rollout_actor import AdapterOnWire, RolloutActor
+from actors.rollout_actor import RolloutActor
 from common.batching import sequence_batch
 from common.config.model import ModelConfig
 from common.config.recipe import load_config
@@ -186,14 +189,19 @@ def test_an_adapter_that_is_not_finite_is_never_sampled_from() -> None:
 
 def actor(config: RunConfig, **rollout: Any) -> RolloutActor:
     base = str(config.run_dir / "sft" / "policy.safetensors")
-    return RolloutActor(
-        "rollout-0",
+    build = partial(
+        DecoderGenerator,
         config.model,
         str(config.run_dir / "tokenizer.json"),
         config.rollout.model_copy(update=rollout),
-        1,
         AdapterOnWire(name="policy", lora=SETTINGS["policy"], base=base),
     )
+    return RolloutActor("rollout-0", build, 1)
+
+
+def engine_in(actor: RolloutActor) -> GenerationEngine:
+    assert isinstance(actor.generator, DecoderGenerator)
+    return actor.generator.engine
 
 
 def published(config: RunConfig) -> tuple[Manifest, Payload]:
@@ -229,29 +237,28 @@ def test_an_actor_serves_base_and_adapter_in_one_lease_over_one_base(
 ) -> None:
     made, wire = actor(workspace), published(workspace)
     old, new = (sampled(made, lease(name), *wire) for name in (OFF, "policy"))
-    assert made.engine.merged == "policy", "a lease of one adapter has it merged"
+    assert engine_in(made).merged == "policy", "a lease of one adapter has it merged"
     both = sampled(made, lease(OFF, "policy"), *wire)
-    assert made.engine.merged is None
+    assert engine_in(made).merged is None
     assert responses(both, OFF) == responses(old, OFF)
     assert responses(both, "policy") == responses(new, "policy")
     assert responses(both, OFF) != responses(both, "policy")
-    running, network = made.engine.cached.implementation, made.engine.decoder
+    running, network = engine_in(made).cached.implementation, engine_in(made).decoder
     assert isinstance(running, TorchForward)
-    assert running._embedding.data_ptr() == network.embedding.weight.data_ptr()
-    for layer, block in zip(running._layers, network.blocks, strict=True):
-        for product in ("inward", "attn_out", "ff_out"):
-            module = getattr(block, product.replace("inward", "fused_in"))
-            assert getattr(layer, product).weight.data_ptr() == module.weight.data_ptr()
+    copied = dict(running._decoder.named_modules())
+    for path, module in network.named_modules():
+        if isinstance(getattr(module, "weight", None), torch.Tensor):
+            assert copied[path].weight.data_ptr() == module.weight.data_ptr(), path
     assert [row.response_ids for row in sampled(made, lease("policy"), *wire)] == responses(
         both, "policy"
     )
-    assert made.engine.merged == "policy", "and training goes on with merged weights"
+    assert engine_in(made).merged == "policy", "and training goes on with merged weights"
 
 
 def test_an_actor_that_is_told_to_merges_nothing(workspace: RunConfig) -> None:
     made, wire = actor(workspace, lora="unmerged"), published(workspace)
     rows = sampled(made, lease("policy"), *wire)
-    assert made.engine.merged is None
+    assert engine_in(made).merged is None
     merged = sampled(actor(workspace, kernels="native"), lease("policy"), *wire)
     assert [row.response_ids for row in rows] == [row.response_ids for row in merged]
 
@@ -267,8 +274,9 @@ def test_native_kernels_serve_one_adapter_at_a_time(workspace: RunConfig) -> Non
 def test_whole_weights_carry_no_adapter(workspace: RunConfig) -> None:
     tokenizer = str(Path(workspace.run_dir) / "tokenizer.json")
     rollout = workspace.rollout.model_copy(update={"lora": "unmerged"})
-    made = RolloutActor("rollout-0", workspace.model, tokenizer, rollout, 1)
-    assert made.engine.merged == OFF, "there is nothing to leave unmerged"
+    build = partial(DecoderGenerator, workspace.model, tokenizer, rollout)
+    made = RolloutActor("rollout-0", build, 1)
+    assert engine_in(made).merged == OFF, "there is nothing to leave unmerged"
     network = PaLM(workspace.model)
     network.initialise(0)
     with pytest.raises(ValueError, match="no adapter 'policy' among"):

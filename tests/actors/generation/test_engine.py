@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.generation.engine import Generated, GenerationEngine, Stops
+from actors.generation.engine import GenerationEngine
+from actors.generation.interface import Generated
+from actors.generation.stops import Stops
 from common.batching import sequence_batch
 from common.config.model import ModelConfig
 from common.data.prompts import EncodedPrompt, evaluation_requests
@@ -183,7 +185,7 @@ def test_a_long_prompt_does_not_stall_the_others() -> None:
     first = []
     for _ in range(6):
         first += made.step()
-    assert made._work.counts[:2].tolist() == [6, 0], "the long one is not through"
+    assert made._slots.counts[:2].tolist() == [6, 0], "the long one is not through"
     while not made.idle:
         first += made.step()
     assert {g.rollout_id for g in first} == {short.rollout_id, long.rollout_id}

@@ -67,7 +67,7 @@ def test_weights_that_are_lost_before_anyone_holds_them_are_published_again(
 def _lie(actor: Any) -> None:
     """Make an actor that believes it holds other weights than it was told to load."""
     actor.fingerprint = ""
-    actor.buffer.load = lambda manifest, payloads: "0" * 32
+    actor.generator.buffer.load = lambda manifest, payloads: "0" * 32
 
 
 @pytest.mark.parametrize("times", [1, 3])
@@ -104,7 +104,7 @@ def test_a_slice_that_is_corrupt_wherever_it_arrives_is_named(
 
 def _flip(actor: Any, times: int) -> None:
     """Flip a byte of what an actor receives from rank 1, so many times."""
-    load, left = actor.buffer.load, times
+    load, left = actor.generator.buffer.load, times
 
     def flipped(manifest: Any, payloads: Any) -> str:
         nonlocal left
@@ -116,7 +116,7 @@ def _flip(actor: Any, times: int) -> None:
         found: str = load(manifest, payloads)
         return found
 
-    actor.buffer.load = flipped
+    actor.generator.buffer.load = flipped
 
 
 def test_asynchronous_mode_bounds_staleness_and_trains_everything(

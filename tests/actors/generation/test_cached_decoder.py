@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.generation import native_forward
-from actors.generation.decoder import CachedDecoder, Choice, slots_within
+from actors.generation import native_library
+from actors.generation.cached_decoder import CachedDecoder, Choice, slots_within
 from actors.generation.forward import Chunk, Copy
 from common.config.model import ModelConfig
 from common.errors import ClusterError, ConfigError
@@ -145,7 +145,7 @@ def test_any_shape_and_any_number_of_threads(
 def test_narrower_processors_compute_the_same(
     narrower: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native_forward, "_FLAGS", [*native_forward._FLAGS, narrower])
+    monkeypatch.setattr(native_library, "_FLAGS", [*native_library._FLAGS, narrower])
     palm, tokens = model(dtype=dtype), shared_prefixes()
     assert_near(two_steps(palm, tokens), palm(tokens)[:, -2:].float(), dtype)
 
@@ -231,16 +231,16 @@ def test_a_compiler_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("CC", str(broken))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(ClusterError, match=r"broken-cc cannot compile.*no room"):
-        native_forward.compiled(SHAPE, torch.float32)
+        native_library.compiled(model().sizes, torch.float32)
     assert not list((tmp_path / "talipot").iterdir()), "nothing half made is left"
 
 
 def test_kernels_are_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = native_forward.compiled(SHAPE, torch.float32)
+    first = native_library.compiled(model().sizes, torch.float32)
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("compiled a second time")
 
     monkeypatch.setattr(subprocess, "run", refuse)
-    assert native_forward.compiled(SHAPE, torch.float32) == first
+    assert native_library.compiled(model().sizes, torch.float32) == first

@@ -1,9 +1,9 @@
-/* How the rows of a step are shared out among threads.
+/* The thread pool: how the rows of a step are divided among OpenMP's threads.
  *
- * Rows are cut into groups, and a thread takes tasks of its own group as long as there are any: what
- * it made of those rows is likely in its own caches. Measured: no change of the median, but slow runs
- * were less slow. A thread without work takes tasks of other groups, so that nobody waits long for
- * one that the system has stopped.
+ * Rows are divided into groups. A thread takes tasks of its own group first, because what it computed
+ * of those rows is likely in its own caches. (Measured: the median does not change, and slow runs are
+ * less slow.) A thread whose group has no tasks left takes tasks of other groups, so that no thread
+ * waits long for one that the system has stopped.
  */
 #pragma once
 #include <omp.h>
@@ -13,24 +13,24 @@
 #define GROUP_ROWS 32 /* at least: each group reads all weights */
 #define SOME_ROWS 16  /* of a task that is not a product */
 
-/* Tasks of a phase and a group that are taken, alone in a line of the caches. */
+/* Number of tasks of a phase and a group that are taken; alone in a cache line. */
 typedef struct {
     int64_t taken;
     char rest[64 - sizeof(int64_t)];
 } counter;
 
-/* A thread of the team. All pass the same phases in the same order. */
+/* A thread of the pool. All threads pass the same phases in the same order. */
 typedef struct {
     int64_t groups, home; /* its own group */
     int64_t threads;      /* of a group, about */
     counter *next;        /* [groups], of the phase to come */
 } worker;
 
-/* A thread's way through the tasks of a phase. */
+/* Where a thread is among the tasks of a phase. */
 typedef struct {
     counter *counters;
     int64_t groups, group, tried;
-} way;
+} cursor;
 
 /* Rows begin .. end - 1 and a panel; `index` of `count` tasks of the group whose rows are first ..
  * last - 1. */
@@ -44,39 +44,39 @@ static int64_t groups_of(int64_t rows) {
     return most < 1 ? 1 : most < threads ? most : threads;
 }
 
-static worker join(int64_t groups, counter *counters) {
+static worker join_pool(int64_t groups, counter *counters) {
     int64_t threads = omp_get_num_threads();
     return (worker){groups, omp_get_thread_num() * groups / threads, threads / groups, counters};
 }
 
-static inline way enter(worker *me) {
-    way through = {me->next, me->groups, me->home, 0};
+static inline cursor begin_phase(worker *me) {
+    cursor tasks = {me->next, me->groups, me->home, 0};
     me->next += me->groups;
-    return through;
+    return tasks;
 }
 
 /* The next task of a phase over `rows` rows, `size` at a time, and `panels` panels; 0 when all are
  * taken. */
-static inline int next_task(way *through, int64_t rows, int64_t size, int64_t panels, task *out) {
-    while (through->tried < through->groups) {
-        int64_t group = through->group, groups = through->groups;
+static inline int next_task(cursor *tasks, int64_t rows, int64_t size, int64_t panels, task *out) {
+    while (tasks->tried < tasks->groups) {
+        int64_t group = tasks->group, groups = tasks->groups;
         int64_t first = rows * group / groups, last = rows * (group + 1) / groups;
         int64_t chunks = (last - first + size - 1) / size, count = chunks * panels;
-        int64_t index = __atomic_fetch_add(&through->counters[group].taken, 1, __ATOMIC_RELAXED);
+        int64_t index = __atomic_fetch_add(&tasks->counters[group].taken, 1, __ATOMIC_RELAXED);
         if (index < count) {
             int64_t begin = first + index % chunks * size;
             *out = (task){begin, begin + size < last ? begin + size : last, index / chunks,
                           index, count, first, last};
             return 1;
         }
-        through->group = (group + 1) % groups;
-        through->tried++;
+        tasks->group = (group + 1) % groups;
+        tasks->tried++;
     }
     return 0;
 }
 
 /* Wait for all threads, and add what the phase took to `spent`. */
-static void leave(double *spent, double *since) {
+static void end_phase(double *spent, double *since) {
 #pragma omp barrier
     if (omp_get_thread_num() == 0) {
         double now = omp_get_wtime();

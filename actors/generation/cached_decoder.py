@@ -1,0 +1,141 @@
+"""A decoder with keys and values of all slots: one call advances every slot by a token.
+
+The rows of a call are flat tokens of many sequences, so that no product is spent on padding:
+first the newest token of each slot, then the earlier tokens of prompts that are being prefilled.
+
+`actors.generation.torch_forward` runs any decoder's own blocks; `actors.generation.native_forward`
+is written for processors and one shape of block. A property test holds both to the forward of
+training (invariant I1).
+
+Shape suffixes: S slots in use, B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.generation.forward import Chunk, Copy, Forward, lay_out
+from actors.generation.native_forward import NativeForward, supports
+from actors.generation.torch_forward import TorchForward
+from common.errors import ClusterError, ConfigError
+from common.logprobs import Sampling
+from common.models.decoder import Decoder, Sizes
+from common.models.lora import OFF, adapter_names
+
+Choice = Literal["auto", "native", "torch"]
+
+
+class CachedDecoder:
+    """Weights, keys and values of all slots."""
+
+    def __init__(
+        self, decoder: Decoder, *, slots: int, kernels: Choice = "auto", merged: str | None = OFF
+    ) -> None:
+        """Products run in the dtype of `decoder`; norms, softmax and the residual stream in fp32.
+
+        Args:
+            decoder: whose weights are used, on their device.
+            slots: sequences that the cache holds, each in a full context.
+            kernels: which forward; auto takes the native one where it can run.
+            merged: the adapter to merge into the weights, where it costs nothing at a token, and to
+                run every slot with. None merges none: each slot runs with an adapter of its own,
+                or with none, and `decoder` holds the only copy of the weights.
+
+        Raises:
+            ClusterError: native kernels were asked for and cannot be compiled.
+            ConfigError: they were asked for and cannot run this.
+            ValueError: `decoder` has no such adapter.
+        """
+        self.decoder = decoder
+        self.merged = merged
+        self.adapters: list[str] = []
+        """What slots can run with; a slot names its adapter by its index here."""
+        self.implementation = _choose(decoder, slots, kernels, merged)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Run with the weights that the decoder has now.
+
+        Raises:
+            TrainingError: an adapter is not finite.
+        """
+        names = [OFF, *adapter_names(self.decoder)]
+        if self.merged not in (None, *names):
+            raise ValueError(f"no adapter '{self.merged}' among {names}")
+        self.adapters = names if self.merged is None else [self.merged]
+        self.implementation.take(self.decoder, self.adapters)
+
+    def forward(
+        self,
+        newest: Sequence[int] | np.ndarray,
+        positions: Sequence[int] | np.ndarray,
+        chunks: Sequence[Chunk] = (),
+        copies: Sequence[Copy] = (),
+        adapters: Sequence[int] | np.ndarray | int = 0,
+    ) -> Tensor:
+        """Logits ``[S, V]`` after the newest token of each slot, valid until the next call.
+
+        Args:
+            newest: tokens, one per slot in use.
+            positions: likewise. All earlier positions of a slot are in the cache, in `chunks`, or
+                come by `copies`.
+            chunks: earlier tokens of prompts.
+            copies: prefixes to copy from other slots.
+            adapters: indices, one per slot in use or one for all.
+        """
+        return self.implementation.run(lay_out(newest, positions, chunks, copies, adapters))
+
+    def draw(
+        self, logits_BV: Tensor, sampling: Sampling, uniforms_B: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Draw one token per row, as `Forward.draw`."""
+        return self.implementation.draw(logits_BV, sampling, uniforms_B)
+
+    def move(self, source: int, target: int, positions: int) -> None:
+        """Give a slot another slot's keys and values."""
+        self.implementation.move(source, target, positions)
+
+
+def _choose(decoder: Decoder, slots: int, kernels: Choice, merged: str | None) -> Forward:
+    if kernels == "native" and merged is None:
+        raise ConfigError(
+            "native kernels compute no adapter beside the weights: set rollout.lora=merged, or "
+            "rollout.kernels to auto or torch"
+        )
+    if kernels == "native" and not supports(decoder):
+        raise ConfigError(
+            f"native kernels do not run a {type(decoder).__name__} on "
+            f"{next(decoder.parameters()).device}: set rollout.kernels to auto or torch"
+        )
+    if kernels == "torch" or merged is None or not supports(decoder):
+        return TorchForward(decoder, slots)
+    try:
+        return NativeForward(decoder, slots)
+    except ClusterError as error:
+        if kernels == "native":
+            raise
+        logging.getLogger(__name__).warning("%s; generation is slower without", error)
+        return TorchForward(decoder, slots)
+
+
+def slots_within(sizes: Sizes, budget_mb: float, dtype: torch.dtype) -> int:
+    """Count the sequences of a full context that a cache of `budget_mb` holds.
+
+    Raises:
+        ConfigError: not even one; the error names the number needed.
+    """
+    values = 2 * sizes.layers * sizes.context * sizes.kv_heads * sizes.head_dim
+    each = values * dtype.itemsize / 2**20
+    slots = int(budget_mb / each)
+    if slots < 1:
+        raise ConfigError(
+            f"rollout.cache_mb={budget_mb:g} holds no sequence of model.context={sizes.context} "
+            f"tokens; at least {each:.3g} are needed"
+        )
+    return slots

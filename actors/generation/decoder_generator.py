@@ -1,0 +1,118 @@
+"""The generator over our own decoder: weights in one flat buffer, sampled from in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.generation.cached_decoder import slots_within
+from actors.generation.engine import GenerationEngine
+from actors.generation.interface import Generated
+from actors.generation.stops import Stops
+from common.config.model import LoraConfig, ModelConfig
+from common.config.workers import RolloutConfig
+from common.data.tokenizer import Tokenizer
+from common.logprobs import sampling_of
+from common.models.adapters import adapter_tensors, add_adapter, base_fingerprint
+from common.models.build import build_decoder
+from common.models.decoder import Decoder
+from common.models.lora import OFF
+from common.models.weight_files import load_decoder
+from common.wire.trajectory import RolloutRequest
+from common.wire.weights import FlatBuffer, Manifest, Payload, torch_dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterOnWire:
+    """What is needed to sample from adapters, when only those are published."""
+
+    name: str
+    """Of the adapter on the wire."""
+    lora: LoraConfig
+    base: str
+    """Weights of the supervised policy, which the adapters are trained on; a file that every node
+    can read."""
+
+
+def build_engine(
+    decoder: Decoder, tokenizer: Tokenizer, rollout: RolloutConfig, *, merged: str | None = OFF
+) -> GenerationEngine:
+    """Build the engine that settings describe; `merged` as in `GenerationEngine`.
+
+    Raises:
+        ConfigError: the cache does not hold one sequence, or native kernels cannot run this.
+        ClusterError: native kernels were asked for and cannot be compiled.
+    """
+    within = slots_within(decoder.sizes, rollout.cache_mb, torch_dtype(rollout.precision))
+    return GenerationEngine(
+        decoder,
+        eos_id=tokenizer.eos_id,
+        sampling=sampling_of(rollout, tokenizer.eos_id),
+        max_tokens=rollout.max_response_tokens,
+        slots=min(rollout.slots, rollout.lease_size, within),
+        prefill_tokens=rollout.prefill_tokens,
+        stops=Stops(ids=rollout.stop_ids, strings=rollout.stop, decode=tokenizer.decode),
+        kernels=rollout.kernels,
+        merged=merged,
+    )
+
+
+class DecoderGenerator:
+    """`Generator` over a decoder in this process."""
+
+    exact = True
+    deterministic = True
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        tokenizer_path: str,
+        rollout: RolloutConfig,
+        adapted: AdapterOnWire | None = None,
+    ) -> None:
+        """Build decoder and engine; with `adapted`, weights on the wire are an adapter's.
+
+        Raises:
+            ConfigError: as `build_engine`.
+            ClusterError: as `build_engine`.
+        """
+        dtype = torch_dtype(rollout.precision)
+        decoder, base, on_wire = build_decoder(model), "", OFF
+        if adapted is not None:
+            on_wire = adapted.name
+            load_decoder(decoder, Path(adapted.base))
+            base = base_fingerprint(decoder.state_dict())
+            add_adapter(decoder, on_wire, adapted.lora, seed=0)
+        self.decoder = decoder.eval().requires_grad_(False).to(dtype)
+        wire = adapter_tensors(decoder, on_wire) if on_wire else decoder.named_parameters()
+        self.buffer = FlatBuffer(wire, dtype, base)
+        self._tokenizer, self._rollout = Tokenizer.load(tokenizer_path), rollout
+        self._merges = adapted is None or rollout.lora == "merged"
+        self.engine = self._build(merged=on_wire if self._merges else None)
+
+    def hold(self, manifest: Manifest, payloads: Sequence[Payload]) -> str:
+        """Copy the slices in, verify them, and return the fingerprint of what is stored."""
+        fingerprint = self.buffer.load(manifest, payloads)
+        self.engine.refresh()
+        return fingerprint
+
+    def generate(self, requests: Sequence[RolloutRequest]) -> list[Generated]:
+        """Sample one response per request; results in the requests' order.
+
+        A single adapter of all requests is merged into the weights, if settings let it. Several
+        adapters are computed beside the weights.
+        """
+        adapters = {request.adapter for request in requests}
+        merged = adapters.pop() if self._merges and len(adapters) == 1 else None
+        if merged != self.engine.merged:
+            del self.engine  # Before the other is built: `rollout.cache_mb` is planned for one.
+            self.engine = self._build(merged=merged)
+        return self.engine.generate(requests)
+
+    def text(self, generated: Generated) -> str:
+        """Return the response as text, without the stop string that ended it."""
+        return self.engine.text(generated)
+
+    def _build(self, *, merged: str | None) -> GenerationEngine:
+        return build_engine(self.decoder, self._tokenizer, self._rollout, merged=merged)

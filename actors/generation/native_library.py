@@ -1,0 +1,156 @@
+"""The C library of the native forward: how it is compiled and called.
+
+`native/*.c` are compiled for this machine, a head shape and a precision. Compilation takes some
+seconds, happens once per machine and shape, and is kept in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.errors import ClusterError
+from common.models.decoder import Sizes
+from common.native_code import shared_library
+
+_FOLDER = Path(__file__).with_name("native")
+# Sums may be reordered into vector lanes; the order is fixed by the binary, not by the batch.
+_FLAGS = [
+    "-fopenmp",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fassociative-math",
+    "-fno-signed-zeros",
+    "-freciprocal-math",
+    "-ffinite-math-only",
+]
+PANEL = 64
+"""Columns of a panel of packed weights, as in native.h."""
+KEY_BLOCK = 16
+"""Positions of a block of keys, as in attention.c."""
+
+
+def compiled(sizes: Sizes, dtype: torch.dtype) -> Path:
+    """Return the shared library for a head shape and precision, compiled at the first call.
+
+    Raises:
+        ClusterError: there is no C compiler, or it fails.
+    """
+    shape = [f"-DHEADS={sizes.heads}", f"-DHEAD_DIM={sizes.head_dim}"]
+    shape += ["-DBF16"] if dtype == torch.bfloat16 else []
+    wide = ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
+    included = sorted(_FOLDER.iterdir())
+    try:
+        return shared_library(
+            "native kernels", _FOLDER / "forward.c", [*_FLAGS, *wide, *shape], included
+        )
+    except ClusterError as error:
+        raise ClusterError(f"{error}, or set rollout.kernels=torch") from None
+
+
+def library(path: Path) -> ctypes.CDLL:
+    """Return the functions of forward.c with the types of their arguments."""
+    functions = ctypes.CDLL(str(path))
+    number, address, at = ctypes.c_int64, ctypes.c_void_p, ctypes.POINTER
+    functions.weight_bytes.argtypes = []
+    functions.pack.argtypes = [address, number, number, address, number, address]
+    functions.forward.argtypes = [at(Model), at(StepRows), at(Scratch), address, at(Seconds)]
+    functions.move.argtypes = [at(Model), number, number, number]
+    functions.draw.argtypes = [address, number, number, ctypes.c_float, address, address, address]
+    for name in ("pack", "forward", "move", "draw"):
+        getattr(functions, name).restype = None
+    functions.weight_bytes.restype = number
+    return functions
+
+
+def address_of(tensor: Tensor) -> int:
+    """Return the address of a contiguous tensor's first element."""
+    return tensor.data_ptr()
+
+
+# The structures of native.h and forward.c.
+
+
+class Packed(ctypes.Structure):
+    """A weight matrix in panels."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("panels", ctypes.c_int64))
+
+
+class Layer(ctypes.Structure):
+    """Weights and cache of one block."""
+
+    _fields_ = (
+        ("norm", ctypes.c_void_p),
+        ("query", Packed),
+        ("keyvalue", Packed),
+        ("forward", Packed),
+        ("outward", Packed),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+    )
+
+
+class Model(ctypes.Structure):
+    """Sizes, all layers, and what comes before and after them."""
+
+    _fields_ = (
+        ("layers", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("inner", ctypes.c_int64),
+        ("ff", ctypes.c_int64),
+        ("vocabulary", ctypes.c_int64),
+        ("context", ctypes.c_int64),
+        ("dim_stride", ctypes.c_int64),
+        ("both_stride", ctypes.c_int64),
+        ("layer", ctypes.POINTER(Layer)),
+        ("norm", ctypes.c_void_p),
+        ("embedding", ctypes.c_void_p),
+        ("logits", Packed),
+        ("cos_q", ctypes.c_void_p),
+        ("sin_q", ctypes.c_void_p),
+        ("cos_k", ctypes.c_void_p),
+        ("sin_k", ctypes.c_void_p),
+    )
+
+
+class StepRows(ctypes.Structure):
+    """The rows of a step, and prefixes to copy as triples (source, target, positions)."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("used", ctypes.c_int64),
+        ("tokens", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("copies", ctypes.c_int64),
+        ("copy", ctypes.c_void_p),
+    )
+
+
+class Scratch(ctypes.Structure):
+    """Memory for the activations of a step."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("normed", ctypes.c_void_p),
+        ("fused", ctypes.c_void_p),
+        ("both", ctypes.c_void_p),
+    )
+
+
+class Seconds(ctypes.Structure):
+    """Seconds by kind of work, added up over calls."""
+
+    _fields_ = (
+        ("inward", ctypes.c_double),
+        ("attention", ctypes.c_double),
+        ("outward", ctypes.c_double),
+        ("norms", ctypes.c_double),
+        ("logits", ctypes.c_double),
+    )

@@ -1,0 +1,82 @@
+"""A decoder for generation: its modules and weights, with projections that only compute forwards.
+
+Shape suffixes: N rows of a batch, R ranks of all adapters together.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.models.decoder import Decoder
+from common.models.lora import OFF, Adapted, adapted
+
+
+class MergedProjection(nn.Module):
+    """A projection whose weight has an adapter in it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor, adapter: Tensor) -> Tensor:
+        """``[..., in] -> [..., out]``; `adapter` is not read."""
+        return F.linear(x.to(self.weight.dtype), self.weight)
+
+
+class MixedProjection(nn.Module):
+    """A projection that computes each row's own adapter beside the weight.
+
+    ``y = W x + B (own * (A x))``, all adapters side by side, where `own` is 1 in the directions of
+    the row's own adapter and 0 in all others. Rows need not be sorted by their adapters, and the
+    cost grows with the ranks of all adapters together.
+    """
+
+    def __init__(self, base: Adapted, adapters: Sequence[str]) -> None:
+        super().__init__()
+        here = [(i, name) for i, name in enumerate(adapters) if name in base.settings]
+        As, Bs = zip(*(base.factors(name) for _, name in here), strict=True)
+        self.weight = base.weight.detach()
+        self.A_RD, self.B_DR = torch.cat(As), torch.cat(Bs, dim=1)
+        owners = [torch.full((len(A),), i) for (i, _), A in zip(here, As, strict=True)]
+        self.owners_R = torch.cat(owners).to(self.weight.device)
+        """int64 index of the adapter that a direction belongs to."""
+
+    def forward(self, x_ND: Tensor, adapter_N: Tensor) -> Tensor:
+        """``[N, in] -> [N, out]``; `adapter_N` are int64 indices."""
+        x_ND = x_ND.to(self.weight.dtype)
+        inner_NR = F.linear(x_ND, self.A_RD)
+        inner_NR = inner_NR.masked_fill_(self.owners_R != adapter_N[:, None], 0)
+        return F.linear(x_ND, self.weight).addmm_(inner_NR, self.B_DR.T)
+
+
+@torch.no_grad()
+def inference_copy(decoder: Decoder, adapters: Sequence[str]) -> Decoder:
+    """Copy a decoder's modules; its weights are shared, unless an adapter is merged into them.
+
+    Args:
+        decoder: what is copied.
+        adapters: names of what rows of tokens can run with (`OFF` is one), in the order of their
+            indices. A single one is merged.
+
+    Raises:
+        TrainingError: an adapter is not finite.
+    """
+    shared = {id(tensor): tensor for tensor in (*decoder.parameters(), *decoder.buffers())}
+    copied = copy.deepcopy(decoder, shared)
+    for path, module in list(adapted(copied)):
+        parent, _, name = path.rpartition(".")
+        setattr(copied.get_submodule(parent), name, _projection(module, adapters))
+    return copied
+
+
+def _projection(module: Adapted, adapters: Sequence[str]) -> nn.Module:
+    if len(adapters) == 1:
+        return MergedProjection(module.merged(adapters[0]))
+    if module.settings.keys().isdisjoint(adapters):
+        return MergedProjection(module.merged(OFF))
+    return MixedProjection(module, adapters)
