@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
-import torch
 
 from actors.generation.interface import Generator
+from common.devices import Compute
 from common.out_of_memory import memory_for
 from common.wire.trajectory import Rollout, RolloutRequest, extend, from_table, to_table
 from common.wire.weights import CorruptSliceError, Manifest, Payload
@@ -49,11 +49,13 @@ class RolloutActor:
     """A generator in a worker, and what it says about every response."""
 
     @_memory
-    def __init__(self, actor_id: str, build: Callable[[], Generator], threads: int) -> None:
-        """Build the generator here, in the worker's own process, to compute with `threads`."""
-        torch.set_num_threads(threads)
+    def __init__(
+        self, actor_id: str, build: Callable[[Compute], Generator], compute: Compute
+    ) -> None:
+        """Build the generator here, in the worker's own process."""
+        compute.apply()
         self.actor_id = actor_id
-        self.generator = build()
+        self.generator = build(compute)
         self.policy_version = -1
         self.fingerprint = ""
         self.reloads = 0

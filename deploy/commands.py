@@ -7,21 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-import torch
 from rich.console import Console
 
 from actors.generation.decoder_generator import build_engine
 from common.config.run import RunConfig
-from common.config.workers import threads_of
 from common.data.prompts import encode_prompts, evaluation_requests
 from common.data.records import Prompt, read_demonstrations
 from common.data.tokenizer import Tokenizer
+from common.devices import compute_of, torch_dtype
 from common.errors import ClusterError, ConfigError, DataError
 from common.files import is_utf8, write_atomic
 from common.models.build import build_policy
 from common.models.weight_files import load_weights
 from common.run_folder import RunFolder
-from common.wire.weights import torch_dtype
 from deploy.control.status import Status
 from deploy.evaluation.compare import Judge, compare
 from deploy.evaluation.results import PolicyComparison, figures_of
@@ -67,12 +65,13 @@ def evaluate_run(config: RunConfig, console: Console) -> PolicyComparison:
 
 def sample_run(config: RunConfig, texts: Sequence[str], sft: bool, seed: int) -> list[str]:
     """Sample one response per prompt, in this process, by `rollout.threads` threads."""
-    torch.set_num_threads(threads_of(config.rollout.threads, config.rollout.cpus_per_actor))
+    rollout = config.rollout
+    compute_of(cpus=rollout.cpus_per_actor, threads=rollout.threads).apply()
     tokenizer = Tokenizer.load(config.folder.tokenizer)
     network = build_policy(config.model)
     policy = config.folder.sft if sft else config.folder.policy
     load_weights(network, policy.weights)
-    network.eval().requires_grad_(False).to(torch_dtype(config.rollout.precision))
+    network.eval().requires_grad_(False).to(torch_dtype(rollout.precision))
     for index, text in enumerate(texts):
         if not text:
             raise DataError(f"prompt {index + 1} is empty; give it at least one character")
@@ -84,7 +83,7 @@ def sample_run(config: RunConfig, texts: Sequence[str], sft: bool, seed: int) ->
         max_tokens=config.max_prompt_tokens,
         too_long="error",
     )
-    engine = build_engine(network.decoder, tokenizer, config.rollout)
+    engine = build_engine(network.decoder, tokenizer, rollout)
     requests = evaluation_requests(prompts, seed=seed, label="sample")
     return [engine.text(response).strip() for response in engine.generate(requests)]
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from common.config.model import LoraConfig, ModelConfig
 from common.config.run import RunConfig
+from common.devices import torch_dtype
 from common.errors import CheckpointError
 from common.models.adapter_files import adapter_of, export_merged, load_scalar
 from common.models.adapters import (
@@ -28,7 +29,7 @@ from common.models.networks import PolicyNetwork, ScalarNetwork
 from common.models.weight_files import load_weights, save_weights
 from common.randomness import derive_seed
 from common.run_folder import PolicyFolder
-from common.wire.weights import Payload, state_hash, torch_dtype
+from common.wire.weights import Payload, state_hash
 from learner.zero import state_files
 from learner.zero.engine import ZeroEngine
 from learner.zero.process_group import rank

@@ -24,6 +24,7 @@ import torch
 
 from common.config.model import ModelConfig
 from common.config.workers import RewardComponent, RewardServiceConfig
+from common.devices import Compute
 from common.errors import RewardError
 from common.logprobs import Sampling
 from common.models.networks import compute_in
@@ -63,7 +64,7 @@ class RewardWorker:
         reference: str,
         reward_model: str | None,
         sampling: Sampling,
-        threads: int,
+        compute: Compute,
         *,
         merge: bool,
         precision: Literal["fp32", "bf16"] = "fp32",
@@ -71,7 +72,7 @@ class RewardWorker:
         """`merge` runs frozen passes over all tables together (faster); without it each table is
         a batch of its own, so that results do not depend on which leases arrived together.
         `precision` is of their products."""
-        torch.set_num_threads(threads)
+        compute.apply()
         self.settings = settings
         self.merge = merge
         self.reference = ReferencePolicy(model, Path(reference), sampling)

@@ -25,7 +25,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"endings", "files", "native_code", "randomness", "run_folder"},
         {"metrics", "out_of_memory"},
         {"config"},
-        {"batching", "logprobs"},
+        {"batching", "devices", "logprobs"},
         {"wire"},
         {"data", "models"},
     ],

@@ -13,6 +13,7 @@ from actors.generation.stops import Stops
 from common.config.model import LoraConfig, ModelConfig
 from common.config.workers import RolloutConfig
 from common.data.tokenizer import Tokenizer
+from common.devices import Compute, torch_dtype
 from common.logprobs import sampling_of
 from common.models.adapters import adapter_tensors, add_adapter, base_fingerprint
 from common.models.build import build_decoder
@@ -20,7 +21,7 @@ from common.models.decoder import Decoder
 from common.models.lora import OFF
 from common.models.weight_files import load_decoder
 from common.wire.trajectory import RolloutRequest
-from common.wire.weights import FlatBuffer, Manifest, Payload, torch_dtype
+from common.wire.weights import FlatBuffer, Manifest, Payload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +70,17 @@ class DecoderGenerator:
         model: ModelConfig,
         tokenizer_path: str,
         rollout: RolloutConfig,
-        adapted: AdapterOnWire | None = None,
+        adapted: AdapterOnWire | None,
+        compute: Compute,
     ) -> None:
-        """Build decoder and engine; with `adapted`, weights on the wire are an adapter's.
+        """Build decoder and engine.
+
+        Args:
+            model: the decoder's shape.
+            tokenizer_path: its tokenizer.
+            rollout: sampling and sizes.
+            adapted: weights on the wire are those of an adapter, on a base that stays here.
+            compute: where the decoder is.
 
         Raises:
             ConfigError: as `build_engine`.
@@ -84,7 +93,7 @@ class DecoderGenerator:
             load_decoder(decoder, Path(adapted.base))
             base = base_fingerprint(decoder.state_dict())
             add_adapter(decoder, on_wire, adapted.lora, seed=0)
-        self.decoder = decoder.eval().requires_grad_(False).to(dtype)
+        self.decoder = decoder.eval().requires_grad_(False).to(compute.device, dtype)
         wire = adapter_tensors(decoder, on_wire) if on_wire else decoder.named_parameters()
         self.buffer = FlatBuffer(wire, dtype, base)
         self._tokenizer, self._rollout = Tokenizer.load(tokenizer_path), rollout

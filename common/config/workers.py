@@ -18,12 +18,6 @@ from common.config.base import (
     Section,
 )
 
-
-def threads_of(threads: int | None, cpus: float) -> int:
-    """Threads that a role computes with: what it was told, or the whole cores that it reserved."""
-    return threads or max(1, int(cpus))
-
-
 Labels = Mapping[
     Annotated[str, Field(min_length=1)],
     Annotated[str, Field(pattern=r"^!?([\w.-]+|in\([\w.-]+(, ?[\w.-]+)*\))$")],

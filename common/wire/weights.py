@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pickle import PickleBuffer
-from typing import Any, Literal, SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -134,11 +134,6 @@ class FlatBuffer:
         if reached != self.total:
             raise TrainingError(f"weights version {manifest.policy_version} are incomplete")
         return manifest.fingerprint
-
-
-def torch_dtype(precision: Literal["fp32", "bf16"]) -> torch.dtype:
-    """The dtype that a configuration names."""
-    return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
 def slice_bounds(total_elements: int, ranks: int, rank: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from common.config.run import RunConfig
 from common.data.prompts import EncodedPrompt, evaluation_requests
+from common.devices import torch_dtype
 from common.errors import RewardError
 from common.models.adapter_files import load_peft, put_adapter, require_base
 from common.models.adapters import adapter_tensors, add_adapter, base_fingerprint
@@ -20,7 +21,7 @@ from common.models.lora import OFF
 from common.models.weight_files import load_decoder
 from common.run_folder import PolicyFolder
 from common.wire.trajectory import Rollout, RolloutRequest, ScoredTrajectory, from_table
-from common.wire.weights import manifest_of, torch_dtype
+from common.wire.weights import manifest_of
 from deploy.control.collector import Collector
 from deploy.control.jobs import Weights
 from deploy.control.ledger import Ledger

@@ -24,8 +24,8 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from common.config.run import RunConfig
-from common.config.workers import threads_of
 from common.data.tokenizer import Tokenizer
+from common.devices import compute_of
 from common.endings import take_all
 from common.errors import ClusterError, TalipotError, WorkerError
 from common.files import one_line
@@ -97,6 +97,9 @@ class LearnerGang:
         if self.started:
             return
         settings = self.config.learner
+        compute = compute_of(
+            cpus=settings.cpus_per_rank, gpus=settings.gpus_per_rank, threads=settings.threads
+        )
         group = self._place()
         # Ray frees a name some time after its holder's death, so a successor gets another name.
         suffix = f".{self._generation}" if self._generation else ""
@@ -110,7 +113,7 @@ class LearnerGang:
                     group, placement_group_bundle_index=rank
                 ),
             )
-            .remote(rank, settings.ranks, threads_of(settings.threads, settings.cpus_per_rank))
+            .remote(rank, settings.ranks, compute.threads)
             for rank in range(settings.ranks)
         ]
         asked = [start(self.ranks[0], LearnerRank.address)]

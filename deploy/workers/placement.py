@@ -19,8 +19,8 @@ from ray.autoscaler.sdk import request_resources
 
 from actors.generation.decoder_generator import AdapterOnWire, DecoderGenerator
 from common.config.run import RunConfig
-from common.config.workers import threads_of
 from common.data.tokenizer import Tokenizer
+from common.devices import compute_of
 from common.logprobs import sampling_of
 from deploy.workers.calls import Handle
 from deploy.workers.hosted import RewardWorker, RolloutActor
@@ -40,6 +40,9 @@ def rollout_pool(
     """
     settings, lora = config.rollout, config.train.lora
     adapted = AdapterOnWire(name=config.train.adapter, lora=lora, base=str(base)) if lora else None
+    compute = compute_of(
+        cpus=settings.cpus_per_actor, gpus=settings.gpus_per_actor, threads=settings.threads
+    )
     build = partial(DecoderGenerator, config.model, str(tokenizer), settings, adapted)
     options = _options(settings.cpus_per_actor, settings.gpus_per_actor, settings.labels)
 
@@ -47,7 +50,7 @@ def rollout_pool(
         return (
             ray.remote(RolloutActor)
             .options(name=f"{run}:{name}", **options)
-            .remote(name, build, threads_of(settings.threads, settings.cpus_per_actor))
+            .remote(name, build, compute)
         )
 
     return _pool("rollout", make, settings.actors_at_start if start else 0, config, options)
@@ -65,6 +68,9 @@ def reward_pool(
     """Return a pool of reward workers, as `rollout_pool` does of actors."""
     settings = config.reward_service
     sampling = sampling_of(config.rollout, Tokenizer.load(tokenizer).eos_id)
+    compute = compute_of(
+        cpus=settings.cpus_per_replica, gpus=settings.gpus_per_replica, threads=settings.threads
+    )
     options = _options(settings.cpus_per_replica, settings.gpus_per_replica, settings.labels)
 
     def make(name: str) -> Handle:
@@ -77,7 +83,7 @@ def reward_pool(
                 str(reference),
                 str(reward_model) if reward_model else None,
                 sampling,
-                threads_of(settings.threads, settings.cpus_per_replica),
+                compute,
                 merge=config.train.max_staleness > 0,
                 precision=config.reward_precision,
             )

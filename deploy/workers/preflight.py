@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from common.config.run import RunConfig
+from common.devices import torch_dtype
 from common.errors import ClusterError, ConfigError
 from common.models.adapters import adapter_size
 from common.models.build import build_decoder, count_parameters
-from common.wire.weights import torch_dtype
 
 _BYTES_OF_A_NUMBER = 4.0
 """What is trained is fp32, with its gradient and each of AdamW's two moments."""

@@ -9,6 +9,7 @@ import pytest
 from actors.generation.interface import Generated, Generator
 from actors.rollout_actor import RolloutActor
 from common.data.prompts import EncodedPrompt, evaluation_requests
+from common.devices import compute_of
 from common.wire.trajectory import Rollout, RolloutRequest, from_table, to_table
 from common.wire.weights import CorruptSliceError, Manifest, Payload
 
@@ -42,8 +43,8 @@ class Echo:
 
 
 def test_an_actor_works_with_any_generator() -> None:
-    build: type[Generator] = Echo
-    actor = RolloutActor("rollout-0", build, 1)
+    generator: Generator = Echo()
+    actor = RolloutActor("rollout-0", lambda compute: generator, compute_of(cpus=1))
     manifest = Manifest(policy_version=4, total=0, layout="", slices=())
     prompts = [EncodedPrompt(uid="a", text="x", ids=[5, 6])]
     requests = evaluation_requests(prompts, seed=0, label="t")
@@ -59,7 +60,7 @@ def test_weights_that_stay_corrupted_are_refused_by_name(monkeypatch: pytest.Mon
         raise CorruptSliceError("slice of rank 0 arrived corrupted")
 
     monkeypatch.setattr(Echo, "hold", corrupted)
-    actor = RolloutActor("rollout-0", Echo, 1)
+    actor = RolloutActor("rollout-0", lambda compute: Echo(), compute_of(cpus=1))
     manifest = Manifest(policy_version=4, total=0, layout="", slices=())
     with pytest.raises(CorruptSliceError, match="rank 0 arrived corrupted at rollout-0, 3 times"):
         actor.load(manifest, ())

@@ -9,6 +9,7 @@ from actors.generation.decoder_generator import DecoderGenerator
 from actors.rollout_actor import RolloutActor
 from common.config.run import RunConfig
 from common.data.prompts import EncodedPrompt, evaluation_requests
+from common.devices import compute_of
 from common.errors import TrainingError
 from common.models.palm import PaLM
 from common.wire.trajectory import Rollout, RolloutRequest, from_table, to_table
@@ -17,8 +18,8 @@ from common.wire.weights import manifest_of
 
 def actor(config: RunConfig) -> RolloutActor:
     tokenizer = str(config.run_dir / "tokenizer.json")
-    build = partial(DecoderGenerator, config.model, tokenizer, config.rollout)
-    return RolloutActor("rollout-0", build, 1)
+    build = partial(DecoderGenerator, config.model, tokenizer, config.rollout, None)
+    return RolloutActor("rollout-0", build, compute_of(cpus=1))
 
 
 def lease() -> list[RolloutRequest]:

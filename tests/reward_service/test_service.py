@@ -11,6 +11,7 @@ import torch
 
 from common.config.run import RunConfig
 from common.config.workers import RewardServiceConfig
+from common.devices import compute_of
 from common.errors import RewardError
 from common.logprobs import Sampling
 from common.models.build import build_scalar
@@ -44,7 +45,7 @@ def worker(
         str(config.run_dir / "sft" / "policy.safetensors"),
         str(trained) if any(c["kind"] == "model" for c in components.values()) else None,
         Sampling(temperature=0.8),
-        1,
+        compute_of(cpus=1),
         merge=merge,
     )
 
@@ -237,7 +238,7 @@ def test_a_model_component_needs_a_reward_model(workspace: RunConfig) -> None:
             str(workspace.run_dir / "sft" / "policy.safetensors"),
             None,
             Sampling(),
-            1,
+            compute_of(cpus=1),
             merge=True,
         )
 

@@ -25,6 +25,7 @@ from common.config.model import ModelConfig
 from common.config.recipe import load_config
 from common.config.run import RunConfig
 from common.data.prompts import EncodedPrompt, evaluation_requests
+from common.devices import compute_of
 from common.errors import ConfigError, TrainingError
 from common.logprobs import Sampling
 from common.models.adapters import adapter_tensors, base_fingerprint
@@ -196,7 +197,7 @@ def actor(config: RunConfig, **rollout: Any) -> RolloutActor:
         config.rollout.model_copy(update=rollout),
         AdapterOnWire(name="policy", lora=SETTINGS["policy"], base=base),
     )
-    return RolloutActor("rollout-0", build, 1)
+    return RolloutActor("rollout-0", build, compute_of(cpus=1))
 
 
 def engine_in(actor: RolloutActor) -> GenerationEngine:
@@ -274,8 +275,8 @@ def test_native_kernels_serve_one_adapter_at_a_time(workspace: RunConfig) -> Non
 def test_whole_weights_carry_no_adapter(workspace: RunConfig) -> None:
     tokenizer = str(Path(workspace.run_dir) / "tokenizer.json")
     rollout = workspace.rollout.model_copy(update={"lora": "unmerged"})
-    build = partial(DecoderGenerator, workspace.model, tokenizer, rollout)
-    made = RolloutActor("rollout-0", build, 1)
+    build = partial(DecoderGenerator, workspace.model, tokenizer, rollout, None)
+    made = RolloutActor("rollout-0", build, compute_of(cpus=1))
     assert engine_in(made).merged == OFF, "there is nothing to leave unmerged"
     network = PaLM(workspace.model)
     network.initialise(0)

@@ -1,0 +1,54 @@
+"""What workers compute with: decided here, from what they reserved, and handed to them.
+
+No worker asks torch for the devices that it can see: a GPU that is merely visible belongs to
+somebody else. No role computes on a GPU yet, and a recipe that reserves one is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+
+from common.errors import ConfigError
+
+PROCESSOR: Final = "cpu"
+"""The device of every role, as torch and DeepSpeed name it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compute:
+    """What one worker computes with."""
+
+    device: str
+    """Where its tensors are, as torch names it."""
+    threads: int
+    """Threads of the processor."""
+    collectives: str
+    """Backend of a process group of such workers."""
+
+    def apply(self) -> None:
+        """Let torch use so many threads in this process."""
+        torch.set_num_threads(self.threads)
+
+
+def compute_of(*, cpus: float, gpus: float = 0.0, threads: int | None = None) -> Compute:
+    """Decide what a worker computes with.
+
+    Args:
+        cpus: cores that it reserved.
+        gpus: GPUs that it reserved.
+        threads: what a recipe sets; None takes the whole cores that were reserved, at least one.
+
+    Raises:
+        ConfigError: it reserved a GPU.
+    """
+    if gpus:
+        raise ConfigError("no role computes on a GPU yet: reserve none")
+    return Compute(device=PROCESSOR, threads=threads or max(1, int(cpus)), collectives="gloo")
+
+
+def torch_dtype(precision: Literal["fp32", "bf16"]) -> torch.dtype:
+    """Return the dtype that a configuration names."""
+    return torch.float32 if precision == "fp32" else torch.bfloat16
