@@ -66,14 +66,14 @@ class Scheduler:
         The last token is always computed, because its logits are needed.
         """
         slots = self._slots
-        wanted = slots.prompts[slot, : slots.lengths[slot] - 1]
-        if len(wanted) < _WORTH_SHARING:
+        prompt = slots.prompts[slot, : slots.lengths[slot] - 1]
+        if len(prompt) < _WORTH_SHARING:
             return
-        alike = (slots.prompts[:slot, :_WORTH_SHARING] == wanted[:_WORTH_SHARING]).all(axis=1)
+        alike = (slots.prompts[:slot, :_WORTH_SHARING] == prompt[:_WORTH_SHARING]).all(axis=1)
         others = np.flatnonzero(alike & (slots.adapters[:slot] == slots.adapters[slot]))
         if not len(others):
             return
-        same = (slots.prompts[others, : len(wanted)] == wanted).cumprod(axis=1).sum(axis=1)
+        same = (slots.prompts[others, : len(prompt)] == prompt).cumprod(axis=1).sum(axis=1)
         same = np.minimum(same, np.minimum(slots.lengths[others], slots.filled[others]))
         best = int(same.argmax())
         source, shared = int(others[best]), int(same[best])

@@ -1,6 +1,6 @@
 """A decoder for generation: its modules and weights, with projections that only compute forwards.
 
-Shape suffixes: N rows of a batch, R ranks of all adapters together.
+Shape suffixes: N rows of tokens, I inputs, O outputs, R ranks of all adapters together.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ class MixedProjection(nn.Module):
 
     def __init__(self, base: Adapted, adapters: Sequence[str]) -> None:
         super().__init__()
-        here = [(i, name) for i, name in enumerate(adapters) if name in base.settings]
-        As, Bs = zip(*(base.factors(name) for _, name in here), strict=True)
+        present = [(i, name) for i, name in enumerate(adapters) if name in base.settings]
+        As, Bs = zip(*(base.factors(name) for _, name in present), strict=True)
         self.weight = base.weight.detach()
-        self.A_RD, self.B_DR = torch.cat(As), torch.cat(Bs, dim=1)
-        owners = [torch.full((len(A),), i) for (i, _), A in zip(here, As, strict=True)]
+        self.A_RI, self.B_OR = torch.cat(As), torch.cat(Bs, dim=1)
+        owners = [torch.full((len(A),), i) for (i, _), A in zip(present, As, strict=True)]
         self.owners_R = torch.cat(owners).to(self.weight.device)
         """int64 index of the adapter that a direction belongs to."""
 
-    def forward(self, x_ND: Tensor, adapter_N: Tensor) -> Tensor:
+    def forward(self, x_NI: Tensor, adapter_N: Tensor) -> Tensor:
         """``[N, in] -> [N, out]``; `adapter_N` are int64 indices."""
-        x_ND = x_ND.to(self.weight.dtype)
-        inner_NR = F.linear(x_ND, self.A_RD)
+        x_NI = x_NI.to(self.weight.dtype)
+        inner_NR = F.linear(x_NI, self.A_RI)
         inner_NR = inner_NR.masked_fill_(self.owners_R != adapter_N[:, None], 0)
-        return F.linear(x_ND, self.weight).addmm_(inner_NR, self.B_DR.T)
+        return F.linear(x_NI, self.weight).addmm_(inner_NR, self.B_OR.T)
 
 
 @torch.no_grad()

@@ -269,10 +269,10 @@ def require_adapters(network: nn.Module, adapter: Selection) -> None:
     Raises:
         ValueError: there is no adapter of a name.
     """
-    wanted = {adapter} if isinstance(adapter, str) else set(adapter)
-    if wanted != {OFF}:
+    names = {adapter} if isinstance(adapter, str) else set(adapter)
+    if names != {OFF}:
         known = [OFF, *adapter_names(network)]
-        if unknown := sorted(wanted.difference(known)):
+        if unknown := sorted(names.difference(known)):
             raise ValueError(f"no adapter '{unknown[0]}' among {known}")
 
 

@@ -79,7 +79,7 @@ class PolicyNetwork(DecoderNetwork):
         read: Reader | None = None,
         adapter: Selection | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Logits and auxiliary values at the positions asked for.
+        """Logits and auxiliary values at some positions.
 
         Args:
             tokens_BT: as in `Decoder.hidden`.

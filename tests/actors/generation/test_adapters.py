@@ -118,13 +118,13 @@ def test_prefixes_are_shared_by_requests_of_one_adapter_only(
 ) -> None:
     made = engine()
     seen: list[int] = []
-    forward = made.decoder.forward
+    forward = made.cached.forward
 
     def spy(newest: Any, positions: Any, chunks: Any, *more: Any) -> Any:
         seen.append(len(newest) + sum(len(chunk.tokens) for chunk in chunks))
         return forward(newest, positions, chunks, *more)
 
-    monkeypatch.setattr(made.decoder, "forward", spy)
+    monkeypatch.setattr(made.cached, "forward", spy)
     made.generate(requests([30], samples=4))
     assert seen[0] == 3 * (30 + 3), "three prefills; the other samples compute their last token"
 

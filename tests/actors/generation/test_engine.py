@@ -194,13 +194,13 @@ def test_a_long_prompt_does_not_stall_the_others() -> None:
 def test_samples_of_one_prompt_prefill_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = engine(Sampling(), max_tokens=2)
     seen: list[int] = []
-    forward = made.decoder.forward
+    forward = made.cached.forward
 
     def spy(newest: Any, positions: Any, chunks: Any, *more: Any) -> Any:
         seen.append(len(newest) + sum(len(chunk.tokens) for chunk in chunks))
         return forward(newest, positions, chunks, *more)
 
-    monkeypatch.setattr(made.decoder, "forward", spy)
+    monkeypatch.setattr(made.cached, "forward", spy)
     made.generate(requests([30], copies=5))
     assert seen[0] == 30 + 4, "four samples compute their last prompt token only"
 

@@ -64,7 +64,7 @@ def test_an_architecture_of_its_own_is_trained_and_sampled_from() -> None:
         loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
         (loss + values.square().mean()).backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[1] < losses[0]
     decoder = network.decoder.eval().requires_grad_(False)
     engine = GenerationEngine(decoder, eos_id=-1, sampling=Sampling(), max_tokens=8, slots=3)
