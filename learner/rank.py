@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 
 from common.config.run import RunConfig
+from common.devices import Compute
 from common.errors import StorageError
 from common.files import one_line
 from common.metrics import read
@@ -40,17 +41,18 @@ _states = memory_for(
 class LearnerRank:
     """One rank: the process, and the stage that it trains."""
 
-    def __init__(self, rank: int, world: int, threads: int) -> None:
+    def __init__(self, rank: int, world: int, compute: Compute) -> None:
         """Begin without a stage.
 
         Args:
             rank: number in the gang, from 0.
             world: ranks in all.
-            threads: that torch computes with.
+            compute: what this rank computes with.
         """
-        torch.set_num_threads(threads)
+        compute.apply()
         torch.manual_seed(rank)
         self.rank, self.world = rank, world
+        self._collectives = compute.collectives
         self._stage: SupervisedStage | None = None
         self._learner: Learner | None = None
 
@@ -69,6 +71,7 @@ class LearnerRank:
             address=address,
             port=port,
             timeout_s=timeout_s,
+            backend=self._collectives,
         )
 
     # ---------------------------------------------------------------- supervised stages

@@ -113,7 +113,7 @@ class LearnerGang:
                     group, placement_group_bundle_index=rank
                 ),
             )
-            .remote(rank, settings.ranks, compute.threads)
+            .remote(rank, settings.ranks, compute)
             for rank in range(settings.ranks)
         ]
         asked = [start(self.ranks[0], LearnerRank.address)]

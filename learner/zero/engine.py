@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-# DeepSpeed reads this when it is imported. Ranks compute on the processor, because no recipe
-# reserves a GPU for them: a GPU that can merely be seen is somebody else's.
-os.environ["DS_ACCELERATOR"] = "cpu"
+from common.devices import PROCESSOR
+
+# DeepSpeed reads this when it is imported, before a rank is told what it computes with.
+os.environ["DS_ACCELERATOR"] = PROCESSOR
 os.environ.setdefault("DS_LOG_LEVEL", "error")
 
 import deepspeed
@@ -27,7 +28,7 @@ from common.metrics import require_finite
 from common.models.networks import compute_in
 from learner.zero.adafactor import PalmAdafactor
 from learner.zero.optimizer_state import Fragment, OptimizerState
-from learner.zero.process_group import rank, world_size
+from learner.zero.process_group import backend, rank, world_size
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
@@ -83,7 +84,7 @@ class ZeroEngine:
                 eps=eps,
                 weight_decay=weight_decay,
             )
-        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(dist_backend=backend(), auto_mpi_discovery=False, verbose=False)
         self._engine: Any = deepspeed.initialize(
             model=network,
             optimizer=stepper,

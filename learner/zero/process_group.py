@@ -1,4 +1,4 @@
-"""The process group of the learner gang (gloo): joining it, and sums over its ranks."""
+"""The process group of the learner gang: joining it, and sums over its ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from common.errors import ClusterError
 from common.files import one_line
 
 
-def connect(*, rank: int, world: int, address: str, port: int, timeout_s: float) -> None:
+def connect(
+    *, rank: int, world: int, address: str, port: int, timeout_s: float, backend: str
+) -> None:
     """Join the process group; returns once all ranks have.
 
     Args:
@@ -23,6 +25,7 @@ def connect(*, rank: int, world: int, address: str, port: int, timeout_s: float)
         address: where rank 0 listens.
         port: its port.
         timeout_s: longest wait for the others, now and in every collective.
+        backend: what carries collectives, as torch names it (`Compute.collectives`).
 
     Raises:
         ClusterError: the address is taken or cannot be reached.
@@ -36,7 +39,7 @@ def connect(*, rank: int, world: int, address: str, port: int, timeout_s: float)
     }
     try:
         dist.init_process_group(
-            "gloo",
+            backend,
             rank=rank,
             world_size=world,
             timeout=datetime.timedelta(seconds=timeout_s),
@@ -52,6 +55,11 @@ def disconnect() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def backend() -> str:
+    """Return what carries collectives."""
+    return dist.get_backend()
 
 
 def world_size() -> int:

@@ -11,6 +11,7 @@ import torch
 
 from common.batching import micro_batches, sequence_batch
 from common.config.stages import TrainConfig
+from common.devices import compute_of
 from common.logprobs import Sampling
 from common.models.build import build_policy
 from common.models.networks import PolicyNetwork
@@ -84,8 +85,8 @@ def plain_step(
 
 
 def speed() -> list[Result]:
-    address, port = LearnerRank(0, 1, THREADS).address()
-    process_group.connect(rank=0, world=1, address=address, port=port, timeout_s=60)
+    rank = LearnerRank(0, 1, compute_of(cpus=1, threads=THREADS))
+    rank.connect(*rank.address(), 60.0)
     sequences, targets = data()
     net = network()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, betas=(0.9, 0.95))

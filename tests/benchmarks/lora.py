@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from common.config.model import LoraConfig, ModelConfig
+from common.devices import compute_of
 from common.models.adapters import adapter_tensors, add_adapter, attach_adapter, share_base
 from common.models.build import build_policy, build_scalar
 from common.models.palm import PaLM
@@ -158,8 +159,8 @@ def millions(config: ModelConfig) -> str:
 def step_seconds() -> dict[str, float]:
     """Median seconds of a policy update at shape S, on one DeepSpeed rank."""
     torch.set_num_threads(THREADS)
-    address, port = LearnerRank(0, 1, THREADS).address()
-    process_group.connect(rank=0, world=1, address=address, port=port, timeout_s=60)
+    rank = LearnerRank(0, 1, compute_of(cpus=1, threads=THREADS))
+    rank.connect(*rank.address(), 60.0)
     sequences, targets = data()
     engines = {}
     for precision in ("fp32", "bf16"):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from common.config.run import RunConfig
+from common.devices import compute_of
 from common.errors import ClusterError, ConfigError, RewardError, WorkerError
 from common.out_of_memory import memory_for, says_out_of_memory
 from common.wire.trajectory import Rollout, to_table
@@ -133,7 +134,7 @@ def test_memory_that_runs_out_names_the_setting(error: Exception | None) -> None
 
 
 def test_a_rank_that_runs_out_of_memory_is_not_built_again() -> None:
-    rank = LearnerRank(0, 1, 1)
+    rank = LearnerRank(0, 1, compute_of(cpus=1))
 
     class Stage:
         def advance(self, steps: int) -> Any:

@@ -40,10 +40,12 @@ torch.cuda.is_available = lambda: True
 torch.cuda.device_count = lambda: 1
 
 import torch.distributed as dist
+from common.devices import compute_of
 from learner.zero.engine import ZeroEngine
+from common.devices import compute_of
 from learner.rank import LearnerRank
 
-rank = LearnerRank(0, 1, 1)
+rank = LearnerRank(0, 1, compute_of(cpus=1))
 rank.connect(*rank.address(), 60.0)
 found = {"backend": dist.get_backend()}
 for stage in (0, 1, 2, 3):
