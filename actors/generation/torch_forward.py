@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from actors.generation.forward import Chunk, Step
@@ -99,13 +100,13 @@ class _CachedAttention:
 
     def _attend_newest(self, q_SHK: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attend from one token of each slot: a product per head of keys, nothing expanded."""
-        heads, used, reach = q_SHK.shape[1], self._used, self._bias.shape[-1]
-        q = q_SHK.unflatten(1, (keys.shape[1], -1)).flatten(0, 1)
-        near, kept = (t[:used, :, :reach].flatten(0, 1) for t in (keys, values))
+        groups, reach = keys.shape[1], self._bias.shape[-1]
+        q = rearrange(q_SHK, "s (g h) k -> (s g) h k", g=groups)
+        near, kept = (t[: len(q_SHK), :, :reach].flatten(0, 1) for t in (keys, values))
         scale = q.shape[-1] ** -0.5
         scores = torch.baddbmm(self._bias, q, near.transpose(1, 2), alpha=scale)
         weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
-        return torch.bmm(weights, kept).view(used, heads, -1)
+        return rearrange(torch.bmm(weights, kept), "(s g) h k -> s (g h) k", g=groups)
 
 
 @dataclass(frozen=True, slots=True)

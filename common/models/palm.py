@@ -17,6 +17,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -73,10 +74,12 @@ class Block(nn.Module):
         """
         cos_q, sin_q, cos_k, sin_k = (table.unsqueeze(-2) for table in rope)
         q, k, v, up, gate = self.fused_in(self.norm(x), adapter).split(self.splits, dim=-1)
-        q, k, v = q.unflatten(-1, (self.heads, -1)), k.unsqueeze(-2), v.unsqueeze(-2)
+        q = rearrange(q, "... (h k) -> ... h k", h=self.heads)
+        k, v = k.unsqueeze(-2), v.unsqueeze(-2)
         mixed = attend(rotate(q, cos_q, sin_q), rotate(k, cos_k, sin_k), v)
+        mixed = rearrange(mixed, "... h k -> ... (h k)")
         mlp: Tensor = self.ff_out(F.silu(gate) * up, adapter)
-        out: Tensor = x + mlp + self.attn_out(mixed.flatten(-2), adapter)
+        out: Tensor = x + mlp + self.attn_out(mixed, adapter)
         return out
 
 

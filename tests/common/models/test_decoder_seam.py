@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from actors.generation.engine import GenerationEngine
 from common.data.prompts import EncodedPrompt, evaluation_requests
+from common.errors import ConfigError
 from common.logprobs import Sampling
 from common.models.decoder import Attention, Decoder, Sizes
 from common.models.lora import Adapted, RowSelection
 from common.models.networks import PolicyNetwork
 from tests.likelihoods import chosen_logprobs
 
-VOCABULARY, DIM, HEADS, KV_HEADS, WIDTH = 19, 16, 4, 2, 4
+SIZES = Sizes(vocabulary=19, dim=16, context=24, layers=1, heads=4, kv_heads=2, head_dim=4)
 
 
 class Toy(Decoder):
     """One layer of attention with two groups of heads and learned positions."""
 
     def __init__(self) -> None:
-        super().__init__(
-            Sizes(
-                vocabulary=VOCABULARY,
-                dim=DIM,
-                context=24,
-                layers=1,
-                heads=HEADS,
-                kv_heads=KV_HEADS,
-                head_dim=WIDTH,
-            )
-        )
-        self.tokens, self.places = nn.Embedding(VOCABULARY, DIM), nn.Embedding(24, DIM)
-        self.qkv = Adapted(DIM, {"q": HEADS * WIDTH, "k": KV_HEADS * WIDTH, "v": KV_HEADS * WIDTH})
-        self.head = nn.Linear(DIM, VOCABULARY)
+        super().__init__(SIZES)
+        self.tokens, self.places = nn.Embedding(19, 16), nn.Embedding(24, 16)
+        self.qkv = Adapted(16, {"q": 16, "k": 8, "v": 8})
+        self.head = nn.Linear(16, 19)
 
     def initialise(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -44,8 +36,8 @@ class Toy(Decoder):
         self, tokens: Tensor, positions: Tensor, attention: Attention, adapter: RowSelection
     ) -> Tensor:
         x = self.tokens(tokens) + self.places(positions)
-        heads = self.qkv(x, adapter).unflatten(-1, (-1, WIDTH))
-        q, k, v = heads.split((HEADS, KV_HEADS, KV_HEADS), dim=-2)
+        heads = self.qkv(x, adapter).unflatten(-1, (-1, 4))
+        q, k, v = heads.split((4, 2, 2), dim=-2)
         mixed: Tensor = x + attention(0, q, k, v).flatten(-2)
         return mixed
 
@@ -55,7 +47,7 @@ class Toy(Decoder):
 
 
 def test_an_architecture_of_its_own_is_trained_and_sampled_from() -> None:
-    network, tokens = PolicyNetwork(Toy()), torch.arange(18).view(2, 9) % VOCABULARY
+    network, tokens = PolicyNetwork(Toy()), torch.arange(18).view(2, 9)
     network.initialise(0)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     losses = []
@@ -67,6 +59,10 @@ def test_an_architecture_of_its_own_is_trained_and_sampled_from() -> None:
         losses.append(float(loss.detach()))
     assert losses[1] < losses[0]
     decoder = network.decoder.eval().requires_grad_(False)
+    with pytest.raises(ConfigError, match="native kernels do not run a Toy on cpu"):
+        GenerationEngine(
+            decoder, eos_id=-1, sampling=Sampling(), max_tokens=8, slots=3, kernels="native"
+        )
     engine = GenerationEngine(decoder, eos_id=-1, sampling=Sampling(), max_tokens=8, slots=3)
     prompts = [EncodedPrompt(uid=f"{i}", text="x", ids=[*range(1, i + 2)]) for i in range(9)]
     requests = evaluation_requests(prompts, seed=0, label="toy")

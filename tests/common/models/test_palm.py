@@ -150,6 +150,18 @@ def test_logits_read_in_pieces_give_the_same_values_and_gradients(logits_mb: flo
         torch.testing.assert_close(ours, parameter.grad, atol=1e-4, rtol=1e-4)
 
 
+def test_tensors_keep_the_names_that_files_have() -> None:
+    assert {name.split(".")[0] for name in build_policy(SHAPE).state_dict()} == {"palm", "value"}
+    scalar = build_scalar(SHAPE).state_dict()
+    assert {name.split(".")[0] for name in scalar} == {"palm", "head"}
+    assert {name.removeprefix("palm.blocks.0.") for name in scalar if ".0." in name} == {
+        "norm.weight",
+        "fused_in.weight",
+        "attn_out.weight",
+        "ff_out.weight",
+    }
+
+
 def test_a_missing_vocabulary_is_refused() -> None:
     with pytest.raises(ValueError, match="vocab_size"):
         PaLM(ModelConfig())
