@@ -62,7 +62,6 @@ def build_engine(
 class DecoderGenerator:
     """`Generator` over a decoder in this process."""
 
-    exact = True
     deterministic = True
 
     def __init__(
@@ -86,6 +85,7 @@ class DecoderGenerator:
             ConfigError: as `build_engine`.
             ClusterError: as `build_engine`.
         """
+        self.exact = rollout.precision == "fp32"
         dtype = torch_dtype(rollout.precision)
         decoder, base, on_wire = build_decoder(model), "", OFF
         if adapted is not None:

@@ -30,11 +30,11 @@ class Generator(Protocol):
 
     @property
     def exact(self) -> bool:
-        """Whether log-probabilities equal the learner's within rounding of fp32 (invariant I1)."""
+        """Whether log-probabilities are those of the network in fp32, within rounding (I1)."""
 
     @property
     def deterministic(self) -> bool:
-        """Whether responses are a function of requests and weights alone (invariant I5)."""
+        """Whether responses are a function of requests and weights alone (I5)."""
 
     def hold(self, manifest: Manifest, payloads: Sequence[Payload]) -> str:
         """Take over the weights that a manifest describes, and return their fingerprint.

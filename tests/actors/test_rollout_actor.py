@@ -51,6 +51,13 @@ def test_rollouts_carry_the_version_and_fingerprint_that_sampled_them(
     assert fingerprints[0] == fingerprints[2] != fingerprints[1], "it is a hash of content"
 
 
+def test_a_generator_says_whether_it_is_exact_and_deterministic(workspace: RunConfig) -> None:
+    for precision, exact in (("fp32", True), ("bf16", False)):
+        changed = {"rollout": workspace.rollout.model_copy(update={"precision": precision})}
+        generator = actor(workspace.model_copy(update=changed)).generator
+        assert (generator.exact, generator.deterministic) == (exact, True)
+
+
 def test_weights_held_already_are_not_loaded_again(workspace: RunConfig) -> None:
     made = actor(workspace)
     manifest, payload = manifest_of(weights(workspace, 0), 1)
