@@ -20,6 +20,7 @@ import ray
 import yaml
 
 from common.config.run import RunConfig
+from common.devices import compute_of
 from common.errors import ClusterError
 from deploy.run_folder import checkpoints
 from learner.rank import LearnerRank
@@ -310,7 +311,7 @@ def test_a_port_in_use(cluster: None) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        rank = ray.remote(LearnerRank).options(num_cpus=0).remote(0, 1, 1)
+        rank = ray.remote(LearnerRank).options(num_cpus=0).remote(0, 1, compute_of(cpus=1))
         with pytest.raises(ClusterError, match="free the port"):
             ray.get(rank.connect.remote("127.0.0.1", taken.getsockname()[1], 20.0))
         ray.kill(rank)

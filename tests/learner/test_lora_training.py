@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.config.run import RunConfig
+from common.devices import compute_of
 from common.errors import CheckpointError
 from common.models.build import build_policy
 from common.models.networks import PolicyNetwork, ScalarNetwork
@@ -61,7 +62,7 @@ class Gang:
 
     def __init__(self, ranks: int) -> None:
         remote = ray.remote(Rank).options(num_cpus=0.5)
-        self.ranks = [remote.remote(rank, ranks, 1) for rank in range(ranks)]
+        self.ranks = [remote.remote(rank, ranks, compute_of(cpus=1)) for rank in range(ranks)]
         address, port = ray.get(self.ranks[0].address.remote())
         self.every("connect", address, port, 120.0)
 
