@@ -10,6 +10,7 @@ from typing import Literal
 import pyarrow as pa
 import ray
 
+from common.config.stages import TrainConfig
 from common.errors import TrainingError
 from deploy.control.jobs import Sampled, Scored
 from deploy.control.leases import lone
@@ -124,3 +125,15 @@ def staleness(batch: Sequence[Scored], iteration: int) -> dict[str, float]:
     return {"staleness": float(max(present))} | {
         f"staleness/{age}": count for age, count in present.items()
     }
+
+
+def nothing_left(iteration: int, train: TrainConfig, last_dead_letter: str) -> str:
+    """Return the message of an iteration that has too few scores to train on any rollout."""
+    last = f"the last: {last_dead_letter}"
+    if train.least_responses == 1:
+        return f"every rollout of iteration {iteration} was given up by the reward service; {last}"
+    return (
+        f"iteration {iteration} has nothing to train on: {train.algorithm} compares responses of "
+        f"one prompt, and so many were given up by the reward service that no prompt has "
+        f"{train.least_responses} left; {last}"
+    )

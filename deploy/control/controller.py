@@ -31,7 +31,7 @@ from common.config.run import RunConfig
 from common.data.prompts import EncodedPrompt
 from common.endings import at_the_end
 from common.errors import RewardError, WorkerError
-from deploy.control.batches import staleness
+from deploy.control.batches import nothing_left, staleness
 from deploy.control.collector import Collector
 from deploy.control.issuing import Issuer
 from deploy.control.jobs import Scored, Weights
@@ -242,21 +242,8 @@ class Controller:
                 self._publish(iteration)  # or the gang tells that a rank is lost with its node
             self.collector.pump()
         if not batch:
-            raise RewardError(self._nothing_left(iteration))
+            raise RewardError(nothing_left(iteration, train, self.collector.last_dead_letter))
         return batch
-
-    def _nothing_left(self, iteration: int) -> str:
-        train = self.config.train
-        last = f"the last: {self.collector.last_dead_letter}"
-        if train.least_responses == 1:
-            return (
-                f"every rollout of iteration {iteration} was given up by the reward service; {last}"
-            )
-        return (
-            f"iteration {iteration} has nothing to train on: {train.algorithm} compares responses "
-            f"of one prompt, and so many were given up by the reward service that no prompt has "
-            f"{train.least_responses} left; {last}"
-        )
 
     def _collected(self, batch: Sequence[Scored]) -> dict[str, float]:
         """Return metrics of what arrived since the last iteration, and the run's counts."""
