@@ -97,7 +97,7 @@ class GenerationEngine:
             ValueError: responses are being sampled; each must come from one version.
         """
         if not self.idle:
-            raise ValueError("weights cannot change under responses in work")
+            raise ValueError("weights cannot change while responses are being sampled")
         self.cached.refresh()
 
     def generate(
@@ -111,7 +111,7 @@ class GenerationEngine:
         if not requests:
             raise ValueError("nothing to generate")
         if not self.idle:
-            raise ValueError("other requests are in work")
+            raise ValueError("other requests are being sampled")
         self.submit(requests, limits)
         responses: dict[str, Generated] = {}
         while not self.idle:

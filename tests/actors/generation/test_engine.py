@@ -266,9 +266,9 @@ def test_all_may_end_at_once_and_the_engine_goes_on() -> None:
 def test_weights_do_not_change_under_responses() -> None:
     made = engine(Sampling())
     made.submit(requests([3]))
-    with pytest.raises(ValueError, match="under responses"):
+    with pytest.raises(ValueError, match="while responses"):
         made.refresh()
-    with pytest.raises(ValueError, match="in work"):
+    with pytest.raises(ValueError, match="being sampled"):
         made.generate(requests([4], seed=1))
 
 
