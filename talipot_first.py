@@ -1,8 +1,8 @@
-"""The command's entrance. Its name is nobody else's, and it makes sure that ours are found first.
+"""The command's entrance. Its name is nobody else's, and it puts ours first.
 
 Talipot's folders have common names (``common``, ``actors``, ...). A user's module of such a name,
 on PYTHONPATH or in the working folder, comes before ours on Python's path; a finder for exactly
-these names comes before the path. Everything else, reward functions too, is found as ever.
+these names comes before the path. Everything else, reward functions too, is found as without it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ ROOT = str(Path(__file__).resolve().parent)
 
 
 class OursFirst:
-    """A finder of our five folders, beside this file."""
+    """A finder of our five folders, which lie beside this file."""
 
     @staticmethod
     def find_spec(
         name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Where one of ours lies; None for every other name."""
+        """Find one of ours; None for every other name."""
         return PathFinder.find_spec(name, [ROOT]) if name in OURS else None
 
 
@@ -36,20 +36,20 @@ def ours_first() -> None:
 
 
 def strangers() -> list[str]:
-    """Files or folders of other people's that workers would find instead of ours."""
+    """List files and folders of others that workers would find instead of ours."""
     path = [str(Path.cwd()), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    found = []
+    others = []
     for name in OURS:
         spec = PathFinder.find_spec(name, path)
         places = (
             [] if spec is None else [spec.origin or "", *(spec.submodule_search_locations or [])]
         )
-        found += [p for p in places if p and not str(Path(p).resolve()).startswith(ROOT + os.sep)]
-    return found
+        others += [p for p in places if p and not str(Path(p).resolve()).startswith(ROOT + os.sep)]
+    return others
 
 
 def main() -> None:
-    """Console entry point."""
+    """Run the command."""
     ours_first()
     sys.path.append(str(Path.cwd()))  # a judge may lie in the working folder, as for workers
     from deploy.cli import main as command

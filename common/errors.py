@@ -1,14 +1,17 @@
 """Every error that Talipot raises for a user's mistake or a failed run.
 
-    TalipotError                 1   base class, never raised itself
+    TalipotError                 1   base class
     ├── ConfigError              2   a recipe or an override that cannot be run
     ├── DataError                3   an input file that cannot be read as what it should be
     ├── CheckpointError          4   a checkpoint that is torn, missing, or of another architecture
     ├── ClusterError             5   no cluster, or not enough resources on it
     ├── TrainingError            6   the optimisation broke (NaN, mismatched weights)
+    │   └── CorruptSliceError    6   weights that changed on their way (in wire.weights)
     ├── RewardError              7   a scorer that cannot score
     ├── StorageError             8   a run directory that cannot be written
     ├── WorkerError              9   a worker that failed too often or outran its deadline
+    │   └── LearnerLost          9   a learner rank died or outran its deadline (in workers.gang)
+    ├── LedgerError              1   a bug of ours in the books of rollouts (in control.ledger)
     └── Interrupted        130, 143  Ctrl-C or SIGTERM: the run stopped with a checkpoint
 
 The number is the process's exit code. The command line prints the message on one line and
@@ -21,7 +24,7 @@ import signal
 
 
 class TalipotError(Exception):
-    """A failure with one clear line for the user: what, where (file, line, field), the mend."""
+    """A failure with one clear line for the user: what, where (file, line, field), what to do."""
 
     exit_code: int = 1
 

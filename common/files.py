@@ -43,25 +43,27 @@ def resolve(path: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
 
 
 def _local(uri: str, rest: str) -> str:
-    """The path of ``file://[localhost]/path``; a file's name may hold ``#`` and ``?``."""
+    """Return the path in ``file://[localhost]/path``; a file's name may hold ``#`` and ``?``."""
     host, slash, path = rest.partition("/")
     if host.lower() not in ("", "localhost") or not slash:
         raise DataError(f"{uri}: names the host '{host}'; write file:///path, or the path alone")
     return unquote(slash + path)
 
 
-def _escaped(found: re.Match[str]) -> str:
-    return quote(found[0], safe="")
+def _escaped(character: re.Match[str]) -> str:
+    return quote(character[0], safe="")
 
 
 def is_utf8(text: str) -> bool:
-    """False for what Python makes of bytes that are not UTF-8, in an argument or a file's name."""
+    """Whether an argument or a file's name was valid UTF-8 before Python decoded it."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def one_line(error: object) -> str:
-    """The text of `error` (or another object) on one line of at most 160 characters: messages of
-    ours stay one line."""
+    """Return the text of `error` (or another object) on one line of at most 160 characters.
+
+    Our messages have one line.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."
 

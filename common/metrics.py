@@ -29,7 +29,7 @@ class Metric:
         return Metric(self.value + other.value, self.weight + other.weight, self.how)
 
     def read(self) -> float:
-        """The number to show."""
+        """Return the number to show."""
         if self.how != "mean":
             return self.value
         return self.value / self.weight if self.weight else math.nan
@@ -39,7 +39,7 @@ Metrics = dict[str, Metric]
 
 
 def mean(total: float, count: float) -> Metric:
-    """A mean from its sum and count."""
+    """Make a mean from its sum and count."""
     return Metric(float(total), float(count), "mean")
 
 
@@ -53,7 +53,7 @@ def merge(many: Iterable[Mapping[str, Metric]]) -> Metrics:
 
 
 def read(metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """Names to plain numbers."""
+    """Return names and plain numbers."""
     return {name: metric.read() for name, metric in metrics.items()}
 
 

@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from common.config.effects import OF_KIND, RULES
+from common.config.base import Family, Section
+from common.config.draft import section_of
+from common.config.effects import RULES
 from common.config.model import PRESETS, ModelConfig
 from common.config.recipe import fields
+from common.config.rewards import RewardComponent
 from common.config.run import RunConfig
-from common.config.workers import RewardComponent
 
+Row = tuple[str, Any, str]
+"""Dotted name, default and meaning of a field."""
 _HEAD = """\
 # Configuration
 
@@ -62,30 +66,29 @@ Defaults stand on this page and in no other.
 
 _CONDITIONS = """\
 A recipe that gives one of these where it has no effect is refused. What counts are kinds and
-switches, not sizes: `train.ppg` with fewer `train.iterations` than `train.ppg.n_pi` is taken.
+switches, not sizes: `train.ppg` with fewer `train.iterations` than `train.ppg.n_pi` is taken. A
+field of one kind of reward component or model has no effect under another kind.
 """
 
 
 def reference_page() -> str:
-    """The whole page, ending in a newline."""
-    every = list(fields())
-    parts = [_HEAD, "## The run", _table(row for row in every if "." not in row[0])]
+    """Write the whole page, ending in a newline."""
+    parts = [_HEAD, "## The run", _table(row for row in fields() if "." not in row[0])]
     for section, info in RunConfig.model_fields.items():
-        rows = [row for row in every if row[0].startswith(f"{section}.")]
-        if rows:
-            parts += [f"## `{section}`", _first_line(info.annotation), _table(rows)]
+        if inner := section_of(info.annotation):
+            parts += [f"## `{section}`", _first_line(inner), *_tables(inner, f"{section}.")]
         if section == "reward_service":
             parts += [
                 "### `reward_service.components`",
                 "The score is the weighted sum of named components; `NAME` is yours to choose.",
-                _table(fields(RewardComponent, "reward_service.components.NAME.")),
+                *_tables(RewardComponent, "reward_service.components.NAME."),
             ]
     parts += ["## Settings that need others", _CONDITIONS, _conditions()]
     parts += ["## Presets", "`preset: NAME` takes a model's shape from here.", _presets()]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _table(rows: Iterable[tuple[str, Any, str]]) -> str:
+def _table(rows: Iterable[Row]) -> str:
     lines = ["| field | default | meaning |", "|---|---|---|"]
     for name, default, description in rows:
         meaning = " ".join(description.split()).replace("``", "`")
@@ -93,21 +96,35 @@ def _table(rows: Iterable[tuple[str, Any, str]]) -> str:
     return "\n".join(lines)
 
 
+def _tables(section: type[Section], prefix: str) -> Iterator[str]:
+    """Write the table of a section; of a family, one of what all kinds have and one for each."""
+    if not issubclass(section, Family):
+        yield _table(fields(section, prefix))
+        return
+    common = section.model_fields.keys()
+    yield _table(_of(fields(section, prefix), prefix, common))
+    for name, kind in section.kinds.items():
+        yield f"`kind: {name}`: {_first_line(kind)}"
+        if own := list(_of(fields(kind, prefix), prefix, kind.model_fields.keys() - common)):
+            yield _table(own)
+
+
+def _of(rows: Iterable[Row], prefix: str, names: Collection[str]) -> Iterator[Row]:
+    """Choose the rows of these fields, and of what is inside them."""
+    return (row for row in rows if row[0].removeprefix(prefix).split(".")[0] in names)
+
+
 def _conditions() -> str:
     lines = []
     for rule in RULES:
         names = ", ".join(f"`{name}`" for name in rule.fields)
         lines.append(f"- {names}: {rule.when}")
-    for kind, looks in OF_KIND.items():
-        idle = [name for name in RewardComponent.model_fields if name not in looks]
-        if idle:
-            names = ", ".join(f"`{name}`" for name in idle)
-            lines.append(f"- {names} of a component: kind {kind} does not look at it")
     return "\n".join(lines)
 
 
 def _presets() -> str:
-    names = [name for name in ModelConfig.model_fields if name != "activation_checkpointing"]
+    hidden = ("kind", "activation_checkpointing")
+    names = [name for name in ModelConfig.every_field() if name not in hidden]
     lines = [f"| preset | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for preset, model in PRESETS.items():
         cells = " | ".join(_code(getattr(model, name)) for name in names)
@@ -120,7 +137,7 @@ def _code(value: Any) -> str:
 
 
 def _yaml(value: Any) -> str:
-    """A default as one would write it in a recipe."""
+    """Write a default as in a recipe."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -20,6 +20,7 @@ from torch import Tensor
 from common.config.run import RunConfig
 from common.errors import CheckpointError
 from common.logprobs import chosen_reader, sampling_of
+from common.metric_catalogue import Logged
 from common.metrics import Metrics, mean
 from learner import targets
 from learner.actor_critic import ActorCritic
@@ -86,7 +87,7 @@ class Learner:
         )
 
         kl = targets.kl_of(batch, proximal)
-        metrics = {"kl": mean(kl, len(batch)), "kl_coef": mean(self.kl.coef, 1)}
+        metrics: Metrics = {Logged.KL: mean(kl, len(batch)), Logged.KL_COEF: mean(self.kl.coef, 1)}
         self.kl.update(kl / len(batch), len(batch))
 
         metrics |= targets.batch_metrics(batch, proximal, value_targets)
@@ -129,7 +130,7 @@ class Learner:
             values = ValueObjective(self.value, ValueTargets(returns_NR=targets_NR))
             with self.value.auxiliary_moments():
                 steps = optimise(self.value, values, memory.sequences, self.shards, plan)
-            metrics["auxiliary/separate_value_loss"] = value_metrics(steps)["value_loss"]
+            metrics[Logged.AUXILIARY_SEPARATE_VALUE_LOSS] = value_metrics(steps)[Logged.VALUE_LOSS]
         self.memory = AuxiliaryMemory()
         return metrics
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common.config.run import RunConfig
 from common.config.stages import TrainConfig
+from common.metric_catalogue import Logged
 from common.metrics import Metrics, mean
 from learner.algorithms import gae, ppo, rewards
 from learner.algorithms.estimators import ESTIMATORS, Estimate, Outcomes
@@ -128,16 +129,16 @@ def batch_metrics(batch: Experience, proximal: Proximal, values: ValueTargets | 
     tokens, rows = float(batch.mask_NR.sum()), float(len(batch))
     apart = ppo.mismatch(proximal.logprobs_NR, batch.behavior_NR, batch.mask_NR)
     drift_NR = ((proximal.logprobs_NR - batch.behavior_NR) * batch.mask_NR).exp() - 1.0
-    metrics = {
-        "score": mean(float(batch.scores_N.sum()), rows),
-        "response_length": mean(tokens, rows),
-        "eos_share": mean(float(batch.ended_N.sum()), rows),
-        "entropy": mean(float(proximal.entropy_NR.sum(dtype=torch.float64)), tokens),
-        "ratio_deviation": mean(float(drift_NR.abs().max()), 1),
-        "mismatch_kl": mean(apart.kl, tokens),
-        "mismatch_ratio": mean(apart.ratio, 1),
+    metrics: Metrics = {
+        Logged.SCORE: mean(float(batch.scores_N.sum()), rows),
+        Logged.RESPONSE_LENGTH: mean(tokens, rows),
+        Logged.EOS_SHARE: mean(float(batch.ended_N.sum()), rows),
+        Logged.ENTROPY: mean(float(proximal.entropy_NR.sum(dtype=torch.float64)), tokens),
+        Logged.RATIO_DEVIATION: mean(float(drift_NR.abs().max()), 1),
+        Logged.MISMATCH_KL: mean(apart.kl, tokens),
+        Logged.MISMATCH_RATIO: mean(apart.ratio, 1),
     }
     if values is not None:
         explained = gae.explained_variance(proximal.values_NR, values.returns_NR, batch.mask_NR)
-        metrics["explained_variance"] = mean(explained, 1)
+        metrics[Logged.EXPLAINED_VARIANCE] = mean(explained, 1)
     return metrics

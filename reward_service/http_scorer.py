@@ -10,87 +10,53 @@ letter: returned as such, counted, and written to a file when one is named. Noth
 from __future__ import annotations
 
 import json
-import os
 import random
-import ssl
-import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import httpx
 
-from common.errors import ConfigError
-from common.files import one_line
+from common.metric_catalogue import Logged
+from reward_service.http_answers import Failed, Refused, parse_answer
+from reward_service.http_settings import (
+    HttpScorerSettings,
+    certificates,
+    prepare_file,
+    require_url,
+    token_of,
+)
 from reward_service.proxies import proxy_of
 from reward_service.scorers import ScoreRequest, ScoreResult
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HttpScorerSettings:
-    """How to talk to the endpoint."""
-
-    url: str
-    batch_size: int = 32
-    """Responses in one request."""
-    max_concurrency: int = 8
-    """Requests under way at once."""
-    timeout_s: float = 10.0
-    """Longest wait for one whole request."""
-    max_retries: int = 5
-    """Tries after the first before a batch is a dead letter."""
-    backoff_s: float = 0.2
-    """First backoff; doubles, with full jitter."""
-    max_backoff_s: float = 10.0
-    """Longest backoff; also bounds what Retry-After may ask for."""
-    open_after: int = 5
-    """Failures in a row that open the circuit."""
-    cool_down_s: float = 5.0
-    """How long the circuit stays open before one request tries again."""
-    give_up_after_s: float = 120.0
-    """A batch older than this is a dead letter."""
-    max_response_bytes: int = 16 * 2**20
-    """Longest answer that is read."""
-    token_env: str | None = None
-    """Environment variable that holds the bearer token; the token itself is never stored."""
-    dead_letter_path: Path | None = None
-    """JSON lines of responses given up."""
-
-
-COUNTS = ("requests", "retries", "failures", "dead_letters", "circuit_opened")
-"""What a scorer counts: tries sent, tries after the first, tries that failed, responses given up,
-times that the circuit opened."""
-
-
-class _Refused(Exception):
-    """An answer that no retry can mend."""
-
-
-class _Failed(Exception):
-    """A try that may go better next time; `wait_s` is the server's own wish."""
-
-    def __init__(self, message: str, wait_s: float | None = None) -> None:
-        super().__init__(message)
-        self.wait_s = wait_s
+COUNTS: Mapping[str, Logged] = {
+    "requests": Logged.HTTP_REQUESTS,
+    "retries": Logged.HTTP_RETRIES,
+    "failures": Logged.HTTP_FAILURES,
+    "dead_letters": Logged.HTTP_DEAD_LETTERS,
+    "circuit_opened": Logged.HTTP_CIRCUIT_OPENED,
+}
+"""What a scorer counts, and the metrics that these are logged as."""
 
 
 class HttpScorer:
     """Scores through an HTTP endpoint. Safe to call from one thread at a time."""
 
     def __init__(self, settings: HttpScorerSettings, *, seed: int = 0) -> None:
-        """Raises ConfigError for a bad URL, a token that is missing, an impossible file, and a
-        proxy or certificates of the environment's that cannot be used."""
-        _require_url(settings.url)
+        """Prepare to ask an endpoint; nothing is sent yet.
+
+        Raises:
+            ConfigError: a bad URL, a token that is missing, a file that cannot be written, or a
+                proxy or certificates of the environment that cannot be used.
+        """
+        require_url(settings.url)
         headers = {}
         if settings.token_env is not None:
-            headers["Authorization"] = f"Bearer {_token(settings.token_env)}"
+            headers["Authorization"] = f"Bearer {token_of(settings.token_env)}"
         if settings.dead_letter_path is not None:
-            _prepare_file(settings.dead_letter_path)
+            prepare_file(settings.dead_letter_path)
         self.settings = settings
         self._client = httpx.Client(
             headers=headers,
@@ -99,7 +65,7 @@ class HttpScorer:
             # The environment is read by us: httpx fails on proxies that this endpoint needs not.
             trust_env=False,
             proxy=proxy_of(httpx.URL(settings.url)),
-            verify=_certificates(settings.url),
+            verify=certificates(settings.url),
             # httpx stops at 100 by itself; a request that waits there would time out unsent.
             limits=httpx.Limits(max_connections=settings.max_concurrency),
         )
@@ -118,7 +84,7 @@ class HttpScorer:
         return [result for batch in answered for result in batch]
 
     def stats(self) -> dict[str, int]:
-        """Those of `COUNTS` that are not 0."""
+        """Return those of `COUNTS` that are not 0."""
         with self._lock:
             return dict(self._counts)
 
@@ -137,11 +103,11 @@ class HttpScorer:
                 break
             try:
                 scores = self._post(requests)
-            except _Refused as error:
+            except Refused as error:
                 reason = str(error)
                 self._count("failures")
                 break
-            except _Failed as error:
+            except Failed as error:
                 reason = str(error)
                 self._record_failure()
                 if attempt == self.settings.max_retries or time.monotonic() > give_up:
@@ -172,22 +138,22 @@ class HttpScorer:
                     raw += chunk
                     # httpx limits the wait for each piece; a slow drip needs one for the whole.
                     if time.monotonic() > deadline:
-                        raise _Failed(f"no whole answer within {self.settings.timeout_s} s")
+                        raise Failed(f"no whole answer within {self.settings.timeout_s} s")
                     if len(raw) > self.settings.max_response_bytes:
-                        raise _Refused(f"answer over {self.settings.max_response_bytes} bytes")
+                        raise Refused(f"answer over {self.settings.max_response_bytes} bytes")
         except httpx.RequestError as error:
-            raise _Failed(f"{type(error).__name__}: {error}") from None
-        return _parse(bytes(raw), [r.rollout_id for r in requests])
+            raise Failed(f"{type(error).__name__}: {error}") from None
+        return parse_answer(bytes(raw), [r.rollout_id for r in requests])
 
     def _require_ok(self, response: httpx.Response) -> None:
         status = response.status_code
         if status in (408, 429) or status >= 500:
-            raise _Failed(f"HTTP {status}", _retry_after(response))
+            raise Failed(f"HTTP {status}", _retry_after(response))
         if status != 200:
-            raise _Refused(f"HTTP {status}")
+            raise Refused(f"HTTP {status}")
 
     def _backoff(self, attempt: int, wait_s: float | None) -> float:
-        """Full jitter (never a herd), but at least what the server asked for, within bounds."""
+        """Draw a wait with full jitter, but at least what the server asked for, within bounds."""
         ceiling = min(
             self.settings.max_backoff_s, self.settings.backoff_s * 2.0 ** min(attempt, 64)
         )
@@ -244,96 +210,6 @@ class HttpScorer:
                         }
                         file.write(json.dumps(line) + "\n")
         return [ScoreResult(rollout_id=r.rollout_id, score=None, error=reason) for r in requests]
-
-
-def _require_url(text: str) -> None:
-    try:
-        url = httpx.URL(text)
-    except httpx.InvalidURL:
-        url = httpx.URL()
-    if url.scheme not in ("http", "https") or not url.host:
-        shown = " ".join(text.split())
-        raise ConfigError(f"reward endpoint '{shown}': write it as http(s)://host/path")
-
-
-def _certificates(url: str) -> ssl.SSLContext | bool:
-    """Whom to believe: what the environment's SSL_CERT_FILE or SSL_CERT_DIR say, else certifi."""
-    if not url.lower().startswith("https:"):
-        return True
-    try:
-        return httpx.create_ssl_context(trust_env=True)
-    except OSError as error:
-        named = " or ".join(n for n in ("SSL_CERT_FILE", "SSL_CERT_DIR") if n in os.environ)
-        raise ConfigError(
-            f"reward endpoint: certificates of {named or 'certifi'} cannot be read: {error}"
-        ) from None
-
-
-def _token(variable: str) -> str:
-    """The token, without the line break that files of secrets end in.
-
-    What no header can carry is refused here: httpx would quote it in its own error.
-    """
-    token = os.environ.get(variable, "").strip()
-    if not token:
-        raise ConfigError(f"reward endpoint: environment variable {variable} is not set")
-    if not (token.isascii() and token.isprintable()):
-        raise ConfigError(
-            f"reward endpoint: environment variable {variable} holds characters that no HTTP "
-            "header can carry; a token is one line of printable ASCII"
-        )
-    return token
-
-
-def _prepare_file(path: Path) -> None:
-    """Find out now that dead letters cannot be written, not when the first one is lost."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a", encoding="utf8").close()
-    except OSError as error:
-        raise ConfigError(
-            f"reward endpoint: dead letters cannot be written to {path}: {error.strerror}"
-        ) from None
-
-
-_LARGEST = sys.float_info.max
-_AGREED = "the answer is not {'scores': [{'rollout_id', 'score'}]}"
-
-
-def _parse(raw: bytes, expected: Sequence[str]) -> dict[str, float]:
-    """Scores by rollout_id; raises _Failed for an answer that is not what was agreed."""
-    try:
-        answer: Any = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise _Failed(f"{_AGREED}: no JSON but {one_line(repr(raw[:60]))}") from None
-    rows = answer.get("scores") if isinstance(answer, dict) else None
-    if not isinstance(rows, list):
-        raise _Failed(f"{_AGREED}: it has no list 'scores'")
-    scores: dict[str, float] = {}
-    for row in rows:
-        rollout_id, score = _scored(row)
-        if rollout_id in scores:
-            raise _Failed(f"the answer scores a rollout twice: {rollout_id}")
-        scores[rollout_id] = score
-    if scores.keys() != set(expected):
-        missing, added = set(expected) - scores.keys(), scores.keys() - set(expected)
-        differs = min(missing or added)
-        raise _Failed(f"the answer's rollouts differ from those asked for: {differs}")
-    return scores
-
-
-def _scored(row: Any) -> tuple[str, float]:
-    """One entry of an answer."""
-    if not isinstance(row, dict) or not {"rollout_id", "score"} <= row.keys():
-        raise _Failed(f"{_AGREED}: an entry is {one_line(json.dumps(row))}")
-    rollout_id, score = row["rollout_id"], row["score"]
-    if not isinstance(rollout_id, str):
-        raise _Failed(f"{_AGREED}: asked for: texts as rollout_id, not {json.dumps(rollout_id)}")
-    if not isinstance(score, int | float) or not -_LARGEST <= score <= _LARGEST:
-        if isinstance(score, float):
-            raise _Failed(f"the score of {rollout_id} is {score}")
-        raise _Failed(f"{_AGREED}: the score of {rollout_id} is {one_line(json.dumps(score))}")
-    return rollout_id, float(score)
 
 
 def _retry_after(response: httpx.Response) -> float | None:

@@ -20,7 +20,7 @@ _SCHEMES = ("http", "https", "socks5", "socks5h")
 
 
 def proxy_of(url: httpx.URL, environment: Mapping[str, str] = os.environ) -> httpx.Proxy | None:
-    """The proxy for an endpoint; None where there is none, and for this machine always.
+    """Return the proxy for an endpoint; None where there is none, and for this machine always.
 
     Raises:
         ConfigError: it cannot be used; names the variable, and never a password in it.
@@ -37,7 +37,7 @@ def proxy_of(url: httpx.URL, environment: Mapping[str, str] = os.environ) -> htt
 
 
 def _lookup(environment: Mapping[str, str], variable: str) -> tuple[str, str]:
-    """A variable's name as it is set, and its value; lower case wins."""
+    """Return a variable's name as it is set, and its value; lower case wins."""
     for name in (variable, variable.upper()):
         if environment.get(name, "").strip():
             return name, environment[name].strip()
@@ -46,17 +46,17 @@ def _lookup(environment: Mapping[str, str], variable: str) -> tuple[str, str]:
 
 def _proxy(url: httpx.URL, variable: str, value: str) -> httpx.Proxy:
     where = f"reward endpoint '{url.scheme}://{url.host}': the proxy in {variable}"
-    mend = "mend it, unset it, or name the endpoint's host in NO_PROXY"
+    advice = "correct it, unset it, or name the endpoint's host in NO_PROXY"
     try:
         address = httpx.URL(value)
     except httpx.InvalidURL:
-        raise ConfigError(f"{where} is not a URL; {mend}") from None
+        raise ConfigError(f"{where} is not a URL; {advice}") from None
     if address.scheme not in _SCHEMES or not address.host:
-        raise ConfigError(f"{where} is no URL of http, https or socks5; {mend}")
+        raise ConfigError(f"{where} is no URL of http, https or socks5; {advice}")
     if address.scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
         raise ConfigError(
             f"{where} speaks {address.scheme}, which needs a package: pip install 'httpx[socks]'; "
-            f"or {mend}"
+            f"or {advice}"
         )
     return httpx.Proxy(address)
 

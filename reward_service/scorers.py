@@ -50,10 +50,16 @@ class FunctionScorer:
     def __init__(
         self, target: str, *, role: str = "reward function", command: bool = False
     ) -> None:
-        """`role` is what errors call it. In a `command`, as against a worker, KeyboardInterrupt is
-        the user's Ctrl-C and passes.
+        """Import the function.
 
-        Raises ConfigError for a target that cannot be imported.
+        Args:
+            target: ``package.module:function``.
+            role: what errors call it.
+            command: it runs in a command, where KeyboardInterrupt is the user's Ctrl-C and passes;
+                in a worker it is an error of the user's code.
+
+        Raises:
+            ConfigError: the target cannot be imported.
         """
         self._title = f"{role} {target}"
         self._passes = KeyboardInterrupt if command else _Nothing
@@ -72,18 +78,18 @@ class FunctionScorer:
     def numbers(
         self, prompts: Sequence[str], responses: Sequence[str], names: Sequence[str] | None = None
     ) -> list[float]:
-        """One finite number per response; `names` is what errors call each, else its place.
+        """Return one finite number per response; errors call each by `names`, else by its place.
 
         Raises:
             RewardError: the function raised, or returned something else than one finite number
                 each; says which and where.
         """
-        found = self._listed(self._call(list(prompts), list(responses)), len(responses))
-        called = names or [f"response {index + 1}" for index in range(len(found))]
-        return [self._number(score, name) for score, name in zip(found, called, strict=True)]
+        scores = self._listed(self._call(list(prompts), list(responses)), len(responses))
+        called = names or [f"response {index + 1}" for index in range(len(scores))]
+        return [self._number(score, name) for score, name in zip(scores, called, strict=True)]
 
     def _call(self, prompts: list[str], responses: list[str]) -> Any:
-        """What the user's code returns; of an iterator, as many values as are needed to judge it.
+        """Call the user's code; of an iterator, take as many values as are needed to judge it.
 
         The user's code may raise anything, and in a worker all of it is an error of that code's:
         Ray would take SystemExit for a worker that ends as it was meant to, and start another one.
@@ -109,7 +115,7 @@ class FunctionScorer:
             raise RewardError(f"{self._title} raised {_raised(error)}") from error
 
     def _listed(self, returned: Any, count: int) -> list[Any]:
-        """The returned values, one for each response."""
+        """Return the values, one for each response."""
         wrong = _instead_of_values(returned)
         if not wrong:
             values = list(returned)
@@ -138,11 +144,11 @@ class FunctionScorer:
 
 
 class _Nothing(BaseException):
-    """Never raised: passes nothing on."""
+    """Never raised: no exception passes."""
 
 
 def _instead_of_values(returned: Any) -> str:
-    """What was returned, when it is nothing to take a number for each response from."""
+    """Say what was returned, where that holds no number for each response; else empty."""
     kind = type(returned).__name__
     if inspect.isawaitable(returned):
         return f"a {kind} (take 'async' out of its definition, or wait for the result in it)"
@@ -160,21 +166,23 @@ def _instead_of_values(returned: Any) -> str:
 
 
 def _shape(value: Any) -> tuple[int, ...]:
-    """Of an array or a tensor; () of a number, and of what has none."""
-    found = getattr(value, "shape", ())
-    return tuple(found) if isinstance(found, tuple) else ()
+    """Return the shape of an array or a tensor; () for anything else."""
+    shape = getattr(value, "shape", ())
+    return tuple(shape) if isinstance(shape, tuple) else ()
 
 
 def _raised(error: BaseException) -> str:
-    """An exception of the user's code on one line, with the file and line of that code."""
+    """Put an exception of the user's code on one line, with the file and line of that code."""
     name, text = type(error).__name__, one_line(error)
     place = _place(traceback.extract_tb(error.__traceback__)[1:])  # the first frame is ours
     return f"{name}{'' if text == name else f': {text}'}{place}"
 
 
 def _place(frames: Sequence[traceback.FrameSummary]) -> str:
-    """The innermost frame that is not the language's own, nor an installed package's if another
-    is there."""
+    """Name the innermost frame of the user's own code, as `` (file:line)``.
+
+    Frames of an installed package count where there are no others, Python's own never.
+    """
     paths = sysconfig.get_paths()
     python = ("<frozen", paths["stdlib"], paths["platstdlib"])
     for known in ((*python, paths["purelib"], paths["platlib"]), python):

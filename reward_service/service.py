@@ -14,23 +14,30 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import torch
 
 from common.config.model import ModelConfig
-from common.config.workers import RewardComponent, RewardServiceConfig
+from common.config.rewards import (
+    FunctionComponent,
+    HttpComponent,
+    ModelComponent,
+    RewardComponent,
+)
+from common.config.workers import RewardServiceConfig
 from common.devices import Compute
 from common.errors import RewardError
 from common.logprobs import Sampling
 from common.models.networks import compute_in
 from common.out_of_memory import memory_for
 from common.wire.trajectory import Rollout, ScoredTrajectory, extend, from_table, to_table
-from reward_service.http_scorer import COUNTS, HttpScorer, HttpScorerSettings
+from reward_service.http_scorer import COUNTS, HttpScorer
+from reward_service.http_settings import HttpScorerSettings
 from reward_service.models import ReferencePolicy, RewardModel, frozen_pass
 from reward_service.scorers import FunctionScorer, Scorer, ScoreRequest
 
@@ -47,7 +54,7 @@ class ScoreFacts:
     """Mean of each component, for metrics."""
     seconds: float
     http: Mapping[str, int] = field(default_factory=dict)
-    """What remote components counted in this call: ``component/count`` -> how many."""
+    """What remote components counted in this call, by the names of their metrics."""
 
 
 class RewardWorker:
@@ -69,9 +76,20 @@ class RewardWorker:
         merge: bool,
         precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
-        """`merge` runs frozen passes over all tables together (faster); without it each table is
-        a batch of its own, so that results do not depend on which leases arrived together.
-        `precision` is of their products."""
+        """Load the reference policy, and what the components score with.
+
+        Args:
+            settings: of the reward service.
+            model: shape of reference policy and reward model.
+            reference: weights of the supervised policy.
+            reward_model: weights of the reward model; None where no component needs it.
+            sampling: how rollouts were sampled.
+            compute: threads and device of the frozen passes.
+            merge: run frozen passes over all tables together, which is faster; without it each
+                table is a batch of its own, so that results do not depend on which leases arrived
+                together.
+            precision: of the products in frozen passes.
+        """
         compute.apply()
         self.settings = settings
         self.merge = merge
@@ -79,13 +97,13 @@ class RewardWorker:
         self.scorers: dict[str, Scorer] = {}
         self.reward_model: RewardModel | None = None
         for name, component in settings.components.items():
-            if component.kind == "model":
+            if isinstance(component, ModelComponent):
                 if reward_model is None:
                     raise ValueError(f"component '{name}' needs a trained reward model")
                 base = self.reference.network.decoder
                 self.reward_model = RewardModel(model, Path(reward_model), base)
             else:
-                self.scorers[name] = _scorer(component)
+                self.scorers[name] = SCORERS[type(component)](component)
         # After both are there: an adapter is put on the base as it was trained.
         for frozen in (self.reference, self.reward_model):
             if frozen is not None and precision == "bf16":
@@ -138,20 +156,21 @@ class RewardWorker:
         return facts, to_table(scored, ScoredTrajectory)
 
     def _counted(self) -> dict[str, int]:
-        """What remote components have counted over this worker's life."""
-        found: dict[str, int] = {}
+        """Return what remote components have counted over this worker's life."""
+        counts: dict[str, int] = {}
         for name, scorer in self.scorers.items():
             if isinstance(scorer, HttpScorer):
                 stats = scorer.stats()
-                found |= {f"{name}/{count}": stats.get(count, 0) for count in COUNTS}
-        return found
+                counts |= {logged.of(name): stats.get(count, 0) for count, logged in COUNTS.items()}
+        return counts
 
     def _components(
         self, rollouts: Sequence[Rollout], model_scores: Sequence[float]
     ) -> tuple[list[dict[str, float]], dict[str, str]]:
-        """Every component's own value per rollout, and the dead letters.
+        """Return every component's own value per rollout, and the dead letters.
 
-        Raises RewardError for a value that is not finite as the float32 it travels as.
+        Raises:
+            RewardError: a value is not finite as a float32, which it is sent as.
         """
         values: list[dict[str, float]] = [{} for _ in rollouts]
         dead: dict[str, str] = {}
@@ -164,7 +183,7 @@ class RewardWorker:
             for r in rollouts
         ]
         for name, component in self.settings.components.items():
-            if component.kind == "model":
+            if isinstance(component, ModelComponent):
                 for index, score in enumerate(model_scores):
                     values[index][name] = _finite(name, rollouts[index].rollout_id, score)
                 continue
@@ -185,9 +204,7 @@ def _finite(name: str, rollout_id: str, value: float) -> float:
     return value
 
 
-def _scorer(component: RewardComponent) -> Scorer:
-    if component.kind == "function":
-        return FunctionScorer(component.target)
+def _http_scorer(component: HttpComponent) -> HttpScorer:
     return HttpScorer(
         HttpScorerSettings(
             url=component.target,
@@ -202,3 +219,10 @@ def _scorer(component: RewardComponent) -> Scorer:
         # Replicas that drew the same jitter would come back as one herd.
         seed=os.getpid(),
     )
+
+
+SCORERS: dict[type[RewardComponent], Callable[[Any], Scorer]] = {
+    FunctionComponent: lambda component: FunctionScorer(component.target),
+    HttpComponent: _http_scorer,
+}
+"""What scores a component, by its kind; the reward model is run with the reference policy."""

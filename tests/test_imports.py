@@ -22,7 +22,7 @@ MAY_IMPORT = {
 LAYERS: dict[str, list[set[str]]] = {
     "common": [
         {"errors"},
-        {"endings", "files", "native_code", "randomness", "run_folder"},
+        {"endings", "files", "metric_catalogue", "native_code", "randomness", "run_folder"},
         {"metrics", "out_of_memory"},
         {"config"},
         {"batching", "devices", "logprobs"},
@@ -40,14 +40,18 @@ LAYERS: dict[str, list[set[str]]] = {
         {"learner"},
         {"rank"},
     ],
-    "reward_service": [{"proxies", "scorers"}, {"http_scorer", "models"}, {"service"}],
+    "reward_service": [
+        {"http_answers", "http_settings", "proxies", "scorers"},
+        {"http_scorer", "models"},
+        {"service"},
+    ],
     "deploy": [
         {"screen"},
         {"run_folder"},
         {"workers"},
         {"control"},
         {"evaluation", "stages"},
-        {"commands", "config_docs", "quickstart", "recipes"},
+        {"commands", "config_docs", "metric_docs", "quickstart", "recipes"},
         {"cli"},
     ],
 }

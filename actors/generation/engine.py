@@ -29,7 +29,7 @@ from common.logprobs import Sampling, draw, logprobs_at, sampling_logits
 from common.models.decoder import Decoder
 from common.models.lora import OFF
 from common.randomness import uniforms
-from common.wire.trajectory import RolloutRequest
+from common.wire.trajectory import FinishReason, RolloutRequest
 
 
 class GenerationEngine:
@@ -211,7 +211,9 @@ class GenerationEngine:
         whole: np.ndarray = logprobs_B.cpu().numpy()
         return whole
 
-    def _ended(self, drawing: np.ndarray | slice, tokens_B: np.ndarray) -> list[tuple[int, str]]:
+    def _ended(
+        self, drawing: np.ndarray | slice, tokens_B: np.ndarray
+    ) -> list[tuple[int, FinishReason]]:
         """Slots whose response ends with these tokens, and why."""
         slots, numbers = self._slots, np.arange(len(self._slots))[drawing]
         eos, stop = tokens_B == self.eos_id, np.zeros(len(tokens_B), dtype=bool)
@@ -225,7 +227,7 @@ class GenerationEngine:
             for i in np.flatnonzero(done)
         ]
 
-    def _response(self, slot: int, reason: str) -> Generated:
+    def _response(self, slot: int, reason: FinishReason) -> Generated:
         slots, count = self._slots, self._slots.counts[slot]
         whole = slots.unfiltered
         return Generated(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from common.wire.trajectory import RolloutRequest
+from common.wire.trajectory import FinishReason, RolloutRequest
 from common.wire.weights import Manifest, Payload
 
 
@@ -21,7 +21,7 @@ class Generated:
     """float32 log-probability of each token when it was drawn."""
     unfiltered: list[float] | None
     """Likewise of the whole distribution (`Sampling.unfiltered`); None where nothing filters."""
-    finish_reason: str
+    finish_reason: FinishReason
     """``eos``, ``stop`` (a stop token or string) or ``length``."""
 
 

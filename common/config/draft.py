@@ -1,4 +1,4 @@
-"""A recipe in the making: what a file and the command line say, and where each said it.
+"""A recipe before it is validated: what a file and the command line say, and where.
 
 Nothing is validated here but the shape: which names are sections, and which values are texts.
 """
@@ -6,11 +6,11 @@ Nothing is validated here but the shape: which names are sections, and which val
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from common.config.base import Section
+from common.config.base import Family, Section
 from common.config.yaml_text import Key, Written
 from common.errors import ConfigError
 
@@ -80,41 +80,31 @@ class Draft:
         self._put(node, key, self._plain(key, written), where)
 
     def place(self, key: Key) -> str:
-        """Where a field was given, or the section that it would be in."""
+        """Say where a field was given, or else the section that it would be in."""
         for end in range(len(key), 0, -1):
             if key[:end] in self.places:
                 return self.places[key[:end]].text
         return self.name
 
     def given(self) -> Iterator[tuple[Key, Place]]:
-        """Every field that was given and where, depth first.
+        """Yield every field that was given, and where.
 
-        A file with every section there is was printed or saved: what it says and is the default
-        anyway is not taken for a wish.
+        A file with every section there is was printed or saved: where it only repeats a default,
+        nobody asked for that.
         """
-        yield from self._given(self.root, self.values, ())
-
-    def _given(
-        self, section: type[Section], values: Mapping[str, Any], path: Key
-    ) -> Iterator[tuple[Key, Place]]:
-        for name, value in values.items():
-            key, info = (*path, name), section.model_fields[name]
-            inner, named = section_of(info.annotation), named_section_of(info.annotation)
-            if inner is not None and isinstance(value, Mapping):
-                yield from self._given(inner, value, key)
-            elif named is not None and isinstance(value, Mapping):
-                for own, part in value.items():
-                    yield from self._given(named, part or {}, (*key, own))
-            else:
+        for path, section, values in sections(self.root, self.values):
+            for name, value in values.items():
+                key, info = (*path, name), section.every_field().get(name)
                 place = self.places.get(key)
-                if place is None:  # nobody wrote it: what an earlier version did
+                # Nobody wrote what has no place: it is what an earlier version did.
+                if info is None or place is None or _is_inside(info.annotation, value):
                     continue
                 default = value == _written(info.get_default(call_default_factory=True))
                 if not (self.resolved and default and place.in_file):
                     yield key, place
 
     def _put(self, node: dict[str, Any], key: Key, value: Any, place: Place) -> None:
-        """A section is taken apart into its fields; anything else replaces what was there."""
+        """Put fields of a section one by one; anything else replaces what was there."""
         before = node.get(key[-1])
         annotation = annotation_of(self.root, key)
         if isinstance(value, dict) and isinstance(before, Mapping) and section_of(annotation):
@@ -133,8 +123,10 @@ class Draft:
                 self._place_all((*key, name), part, place)
 
     def _plain(self, key: Key, written: Written) -> Any:
-        """What was written below `key`, with the text itself wherever a text is wanted: a run
-        called 007 is not called 7."""
+        """Return the values below `key`, and the text itself wherever the field is a text.
+
+        A run called 007 is not called 7.
+        """
 
         def convert(value: Any, path: Key) -> Any:
             if isinstance(value, dict):
@@ -149,17 +141,67 @@ class Draft:
         return convert(written.values, ())
 
 
+# -------------------------------------------------------------------------- kinds of sections
+
+
+def sections(
+    section: type[Section], values: Mapping[str, Any], path: Key = ()
+) -> Iterator[tuple[Key, type[Section], Mapping[str, Any]]]:
+    """Walk through all sections of a recipe: the names to each, its type and its values."""
+    yield path, section, values
+    for name, value in values.items():
+        info = section.every_field().get(name)
+        if info is None or not isinstance(value, Mapping):
+            continue
+        inner, named = section_of(info.annotation), named_section_of(info.annotation)
+        if inner is not None:
+            yield from sections(inner, value, (*path, name))
+        elif named is not None:
+            for own, part in value.items():
+                if part is None or isinstance(part, Mapping):
+                    yield from sections(named, part or {}, (*path, name, own))
+
+
+def of_other_kinds(root: type[Section], values: Mapping[str, Any]) -> dict[Key, str]:
+    """Find fields that the kind of their section has not; of each, which kinds have it."""
+    others: dict[Key, str] = {}
+    for path, family, given in sections(root, values):
+        kind = family.kind_of(given)
+        if not issubclass(family, Family) or kind is None:
+            continue
+        for name in given:
+            if name in family.every_field() and name not in kind.model_fields:
+                have = [k for k, each in family.kinds.items() if name in each.model_fields]
+                chosen = kind.model_fields["kind"].default
+                when = f"it has one under kind {' or '.join(have)}"
+                others[(*path, name)] = f"kind is {chosen}; {when}"
+    return others
+
+
+def without(values: Mapping[str, Any], keys: Collection[Key]) -> dict[str, Any]:
+    """Copy a recipe's values, leaving out these fields."""
+    return {
+        name: without(value, {key[1:] for key in keys if key[0] == name})
+        if isinstance(value, Mapping)
+        else value
+        for name, value in values.items()
+        if (name,) not in keys
+    }
+
+
 # -------------------------------------------------------------------------- types of fields
 
 
 def annotation_of(root: type[Section], key: Key) -> Any:
-    """The type of a field, of an item of a list, or of what a name of the user's stands for; None
-    where there is no such field."""
+    """Return the type of what a key leads to; None where there is no such field.
+
+    That is a field, an item of a list, or what one of the user's own names stands for.
+    """
     annotation: Any = root
     for name in key:
         section = section_of(annotation)
         if section is not None:
-            info = section.model_fields.get(name)
+            info = section.every_field().get(name)
             annotation = None if info is None else info.annotation
         elif get_origin(annotation) is tuple and name.isdigit():
             annotation = get_args(annotation)[0]
@@ -171,15 +213,21 @@ def annotation_of(root: type[Section], key: Key) -> Any:
 
 
 def section_of(annotation: Any) -> type[Section] | None:
-    """The section that a field is, or may be."""
+    """Return the section that a field is, or may be."""
     for candidate in _choices(annotation):
         if isinstance(candidate, type) and issubclass(candidate, Section):
             return candidate
     return None
 
 
+def only_section_of(annotation: Any) -> type[Section] | None:
+    """Return the section that a field is, or null; None where it may be anything else."""
+    choices = [choice for choice in _choices(annotation) if choice is not type(None)]
+    return section_of(annotation) if len(choices) == 1 else None
+
+
 def named_section_of(annotation: Any) -> type[Section] | None:
-    """The section that each name of the user's own stands for."""
+    """Return the section that each of the user's own names stands for."""
     return section_of(get_args(annotation)[1]) if _is_mapping(annotation) else None
 
 
@@ -196,12 +244,19 @@ def is_text(annotation: Any) -> bool:
     return {str} <= kinds <= {str, type(None)}
 
 
+def _is_inside(annotation: Any, value: Any) -> bool:
+    """Whether the value is a section, or a mapping of sections: fields of its own were given."""
+    return isinstance(value, Mapping) and bool(
+        section_of(annotation) or named_section_of(annotation)
+    )
+
+
 def _is_mapping(annotation: Any) -> bool:
     return get_origin(annotation) is Mapping
 
 
 def _choices(annotation: Any) -> list[Any]:
-    """The members of a union, without what annotates them."""
+    """Return the members of a union, without their annotations."""
     if get_origin(annotation) is Annotated:
         return _choices(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
@@ -210,7 +265,7 @@ def _choices(annotation: Any) -> list[Any]:
 
 
 def _written(value: Any) -> Any:
-    """A default as YAML would give it."""
+    """Return a default as YAML would give it."""
     if isinstance(value, tuple):
         return [_written(part) for part in value]
     return value.model_dump(mode="json") if isinstance(value, Section) else value

@@ -8,12 +8,11 @@ mistake of a recipe.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from common.config.algorithms import ALGORITHMS, Needs
 from common.config.run import RunConfig
-from common.config.workers import RewardComponent
 from common.config.yaml_text import Key
 from common.errors import ConfigError
 
@@ -115,14 +114,6 @@ RULES = (
     ),
 )
 
-OF_KIND: dict[str, frozenset[str]] = {
-    "model": frozenset({"kind", "weight"}),
-    "function": frozenset({"kind", "weight", "target"}),
-    "http": frozenset(RewardComponent.model_fields),
-}
-"""What each kind of reward component looks at."""
-
-
 NOT_EVALUATED = (
     *("sft", "reward_model", "train", "quickstart", "tokenizer", "preset", "evaluate.best_of"),
     *("data.demonstrations", "data.comparisons", "data.prompts"),
@@ -146,19 +137,10 @@ def require_evaluated(overrides: Sequence[str]) -> None:
 
 
 def without_effect(config: RunConfig) -> dict[Key, str]:
-    """The fields that change nothing in this recipe, each with when it would."""
-    found = {
+    """Return the fields that change nothing in this recipe, each with when it would."""
+    return {
         tuple(name.split(".")): rule.when
         for rule in RULES
         if not rule.effective(config)
         for name in rule.fields
     }
-    return found | dict(_of_components(config))
-
-
-def _of_components(config: RunConfig) -> Iterator[tuple[Key, str]]:
-    for name, component in config.reward_service.components.items():
-        for field in RewardComponent.model_fields.keys() - OF_KIND[component.kind]:
-            kinds = " or ".join(kind for kind, looks in OF_KIND.items() if field in looks)
-            when = f"this component is of kind {component.kind}; it has one under kind {kinds}"
-            yield ("reward_service", "components", name, field), when

@@ -1,55 +1,66 @@
-"""A model's shape, presets and tokenizer settings; what every section of a config is made of."""
+"""Shape of the model by architecture, presets, adapters and the tokenizer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import (
-    Field,
-    model_validator,
+from pydantic import Field, model_validator
+
+from common.config.base import (
+    Family,
+    Float,
+    NonNegativeInt,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Section,
 )
 
-from common.config.base import Float, NonNegativeInt, PathText, PositiveFloat, PositiveInt, Section
 
+class ModelConfig(Family):
+    """Shape of the model: what every architecture has."""
 
-class ModelConfig(Section):
-    """Shape of the PaLM decoder (Chowdhery 2022, section 2 and table 1)."""
-
+    kind: str
+    """Architecture."""
     vocab_size: NonNegativeInt = 0
     """Number of token embeddings; 0 takes the tokenizer's."""
     dim: PositiveInt = 192
     """Width d of the residual stream."""
     layers: PositiveInt = 4
-    """Number of parallel blocks L."""
+    """Number of blocks L."""
     heads: PositiveInt = 4
-    """Query heads h; there is one key and one value head."""
+    """Query heads h."""
     head_dim: PositiveInt = 48
-    """Width of a head; 256 in the paper."""
-    ff_mult: PositiveInt = 4
-    """Width of the SwiGLU layer in multiples of d."""
+    """Width of a head; 256 in PaLM."""
     context: PositiveInt = 128
     """Longest prompt + response, in tokens."""
-    xpos: bool = False
-    """Length-extrapolating decay on the rotary embedding."""
-    scale_logits: bool = True
-    """Multiply logits by 1/sqrt(d): tied embeddings have unit variance (PaLM, section 5)."""
     logits_mb: PositiveFloat = 4.0
     """Largest block of fp32 logits at once, in MiB; more tokens than fit are read in pieces, whose
     logits are computed again in the backward pass."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, one third more time."""
 
+
+class PalmConfig(ModelConfig):
+    """PaLM (Chowdhery 2022, section 2 and table 1): parallel blocks, one key and one value head."""
+
+    kind: Literal["palm"] = "palm"
+    ff_mult: PositiveInt = 4
+    """Width of the SwiGLU layer in multiples of d."""
+    xpos: bool = False
+    """Length-extrapolating decay on the rotary embedding."""
+    scale_logits: bool = True
+    """Multiply logits by 1/sqrt(d): tied embeddings have unit variance (PaLM, section 5)."""
+
     @model_validator(mode="after")
-    def _even_head(self) -> ModelConfig:
+    def _even_head(self) -> PalmConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
         return self
 
 
 Projection = Literal["q", "k", "v", "attn_out", "up", "gate", "ff_out"]
-
-
 """A projection of a block; `up`, `gate` and `ff_out` are the MLP's."""
 
 
@@ -83,15 +94,15 @@ class LoraConfig(Section):
 
 
 PRESETS: Mapping[str, ModelConfig] = {
-    "tiny": ModelConfig(dim=64, layers=2, heads=2, head_dim=32),
-    "small": ModelConfig(),
-    "palm-8b": ModelConfig(
+    "tiny": PalmConfig(dim=64, layers=2, heads=2, head_dim=32),
+    "small": PalmConfig(),
+    "palm-8b": PalmConfig(
         vocab_size=256_000, dim=4096, layers=32, heads=16, head_dim=256, context=2048
     ),
-    "palm-62b": ModelConfig(
+    "palm-62b": PalmConfig(
         vocab_size=256_000, dim=8192, layers=64, heads=32, head_dim=256, context=2048
     ),
-    "palm-540b": ModelConfig(
+    "palm-540b": PalmConfig(
         vocab_size=256_000, dim=18432, layers=118, heads=48, head_dim=256, context=2048
     ),
 }

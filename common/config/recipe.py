@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +20,18 @@ import yaml
 from pydantic import ValidationError
 
 from common.config.base import Section
-from common.config.draft import Draft, annotation_of, is_text, may_be_null, section_of
+from common.config.draft import (
+    Draft,
+    Place,
+    annotation_of,
+    is_text,
+    may_be_null,
+    of_other_kinds,
+    only_section_of,
+    section_of,
+    without,
+)
+from common.config.earlier import RENAMED, as_of_now
 from common.config.effects import without_effect
 from common.config.model import ModelConfig
 from common.config.run import RunConfig
@@ -31,15 +42,6 @@ from common.files import is_utf8, write_atomic
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 60
 _NULLS = ("~", "null", "Null", "NULL")
-_BEFORE: dict[str, dict[str, Any]] = {
-    "train": {"adam_eps": 1e-5},
-    "reward_service": {"precision": "fp32"},
-}
-"""What versions did that had no setting for it, where it was not what is the default now."""
-_RENAMED: dict[Key, Key] = {
-    (section, "clip"): (section, "max_grad_norm") for section in ("sft", "reward_model", "train")
-}
-"""Fields of earlier versions, and what they are called now."""
 _WORDS = {
     "tuple_type": "should be a list",
     "model_type": "should be a section",
@@ -61,38 +63,33 @@ def load_config(
     """Read a recipe, apply dotted ``key=value`` overrides in their order, validate.
 
     Args:
+        path: the recipe; None for the defaults.
         overrides: as on the command line; a text field takes the text as it stands, others YAML.
         given: values by dotted field that are known already and never parsed, such as a folder;
             they are set last.
-        saved: the file is what a run saved of its configuration. What it says was resolved, not
-            wished for, so only overrides are asked whether they have an effect.
+        saved: the file is what a run saved of its configuration. It holds every field, so only
+            overrides must have an effect.
 
     Raises:
-        ConfigError: naming file and line or the override, the dotted field and the mend.
+        ConfigError: naming file and line or the override, the dotted field and what to do.
     """
     draft = Draft(RunConfig, "overrides" if path is None else str(path))
     if path is not None:
         draft.add_file(read_yaml(_text(Path(path)), partial(_at, str(path))))
         if saved:
-            draft.values = _as_it_was(draft.values)
+            draft.values = as_of_now(draft.values)
     for override in overrides:
         _apply_override(draft, override)
+    asked = [(key, place) for key, place in draft.given() if not (saved and place.in_file)]
+    other_kinds = of_other_kinds(RunConfig, draft.values)
+    draft.values = without(draft.values, other_kinds)
     config = _validate(draft)
-    _require_effects(draft, config, saved)
+    _require_effects(asked, without_effect(config) | other_kinds | _idle_preset(draft.values))
     if not given:
         return config
     for name, value in given.items():
         draft.override(tuple(name.split(".")), Written(values=value), name)
     return _validate(draft)
-
-
-def saved_config(values: Mapping[str, Any]) -> RunConfig:
-    """What a run wrote down of its configuration, of this version or of an earlier one.
-
-    Raises:
-        ValidationError: it is none.
-    """
-    return RunConfig.model_validate(_as_it_was(values))
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -105,35 +102,23 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved configuration as YAML."""
+    """Return the resolved configuration as YAML."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def fields(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Every dotted field as (name, default, description), depth first; for the reference page.
+    """Yield every dotted field as (name, default, description), for the reference page.
 
     A section in place of a plain value is one field, written on one line, and so is a mapping of
     sections: its keys are the user's own names.
     """
-    for name, info in section.model_fields.items():
-        inner, default = section_of(info.annotation), info.get_default(call_default_factory=True)
-        if inner is not None and not isinstance(default, Section | None):
-            inner = None
+    for name, info in section.every_field().items():
+        inner = only_section_of(info.annotation)
+        default = info.get_default(call_default_factory=True)
         if inner is None or default is None:
             yield prefix + name, default, info.description or ""
         if inner is not None:
             yield from fields(inner, f"{prefix}{name}.")
-
-
-def _as_it_was(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Add what versions did that had no setting for it, and call every field what it is now."""
-    return {
-        section: _BEFORE.get(section, {})
-        | {_RENAMED.get((section, name), (section, name))[1]: value for name, value in part.items()}
-        if isinstance(part, Mapping)
-        else part
-        for section, part in values.items()
-    }
 
 
 def _at(name: str, line: int | None) -> str:
@@ -170,7 +155,7 @@ def _apply_override(draft: Draft, override: str) -> None:
 
 
 def _unquoted(text: str) -> str:
-    """The text whole, but for one pair of YAML quotes around all of it."""
+    """Take one pair of YAML quotes off, if it stands around the whole text."""
     if len(text) < 2 or text[0] != text[-1] or text[0] not in "'\"":
         return text
     try:
@@ -180,19 +165,25 @@ def _unquoted(text: str) -> str:
     return value if isinstance(value, str) else text
 
 
-def _require_effects(draft: Draft, config: RunConfig, saved: bool) -> None:
+def _require_effects(given: Iterable[tuple[Key, Place]], idle: Mapping[Key, str]) -> None:
     """Refuse what was given and changes nothing."""
-    idle = without_effect(config)
-    model = draft.values.get("model") or {}
-    if draft.values.get("preset") and model.keys() >= ModelConfig.model_fields.keys():
-        idle[("preset",)] = "every field of model is given, and goes before it"
-    found = [
+    refused = [
         f"{place.text}: {'.'.join(key)} has no effect here: {idle[key]}"
-        for key, place in draft.given()
-        if key in idle and not (saved and place.in_file)
+        for key, place in given
+        if key in idle
     ]
-    if found:
-        raise ConfigError(f"{'; '.join(found)}; leave {'it' if len(found) == 1 else 'them'} out")
+    if refused:
+        it = "it" if len(refused) == 1 else "them"
+        raise ConfigError(f"{'; '.join(refused)}; leave {it} out")
+
+
+def _idle_preset(values: Mapping[str, Any]) -> dict[Key, str]:
+    """Say why a preset changes nothing where `model` has every field of its kind."""
+    model = values.get("model") or {}
+    kind = ModelConfig.kind_of(model) or ModelConfig
+    if values.get("preset") and {*model, "kind"} >= kind.model_fields.keys():
+        return {("preset",): "every field of model is given, and goes before it"}
+    return {}
 
 
 def _validate(draft: Draft) -> RunConfig:
@@ -205,7 +196,7 @@ def _validate(draft: Draft) -> RunConfig:
 
 
 def _explain(error: ValidationError, draft: Draft) -> str:
-    """All problems on one line: place, dotted field, what is wrong, and the nearest valid name."""
+    """Put all problems on one line: place, dotted field, what is wrong, the nearest valid name."""
     problems: dict[Key, list[str]] = {}
     shown: dict[Key, str] = {}
     for item in error.errors():
@@ -234,7 +225,7 @@ def _explain(error: ValidationError, draft: Draft) -> str:
 
 
 def _key(location: Sequence[int | str], unknown: bool) -> Key:
-    """A field's names, without those that pydantic gives to the members of a union."""
+    """Return a field's names, without those that pydantic gives to the members of a union."""
     key: Key = ()
     for at, part in enumerate(location):
         longer = (*key, str(part))
@@ -245,13 +236,15 @@ def _key(location: Sequence[int | str], unknown: bool) -> Key:
 
 
 def _meant(key: Key) -> str:
-    """What a field is called now, or which may have been meant: of this section, else of this name
-    anywhere."""
-    if key in _RENAMED:
-        return f"; it is called '{'.'.join(_RENAMED[key])}' now"
+    """Say what a field is called now, or which field may have been meant.
+
+    That is one of this section with a name like it, or one of this name anywhere.
+    """
+    if key in RENAMED:
+        return f"; it is called '{'.'.join(RENAMED[key])}' now"
     *parents, name = key
     section = section_of(annotation_of(RunConfig, tuple(parents)) if parents else RunConfig)
-    near = difflib.get_close_matches(name, section.model_fields if section else [], 1, 0.5)
+    near = difflib.get_close_matches(name, section.every_field() if section else [], 1, 0.5)
     meant = [".".join([*parents, *near])] if near else []
     meant += [full for full, _, _ in fields() if full.endswith(f".{name}")]
     return f"; did you mean '{meant[0]}'?" if meant else ""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, SerializeAsAny, field_validator, model_validator
 
 from common.config.base import (
     NonNegativeFloat,
@@ -21,7 +21,7 @@ from common.config.base import (
     PositiveInt,
     Section,
 )
-from common.config.model import PRESETS, ModelConfig, TokenizerConfig
+from common.config.model import PRESETS, ModelConfig, PalmConfig, TokenizerConfig
 from common.config.stages import (
     EvaluateConfig,
     QuickstartConfig,
@@ -57,8 +57,8 @@ class LearnerConfig(Section):
     zero_stage: Annotated[Literal[0, 1, 2, 3], NoSwitch] = 2
     """DeepSpeed ZeRO stage: 1 shards optimizer states, 2 also gradients, 3 also parameters."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of products in policy training; bf16 keeps trained weights, their gradients, norms and scalar
-    heads in fp32."""
+    """Number type of products in policy training; bf16 keeps trained weights, their gradients,
+    norms and scalar heads in fp32."""
     micro_batch_tokens: PositiveInt = 4096
     """Padded tokens that one forward pass of one rank may hold."""
     cpus_per_rank: PositiveFloat = 1.0
@@ -96,7 +96,7 @@ class ClusterConfig(Section):
 
 
 def _folder_name(name: str) -> str:
-    """Whatever a folder can be called: a run is found by where it lies, under any name."""
+    """Accept whatever a folder can be called: a run is found by where it lies."""
     if name in ("", ".", "..") or "/" in name or "\0" in name:
         raise ValueError("should be the name of one folder, without slashes")
     return name
@@ -114,7 +114,7 @@ class RunConfig(Section):
     preset: str | None = None
     """A named model shape (tiny, small, palm-8b, palm-62b, palm-540b); fields of `model` that are
     given too go before it."""
-    model: ModelConfig = ModelConfig()
+    model: SerializeAsAny[ModelConfig] = PalmConfig()
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     learner: LearnerConfig = LearnerConfig()
@@ -170,15 +170,17 @@ class RunConfig(Section):
 
     @property
     def corrects_mismatch(self) -> bool:
-        """Whether sampled log-probabilities may differ from the learner's, so that importance
-        weights correct for it: rollouts may be older than what is trained, or one of the two
-        computes in bf16. Otherwise the two agree to 1e-4 (invariant I1)."""
+        """Whether sampled log-probabilities may differ from the learner's.
+
+        Then importance weights correct for it: rollouts may be older than what is trained, or one
+        of the two computes in bf16. Otherwise the two agree to 1e-4 (invariant I1).
+        """
         precisions = {self.rollout.precision, self.learner.precision}
         return self.train.max_staleness > 0 or precisions != {"fp32"}
 
     @property
     def reward_precision(self) -> Literal["fp32", "bf16"]:
-        """Of the reward service's products."""
+        """Precision of the reward service's products."""
         return self.reward_service.precision or self.learner.precision
 
     @property

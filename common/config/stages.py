@@ -41,7 +41,7 @@ class SftConfig(Section):
     z_loss: NonNegativeFloat = 1e-4
     """Coefficient of log^2 Z (PaLM, section 5)."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of products, as in `learner`."""
+    """Number type of products, as in `learner`."""
     max_grad_norm: PositiveFloat = 1.0
     """Largest global gradient norm."""
     start: PathText | None = None
@@ -78,7 +78,7 @@ class RewardModelConfig(Section):
     seeds: PositiveInt = 1
     """Models trained from different heads and orders; the most accurate is kept."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of products, as in `learner`."""
+    """Number type of products, as in `learner`."""
     max_grad_norm: PositiveFloat = 1.0
     """Largest global gradient norm."""
     lora: LoraConfig | None = None

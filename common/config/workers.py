@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
 from common.config.base import (
     Float,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
-    PathText,
     PositiveFloat,
     PositiveInt,
     Section,
 )
+from common.config.rewards import ComponentName, ModelComponent, RewardComponent
 
 Labels = Mapping[
     Annotated[str, Field(min_length=1)],
@@ -52,16 +52,17 @@ class RolloutConfig(Section):
     """Cores each actor asks Ray for."""
     threads: PositiveInt | None = None
     """Threads that each actor computes with, as does whatever samples in its own process; null: the
-    whole cores that it asks for, at least one. More pay where others wait meanwhile, and cost much
-    where they do not."""
+    whole cores that it asks for, at least one. More are worth it where cores are idle, and cost
+    much where they are not."""
     gpus_per_actor: NonNegativeFloat = 0.0
     """GPUs each actor asks Ray for; nothing computes on them yet, so a recipe leaves it at 0."""
     lease_size: PositiveInt = 64
     """Rollouts in one lease: the unit of work, of reissue and of batching."""
     lease_deadline_s: PositiveFloat = 300.0
-    """A worker silent for longer is taken for hung, killed and replaced: longest time in which a
-    lease is sampled or scored, in asynchronous mode several of together at most 8 x
-    `reward_service.micro_batch_tokens` tokens. What costs three workers in a row ends the run."""
+    """Longest time in which a lease is sampled or scored; in asynchronous mode several are scored
+    together, with at most 8 x `reward_service.micro_batch_tokens` tokens. A worker that is silent
+    for longer counts as hung, and is killed and replaced. A lease that costs three workers in a row
+    ends the run."""
     max_response_tokens: PositiveInt = 32
     """Longest response."""
     temperature: NonNegativeFloat = 1.0
@@ -79,9 +80,10 @@ class RolloutConfig(Section):
     stop_ids: tuple[NonNegativeInt, ...] = ()
     """Tokens that end a response, beside EOS."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of weights on the wire and of matrix products; softmax and log-probabilities stay fp32."""
+    """Number type of weights that are sent and of matrix products; softmax and log-probabilities
+    stay fp32."""
     slots: PositiveInt = 128
-    """Responses in work at once in one actor."""
+    """Responses that one actor generates at once."""
     cache_mb: PositiveFloat = 1024.0
     """Memory of one actor for keys and values, in MiB; fewer slots are used when it is less."""
     prefill_tokens: PositiveInt = 2048
@@ -115,41 +117,6 @@ class RolloutConfig(Section):
         return self
 
 
-ComponentName = Annotated[str, Field(pattern=r"^[^/\x00-\x1f]+$")]
-"""Of a part of the score. Metrics are called by it, and a slash groups metrics."""
-
-
-class RewardComponent(Section):
-    """One named term of the score."""
-
-    weight: Float = 1.0
-    """Factor of this component in the score."""
-    kind: Literal["model", "function", "http"] = "model"
-    """The trained reward model, a Python function, or a remote endpoint."""
-    target: str = ""
-    """``package.module:function`` or the endpoint's URL."""
-    token_env: str = ""
-    """Name of the environment variable that holds the endpoint's bearer token."""
-    timeout_s: PositiveFloat = 10.0
-    """Longest wait for one HTTP request."""
-    max_concurrency: PositiveInt = 8
-    """HTTP requests under way at once."""
-    batch_size: PositiveInt = 32
-    """Responses in one HTTP request."""
-    max_retries: NonNegativeInt = 5
-    """Tries of one HTTP request after its first, before its responses are dead letters."""
-    give_up_after_s: PositiveFloat = 120.0
-    """Longest time that all tries of one HTTP request may take."""
-    dead_letters: PathText = ""
-    """File that responses given up are appended to, as JSON lines."""
-
-    @model_validator(mode="after")
-    def _target(self) -> RewardComponent:
-        if self.kind != "model" and not self.target:
-            raise ValueError(f"a {self.kind} component needs a target")
-        return self
-
-
 class RewardServiceConfig(Section):
     """The reward service."""
 
@@ -160,16 +127,16 @@ class RewardServiceConfig(Section):
     threads: PositiveInt | None = None
     """Threads of frozen passes, as in `rollout`."""
     precision: Literal["fp32", "bf16"] | None = None
-    """Of the products of frozen passes; null: the learner's, so that equal policies have a KL of 0.
-    Scores and log-probabilities are fp32 either way."""
+    """Number type of products in frozen passes; null: the learner's, so that equal policies have
+    a KL of 0. Scores and log-probabilities are fp32 either way."""
     gpus_per_replica: NonNegativeFloat = 0.0
     """GPUs each worker asks Ray for; nothing computes on them yet, so a recipe leaves it at 0."""
     labels: Labels = Field(default_factory=dict)
     """Labels of the nodes that workers may be on, as in `rollout`."""
     micro_batch_tokens: PositiveInt = 8192
     """Padded tokens of one frozen forward pass."""
-    components: Mapping[ComponentName, RewardComponent] = Field(
-        default_factory=lambda: {"reward_model": RewardComponent()}
+    components: Mapping[ComponentName, SerializeAsAny[RewardComponent]] = Field(
+        default_factory=lambda: {"reward_model": ModelComponent()}
     )
     """The score is the weighted sum of these."""
 
@@ -184,4 +151,4 @@ class RewardServiceConfig(Section):
     @property
     def needs_model(self) -> bool:
         """Whether a component is the trained reward model."""
-        return any(component.kind == "model" for component in self.components.values())
+        return any(isinstance(component, ModelComponent) for component in self.components.values())

@@ -31,14 +31,15 @@ class Written:
     lines: dict[Key, int] = field(default_factory=dict)
     """Line of every key, from 1."""
     texts: dict[Key, str] = field(default_factory=dict)
-    """What was written for every scalar: `007`, where YAML reads the number 7. Null has none, but
-    for nothing at all, which YAML reads as null: an empty text."""
+    """What was written for every scalar: `007`, where YAML reads the number 7. A written null has
+    none; nothing at all, which YAML reads as null too, is an empty text."""
 
 
 def read_yaml(text: str, at: Callable[[int | None], str]) -> Written:
     """Read one document.
 
     Args:
+        text: YAML.
         at: what an error begins with: the place of a line, or of no line in particular.
 
     Raises:
@@ -50,12 +51,14 @@ def read_yaml(text: str, at: Callable[[int | None], str]) -> Written:
         node = loader.get_single_node()
         if node is None:
             return Written(values=None)
-        found = Written(values=None)
+        written = Written(values=None)
         for path, line, scalar in _walk(node, at):
-            found.lines.setdefault(path, line)
+            written.lines.setdefault(path, line)
             if scalar is not None:
-                found.texts.setdefault(path, scalar)
-        return Written(values=loader.construct_document(node), lines=found.lines, texts=found.texts)
+                written.texts.setdefault(path, scalar)
+        return Written(
+            values=loader.construct_document(node), lines=written.lines, texts=written.texts
+        )
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ConfigError(
@@ -73,7 +76,7 @@ def read_yaml(text: str, at: Callable[[int | None], str]) -> Written:
 
 class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """As YAML does, with the line of a scalar that is not what it looks like (month 13)."""
+        """Construct as YAML does; an error of a scalar (month 13) gets its line."""
         try:
             return super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError, OverflowError):
@@ -88,7 +91,7 @@ class _Loader(yaml.SafeLoader):
 def _walk(
     root: yaml.Node, at: Callable[[int | None], str]
 ) -> Iterator[tuple[Key, int, str | None]]:
-    """Every key below a node, depth first: path, line, and the text of a scalar."""
+    """Yield every key below a node: path, line, and the text of a scalar."""
     count = 0
     open_nodes: set[int] = set()
 
@@ -136,7 +139,7 @@ def _walk(
 
 
 def _name(key: yaml.Node, at: Callable[[int | None], str]) -> str:
-    """A key's text: names are texts, and `on` is one."""
+    """Return a key's text: names are texts, and `on` is one."""
     if not isinstance(key, yaml.ScalarNode):
         raise ConfigError(f"{at(_line(key))}: a key is a plain text")
     if key.tag != _MERGE:

@@ -35,7 +35,7 @@ class Fitting:
     """Comparisons left out because nothing tells their sides apart after the cut."""
 
     def fit(self, place: str, parts: Mapping[str, list[int]]) -> list[list[int]] | None:
-        """The parts of one record as they are used, or None when it is left out.
+        """Return the parts of one record as they are used, or None when it is left out.
 
         Of the part "prompt" a cut keeps the end, which stands next to the response; of all others,
         which are responses to it, the beginning.
@@ -66,7 +66,7 @@ class Fitting:
         return kept
 
     def said(self) -> list[str]:
-        """One line for each thing that happened to some of the records."""
+        """Return one line for each thing that happened to some of the records."""
         of, room = f"of {self.read} {self.what}", f"longer than {self._room()}"
         return [
             f"{count} {of} {done}"
@@ -79,7 +79,7 @@ class Fitting:
         ]
 
     def require(self, left: int, needed: int, use: str) -> None:
-        """Raises DataError when fewer than `needed` records are left for this use."""
+        """Raise DataError when fewer than `needed` records are left for this use."""
         if left >= needed:
             return
         if not (self.skipped or self.equal):

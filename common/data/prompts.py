@@ -58,7 +58,7 @@ class PromptStream:
         position: int = 0,
         adapter: str = "",
     ) -> None:
-        """`adapter` is what all of them are to be sampled from."""
+        """Go on from `position`; all requests are to be sampled from `adapter`."""
         self._adapter = adapter
         self._prompts = prompts
         self._seed = seed
@@ -70,13 +70,13 @@ class PromptStream:
         return self._order.position
 
     def requests(self, iteration: int, prompts: int, samples: int) -> list[RolloutRequest]:
-        """The requests of one iteration, samples of one prompt side by side."""
-        made = []
+        """Return the requests of one iteration, samples of one prompt side by side."""
+        requests = []
         for group, index in enumerate(self._order.next_batch(prompts)):
             prompt = self._prompts[index]
             for sample in range(samples):
                 rollout_id = f"{iteration:06d}-{group * samples + sample:06d}"
-                made.append(
+                requests.append(
                     RolloutRequest(
                         rollout_id=rollout_id,
                         group=group,
@@ -87,7 +87,7 @@ class PromptStream:
                         adapter=self._adapter,
                     )
                 )
-        return made
+        return requests
 
 
 def evaluation_requests(
@@ -98,7 +98,7 @@ def evaluation_requests(
     samples: int = 1,
     adapters: Sequence[str] = ("",),
 ) -> list[RolloutRequest]:
-    """One pass over prompts in their order, for evaluation and for sampling comparisons.
+    """Request each prompt once, in their order, for evaluation and for sampling comparisons.
 
     Each sample is made with each of the adapters, side by side and from the same seed, which does
     not depend on what else is sampled beside it.

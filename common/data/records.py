@@ -2,8 +2,8 @@
 
     file (.jsonl | .parquet, local or URI) -> rows -> `_build` -> record, with its place
 
-A row that is not what it should be raises one line: `file:line: field 'x': what; mend`
-(`file:row N` for Parquet). A record keeps its place, so that whatever is found out about it later
+A row that is not what it should be raises one line: `file:line: field 'x': what; advice`
+(`file:row N` for Parquet). A record keeps its place, so that whatever is said of it later
 names the same line.
 """
 
@@ -23,7 +23,7 @@ from common.files import write_atomic
 
 
 def content_uid(kind: str, *contents: str) -> str:
-    """32 hex digits of blake2b over length-prefixed `contents`; the same on every machine."""
+    """Return 32 hex digits of blake2b over length-prefixed `contents`; equal on every machine."""
     digest = blake2b(kind.encode(), digest_size=16)
     for text in contents:
         raw = text.encode()
@@ -155,24 +155,24 @@ _LONG: Final = 9  # letters; in a word so long two slips are believed
 def _column_fault(
     required: tuple[str, ...],
     optional: tuple[str, ...],
-    found: tuple[str, ...],
+    columns: tuple[str, ...],
     others: tuple[tuple[str, Kind], ...],
 ) -> str | None:
-    """What is wrong with the names of the columns; other columns may ride along unread."""
+    """Say what is wrong with the names of the columns; other columns may be there, unread."""
     for name in required:
-        if name not in found:
+        if name not in columns:
             if near := _misspelt(name, others):
                 return f"field {name!r}: missing; rename {near!r} to {name!r}"
-            return f"field {name!r}: missing; add it (columns found: {_listed(found, others)})"
+            return f"field {name!r}: missing; add it (columns found: {_listed(columns, others)})"
     for name in optional:
         # A misspelt optional field would otherwise be dropped without a word.
-        if name not in found and (near := _misspelt(name, others)):
+        if name not in columns and (near := _misspelt(name, others)):
             return f"field {near!r}: unknown; rename it to {name!r} or take it out"
     return None
 
 
 def _misspelt(name: str, others: tuple[tuple[str, Kind], ...]) -> str | None:
-    """The column that `name` was meant by: of its kind, and a slip of the finger away from it.
+    """Find the column that may mean `name`: of its kind, and a slip of the finger away from it.
 
     Common columns of other people's data (``label``, ``prompt_id``, ``confidence_level``) are
     further away, or of another kind.
@@ -190,7 +190,7 @@ def _misspelt(name: str, others: tuple[tuple[str, Kind], ...]) -> str | None:
 
 
 def _slips(a: str, b: str) -> int:
-    """Letters missing, added, wrong, or changed places with the next (restricted Damerau)."""
+    """Count letters that are missing, added, wrong or swapped (restricted Damerau distance)."""
     if abs(len(a) - len(b)) > 2:
         return 3
     before, last = [0] * (len(b) + 1), list(range(len(b) + 1))
@@ -205,8 +205,8 @@ def _slips(a: str, b: str) -> int:
     return last[-1]
 
 
-def _listed(found: tuple[str, ...], others: tuple[tuple[str, Kind], ...]) -> str:
-    names = [*found, *(name for name, _ in others)]
+def _listed(columns: tuple[str, ...], others: tuple[tuple[str, Kind], ...]) -> str:
+    names = [*columns, *(name for name, _ in others)]
     more = [f"and {len(names) - _SHOWN_COLUMNS} more"] if len(names) > _SHOWN_COLUMNS else []
     return ", ".join([*map(repr, names[:_SHOWN_COLUMNS]), *more]) or "none"
 

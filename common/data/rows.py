@@ -3,8 +3,8 @@
     path -> `sources` -> JsonlSource | ParquetSource -> Row (place "file:line" | "file:row N")
 
 What a row must hold is decided in `common.data.records`; here a file is only required to be one. Of
-a Parquet file only the columns that are asked for are read: what rides along unread may be of any
-type, broken or huge.
+a Parquet file only the columns that are asked for are read: others may be of any type, broken
+or huge.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Row:
     values: Mapping[str, object]
     """Of the columns that were asked for, those that the row has."""
     others: tuple[tuple[str, Kind], ...]
-    """Name and kind of each column that rides along."""
+    """Name and kind of each other column."""
     place: str
     """``file:line``, or ``file:row N`` of a Parquet file; both count from 1."""
 
@@ -53,7 +53,7 @@ class Foreign:
 
 
 def type_name(value: object) -> str:
-    """How an error names the type of a value."""
+    """Name the type of a value, for an error."""
     if isinstance(value, Foreign):
         return f"of type {value.type}"
     return "null" if value is None else f"of type {type(value).__name__}"
@@ -82,12 +82,12 @@ def _source(path: str) -> JsonlSource | ParquetSource:
     if extension not in makers:
         raise DataError(f"{path}: extension {extension!r} is unknown; use .jsonl or .parquet")
     try:
-        found = filesystem.get_file_info(inner).type
+        kind = filesystem.get_file_info(inner).type
     except OSError as error:
         raise DataError(f"{path}: cannot be reached ({one_line(error)}); check it") from error
-    if found == fs.FileType.Directory:
+    if kind == fs.FileType.Directory:
         raise DataError(f"{path}: is a folder; name the files in it")
-    if found != fs.FileType.File:
+    if kind != fs.FileType.File:
         raise DataError(f"{path}: no such file; check the path")
     return makers[extension](path, filesystem, inner)
 
@@ -102,15 +102,15 @@ class JsonlSource:
         """Stream every row. Raises: DataError."""
         for number, raw in self._lines():
             place = f"{self._path}:{number}"
-            found = self._parse(raw, place)
+            parsed = self._parse(raw, place)
             yield Row(
-                values={name: found[name] for name in wanted if name in found},
-                others=tuple((name, _kind(found[name])) for name in found if name not in wanted),
+                values={name: parsed[name] for name in wanted if name in parsed},
+                others=tuple((name, _kind(parsed[name])) for name in parsed if name not in wanted),
                 place=place,
             )
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
-        """(line number from 1, bytes) of every line that is not blank."""
+        """Yield line number, from 1, and bytes of every line that is not blank."""
         number, count = 0, 0
         try:
             with self._fs.open_input_stream(self._inner, compression=None) as raw_stream:
@@ -192,7 +192,7 @@ class ParquetSource:
             raise DataError(f"{self._path}: holds no records; write at least one row")
 
     def _names(self, schema: pa.Schema, wanted: Sequence[str]) -> list[str]:
-        """The wanted columns that the file has."""
+        """Return the wanted columns that the file has."""
         for name in wanted:
             if schema.names.count(name) > 1:
                 raise DataError(f"{self._path}: column {name!r} is there twice; keep one of them")
@@ -223,38 +223,38 @@ def _kind(value: object) -> Kind:
 
 
 def _integer(digits: str) -> int | float:
-    """A column that nobody reads may hold a number of more digits than Python converts."""
+    """Read an integer of any length, also in columns that nobody reads."""
     return int(digits) if len(digits) < _LONGEST_INTEGER else float(digits)
 
 
-def _arrow_kind(found: pa.DataType) -> Kind:
-    is_, found = pa.types, _stored(found)
+def _arrow_kind(stored: pa.DataType) -> Kind:
+    is_, stored = pa.types, _stored(stored)
     if (
-        is_.is_string(found)
-        or is_.is_large_string(found)
-        or is_.is_string_view(found)
-        or is_.is_binary(found)
-        or is_.is_large_binary(found)
-        or is_.is_binary_view(found)
+        is_.is_string(stored)
+        or is_.is_large_string(stored)
+        or is_.is_string_view(stored)
+        or is_.is_binary(stored)
+        or is_.is_large_binary(stored)
+        or is_.is_binary_view(stored)
     ):
         return "text"
-    number = is_.is_integer(found) or is_.is_floating(found) or is_.is_decimal(found)
+    number = is_.is_integer(stored) or is_.is_floating(stored) or is_.is_decimal(stored)
     return "number" if number else "other"
 
 
-def _stored(found: pa.DataType) -> pa.DataType:
-    """The type of the values themselves, under dictionaries and extensions."""
-    if isinstance(found, pa.BaseExtensionType):
-        return _stored(found.storage_type)
-    return _stored(found.value_type) if pa.types.is_dictionary(found) else found
+def _stored(stored: pa.DataType) -> pa.DataType:
+    """Return the type of the values themselves, under dictionaries and extensions."""
+    if isinstance(stored, pa.BaseExtensionType):
+        return _stored(stored.storage_type)
+    return _stored(stored.value_type) if pa.types.is_dictionary(stored) else stored
 
 
 def _storage(column: pa.Array) -> pa.Array:
-    """A column without the extension type that it may carry."""
+    """Take off the extension type that a column may carry."""
     return column.storage if isinstance(column.type, pa.BaseExtensionType) else column
 
 
-def _is_plain(found: pa.DataType) -> bool:
+def _is_plain(stored: pa.DataType) -> bool:
     """Whether Python holds its values as text, number, truth or null."""
-    truth = pa.types.is_boolean(found) or pa.types.is_null(found)
-    return truth or _arrow_kind(found) != "other"
+    truth = pa.types.is_boolean(stored) or pa.types.is_null(stored)
+    return truth or _arrow_kind(stored) != "other"

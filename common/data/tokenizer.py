@@ -141,7 +141,7 @@ class Tokenizer:
         return tokenizer
 
     def _require_lossless(self, name: str) -> None:
-        """Raises DataError where a text does not come back, or spells a special token."""
+        """Raise DataError where a text does not come back, or spells a special token."""
         if self.decode(self.encode(_PROBE)) != _PROBE:
             raise DataError(
                 f"{name}: text does not come back as it went in; use a byte-level tokenizer "
@@ -170,28 +170,28 @@ class Tokenizer:
         write_atomic(path, [self._rust.to_str(pretty=True).encode()])
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; nothing is added, no special id can come out."""
+        """Return token ids of `text`; nothing is added, no special id can come out."""
         ids: list[int] = self._rust.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of every text, on all cores."""
+        """Encode every text as `encode` does, on all cores."""
         encodings = self._rust.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids` without special tokens; a cut-off character becomes U+FFFD."""
+        """Return the text of `ids` without special tokens; a cut-off character becomes U+FFFD."""
         text: str = self._rust.decode(list(ids), skip_special_tokens=True)
         return text
 
     @property
     def pad_id(self) -> int:
-        """Fills rows of a batch; never trained on."""
+        """The token that fills rows of a batch; never trained on."""
         return self._pad_id
 
     @property
     def eos_id(self) -> int:
-        """Ends a response; trained on."""
+        """The token that ends a response; trained on."""
         return self._eos_id
 
     @property
@@ -200,13 +200,13 @@ class Tokenizer:
         return self._size
 
     def fingerprint(self) -> str:
-        """32 hex digits of what the tokenizer does; equal after save and load."""
+        """Return 32 hex digits of what the tokenizer does; equal after save and load."""
         canonical = json.dumps(json.loads(self._rust.to_str()), sort_keys=True)
         return blake2b(canonical.encode(), digest_size=16).hexdigest()
 
 
 def _borders(words: Words) -> PreTokenizer:
-    """Where words end, and their bytes as symbols."""
+    """Build the steps that end words, and write their bytes as symbols."""
     if words == "spaced":
         return ByteLevel(add_prefix_space=False, use_regex=True)
     cut = Split(Regex(_IDENTIFIER), "isolated")

@@ -23,7 +23,7 @@ _LOSSLESS: Final = "text does not come back as it went in"
 
 
 def switched_off(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The file's content without what would encode a text otherwise than by itself."""
+    """Return the file's content without truncation, padding and the like."""
     clean = deepcopy(dict(values))
     for part in _AROUND:
         clean[part] = None
@@ -37,7 +37,7 @@ def switched_off(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_faithful(values: Mapping[str, Any], name: str) -> None:
-    """Raises DataError for a part that loses text or makes tokens something else's function."""
+    """Raise DataError for a part that loses text, or whose tokens depend on more than the text."""
     model = values["model"].get("type", "BPE")
     if model != "BPE":
         raise DataError(f"{name}: field 'model': is {model}; use a byte-level BPE")
@@ -77,7 +77,7 @@ def _require_distinct(tokens: Sequence[Mapping[str, Any]], name: str) -> None:
 
 
 def _parts(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """A part of the pipeline, or those that it is a sequence of."""
+    """Return a part of the pipeline, or those that it is a sequence of."""
     if part is None:
         return
     if part["type"] != "Sequence":

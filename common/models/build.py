@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from common.config.model import ModelConfig
+from common.config.model import ModelConfig, PalmConfig
 from common.models.decoder import Decoder
 from common.models.networks import PolicyNetwork, ScalarNetwork
 from common.models.palm import PaLM
 
+DECODERS: dict[type[ModelConfig], Callable[[Any], Decoder]] = {PalmConfig: PaLM}
+"""What computes a model, by the kind of its shape."""
+
 
 def build_decoder(config: ModelConfig) -> Decoder:
     """A decoder whose weights are not drawn or loaded yet."""
-    return PaLM(config)
+    return DECODERS[type(config)](config)
 
 
 def build_policy(config: ModelConfig) -> PolicyNetwork:

@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.config.model import ModelConfig
+from common.config.model import PalmConfig
 from common.models.decoder import Attention, Decoder, Sizes
 from common.models.embedding import Reader, TiedEmbedding
 from common.models.lora import Adapted, RowSelection
@@ -46,7 +46,7 @@ class Norm(nn.LayerNorm):
 class Block(nn.Module):
     """One parallel block. The input projection is fused: rows q | k | v | up | gate."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: PalmConfig) -> None:
         super().__init__()
         d, ff = config.dim, config.ff_mult * config.dim
         inner, self.heads = config.heads * config.head_dim, config.heads
@@ -90,7 +90,7 @@ class PaLM(Decoder):
     stream in fp32 at least.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: PalmConfig) -> None:
         if config.vocab_size <= 0:
             raise ValueError("vocab_size must be set before a model is built")
         super().__init__(
@@ -149,7 +149,7 @@ class PaLM(Decoder):
         return logits.float()
 
     def read(self, hidden: Tensor, read: Reader) -> Tensor:
-        """What a reader makes of the logits, which are made in pieces (`ModelConfig.logits_mb`)."""
+        """What a reader makes of the logits, which are made in pieces (`PalmConfig.logits_mb`)."""
         rows = max(1, int(self.config.logits_mb * 2**20 / (4 * self.config.vocab_size)))
         flat = self._scaled(hidden).flatten(0, -2)
         values: Tensor = self.embedding(flat, to_logits=True, read=read, rows=rows)

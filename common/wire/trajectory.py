@@ -21,10 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
+
+FinishReason = Literal["eos", "stop", "length"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +63,8 @@ class Rollout(RolloutRequest):
     unfiltered_logprobs: list[float] | None = None
     """float32, of the whole distribution before top-p, top-k and min-p (`Sampling.unfiltered`).
     None where nothing filters: `behavior_logprobs` are those."""
-    finish_reason: str
-    """``eos``, ``stop`` (a stop token or text) or ``length``."""
+    finish_reason: FinishReason
+    """Why it ended: EOS, a stop token or text, or the longest length."""
     policy_version: int
     """The version that sampled every token; stamped by the engine."""
     weights_fingerprint: str
@@ -156,13 +158,13 @@ def from_table(table: pa.Table, kind: type[Record]) -> list[Record]:
 
 
 def rows_without(table: pa.Table, rollout_ids: Collection[str]) -> pa.Table:
-    """A table's rows that are not of these rollouts."""
+    """Return a table's rows that are not of these rollouts."""
     unwanted = pa.array(sorted(rollout_ids), pa.string())
     return table.filter(pc.invert(pc.is_in(table["rollout_id"], value_set=unwanted)))
 
 
 def extend(record: RolloutRequest, kind: type[Record], **more: Any) -> Record:
-    """A later-stage record with all fields of an earlier one; lists are shared, not copied."""
+    """Return a later-stage record with all fields of an earlier one; lists are not copied."""
     shared = min(_NAMES[type(record)], _NAMES[kind], key=len)  # a later stage only adds
     return kind(**{name: getattr(record, name) for name in shared}, **more)
 

@@ -26,8 +26,10 @@ class Payload(tuple[Bytes, ...]):
     """A slice's bytes in consecutive parts, so that no copy is needed to lay them together."""
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        """As buffers alone, for the object store: an array each would take a third of the time that
-        it takes to copy the bytes of a small one."""
+        """Pickle the buffers alone, for the object store.
+
+        To pickle arrays takes a third of the time that copying a small payload takes.
+        """
         if int(protocol) < 5:
             return tuple(super().__reduce_ex__(protocol))
         return _received, tuple(PickleBuffer(part.data) for part in self)
@@ -86,7 +88,7 @@ class FlatBuffer:
     def __init__(
         self, parameters: Iterable[tuple[str, Tensor]], dtype: torch.dtype, base: str = ""
     ) -> None:
-        """`base` is the fingerprint of what adapters belong to."""
+        """Lay parameters out in one buffer; `base` is the fingerprint of the base of adapters."""
         named = sorted(parameters, key=lambda pair: pair[0])
         self.total = sum(p.numel() for _, p in named) * dtype.itemsize
         self.layout = layout_hash({name: tuple(p.shape) for name, p in named}, dtype, base)
@@ -137,27 +139,27 @@ class FlatBuffer:
 
 
 def slice_bounds(total_elements: int, ranks: int, rank: int) -> tuple[int, int]:
-    """First and last + 1 element of a rank's share; shares differ by at most one element."""
+    """Return first and last + 1 element of a rank's share; shares differ by one element at most."""
     share, rest = divmod(total_elements, ranks)
     first = rank * share + min(rank, rest)
     return first, first + share + (rank < rest)
 
 
 def digest(payload: Payload) -> str:
-    """xxh3-128 of all parts, as if they were one."""
+    """Return the xxh3-128 of all parts, as if they were one."""
     hashed = hasher()
     hashed.update(payload)
     return hashed.hexdigest()
 
 
 def layout_hash(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, base: str = "") -> str:
-    """Hash of names, shapes and dtype, and of what adapters belong to."""
+    """Return a hash of names, shapes and dtype, and of what adapters belong to."""
     text = ";".join(f"{name}{tuple(shapes[name])}" for name in sorted(shapes))
     return _text_hash(f"{dtype}|{text}|{base}" if base else f"{dtype}|{text}")
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
-    """Content hash of a state dict, independent of how it was sharded."""
+    """Return the content hash of a state dict, independent of how it was sharded."""
     hashed = hasher()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -172,7 +174,7 @@ def manifest_of(
     dtype: torch.dtype = torch.float32,
     base: str = "",
 ) -> tuple[Manifest, Payload]:
-    """A manifest of one slice from a state dict of parameters, and its bytes."""
+    """Return a manifest of one slice from a state dict of parameters, and its bytes."""
     named = sorted(state.items())
     payload = torch.cat([t.detach().to(dtype).reshape(-1) for _, t in named])
     data = payload.view(torch.uint8).numpy()

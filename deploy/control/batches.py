@@ -12,6 +12,7 @@ import ray
 
 from common.config.stages import TrainConfig
 from common.errors import TrainingError
+from common.metric_catalogue import Logged
 from deploy.control.jobs import Sampled, Scored
 from deploy.control.leases import lone
 from deploy.control.ledger import Ledger
@@ -122,8 +123,8 @@ def staleness(batch: Sequence[Scored], iteration: int) -> dict[str, float]:
     for scored in batch:
         ages[iteration - scored.policy_version] += len(scored.trained)
     present = {age: float(count) for age, count in sorted(ages.items()) if count}
-    return {"staleness": float(max(present))} | {
-        f"staleness/{age}": count for age, count in present.items()
+    return {Logged.STALENESS: float(max(present))} | {
+        Logged.STALENESS_COUNT.of(age): count for age, count in present.items()
     }
 
 

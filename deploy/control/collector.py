@@ -26,6 +26,7 @@ import ray
 
 from actors.rollout_actor import LeaseFacts, RolloutActor
 from common.errors import TrainingError
+from common.metric_catalogue import Logged
 from common.wire.trajectory import RolloutRequest, to_table
 from common.wire.weights import CorruptSliceError
 from deploy.control.batches import Batches, Stale
@@ -269,7 +270,7 @@ class Collector:
                 f"{facts.actor_id} sampled from weights {facts.weights_fingerprint[:12]}, not "
                 f"from version {expected.policy_version} ({expected.fingerprint[:12]})"
             )
-        self.tally.add({"weights_reloaded": facts.reloads})
+        self.tally.add({Logged.WEIGHTS_RELOADED: facts.reloads})
         self.throughput.sampled(facts)
         self.ledger.done(lease)
         tokens = facts.response_tokens + sum(len(r.prompt_ids) for r in lease.requests)
@@ -286,7 +287,7 @@ class Collector:
         if self._corrupt_at == version:
             raise error from None
         self._corrupt_at = version
-        self.tally.add({"weights_reloaded": 1})
+        self.tally.add({Logged.WEIGHTS_RELOADED: 1})
         self.rollout.lost(job.worker, "corrupt", str(error))
 
     def _take_scored(self, call: ray.ObjectRef[ScoreFacts], job: Scoring) -> None:
@@ -302,7 +303,7 @@ class Collector:
         except ArgumentLost:
             tables_lost = True
         if facts is not None:
-            self.tally.add({f"http/{name}": count for name, count in facts.http.items()})
+            self.tally.add(facts.http)
         if self._deadlines.forget(call):
             return
         if facts is None:

@@ -31,6 +31,7 @@ from common.config.run import RunConfig
 from common.data.prompts import EncodedPrompt
 from common.endings import at_the_end
 from common.errors import RewardError, WorkerError
+from common.metric_catalogue import Logged
 from deploy.control.batches import nothing_left, staleness
 from deploy.control.collector import Collector
 from deploy.control.issuing import Issuer
@@ -130,7 +131,7 @@ class Controller:
             "worker_failures": self.collector.tally.failures,
             "learner_restarts": self.learner_restarts,
             "leases_reissued": self.ledger.reissued,
-            "train_kl": self.metrics.get("kl", 0.0),
+            "train_kl": self.metrics.get(Logged.KL, 0.0),
         }
         if weights:
             record(self.run_dir, facts)
@@ -150,10 +151,10 @@ class Controller:
                     restored = True
                 while self.iteration < last and not self._stop:
                     metrics: dict[str, float] = {}
-                    with _timed(metrics, "seconds"):
+                    with _timed(metrics, Logged.SECONDS):
                         self._iterate(metrics)
                     self.elastic.adapt(metrics)
-                    metrics["learner_restarts"] = float(self.learner_restarts)
+                    metrics[Logged.LEARNER_RESTARTS] = float(self.learner_restarts)
                     self.metrics = metrics
                     log.write("train", self.iteration, metrics)
                     self._checkpoint_if_due()
@@ -172,23 +173,23 @@ class Controller:
         iteration, train = self.iteration, self.config.train
         asynchronous = train.max_staleness > 0
         self.issuer.issue(self.ledger, until=iteration + train.max_staleness)
-        with _timed(metrics, "collect_seconds"):
+        with _timed(metrics, Logged.COLLECT_SECONDS):
             batch = self._collect(iteration)
         metrics |= self._collected(batch)
-        with _timed(metrics, "learn_seconds"):
+        with _timed(metrics, Logged.LEARN_SECONDS):
             # The KL penalty and its controller's update, advantages, the epochs of PPO: all in
             # `learner.learner.Learner.policy_phase`.
             metrics |= self._policy_phase(iteration, batch)
         if asynchronous:  # Actors generate with the new weights while the auxiliary phase runs.
-            with _timed(metrics, "publish_seconds"):
+            with _timed(metrics, Logged.PUBLISH_SECONDS):
                 self._publish(iteration + 1)
         if auxiliary_phase_due(train.ppg, iteration):
-            with _timed(metrics, "auxiliary_seconds"):
+            with _timed(metrics, Logged.AUXILIARY_SECONDS):
                 metrics |= self.gang.auxiliary_phase(iteration, meanwhile=self._move_rollouts)
         if not asynchronous:
-            with _timed(metrics, "publish_seconds"):
+            with _timed(metrics, Logged.PUBLISH_SECONDS):
                 self._publish(iteration + 1)
-        metrics["policy_version"] = iteration + 1
+        metrics[Logged.POLICY_VERSION] = iteration + 1
         self._account(iteration, batch)
 
     def status(self) -> Status:
@@ -362,7 +363,7 @@ class Controller:
 
 
 @contextmanager
-def _timed(metrics: dict[str, float], name: str) -> Iterator[None]:
+def _timed(metrics: dict[str, float], name: Logged) -> Iterator[None]:
     """Note how many seconds the block took."""
     begin = time.perf_counter()
     yield

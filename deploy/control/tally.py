@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from actors.rollout_actor import LeaseFacts
+from common.metric_catalogue import Logged
 from common.metrics import Metrics, mean, merge, read
 from deploy.control.ledger import Ledger
 from deploy.workers.pool import Pool
@@ -25,7 +26,7 @@ class Tally:
     def __init__(self, pools: Sequence[Pool]) -> None:
         self._pools = pools
         self._before: Counter[str] | None = None
-        self._reported: Counter[str] = Counter({"weights_reloaded": 0})
+        self._reported: Counter[str] = Counter({Logged.WEIGHTS_RELOADED: 0})
 
     def add(self, reported: Mapping[str, int]) -> None:
         """Add what a worker reports to have happened since its last report."""
@@ -46,32 +47,32 @@ class Tally:
         counts = Counter(self._before or {})
         counts.update(dict(self._reported))
         for pool in self._pools:
-            lost = f"workers_lost/{pool.kind}"
-            counts.update({lost: pool.failures})
-            counts.update({f"{lost}/{cause}": n for cause, n in dict(pool.losses).items()})
+            kind, losses = pool.kind, dict(pool.losses)
+            counts.update({Logged.WORKERS_LOST.of(kind): pool.failures})
+            counts.update({Logged.WORKERS_LOST_BY.of(kind, c): n for c, n in losses.items()})
             if pool.left:
-                counts.update({f"workers_drained/{pool.kind}": pool.left})
+                counts.update({Logged.WORKERS_DRAINED.of(kind): pool.left})
         return dict(counts)
 
     @property
     def failures(self) -> int:
         """Workers lost."""
         counted = self.counted()
-        return sum(counted[f"workers_lost/{pool.kind}"] for pool in self._pools)
+        return sum(counted[Logged.WORKERS_LOST.of(pool.kind)] for pool in self._pools)
 
     def metrics(self, ledger: Ledger) -> dict[str, float]:
         """Return all counts, the books' too, and how many workers there are; from any thread."""
         metrics: dict[str, float] = {
-            "leases_reissued": ledger.reissued,
-            "late_commits": ledger.refused,
+            Logged.LEASES_REISSUED: ledger.reissued,
+            Logged.LATE_COMMITS: ledger.refused,
         }
-        metrics |= {f"dropped/{reason}": n for reason, n in dict(ledger.dropped).items()}
-        metrics |= {f"resampled/{reason}": n for reason, n in dict(ledger.resampled).items()}
+        metrics |= {Logged.DROPPED.of(reason): n for reason, n in dict(ledger.dropped).items()}
+        metrics |= {Logged.RESAMPLED.of(reason): n for reason, n in dict(ledger.resampled).items()}
         metrics |= self.counted()
         for pool in self._pools:
-            metrics[f"workers/{pool.kind}"] = len(pool.workers)
+            metrics[Logged.WORKERS.of(pool.kind)] = len(pool.workers)
             if pool.scale_seconds:
-                metrics[f"scale_seconds/{pool.kind}"] = pool.scale_seconds
+                metrics[Logged.SCALE_SECONDS.of(pool.kind)] = pool.scale_seconds
         return metrics
 
 
@@ -98,13 +99,14 @@ class Throughput:
 
     def read(self) -> dict[str, float]:
         """Return the metrics, and begin anew."""
-        metrics = {
-            "tokens_per_second": self._tokens / max(self._generate_s, 1e-9),
-            "generate_seconds": self._generate_s,
-            "load_seconds": self._load_s,
-            "score_seconds": self._score_s,
+        metrics: dict[str, float] = {
+            Logged.TOKENS_PER_SECOND: self._tokens / max(self._generate_s, 1e-9),
+            Logged.GENERATE_SECONDS: self._generate_s,
+            Logged.LOAD_SECONDS: self._load_s,
+            Logged.SCORE_SECONDS: self._score_s,
         }
-        metrics |= {f"component/{name}": value for name, value in read(self._components).items()}
+        means = read(self._components)
+        metrics |= {Logged.COMPONENT.of(name): value for name, value in means.items()}
         self._tokens, self._components = 0, {}
         self._generate_s = self._load_s = self._score_s = 0.0
         return metrics

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from common.errors import DataError
 from common.files import one_line, write_atomic
+from common.metric_catalogue import Logged
 from common.run_folder import RunFolder
 from deploy.evaluation.charts import Series, line_chart
 from deploy.evaluation.intervals import Interval
@@ -24,24 +25,24 @@ from deploy.run_folder.log_lines import Line, read_metrics
 SAMPLES = 24
 """Samples shown, evenly spaced over all that there are: a rule, not a choice."""
 
-_CURVES: dict[str, tuple[tuple[str, str], ...]] = {
-    "sft": (("loss", "Loss, nats per token"), ("tokens_per_second", "Tokens per second")),
-    "reward": (("loss", "Loss"), ("accuracy", "Accuracy on training batches")),
+_CURVES: dict[str, tuple[tuple[Logged, str], ...]] = {
+    "sft": ((Logged.LOSS, "Loss, nats per token"), (Logged.TOKENS_PER_SECOND, "Tokens per second")),
+    "reward": ((Logged.LOSS, "Loss"), (Logged.ACCURACY, "Accuracy on training batches")),
     "train": (
-        ("score", "Score per response"),
-        ("kl", "KL to the supervised policy, nats per response"),
-        ("entropy", "Entropy, nats per token"),
-        ("response_length", "Response length, tokens"),
-        ("eos_share", "Share of responses that end"),
-        ("explained_variance", "Explained variance of the value network"),
-        ("value_loss", "Value loss"),
-        ("clip_fraction", "Share of clipped tokens"),
-        ("update_kl", "KL of one update, nats per token"),
-        ("auxiliary/value_loss", "Auxiliary value loss"),
-        ("auxiliary/clone_kl", "KL that cloning allowed"),
-        ("staleness", "Staleness, versions"),
-        ("tokens_per_second", "Sampled tokens per second and actor"),
-        ("seconds", "Seconds per iteration"),
+        (Logged.SCORE, "Score per response"),
+        (Logged.KL, "KL to the supervised policy, nats per response"),
+        (Logged.ENTROPY, "Entropy, nats per token"),
+        (Logged.RESPONSE_LENGTH, "Response length, tokens"),
+        (Logged.EOS_SHARE, "Share of responses that end"),
+        (Logged.EXPLAINED_VARIANCE, "Explained variance of the value network"),
+        (Logged.VALUE_LOSS, "Value loss"),
+        (Logged.CLIP_FRACTION, "Share of clipped tokens"),
+        (Logged.UPDATE_KL, "KL of one update, nats per token"),
+        (Logged.AUXILIARY_VALUE_LOSS, "Auxiliary value loss"),
+        (Logged.AUXILIARY_CLONE_KL, "KL that cloning allowed"),
+        (Logged.STALENESS, "Staleness, versions"),
+        (Logged.TOKENS_PER_SECOND, "Sampled tokens per second and actor"),
+        (Logged.SECONDS, "Seconds per iteration"),
     ),
 }
 _TITLES = {"sft": "Supervised policy", "reward": "Reward model", "train": "Policy"}
@@ -88,7 +89,7 @@ def _sections(lines: Sequence[Line]) -> list[dict[str, Any]]:
     sections = []
     for stage, curves in _CURVES.items():
         steps = {line.step: line.metrics for line in lines if line.stage == stage}
-        marks = [s for s in sorted(steps) if "auxiliary_seconds" in steps[s]]
+        marks = [s for s in sorted(steps) if Logged.AUXILIARY_SECONDS in steps[s]]
         charts = []
         for key, title in curves:
             at = [s for s in sorted(steps) if key in steps[s]]

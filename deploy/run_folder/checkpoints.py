@@ -57,23 +57,24 @@ def write(run_dir: Path, step: int, fill: Callable[[Path], dict[str, Any]], *, k
         _sync(folder)
     except (OSError, StorageError) as error:
         raise StorageError(
-            f"{final}: checkpoint could not be written ({one_line(error)}); free space or mend "
+            f"{final}: checkpoint could not be written ({one_line(error)}); free space or correct "
             f"rights, then `talipot train --resume {run_dir}`"
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # what is not whole is of no use
-    found = _finished(run_dir)
-    kept = [p for p in found if not p.suffix and p.name <= final.name][-keep:]
-    for path in found:
+    finished = _finished(run_dir)
+    kept = [p for p in finished if not p.suffix and p.name <= final.name][-keep:]
+    for path in finished:
         if path not in kept and (path.stem <= final.name or not is_whole(path)):
             shutil.rmtree(path)
     return final
 
 
 def rewind(run_dir: Path, step: int) -> None:
-    """Remove what the run does not go on from when it stands at `step`: later ones, which `newest`
-    passed over as damaged, and what dead writers left unfinished. Only for whoever holds the run's
-    lock, and so knows that no other writer lives.
+    """Remove what a run that goes on from `step` does not need any more.
+
+    That is later checkpoints, which `newest` passed over as damaged, and what dead writers left
+    unfinished. Only for whoever holds the run's lock, and so knows that no other writer lives.
 
     Raises:
         StorageError: the folder is not writable.
@@ -87,7 +88,7 @@ def rewind(run_dir: Path, step: int) -> None:
 
 
 def newest(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint and its state; None when there is none at all.
+    """Return the newest whole checkpoint and its state; None when there is none at all.
 
     Raises:
         CheckpointError: there are checkpoints, but every one is damaged.
@@ -103,7 +104,7 @@ def newest(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every file is there and has its checksum."""
+    """Whether every file exists and has its checksum."""
     try:
         sums: dict[str, str] = json.loads((folder / _SUMS).read_text(encoding="utf8"))
         return all(_checksum(folder / name) == value for name, value in sums.items())
@@ -112,7 +113,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def _make_way(final: Path) -> None:
-    """Take a step's checkpoint out of the way, so that a whole one of it is there all the time."""
+    """Rename a step's checkpoint, so that a whole one of that step exists all the time."""
     replaced = final.with_suffix(".replaced")
     if replaced.exists():  # a writer died between its last two moves
         if not is_whole(final):
@@ -123,9 +124,9 @@ def _make_way(final: Path) -> None:
 
 
 def _finished(run_dir: Path) -> list[Path]:
-    """Oldest first; of one step, the replaced one first."""
-    found = [p for p in RunFolder(run_dir).checkpoints.glob("step-*") if p.suffix != ".partial"]
-    return sorted(found, key=lambda path: (path.stem, path.suffix != ".replaced"))
+    """List what has no partial name, oldest first; of one step, the replaced one first."""
+    finished = [p for p in RunFolder(run_dir).checkpoints.glob("step-*") if p.suffix != ".partial"]
+    return sorted(finished, key=lambda path: (path.stem, path.suffix != ".replaced"))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from common.config.earlier import settings_as_of_now
 from common.config.run import RunConfig
 from common.errors import ConfigError, DataError
 from common.files import one_line, write_atomic
@@ -124,7 +125,7 @@ class RunInputs:
         return facts, told
 
     def require_repeat(self, stage: str, config: RunConfig) -> None:
-        """`sft` and `reward` may be done again, with the same result only once `train` has begun.
+        """Refuse to replace what `train` depends on, once it has begun, by something else.
 
         Raises:
             ConfigError: policy training depends on what the stage would replace by another.
@@ -163,7 +164,7 @@ class RunInputs:
         self._save()
 
     def look_all(self, reads: Reads) -> Facts:
-        """`look` at every file."""
+        """Fingerprint every file."""
         return {name: [self.look(path) for path in paths] for name, paths in reads.items()}
 
     def look(self, path: str | Path) -> FileFacts:
@@ -218,4 +219,6 @@ def _stage(values: Mapping[str, Any]) -> StageFacts:
         part: {name: [FileFacts(**f) for f in facts] for name, facts in values[part].items()}
         for part in ("reads", "writes")
     }
-    return StageFacts(began=values["began"], settings=values["settings"], **files)
+    return StageFacts(
+        began=values["began"], settings=settings_as_of_now(values["settings"]), **files
+    )

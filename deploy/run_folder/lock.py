@@ -115,9 +115,9 @@ class RunLock:
         return True
 
     def _take_by_note(self) -> bool:
-        """Two that find the lock free at once both write; the note that stays says who has it."""
-        found = holder_of(self._path)
-        if found is not None and not _gone(found):
+        """Write the note: of two that write at once, the note that stays says who has the lock."""
+        holder = holder_of(self._path)
+        if holder is not None and not _gone(holder):
             return False
         ours = self._path.with_name(f"lock.{self.holder.token}")
         ours.write_text(json.dumps(asdict(self.holder)), encoding="utf8")
@@ -137,7 +137,7 @@ def writing(run_dir: Path, stage: str) -> Iterator[None]:
 
 
 def holder_of(path: Path) -> Holder | None:
-    """What a lock's file says of its holder; None when it says nothing."""
+    """Read what a lock's file says of its holder; None when it says nothing."""
     try:
         return Holder(**json.loads(path.read_text(encoding="utf8")))
     except (OSError, ValueError, TypeError):
@@ -145,20 +145,20 @@ def holder_of(path: Path) -> Holder | None:
 
 
 def _refusal(run_dir: Path, path: Path) -> StorageError:
-    found = holder_of(path)
-    if found is None:
+    holder = holder_of(path)
+    if holder is None:
         return StorageError(f"{run_dir}: another process is writing into this run; wait for it")
-    mend = "wait for it or stop it, or set name to another one"
-    if found.stage == "train":
-        mend += "; `talipot train --resume` with the --address of its cluster attaches to it"
-    if found.host != socket.gethostname():
-        mend += (
-            f"; if that process is gone (ask `ps -p {found.pid}` on {found.host}), its lock ends "
+    advice = "wait for it or stop it, or set name to another one"
+    if holder.stage == "train":
+        advice += "; `talipot train --resume` with the --address of its cluster attaches to it"
+    if holder.host != socket.gethostname():
+        advice += (
+            f"; if that process is gone (ask `ps -p {holder.pid}` on {holder.host}), its lock ends "
             f"with it, on a network file system once the server notices: remove {path} if it stays"
         )
     return StorageError(
-        f"{run_dir}: `talipot {found.stage}` on host {found.host}, process {found.pid}, has been "
-        f"writing into this run since {found.since}; {mend}"
+        f"{run_dir}: `talipot {holder.stage}` on host {holder.host}, process {holder.pid}, has "
+        f"been writing into this run since {holder.since}; {advice}"
     )
 
 
@@ -168,7 +168,7 @@ def _gone(holder: Holder) -> bool:
 
 
 def _born(pid: int) -> str:
-    """When a process began: the boot it belongs to and clock ticks since; "" when unknown."""
+    """Return boot and clock ticks at which a process began; "" when unknown."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf8", errors="replace")
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf8").strip()
@@ -184,7 +184,7 @@ _HELD: set[RunLock] = set()
 
 
 def _forget() -> None:
-    """A forked child shares the parent's locks, and would keep them beyond the parent's death."""
+    """Close the parent's locks in a forked child, which would keep them beyond its death."""
     for lock in list(_HELD):
         if lock._handle is not None:
             os.close(lock._handle)

@@ -35,7 +35,7 @@ class Log:
 
 
 def read_lines(path: Path) -> Log:
-    """All steps of all stages; nothing where there is no file. Never raises for what it holds."""
+    """Read all steps of all stages; nothing where there is no file. Raises for no content."""
     raw = path.read_bytes() if path.exists() else b""
     *whole, rest = raw.split(b"\n")
     lines, damaged = [], []
@@ -48,7 +48,7 @@ def read_lines(path: Path) -> Log:
 
 
 def read_metrics(path: Path) -> list[Line]:
-    """All steps of all stages. A last line without its end is one being written, and left out.
+    """Read all steps of all stages. A last line without its end is being written, and left out.
 
     Raises:
         DataError: no line at all, or a damaged one.
@@ -73,8 +73,8 @@ def cut_torn_end(path: Path) -> None:
 
 
 def _line(text: bytes) -> Line:
-    found = json.loads(text)
-    stage, step, metrics = found["stage"], found["step"], found["metrics"]
+    values = json.loads(text)
+    stage, step, metrics = values["stage"], values["step"], values["metrics"]
     if not isinstance(stage, str) or not isinstance(step, int):
         raise TypeError(f"stage {stage!r}, step {step!r}")
     numbers = {str(name): float(value) for name, value in metrics.items()}

@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from common.endings import take_all
 from common.errors import StorageError
+from common.metric_catalogue import logged_as
 from common.run_folder import RunFolder
 from deploy.run_folder.log_lines import cut_torn_end
 
@@ -35,20 +36,17 @@ class RunLog:
         """Append one step of a stage.
 
         Raises:
+            KeyError: a metric is not in the catalogue.
             StorageError: the disk is full.
         """
-        line = {
-            "stage": stage,
-            "step": step,
-            "time": time.time(),
-            "metrics": dict(metrics),
-        }
+        line = {"stage": stage, "step": step, "time": time.time(), "metrics": dict(metrics)}
+        gauges = {name: self._gauge(stage, name) for name in metrics}
         try:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
             for name, value in metrics.items():
                 self._board.add_scalar(f"{stage}/{name}", value, step)
-                self._gauge(f"talipot_{stage}_{name}").set(value, {"run": self.run_dir.name})
+                gauges[name].set(value, {"run": self.run_dir.name})
         except OSError as error:
             raise StorageError(f"{self.run_dir}: metrics cannot be written: {error}") from None
 
@@ -63,9 +61,11 @@ class RunLog:
         except OSError as error:
             raise StorageError(f"{self.run_dir}: metrics cannot be written: {error}") from None
 
-    def _gauge(self, name: str) -> Gauge:
+    def _gauge(self, stage: str, name: str) -> Gauge:
+        facts = logged_as(name)[0].facts
         # Ray throws away what is named otherwise, "dropped/dead letter" for one.
-        name = re.sub(r"[^a-zA-Z0-9_]", "_", name)
-        if name not in self._gauges:
-            self._gauges[name] = Gauge(name, description=name, tag_keys=("run",))
-        return self._gauges[name]
+        key = re.sub(r"[^a-zA-Z0-9_]", "_", f"talipot_{stage}_{name}")
+        if key not in self._gauges:
+            description = f"{facts.meaning} ({facts.unit})"
+            self._gauges[key] = Gauge(key, description=description, tag_keys=("run",))
+        return self._gauges[key]

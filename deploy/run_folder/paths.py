@@ -11,17 +11,18 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from common.config.rewards import HttpComponent
 from common.config.run import RunConfig
 
 
 def anchored(config: RunConfig) -> RunConfig:
-    """The recipe with every path absolute; URIs stay as they are."""
-    found = _with_paths(config, _absolute)
-    return found.model_copy(update={"output": _absolute(config.output)})
+    """Return the recipe with every path absolute; URIs stay as they are."""
+    absolute = _with_paths(config, _absolute)
+    return absolute.model_copy(update={"output": _absolute(config.output)})
 
 
 def rebased(config: RunConfig, old: Path, new: Path) -> RunConfig:
-    """The recipe of a run whose folder was `old` and is `new`: what lay inside it moved along."""
+    """Return the recipe of a run whose folder was `old` and is `new`: what was inside moved too."""
 
     def follow(path: str) -> str:
         inside = "://" not in path and Path(path).is_relative_to(old)
@@ -31,7 +32,7 @@ def rebased(config: RunConfig, old: Path, new: Path) -> RunConfig:
 
 
 def _with_paths(config: RunConfig, change: Callable[[str], str]) -> RunConfig:
-    """Every path of a recipe but the run's own folder, changed."""
+    """Change every path of a recipe but that of the run's own folder."""
 
     def maybe(path: str | None) -> str | None:
         return change(path) if path else path
@@ -41,6 +42,8 @@ def _with_paths(config: RunConfig, change: Callable[[str], str]) -> RunConfig:
     service = config.reward_service
     components = {
         name: component.model_copy(update={"dead_letters": maybe(component.dead_letters)})
+        if isinstance(component, HttpComponent)
+        else component
         for name, component in service.components.items()
     }
     return config.model_copy(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 
+from common.config.rewards import FunctionComponent
 from common.config.run import RunConfig
 
 Reads = Mapping[str, Sequence[str | Path]]
@@ -46,8 +47,9 @@ def _functions(config: RunConfig) -> dict[str, Sequence[str | Path]]:
     """Find the files of the user's reward functions, as far as the path knows; none is imported."""
     files: dict[str, Sequence[str | Path]] = {}
     for component in config.reward_service.components.values():
-        if component.kind == "function" and (file := _source(component.target.split(":")[0])):
-            files[FUNCTION + component.target] = [file]
+        if isinstance(component, FunctionComponent):
+            file = _source(component.target.split(":")[0])
+            files |= {FUNCTION + component.target: [file]} if file else {}
     return files
 
 

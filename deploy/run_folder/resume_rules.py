@@ -119,7 +119,7 @@ class Change:
 def changes(
     saved: RunConfig, new: RunConfig, trained: int, by_content: Collection[str] = ()
 ) -> list[Change]:
-    """The fields that differ from those a checkpoint of `trained` iterations was written under.
+    """Return the fields that differ from those of a checkpoint of `trained` iterations.
 
     Fields in `by_content` name files of which more is known than their paths: they may be moved. A
     relative path is one from the working folder: recipes of before kept them as they were given.
@@ -128,7 +128,7 @@ def changes(
     new_fields = dict(flat(anchored(new).model_dump(mode="json")))
     if not new.model.vocab_size:  # 0 is the tokenizer's
         new_fields["model.vocab_size"] = old_fields["model.vocab_size"]
-    found = []
+    changed = []
     for field in sorted(old_fields.keys() | new_fields.keys()):
         old, wanted = old_fields.get(field, "absent"), new_fields.get(field, "absent")
         if old == wanted:
@@ -138,12 +138,12 @@ def changes(
             kind, reason = "free", "what the files hold is compared"
         if field == "train.iterations" and wanted < trained:
             kind, reason = "fixed", f"{trained} are trained already"
-        found.append(Change(field=field, old=old, new=wanted, kind=kind, reason=reason))
-    return found
+        changed.append(Change(field=field, old=old, new=wanted, kind=kind, reason=reason))
+    return changed
 
 
 def prefix_of(field: str) -> str:
-    """Whose rule holds for a dotted field; "" where nobody thought of it."""
+    """Return the prefix whose rule holds for a dotted field; "" where no rule names it."""
     return max((prefix for prefix in RULES if within(field, prefix)), key=len)
 
 
@@ -154,19 +154,19 @@ def require_resumable(
     run_dir: object,
     by_content: Collection[str] = (),
 ) -> list[Change]:
-    """The changes, all of them allowed; `by_content` as in `changes`.
+    """Return the changes, all of them allowed; `by_content` as in `changes`.
 
     Raises:
         ConfigError: naming every field that cannot change, with both values.
     """
-    found = changes(saved, new, trained, by_content)
-    fixed = [str(change) for change in found if change.kind == "fixed"]
+    changed = changes(saved, new, trained, by_content)
+    fixed = [str(change) for change in changed if change.kind == "fixed"]
     if fixed:
         raise ConfigError(
             f"{run_dir} cannot go on under another recipe: {'; '.join(fixed)}; take these back, or "
             "give the new run another name"
         )
-    return found
+    return changed
 
 
 def within(field: str, prefix: str) -> bool:
@@ -178,7 +178,7 @@ def within(field: str, prefix: str) -> bool:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted field and its value."""
+    """Yield every dotted field and its value."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{name}.")

@@ -67,8 +67,8 @@ def _another(
         return f"tokenizer.path {path} holds other contents ({old} -> {new})"
     if recorded is None or "tokenizer.path" in recorded.reads:
         return ""
-    if found := changed_settings(recorded.settings, settings_of(_STAGE, config)):
-        return "; ".join(found)
+    if differing := changed_settings(recorded.settings, settings_of(_STAGE, config)):
+        return "; ".join(differing)
     if inputs.standing() or not recorded.reads or not config.data.demonstrations:
         return ""  # a stage compares the demonstrations that it reads itself
     name = "data.demonstrations"

@@ -9,9 +9,10 @@ from typing import Any
 
 from rich.console import Console
 
-from common.config.recipe import saved_config
+from common.config.earlier import saved_config
 from common.config.run import RunConfig
 from common.data.prompts import EncodedPrompt
+from common.metric_catalogue import Logged
 from deploy.control.status import Status, recorded_facts
 from deploy.run_folder import checkpoints
 from deploy.run_folder.inputs import RunInputs
@@ -148,6 +149,8 @@ def make_pools(session: Session, config: RunConfig, name: str, *, start: bool) -
 def _show(update: Callable[[int, str], None], status: Status) -> None:
     metrics = status.metrics
     note = "  ".join(
-        f"{name} {metrics[name]:.2f}" for name in ("score", "kl", "entropy") if name in metrics
+        f"{name} {metrics[name]:.2f}"
+        for name in (Logged.SCORE, Logged.KL, Logged.ENTROPY)
+        if name in metrics
     )
     update(status.iteration, note)

@@ -16,6 +16,7 @@ from rich.console import Console
 from common.config.run import RunConfig
 from common.endings import at_the_end
 from common.errors import DataError, TrainingError
+from common.metric_catalogue import Logged
 from common.run_folder import RunFolder
 from deploy.control.status import recorded_facts
 from deploy.run_folder.inputs import RunInputs
@@ -84,7 +85,7 @@ def _replay(
         metrics = gang.policy_phase(iteration, None, [table])
         if auxiliary_phase_due(trained.train.ppg, iteration):
             gang.auxiliary_phase(iteration)
-        show(iteration + 1, f"score {metrics['score']:.2f}")
+        show(iteration + 1, f"score {metrics[Logged.SCORE]:.2f}")
 
 
 def _take_over(gang: LearnerGang, config: RunConfig, folder: Path | None) -> None:

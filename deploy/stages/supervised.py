@@ -9,6 +9,7 @@ from common.config.run import RunConfig
 from common.data.records import read_comparisons, read_demonstrations
 from common.data.tokenizer import Tokenizer
 from common.endings import at_the_end
+from common.metric_catalogue import Logged
 from deploy.stages.encoding import (
     encode_comparisons,
     encode_pairs,
@@ -67,12 +68,12 @@ def run_reward(session: Session, config: RunConfig) -> dict[str, float]:
     reference = reference_pairs(config, session.tokenizer())
     record()
     gang = session.gang()
-    best: dict[str, float] = {"accuracy_heldout": -math.inf}
+    best: dict[str, float] = {Logged.ACCURACY_HELDOUT: -math.inf}
     for seed in range(config.reward_model.seeds):
         total = gang.begin_reward(config, train, held_out, session.folder.sft.weights, seed)
         metrics = _advance(session, "reward", f"reward model {seed + 1}", total)
         metrics |= gang.evaluate()
-        if metrics["accuracy_heldout"] > best["accuracy_heldout"]:
+        if metrics[Logged.ACCURACY_HELDOUT] > best[Logged.ACCURACY_HELDOUT]:
             best = metrics | gang.shift(reference)
             gang.export_stage(session.folder.reward_model.path)
     log_metrics(session, "reward", total, best)
@@ -90,10 +91,10 @@ def _advance(session: Session, stage: str, title: str, total: int) -> dict[str, 
             metrics = gang.advance(portion)
             seconds = time.perf_counter() - begin
             if "tokens" in metrics:
-                metrics["tokens_per_second"] = metrics.pop("tokens") / seconds
+                metrics[Logged.TOKENS_PER_SECOND] = metrics.pop("tokens") / seconds
             step = min(total, done + portion)
             log.write(stage, step, metrics)
-            bar.update(step, f"loss {metrics['loss']:.3f}")
+            bar.update(step, f"loss {metrics[Logged.LOSS]:.3f}")
     return metrics
 
 

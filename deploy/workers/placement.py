@@ -18,6 +18,7 @@ from ray._private.state import state
 from ray.autoscaler.sdk import request_resources
 
 from actors.generation.decoder_generator import AdapterOnWire, DecoderGenerator
+from common.config.rewards import FunctionComponent
 from common.config.run import RunConfig
 from common.data.tokenizer import Tokenizer
 from common.devices import compute_of
@@ -90,7 +91,8 @@ def reward_pool(
         )
 
     pool = _pool("reward", make, settings.replicas if start else 0, config, options)
-    functions = [c.target for c in settings.components.values() if c.kind == "function"]
+    components = settings.components.values()
+    functions = [each.target for each in components if isinstance(each, FunctionComponent)]
     if functions:
         pool.hint = (
             f"; {', '.join(functions)} runs in these workers, and os._exit or a crash of native "

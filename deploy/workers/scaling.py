@@ -15,6 +15,7 @@ from pathlib import Path
 from common.config.run import RunConfig
 from common.endings import take_all
 from common.errors import StorageError
+from common.metric_catalogue import Logged
 from deploy.run_folder.log_lines import cut_torn_end
 from deploy.workers.autoscale import Load, Trend, decide
 from deploy.workers.placement import release_room, request_room
@@ -76,10 +77,11 @@ class Elastic:
         bounds = self._config.rollout.actors
         if isinstance(bounds, int):
             return
-        seconds, size = metrics["seconds"], self._rollout.target
+        seconds, size = metrics[Logged.SECONDS], self._rollout.target
+        busy = metrics[Logged.GENERATE_SECONDS] + metrics[Logged.LOAD_SECONDS]
         load = Load(
-            learner_waits=metrics["collect_seconds"] / seconds,
-            actors_busy=(metrics["generate_seconds"] + metrics["load_seconds"]) / (seconds * size),
+            learner_waits=metrics[Logged.COLLECT_SECONDS] / seconds,
+            actors_busy=busy / (seconds * size),
         )
         wanted, self._trend = decide(size, bounds, load, self._trend)
         if wanted != size:

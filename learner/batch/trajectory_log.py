@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common.config.recipe import saved_config
+from common.config.earlier import saved_config
 from common.config.run import RunConfig
 from common.errors import DataError
 from common.files import one_line, write_atomic

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from common.config.model import ModelConfig
+from common.metric_catalogue import Logged
 from common.metrics import Metrics, mean
 from common.models.adapters import adapter_tensors, drop_adapter, snapshot_adapter
 from common.models.build import build_policy
@@ -84,9 +85,11 @@ def auxiliary_metrics(steps: Sequence[Step]) -> Metrics:
     last = [step for step in steps if step.epoch == steps[-1].epoch]
     tokens = sum(step.tokens for step in last)
     return {
-        "auxiliary/clone_kl_first": mean(steps[0].sums["clone_kl"], 1),
-        "auxiliary/value_loss": mean(sum(s.sums["aux_value"] * s.tokens for s in last), tokens),
-        "auxiliary/clone_kl": mean(sum(s.sums["clone_kl"] * s.tokens for s in last), tokens),
+        Logged.AUXILIARY_CLONE_KL_FIRST: mean(steps[0].sums["clone_kl"], 1),
+        Logged.AUXILIARY_VALUE_LOSS: mean(
+            sum(s.sums["aux_value"] * s.tokens for s in last), tokens
+        ),
+        Logged.AUXILIARY_CLONE_KL: mean(sum(s.sums["clone_kl"] * s.tokens for s in last), tokens),
     }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common.config.stages import TrainConfig
 from common.logprobs import Sampling, chosen_reader
+from common.metric_catalogue import Logged
 from common.metrics import Metrics, mean
 from learner.algorithms import ppo
 from learner.batch.shards import MicroBatch
@@ -84,11 +85,11 @@ class PolicyObjective(Objective):
         """Return what a policy phase reports of its policy steps."""
         tokens, count = sum(step.tokens for step in steps), len(steps)
         return {
-            "policy_loss": mean(sum(step.loss for step in steps), count),
-            "clip_fraction": mean(sum(step.sums["clipped"] for step in steps), tokens),
-            "update_kl": mean(sum(step.sums["k3"] for step in steps), tokens),
-            "gradient_norm": mean(sum(step.gradient_norm for step in steps), count),
-            "policy_steps": mean(count, 1),
-            "stopped_by_kl": mean(self.enough(steps[-1]), 1),
-            "lr": mean(lr, 1),
+            Logged.POLICY_LOSS: mean(sum(step.loss for step in steps), count),
+            Logged.CLIP_FRACTION: mean(sum(step.sums["clipped"] for step in steps), tokens),
+            Logged.UPDATE_KL: mean(sum(step.sums["k3"] for step in steps), tokens),
+            Logged.GRADIENT_NORM: mean(sum(step.gradient_norm for step in steps), count),
+            Logged.POLICY_STEPS: mean(count, 1),
+            Logged.STOPPED_BY_KL: mean(self.enough(steps[-1]), 1),
+            Logged.LR: mean(lr, 1),
         }

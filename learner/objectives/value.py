@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from common.metric_catalogue import Logged
 from common.metrics import Metrics, mean
 from learner.algorithms import ppo
 from learner.batch.shards import MicroBatch
@@ -67,8 +68,8 @@ def values_at(engine: ZeroEngine, micro: MicroBatch) -> Tensor:
 def value_metrics(steps: Sequence[Step]) -> Metrics:
     """Return what a policy phase reports of its value steps."""
     return {
-        "value_loss": mean(sum(step.loss for step in steps), len(steps)),
-        "value_clip_fraction": mean(
+        Logged.VALUE_LOSS: mean(sum(step.loss for step in steps), len(steps)),
+        Logged.VALUE_CLIP_FRACTION: mean(
             sum(step.sums["clipped"] for step in steps), sum(step.tokens for step in steps)
         ),
     }

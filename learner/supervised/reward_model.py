@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common.batching import sequence_batch
 from common.config.run import RunConfig
+from common.metric_catalogue import Logged
 from common.metrics import Metrics, mean
 from common.models.adapter_files import adapter_of, save_adapter
 from common.models.build import build_policy, build_scalar
@@ -76,8 +77,8 @@ class RewardModelStage(SupervisedStage):
             sums["loss"] += float(loss_P.sum()) * share.real
         total, count = all_sums(sums), len(self._held_out)
         return {
-            "accuracy_heldout": mean(total["right"], count),
-            "heldout_loss": mean(total["loss"], count),
+            Logged.ACCURACY_HELDOUT: mean(total["right"], count),
+            Logged.HELDOUT_LOSS: mean(total["loss"], count),
         }
 
     @torch.no_grad()
@@ -96,7 +97,7 @@ class RewardModelStage(SupervisedStage):
         network = self.engine.network
         assert isinstance(network, ScalarNetwork)
         network.head.offset += before
-        return {"reference_mean": mean(before, 1)}
+        return {Logged.REFERENCE_MEAN: mean(before, 1)}
 
     def export(self, folder: Path) -> None:
         """Write ``reward.safetensors``: all weights, or adapter and head (a collective)."""
@@ -122,8 +123,8 @@ class RewardModelStage(SupervisedStage):
     def _metrics(self, totals: dict[str, float], steps: int) -> Metrics:
         pairs = steps * self.config.reward_model.batch_size
         return {
-            "loss": mean(totals.get("loss", 0.0), steps),
-            "accuracy": mean(totals.get("right", 0.0), pairs),
+            Logged.LOSS: mean(totals.get("loss", 0.0), steps),
+            Logged.ACCURACY: mean(totals.get("right", 0.0), pairs),
         }
 
     def _scores(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from common.config.run import RunConfig
+from common.metric_catalogue import Logged
 from common.metrics import Metrics, mean
 from common.models.adapter_files import adapter_of, export_merged
 from common.models.build import build_policy
@@ -65,7 +66,7 @@ class SftStage(SupervisedStage):
                 sums = self._loss(self._packed(self._held_out, part, share), 1.0).sums
                 nll, count = nll + float(sums["nll"]), count + float(sums["count"])
         total = all_sums({"nll": nll, "count": count})
-        return {"heldout_loss": mean(total["nll"], total["count"])}
+        return {Logged.HELDOUT_LOSS: mean(total["nll"], total["count"])}
 
     def export(self, folder: Path) -> None:
         """Write ``policy.safetensors``; of adapters also ``adapter/`` (a collective)."""
@@ -87,7 +88,7 @@ class SftStage(SupervisedStage):
 
     def _metrics(self, totals: dict[str, float], steps: int) -> Metrics:
         return {
-            "loss": mean(totals.get("nll", 0.0), totals.get("count", 0.0)),
+            Logged.LOSS: mean(totals.get("nll", 0.0), totals.get("count", 0.0)),
             "tokens": mean(steps * self.rows_per_step * self.config.model.context, 1),
         }
 

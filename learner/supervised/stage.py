@@ -12,6 +12,7 @@ from pathlib import Path
 
 from common.config.run import RunConfig
 from common.config.stages import RewardModelConfig, SftConfig
+from common.metric_catalogue import Logged
 from common.metrics import Metrics, mean
 from common.models.adapters import attach_adapter, base_fingerprint
 from common.models.networks import PolicyNetwork, ScalarNetwork
@@ -87,7 +88,7 @@ class SupervisedStage(ABC):
             self.step += 1
             for key, value in {"loss": loss, **sums}.items():
                 totals[key] = totals.get(key, 0.0) + value
-        return self._metrics(totals, count) | {"gradient_norm": mean(norm, count)}
+        return self._metrics(totals, count) | {Logged.GRADIENT_NORM: mean(norm, count)}
 
     @abstractmethod
     def evaluate(self) -> Metrics:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from common.config.model import ModelConfig
+from common.config.model import PalmConfig
 from common.logprobs import Sampling, chosen_reader
 from common.models.palm import PaLM
 
@@ -21,7 +21,7 @@ def status(field: str) -> int:
 
 def main() -> None:
     torch.set_num_threads(2)
-    config = ModelConfig(vocab_size=VOCABULARY, dim=256, layers=1, heads=4, head_dim=64)
+    config = PalmConfig(vocab_size=VOCABULARY, dim=256, layers=1, heads=4, head_dim=64)
     decoder = PaLM(config)
     decoder.initialise(0)
     hidden = torch.randn(1, TOKENS, config.dim, requires_grad=True)

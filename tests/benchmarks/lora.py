@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.config.model import LoraConfig, ModelConfig
+from common.config.model import LoraConfig, PalmConfig
 from common.devices import compute_of
 from common.models.adapters import adapter_tensors, add_adapter, attach_adapter, share_base
 from common.models.build import build_policy, build_scalar
@@ -30,7 +30,7 @@ from tests.benchmarks.learner_step import ROWS, data, network, policy_update
 from tests.benchmarks.measure import PROMPT, RESPONSE, THREADS, Result, interleaved
 
 LORA = LoraConfig(rank=8)
-WIDE = ModelConfig(vocab_size=16_384, dim=768, layers=12, heads=12, head_dim=64, context=192)
+WIDE = PalmConfig(vocab_size=16_384, dim=768, layers=12, heads=12, head_dim=64, context=192)
 """113 million parameters."""
 REPEATS = 7
 
@@ -146,7 +146,7 @@ def alone(argument: str) -> dict[str, float]:
     return found
 
 
-def millions(config: ModelConfig) -> str:
+def millions(config: PalmConfig) -> str:
     """Number of parameters, in words."""
     with torch.device("meta"):
         count = sum(p.numel() for p in PaLM(config).parameters())

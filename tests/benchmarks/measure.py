@@ -11,10 +11,10 @@ from statistics import median
 import ray
 import torch
 
-from common.config.model import ModelConfig
+from common.config.model import PalmConfig
 from deploy.workers.placement import NAMESPACE
 
-SHAPE = ModelConfig(vocab_size=2048, dim=256, layers=6, heads=4, head_dim=64, context=192)
+SHAPE = PalmConfig(vocab_size=2048, dim=256, layers=6, heads=4, head_dim=64, context=192)
 """Reference shape S."""
 PROMPT, RESPONSE = 64, 48
 THREADS = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from common.config.recipe import fields
-from common.config.workers import RewardComponent
+from common.config.rewards import RewardComponent
 from deploy.config_docs import reference_page
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
@@ -21,6 +21,6 @@ def test_every_field_has_a_row_with_a_meaning() -> None:
     rows = [line for line in reference_page().splitlines() if line.startswith("| `")]
     meanings = {row.split("`")[1]: row.split(" | ", 2)[2].strip(" |") for row in rows}
     expected = [name for name, _, _ in fields()]
-    expected += [f"reward_service.components.NAME.{n}" for n in RewardComponent.model_fields]
+    expected += [f"reward_service.components.NAME.{n}" for n in RewardComponent.every_field()]
     for name in expected:
         assert meanings[name], name

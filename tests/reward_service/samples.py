@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from common.wire.trajectory import Rollout
-from reward_service.http_scorer import HttpScorer, HttpScorerSettings
+from reward_service.http_scorer import HttpScorer
+from reward_service.http_settings import HttpScorerSettings
 from reward_service.scorers import ScoreRequest
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from reward_service.http_scorer import HttpScorer, HttpScorerSettings
+from reward_service.http_scorer import HttpScorer
+from reward_service.http_settings import HttpScorerSettings
 from reward_service.scorers import ScoreRequest
 from tests.reward_service.endpoint import DOWN, Endpoint, Reply, Rows, always, fine, first, scores
 from tests.reward_service.samples import requests, scorer

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from common.batching import SequenceBatch, sequence_batch
-from common.config.model import ModelConfig
+from common.config.model import PalmConfig
 from common.errors import CheckpointError
 from common.logprobs import Sampling
 from common.models.build import build_policy, build_scalar
@@ -20,7 +20,7 @@ from common.wire.trajectory import Rollout
 from reward_service.models import ReferencePolicy, RewardModel, frozen_pass
 from tests.reward_service.samples import rollouts
 
-CONFIG = ModelConfig(vocab_size=200, dim=32, layers=2, heads=2, head_dim=16, context=64)
+CONFIG = PalmConfig(vocab_size=200, dim=32, layers=2, heads=2, head_dim=16, context=64)
 BUDGETS = [1, 17, 40, 100_000]
 
 

@@ -147,10 +147,10 @@ def test_each_call_says_what_its_remote_components_counted_in_it(workspace: RunC
         remote = http(endpoint, max_retries=1, max_concurrency=1)
         made = worker(workspace, {**SPELLED, "remote": remote})
         facts = [made.score(table(rollouts(3)))[0].http for _ in range(2)]
-    none = {"remote/dead_letters": 0, "remote/circuit_opened": 0}
-    once = {"remote/requests": 4, "remote/retries": 1, "remote/failures": 1}
-    assert facts[0] == once | none
-    assert facts[1] == {"remote/requests": 3, "remote/retries": 0, "remote/failures": 0} | none
+    counted = ("requests", "retries", "failures", "dead_letters", "circuit_opened")
+    names = [f"http/remote/{count}" for count in counted]
+    assert facts[0] == dict(zip(names, (4, 1, 1, 0, 0), strict=True))
+    assert facts[1] == dict(zip(names, (3, 0, 0, 0, 0), strict=True))
 
 
 def test_a_dead_letter_is_dropped_named_and_costs_no_other(

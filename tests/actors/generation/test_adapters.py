@@ -21,7 +21,7 @@ from actors.generation.interface import Generated
 from actors.generation.torch_forward import TorchForward
 from actors.rollout_actor import RolloutActor
 from common.batching import sequence_batch
-from common.config.model import ModelConfig
+from common.config.model import PalmConfig
 from common.config.recipe import load_config
 from common.config.run import RunConfig
 from common.data.prompts import EncodedPrompt, evaluation_requests
@@ -37,7 +37,7 @@ from common.wire.weights import Manifest, Payload, manifest_of
 from tests.actors.generation.adapters import SETTINGS, carry, stir
 from tests.likelihoods import chosen_logprobs
 
-SHAPE = ModelConfig(vocab_size=53, dim=32, layers=2, heads=4, head_dim=8, context=64)
+SHAPE = PalmConfig(vocab_size=53, dim=32, layers=2, heads=4, head_dim=8, context=64)
 ALL = (OFF, "one", "two")
 
 

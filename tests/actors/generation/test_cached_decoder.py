@@ -10,12 +10,12 @@ import torch
 from actors.generation import native_library
 from actors.generation.cached_decoder import CachedDecoder, Choice, slots_within
 from actors.generation.forward import Chunk, Copy
-from common.config.model import ModelConfig
+from common.config.model import PalmConfig
 from common.errors import ClusterError, ConfigError
 from common.logprobs import Sampling, draw
 from common.models.palm import PaLM
 
-SHAPE = ModelConfig(vocab_size=61, dim=32, layers=3, heads=4, head_dim=16, context=40)
+SHAPE = PalmConfig(vocab_size=61, dim=32, layers=3, heads=4, head_dim=16, context=40)
 BOTH: list[Choice] = ["native", "torch"]
 
 

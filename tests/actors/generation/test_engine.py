@@ -13,7 +13,7 @@ from actors.generation.engine import GenerationEngine
 from actors.generation.interface import Generated
 from actors.generation.stops import Stops
 from common.batching import sequence_batch
-from common.config.model import ModelConfig
+from common.config.model import PalmConfig
 from common.data.prompts import EncodedPrompt, evaluation_requests
 from common.logprobs import Sampling
 from common.models.lora import OFF
@@ -22,7 +22,7 @@ from common.wire.trajectory import RolloutRequest
 from tests.actors.generation.adapters import carry
 from tests.likelihoods import chosen_logprobs
 
-SHAPE = ModelConfig(vocab_size=53, dim=32, layers=2, heads=4, head_dim=8, context=64)
+SHAPE = PalmConfig(vocab_size=53, dim=32, layers=2, heads=4, head_dim=8, context=64)
 EOS = 1
 
 

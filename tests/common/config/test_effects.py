@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from common.config.draft import annotation_of
-from common.config.effects import RULES, without_effect
-from common.config.recipe import dump_config, load_config, save_config, saved_config
+from common.config.earlier import saved_config, settings_as_of_now
+from common.config.effects import RULES
+from common.config.recipe import dump_config, load_config, save_config
 from common.config.run import RunConfig
-from common.config.workers import RewardComponent
 from common.errors import ConfigError
 from tests.common.config.recipes import load, refusal
 
@@ -126,6 +126,17 @@ def test_where_it_has_an_effect_it_is_taken(overrides: list[str]) -> None:
     load_config(None, overrides)
 
 
+def test_a_kind_of_model_that_is_none(folder: Path) -> None:
+    assert "r.yaml:1: model.kind: should be 'palm', not 'bert'" in refusal("model: {kind: bert}")
+    assert load("model: {kind: palm, dim: 96}") == load("model: {dim: 96}")
+
+
+def test_a_kind_of_component_that_is_none(folder: Path) -> None:
+    says = refusal("reward_service: {components: {a: {kind: [x]}}}")
+    assert "a.kind: should be 'model', 'function' or 'http', not ['x']" in says
+    assert "a.kind: should be" in refusal("reward_service: {components: {a: {kind: }}}")
+
+
 def test_a_preset_beside_a_whole_model(folder: Path) -> None:
     text = yaml.safe_dump({"model": RunConfig().model.model_dump()})
     says = "preset has no effect here: every field of model is given"
@@ -187,6 +198,13 @@ def test_a_run_of_before_goes_on_as_it_was(folder: Path) -> None:
     assert load(yaml.safe_dump(values)).train.adam_eps == RunConfig().train.adam_eps
 
 
+def test_settings_that_a_stage_recorded_are_called_what_they_are_now() -> None:
+    recorded = {"sft.clip": 1.0, "model.dim": 64}
+    now = {"sft.max_grad_norm": 1.0, "model.dim": 64, "model.kind": "palm"}
+    assert settings_as_of_now(recorded) == settings_as_of_now(now) == now
+    assert settings_as_of_now({"tokenizer.words": "spaced"}) == {"tokenizer.words": "spaced"}
+
+
 def test_a_resolved_recipe_that_was_changed_is_asked_about_the_rest(folder: Path) -> None:
     values = yaml.safe_load(dump_config(load_config(None, ["train.value_lr=1e-3"])))
     values["train"] |= {"algorithm": "grpo", "samples_per_prompt": 2, "ppg": None}
@@ -195,12 +213,27 @@ def test_a_resolved_recipe_that_was_changed_is_asked_about_the_rest(folder: Path
     assert "gae_lambda" not in message  # written by us, and the default
 
 
-def test_components_say_what_their_kind_looks_at() -> None:
+def test_components_have_the_fields_of_their_kind(folder: Path) -> None:
     for kind, target in (("model", ""), ("function", "m:f"), ("http", "http://x/")):
-        made = RewardComponent.model_validate({"kind": kind, "target": target})
-        service = RunConfig().reward_service.model_copy(update={"components": {"a": made}})
-        idle = without_effect(RunConfig().model_copy(update={"reward_service": service}))
-        of_component = {key[-1] for key in idle if key[0] == "reward_service" and len(key) == 4}
-        assert ("max_retries" in of_component) == (kind != "http")
-        assert ("target" in of_component) == (kind == "model")
-        assert not of_component & {"kind", "weight"}
+        given = {"kind": kind, **({"target": target} if target else {})}
+        values = {"reward_service": {"components": {"a": given}}}
+        component = load(yaml.safe_dump(values)).reward_service.components["a"]
+        assert component.kind == kind
+        assert ("max_retries" in component.model_dump()) == (kind == "http")
+        assert ("target" in component.model_dump()) == (kind != "model")
+
+
+def test_a_recipe_of_before_gave_every_component_every_field(folder: Path) -> None:
+    values = yaml.safe_load(dump_config(RunConfig()))
+    unused = {"target": "", "token_env": "", "timeout_s": 10.0, "dead_letters": ""}
+    values["reward_service"]["components"] = {"a": {"kind": "model", "weight": 1.0, **unused}}
+    assert (
+        saved_config(values)
+        == load(yaml.safe_dump(values))
+        == load(yaml.safe_dump(values), saved=True)
+    )
+    values["reward_service"]["components"]["a"]["timeout_s"] = 5.0
+    assert saved_config(values) == load(yaml.safe_dump(values), saved=True)
+    assert "components.a.timeout_s has no effect here: kind is model" in refusal(
+        yaml.safe_dump(values)
+    )

@@ -12,6 +12,7 @@ import pytest
 from common.config.base import Section
 from common.config.draft import named_section_of, section_of
 from common.config.recipe import fields
+from common.config.rewards import HttpComponent
 from common.config.run import RunConfig
 from common.config.yaml_text import read_yaml
 from tests.common.config.recipes import load, refusal
@@ -181,7 +182,7 @@ def test_fields_beside_a_preset_go_before_it(folder: Path) -> None:
 
 def floats(section: type[Section], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """Every field of the configuration that may hold a float."""
-    for name, info in section.model_fields.items():
+    for name, info in section.every_field().items():
         here, annotation = (*path, name), info.annotation
         inner, named = section_of(annotation), named_section_of(annotation)
         if named is not None:
@@ -215,6 +216,8 @@ def test_no_float_is_infinite_or_no_number(path: tuple[str, ...], value: float) 
     values: Any = value
     for name in reversed(path):
         values = {name: values}
+        if name in HttpComponent.model_fields and "mine" in path:
+            values |= {"kind": "http", "target": "http://x/"}
     with pytest.raises(ValueError, match=r"finite number|greater than|less than"):
         RunConfig.model_validate(values)
 

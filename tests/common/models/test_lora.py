@@ -14,7 +14,7 @@ from palm_rlhf_pytorch import PaLM as TheirPaLM
 from peft import PeftModel
 from torch import Tensor
 
-from common.config.model import LoraConfig, ModelConfig, Projection
+from common.config.model import LoraConfig, PalmConfig, Projection
 from common.errors import CheckpointError, ConfigError, TrainingError
 from common.models.adapter_files import (
     Adapter,
@@ -44,7 +44,7 @@ from common.models.palm import PaLM
 from common.models.palm_rlhf import from_palm_rlhf, lora_from_palm_rlhf
 from common.models.weight_files import load_weights, save_weights
 
-SHAPE = ModelConfig(vocab_size=61, dim=32, layers=2, heads=4, head_dim=8, context=64)
+SHAPE = PalmConfig(vocab_size=61, dim=32, layers=2, heads=4, head_dim=8, context=64)
 TOKENS = torch.randint(0, 61, (3, 17), generator=torch.Generator().manual_seed(0))
 ALL = get_args(Projection)
 

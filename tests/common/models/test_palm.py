@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from palm_rlhf_pytorch import PaLM as TheirPaLM
 
-from common.config.model import PRESETS, ModelConfig
+from common.config.model import PRESETS, ModelConfig, PalmConfig
 from common.errors import CheckpointError
 from common.logprobs import Sampling, chosen_reader
 from common.models.build import build_policy, build_scalar, count_parameters
@@ -16,7 +16,7 @@ from common.models.palm import PaLM
 from common.models.palm_rlhf import from_palm_rlhf
 from tests.likelihoods import chosen_logprobs
 
-SHAPE = ModelConfig(vocab_size=61, dim=32, layers=2, heads=4, head_dim=8, context=64)
+SHAPE = PalmConfig(vocab_size=61, dim=32, layers=2, heads=4, head_dim=8, context=64)
 
 
 def model(config: ModelConfig = SHAPE, seed: int = 0) -> PaLM:
@@ -48,7 +48,7 @@ def random_loss(config: ModelConfig, hide_own: bool = False) -> float:
 @pytest.mark.parametrize(("dim", "layers", "vocab"), [(64, 2, 4096), (64, 2, 8192), (128, 4, 8192)])
 def test_initial_loss_has_the_known_ratio_to_ln_v(dim: int, layers: int, vocab: int) -> None:
     """8.84 with tied and scaled embeddings against ln 4096 = 8.32."""
-    config = ModelConfig(vocab_size=vocab, dim=dim, layers=layers, heads=4, head_dim=32, context=64)
+    config = PalmConfig(vocab_size=vocab, dim=dim, layers=layers, heads=4, head_dim=32, context=64)
     assert abs(random_loss(config) - math.log(vocab) * 8.84 / 8.32) < 0.1
     # The paper's trap: without the 1/sqrt(d) scale the initial loss is far above ln V.
     assert random_loss(config.model_copy(update={"scale_logits": False})) > 3 * math.log(vocab)
@@ -57,7 +57,7 @@ def test_initial_loss_has_the_known_ratio_to_ln_v(dim: int, layers: int, vocab: 
 @pytest.mark.parametrize(("dim", "layers", "vocab"), [(64, 2, 512), (256, 4, 2048), (512, 4, 4096)])
 def test_initial_logits_are_unit_normal(dim: int, layers: int, vocab: int) -> None:
     """ln V + 1/2 at any size, once the input token's own logit (tied embeddings) is left out."""
-    config = ModelConfig(vocab_size=vocab, dim=dim, layers=layers, heads=4, head_dim=32, context=64)
+    config = PalmConfig(vocab_size=vocab, dim=dim, layers=layers, heads=4, head_dim=32, context=64)
     assert abs(random_loss(config, hide_own=True) - (math.log(vocab) + 0.5)) < 0.1
 
 
@@ -164,7 +164,7 @@ def test_tensors_keep_the_names_that_files_have() -> None:
 
 def test_a_missing_vocabulary_is_refused() -> None:
     with pytest.raises(ValueError, match="vocab_size"):
-        PaLM(ModelConfig())
+        PaLM(PalmConfig())
 
 
 def test_parity_with_palm_rlhf_pytorch() -> None:

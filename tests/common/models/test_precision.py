@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.config.model import LoraConfig, ModelConfig
+from common.config.model import LoraConfig, PalmConfig
 from common.models.adapters import attach_adapter
 from common.models.build import build_policy, build_scalar
 from common.models.networks import PolicyNetwork, ScalarHead, compute_in
 from common.models.palm import Norm, PaLM
 
-SHAPE = ModelConfig(vocab_size=61, dim=32, layers=2, heads=2, head_dim=16, context=64)
+SHAPE = PalmConfig(vocab_size=61, dim=32, layers=2, heads=2, head_dim=16, context=64)
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config.model import ModelConfig
+from common.config.model import ModelConfig, PalmConfig
 from common.errors import CheckpointError, TrainingError
 from common.models.palm import PaLM
 from common.models.weight_files import load_weights, save_weights
@@ -26,7 +26,7 @@ from common.wire.weights import (
     state_hash,
 )
 
-SHAPE = ModelConfig(vocab_size=40, dim=16, layers=1, heads=2, head_dim=8, context=16)
+SHAPE = PalmConfig(vocab_size=40, dim=16, layers=1, heads=2, head_dim=8, context=16)
 
 
 def palm(seed: int, shape: ModelConfig = SHAPE) -> PaLM:
@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_refused() -> None:
     short = dataclasses.replace(manifest, slices=manifest.slices[:1])
     with pytest.raises(TrainingError, match="incomplete"):
         FlatBuffer(palm(2).named_parameters(), torch.float32).load(short, payloads[:1])
-    other = ModelConfig(**{**SHAPE.model_dump(), "layers": 2})
+    other = PalmConfig(**{**SHAPE.model_dump(), "layers": 2})
     with pytest.raises(TrainingError, match="another architecture"):
         FlatBuffer(palm(2, other).named_parameters(), torch.float32).load(manifest, payloads)
 
@@ -114,7 +114,7 @@ def test_files_come_back_and_damage_is_named(tmp_path: Path) -> None:
     network = palm(2)
     load_weights(network, path)
     assert state_hash(network.state_dict()) == state_hash(palm(1).state_dict())
-    wide = ModelConfig(**{**SHAPE.model_dump(), "vocab_size": 41})
+    wide = PalmConfig(**{**SHAPE.model_dump(), "vocab_size": 41})
     with pytest.raises(CheckpointError, match=r"embedding.*\(40, 16\).*\(41, 16\)"):
         load_weights(palm(1, wide), path)
     path.write_bytes(path.read_bytes()[:-3])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from actors.generation.engine import GenerationEngine
-from common.config.model import ModelConfig
+from common.config.model import PalmConfig
 from common.logprobs import Sampling
 from common.models.build import build_policy
 from common.models.palm import PaLM
@@ -21,7 +21,7 @@ from reward_service.models import ReferencePolicy
 from tests.actors.generation.test_engine import requests
 from tests.sampled import sampled_trajectories
 
-SHAPE = ModelConfig(vocab_size=53, dim=32, layers=2, heads=4, head_dim=8, context=64)
+SHAPE = PalmConfig(vocab_size=53, dim=32, layers=2, heads=4, head_dim=8, context=64)
 EOS = 1
 SAMPLINGS = {
     "all": Sampling(),

@@ -15,6 +15,7 @@ import xxhash
 from rich.console import Console
 
 from common.config.recipe import load_config, save_config
+from common.config.rewards import HttpComponent
 from common.config.run import RunConfig
 from common.data.records import read_demonstrations
 from common.data.tokenizer import Tokenizer
@@ -366,12 +367,13 @@ def test_every_path_of_a_recipe_is_absolute_once_taken(
     assert config.data.comparisons == ()
     assert config.tokenizer.path == f"{here}/tokenizer.json"
     assert config.sft.start == f"{here}/start.safetensors"
-    assert config.reward_service.components["a"].dead_letters == f"{here}/letters.jsonl"
+    component = config.reward_service.components["a"]
+    assert isinstance(component, HttpComponent)
+    assert component.dead_letters == f"{here}/letters.jsonl"
     assert config.output == f"{here}/runs"
     assert anchored(config) == config
     plain = anchored(RunConfig())
     assert plain.tokenizer.path is None
-    assert plain.reward_service.components["reward_model"].dead_letters == ""
 
 
 @pytest.mark.usefixtures("cluster")

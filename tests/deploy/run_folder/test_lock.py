@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[3]
 _HOLD = """
 import sys, time
 from pathlib import Path
-from deploy.run_lock import RunLock
+from deploy.run_folder.lock import RunLock
 lock = RunLock(Path(sys.argv[1]), "train")
 {then}
 print("held", flush=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from common.config.recipe import fields, load_config
+from common.config.rewards import RewardComponent
 from common.config.run import RunConfig
-from common.config.workers import RewardComponent
 from common.errors import ConfigError
 from deploy.run_folder.resume_rules import RULES, changes, prefix_of, require_resumable
 
@@ -89,7 +89,7 @@ def test_how_an_endpoint_is_asked_may_change_but_not_what_counts() -> None:
 
 def test_every_field_was_classified_by_somebody() -> None:
     every = [name for name, _, _ in fields()]
-    every += [f"reward_service.components.mine.{name}" for name in RewardComponent.model_fields]
+    every += [f"reward_service.components.mine.{name}" for name in RewardComponent.every_field()]
     assert [name for name in every if not prefix_of(name)] == []
 
 
@@ -110,6 +110,6 @@ def test_what_computes_never_counts_as_changing_no_bit() -> None:
 
 def test_rules_are_of_fields_that_exist() -> None:
     names = [name for name, _, _ in fields()]
-    names += [f"reward_service.components.*.{name}" for name in RewardComponent.model_fields]
+    names += [f"reward_service.components.*.{name}" for name in RewardComponent.every_field()]
     for prefix in RULES:
         assert any(n == prefix or n.startswith(f"{prefix}.") or not prefix for n in names), prefix

@@ -1,0 +1,360 @@
+"""Every metric that a run logs: its name, kind, unit, labels and meaning.
+
+Who measures writes under these names, the run's log accepts no others, and the report and
+docs/metrics.md read what they mean. What varies within one metric (a pool, a cause, a component) is
+a label: it stands in braces in the name here, and as its value in the names that are written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+from typing import Literal
+
+Kind = Literal["gauge", "counter"]
+"""gauge: of one step; counter: since the run began, restarts and resumes included."""
+Stage = Literal["sft", "reward", "train"]
+
+LABELS: Mapping[str, str] = {
+    "age": "how many versions older than the trained policy",
+    "cause": "`died`, `hung`, `unstarted`, `preempted` or `corrupt`",
+    "component": "name of a reward component",
+    "pool": "`rollout` or `reward`",
+    "reason": "`dead letter`: its scorer gave it up; `lone`: no other response of its prompt is "
+    "left to compare it with; `stale`: too old when its turn came; `lost`: its table went down "
+    "with a node",
+}
+"""What varies within a metric, and its values."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What is known of a metric beside its name."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    kind: Kind
+    unit: str
+    meaning: str
+    look_for: str
+    healthy: tuple[float, float] | None
+    """Least and largest value of a run without trouble; None where that depends on the run."""
+    when: str
+    """When it is logged; empty for always."""
+
+
+def _gauge(
+    name: str,
+    unit: str,
+    meaning: str,
+    *stages: Stage,
+    look_for: str = "",
+    healthy: tuple[float, float] | None = None,
+    when: str = "",
+) -> Facts:
+    return Facts(
+        name=name,
+        stages=stages or ("train",),
+        kind="gauge",
+        unit=unit,
+        meaning=meaning,
+        look_for=look_for,
+        healthy=healthy,
+        when=when,
+    )
+
+
+def _counter(name: str, unit: str, meaning: str, *, look_for: str = "", when: str = "") -> Facts:
+    return Facts(
+        name=name,
+        stages=("train",),
+        kind="counter",
+        unit=unit,
+        meaning=meaning,
+        look_for=look_for,
+        healthy=None,
+        when=when,
+    )
+
+
+_VALUES = "where the algorithm has a value function"
+_NETWORK = "with a separate value network"
+_AUXILIARY = "after an auxiliary phase"
+_HTTP = "with a component of kind http"
+_SUPERVISED_END = "at the end of the stage"
+
+
+class Logged(StrEnum):
+    """The metrics, by the names that are written to metrics.jsonl."""
+
+    facts: Facts
+
+    def __new__(cls, facts: Facts) -> Logged:
+        """Make a member whose text is its name."""
+        member = str.__new__(cls, facts.name)
+        member._value_ = facts.name
+        member.facts = facts
+        return member
+
+    # Supervised stages.
+    LOSS = _gauge(
+        "loss",
+        "nats",
+        "loss per response token (sft), per comparison (reward)",
+        "sft",
+        "reward",
+        look_for="should fall",
+    )
+    HELDOUT_LOSS = _gauge(
+        "heldout_loss",
+        "nats",
+        "the same on data that is never trained on",
+        "sft",
+        "reward",
+        when=_SUPERVISED_END,
+    )
+    ACCURACY = _gauge("accuracy", "share", "comparisons whose chosen side scores higher", "reward")
+    ACCURACY_HELDOUT = _gauge(
+        "accuracy_heldout",
+        "share",
+        "the same on comparisons that are never trained on",
+        "reward",
+        when=_SUPERVISED_END,
+    )
+    REFERENCE_MEAN = _gauge(
+        "reference_mean",
+        "score",
+        "mean score of demonstrations, before the scores are shifted to make it 0",
+        "reward",
+        when=_SUPERVISED_END,
+    )
+
+    # What the policy does.
+    SCORE = _gauge("score", "score", "mean score of a response", look_for="should rise")
+    COMPONENT = _gauge(
+        "component/{component}", "score", "mean of one part of the score, without its weight"
+    )
+    KL = _gauge(
+        "kl",
+        "nats per response",
+        "distance from the supervised policy, of whole distributions whatever `rollout.top_p` "
+        "and its like leave out",
+        look_for="a steep rise with the score is over-optimisation",
+    )
+    KL_COEF = _gauge(
+        "kl_coef", "1", "weight of the KL in the rewards; constant without `train.kl_target`"
+    )
+    ENTROPY = _gauge(
+        "entropy",
+        "nats per token",
+        "of the whole distribution at temperature 1",
+        look_for="falls; not to 0",
+    )
+    RESPONSE_LENGTH = _gauge(
+        "response_length", "tokens", "mean length of a response", look_for="a drift to one length"
+    )
+    EOS_SHARE = _gauge("eos_share", "share", "responses that end")
+
+    # Sampler against learner.
+    RATIO_DEVIATION = _gauge(
+        "ratio_deviation",
+        "1",
+        "largest deviation of a probability ratio between sampler and learner from 1",
+        look_for="about 0 in synchronous mode in fp32",
+    )
+    MISMATCH_KL = _gauge(
+        "mismatch_kl",
+        "nats per token",
+        "distance between sampler and learner",
+        look_for="about 0 in synchronous mode in fp32; elsewhere importance weights correct it, "
+        "as far as `train.behavior_cap`",
+    )
+    MISMATCH_RATIO = _gauge(
+        "mismatch_ratio",
+        "1",
+        "largest factor between two probabilities of one token by sampler and learner",
+        look_for="about 1 in synchronous mode in fp32",
+    )
+    STALENESS = _gauge(
+        "staleness",
+        "versions",
+        "age of the oldest rollout trained",
+        look_for="at most `train.max_staleness`",
+    )
+    STALENESS_COUNT = _gauge("staleness/{age}", "rollouts", "rollouts trained, by age")
+
+    # Updates.
+    LR = _gauge("lr", "1", "learning rate of the policy")
+    POLICY_LOSS = _gauge("policy_loss", "1", "clipped objective, less the entropy bonus")
+    POLICY_STEPS = _gauge(
+        "policy_steps", "steps", "optimizer steps of the policy in this iteration"
+    )
+    CLIP_FRACTION = _gauge("clip_fraction", "share", "tokens whose ratio is clipped")
+    UPDATE_KL = _gauge(
+        "update_kl", "nats per token", "distance of the policy from the one before this update"
+    )
+    GRADIENT_NORM = _gauge(
+        "gradient_norm",
+        "1",
+        "mean norm of the gradients, before they are cut to `max_grad_norm`",
+        "sft",
+        "reward",
+        "train",
+    )
+    STOPPED_BY_KL = _gauge(
+        "stopped_by_kl", "1", "1 = the epochs were left early at `train.stop_kl`"
+    )
+    EXPLAINED_VARIANCE = _gauge(
+        "explained_variance",
+        "share",
+        "variance of the returns that the value function explains",
+        look_for="towards 1",
+        when=_VALUES,
+    )
+    VALUE_LOSS = _gauge("value_loss", "1", "clipped value loss", when=_NETWORK)
+    VALUE_CLIP_FRACTION = _gauge(
+        "value_clip_fraction", "share", "tokens whose value is clipped", when=_NETWORK
+    )
+    AUXILIARY_VALUE_LOSS = _gauge(
+        "auxiliary/value_loss",
+        "1",
+        "loss of the policy's own value head, of the last epoch",
+        when=_AUXILIARY,
+    )
+    AUXILIARY_CLONE_KL = _gauge(
+        "auxiliary/clone_kl",
+        "nats per token",
+        "distance of the policy from the one before the phase, in the last epoch",
+        when=_AUXILIARY,
+    )
+    AUXILIARY_CLONE_KL_FIRST = _gauge(
+        "auxiliary/clone_kl_first",
+        "nats per token",
+        "the same before the first step",
+        look_for="exactly 0",
+        healthy=(0.0, 0.0),
+        when=_AUXILIARY,
+    )
+    AUXILIARY_SEPARATE_VALUE_LOSS = _gauge(
+        "auxiliary/separate_value_loss",
+        "1",
+        "loss of the value network",
+        when=f"{_AUXILIARY}, {_NETWORK}",
+    )
+
+    # Time.
+    SECONDS = _gauge("seconds", "seconds", "the whole iteration")
+    COLLECT_SECONDS = _gauge(
+        "collect_seconds", "seconds", "waiting for rollouts", look_for="where the time goes"
+    )
+    LEARN_SECONDS = _gauge(
+        "learn_seconds", "seconds", "the policy phase", look_for="where the time goes"
+    )
+    AUXILIARY_SECONDS = _gauge(
+        "auxiliary_seconds", "seconds", "the auxiliary phase", when=_AUXILIARY
+    )
+    PUBLISH_SECONDS = _gauge(
+        "publish_seconds", "seconds", "laying out new weights", look_for="where the time goes"
+    )
+    GENERATE_SECONDS = _gauge("generate_seconds", "seconds", "sampling, summed over actors")
+    LOAD_SECONDS = _gauge("load_seconds", "seconds", "loading weights, summed over actors")
+    SCORE_SECONDS = _gauge("score_seconds", "seconds", "scoring, summed over reward workers")
+    TOKENS_PER_SECOND = _gauge(
+        "tokens_per_second",
+        "tokens per second",
+        "trained in a supervised stage; sampled by one actor in policy training",
+        "sft",
+        "train",
+    )
+
+    # Workers.
+    POLICY_VERSION = _gauge(
+        "policy_version", "versions", "version of the weights that was published last"
+    )
+    WORKERS = _gauge("workers/{pool}", "workers", "workers at the end of the iteration")
+    SCALE_SECONDS = _gauge(
+        "scale_seconds/{pool}",
+        "seconds",
+        "from the last command that added workers to the first result of one of them",
+        when="after such a command",
+    )
+    WORKERS_LOST = _counter(
+        "workers_lost/{pool}",
+        "workers",
+        "workers lost, whatever the cause",
+    )
+    WORKERS_LOST_BY = _counter(
+        "workers_lost/{pool}/{cause}", "workers", "workers lost, by cause", when="once one was"
+    )
+    WORKERS_DRAINED = _counter(
+        "workers_drained/{pool}",
+        "workers",
+        "workers that left when they were asked to",
+        when="once one did",
+    )
+    LEARNER_RESTARTS = _counter(
+        "learner_restarts", "restarts", "times that the learner was built again"
+    )
+    LEASES_REISSUED = _counter("leases_reissued", "leases", "leases given to another worker")
+    LATE_COMMITS = _counter(
+        "late_commits", "rollouts", "results that came second and were discarded"
+    )
+    DROPPED = _counter(
+        "dropped/{reason}",
+        "rollouts",
+        "rollouts that were not trained",
+        when="once one was dropped",
+    )
+    RESAMPLED = _counter(
+        "resampled/{reason}", "rollouts", "rollouts that were sampled again", when="once one was"
+    )
+    WEIGHTS_RELOADED = _counter(
+        "weights_reloaded", "slices", "slices of weights that arrived corrupted and were read again"
+    )
+    HTTP_REQUESTS = _counter(
+        "http/{component}/requests",
+        "requests",
+        "tries sent to the remote endpoint, over all reward workers",
+        when=_HTTP,
+    )
+    HTTP_RETRIES = _counter(
+        "http/{component}/retries", "requests", "tries after a first", when=_HTTP
+    )
+    HTTP_FAILURES = _counter(
+        "http/{component}/failures", "requests", "tries that failed", when=_HTTP
+    )
+    HTTP_DEAD_LETTERS = _counter(
+        "http/{component}/dead_letters", "responses", "responses given up", when=_HTTP
+    )
+    HTTP_CIRCUIT_OPENED = _counter(
+        "http/{component}/circuit_opened",
+        "times",
+        "times that requests were held back after failures in a row",
+        when=_HTTP,
+    )
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What varies within it, in the order in which the name has it."""
+        return tuple(re.findall(r"{(\w+)}", self))
+
+    def of(self, *values: object) -> str:
+        """Return the name that is written for these values of its labels."""
+        return self.format(**dict(zip(self.labels, map(str, values), strict=True)))
+
+
+@cache
+def logged_as(name: str) -> tuple[Logged, Mapping[str, str]]:
+    """Find the metric that a written name is of, and the values of its labels.
+
+    Raises:
+        KeyError: it is none of the catalogue.
+    """
+    for metric in Logged:
+        pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+)", re.escape(metric))
+        if match := re.fullmatch(pattern, name):
+            return metric, match.groupdict()
+    raise KeyError(f"metric '{name}' is not in common/metric_catalogue.py")
