@@ -52,10 +52,11 @@ def adapted(workspace: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> R
     base = base_fingerprint(reward.state_dict())
     settings = LoraConfig(rank=2)
     attach_adapter(reward, "reward", settings, seed=0)
+    generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in reward.named_parameters():
             if "lora_reward_B" in name:
-                parameter.normal_(0, 0.1)
+                parameter.normal_(0, 0.1, generator=generator)
     state = reward.state_dict()
     head = {k: v for k, v in state.items() if k.startswith("head.")}
     path = config.run_dir / "reward_model" / "reward.safetensors"
