@@ -201,5 +201,6 @@ class LearnerRank:
 
     @property
     def learner(self) -> Learner:
+        """The learner that `begin_train` made."""
         assert self._learner is not None, "begin_train comes first"
         return self._learner
