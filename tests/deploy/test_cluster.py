@@ -265,6 +265,7 @@ def test_the_image_is_pinned_ordered_and_not_root() -> None:
     (user,) = [line.split()[1] for line in lines if line.startswith("USER ")]
     assert user not in ("0", "root")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))
-    packages = {name.split(".")[0] for name in project["tool"]["setuptools"]["packages"]}
+    patterns = project["tool"]["setuptools"]["packages"]["find"]["include"]
+    packages = {pattern.split(".")[0] for pattern in patterns}
     copied = {line.split()[1] for line in lines if line.startswith("COPY ")}
     assert packages <= copied
