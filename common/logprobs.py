@@ -185,7 +185,7 @@ def _below(target: Tensor, total: Tensor) -> Tensor:
 
 
 def _filtered(logits: Tensor, sampling: Sampling) -> Tensor | None:
-    """True where top-k, top-p or min-p removes a token; None when all are off."""
+    """Return True where top-k, top-p or min-p removes a token; None when all are off."""
     vocabulary = logits.shape[-1]
     top_k = sampling.top_k if 0 < sampling.top_k < vocabulary else 0
     improbable = None

@@ -86,7 +86,7 @@ class _CachedAttention:
         self._prefill = _prefill(step.chunks, keys.device) if step.chunks else None
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Queries ``[N, H, K]``, keys and values ``[N, G, K]`` to mixed values ``[N, H, K]``."""
+        """Mix values: queries ``[N, H, K]``, keys and values ``[N, G, K]`` to ``[N, H, K]``."""
         keys, values = (cache[layer] for cache in self._caches)
         for cache, new in ((keys, k), (values, v)):
             cache[self._slots_N, :, self._positions_N] = new

@@ -18,17 +18,17 @@ DECODERS: dict[type[ModelConfig], Callable[[Any], Decoder]] = {PalmConfig: PaLM}
 
 
 def build_decoder(config: ModelConfig) -> Decoder:
-    """A decoder whose weights are not drawn or loaded yet."""
+    """Build a decoder whose weights are not drawn or loaded yet."""
     return DECODERS[type(config)](config)
 
 
 def build_policy(config: ModelConfig) -> PolicyNetwork:
-    """A policy over the decoder that `config` describes."""
+    """Build a policy over the decoder that `config` describes."""
     return PolicyNetwork(build_decoder(config))
 
 
 def build_scalar(config: ModelConfig) -> ScalarNetwork:
-    """A reward model or value network over the decoder that `config` describes."""
+    """Build a reward model or value network over the decoder that `config` describes."""
     return ScalarNetwork(build_decoder(config))
 
 

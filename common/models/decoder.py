@@ -69,7 +69,7 @@ class Decoder(nn.Module, ABC):
     def states(
         self, tokens: Tensor, positions: Tensor, attention: Attention, adapter: RowSelection
     ) -> Tensor:
-        """Final normalised states ``[..., D]``, fp32 at least.
+        """Compute the final normalised states ``[..., D]``, fp32 at least.
 
         Args:
             tokens: int64 ``[...]``.
@@ -83,7 +83,7 @@ class Decoder(nn.Module, ABC):
         """fp32 logits ``[..., V]`` of states ``[..., D]``."""
 
     def read(self, hidden: Tensor, read: Reader) -> Tensor:
-        """What a reader makes of the logits of states ``[..., D]``: ``[..., C]``.
+        """Return what a reader makes of the logits of states ``[..., D]``: ``[..., C]``.
 
         Architectures with large vocabularies override this and read in pieces.
         """
@@ -99,7 +99,7 @@ class Decoder(nn.Module, ABC):
         segments_BT: Tensor | None = None,
         adapter: Selection = OFF,
     ) -> Tensor:
-        """Final normalised states ``[B, T, D]`` of whole sequences.
+        """Compute the final normalised states ``[B, T, D]`` of whole sequences.
 
         Args:
             tokens_BT: int64; rows are left-aligned, padding on the right may hold any id.

@@ -138,7 +138,7 @@ class Adapted(nn.Linear):
 
     @torch.no_grad()
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """``A [R, I]`` and ``scale B [O, R]``: an adapter as one on all rows of the projection.
+        """Return ``A [R, I]`` and ``scale B [O, R]`` of an adapter, on all rows of the projection.
 
         It has the ranks of all its segments together, and its B is block-diagonal.
 
@@ -167,7 +167,7 @@ class Adapted(nn.Linear):
         )
 
     def _delta(self, x: Tensor, name: str) -> Tensor:
-        """What an adapter adds, ``[..., out]``."""
+        """Return what an adapter adds, ``[..., out]``."""
         active = self._active(name)
         inner = product(F.dropout(x, active.dropout), active.A_RI).chunk(len(active.Bs), dim=-1)
         delta = x.new_zeros(*x.shape[:-1], self.out_features)

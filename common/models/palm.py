@@ -127,7 +127,7 @@ class PaLM(Decoder):
     def states(
         self, tokens: Tensor, positions: Tensor, attention: Attention, adapter: RowSelection
     ) -> Tensor:
-        """Final normalised states, as `Decoder.states`."""
+        """Compute the final normalised states, as `Decoder.states`."""
         rope = rotary(
             positions,
             self.config.head_dim,
@@ -149,7 +149,7 @@ class PaLM(Decoder):
         return logits.float()
 
     def read(self, hidden: Tensor, read: Reader) -> Tensor:
-        """What a reader makes of the logits, which are made in pieces (`PalmConfig.logits_mb`)."""
+        """Return what a reader makes of the logits, computed in pieces (`PalmConfig.logits_mb`)."""
         rows = max(1, int(self.config.logits_mb * 2**20 / (4 * self.config.vocab_size)))
         flat = self._scaled(hidden).flatten(0, -2)
         values: Tensor = self.embedding(flat, to_logits=True, read=read, rows=rows)

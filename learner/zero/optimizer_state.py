@@ -23,7 +23,7 @@ _AUXILIARY = "auxiliary_"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fragment:
-    """This rank's part of one parameter's training state. Reading and writing are through it."""
+    """One rank's part of one parameter's training state, through which it is read and written."""
 
     shape: tuple[int, ...]
     """Of the whole parameter."""
