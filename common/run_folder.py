@@ -1,7 +1,7 @@
 """A run's folder: the one place that knows what lies where in it, and under which name.
 
-Pure paths; nothing is read or written. Files inside a checkpoint are its writer's affair
-(`deploy.run_folder.checkpoints`), files of the quickstart's data are the quickstart's.
+Pure paths; nothing is read or written. Only the files inside a checkpoint are named elsewhere, by
+what writes and reads them (`deploy.run_folder.checkpoints`, `learner`).
 """
 
 from __future__ import annotations
@@ -45,6 +45,38 @@ class RewardModelFolder:
 
 
 @dataclass(frozen=True, slots=True)
+class DataFolder:
+    """The data that the quickstart makes for itself."""
+
+    path: Path
+
+    @property
+    def demonstrations(self) -> Path:
+        """Harvested pairs to imitate."""
+        return self.path / "demonstrations.jsonl"
+
+    @property
+    def comparisons(self) -> Path:
+        """Pairs of responses with labels."""
+        return self.path / "comparisons.jsonl"
+
+    @property
+    def prompts(self) -> Path:
+        """Prompts that the policy is trained on."""
+        return self.path / "prompts.jsonl"
+
+    @property
+    def evaluation(self) -> Path:
+        """Harvested pairs that only the judges see."""
+        return self.path / "evaluation.jsonl"
+
+    @property
+    def harvest(self) -> Path:
+        """What was harvested, and from what."""
+        return self.path / "harvest.json"
+
+
+@dataclass(frozen=True, slots=True)
 class RunFolder:
     """Every path in a run's folder."""
 
@@ -68,9 +100,9 @@ class RunFolder:
         return self.path / "run.json"
 
     @property
-    def data(self) -> Path:
-        """Folder of the data that the quickstart makes."""
-        return self.path / "data"
+    def data(self) -> DataFolder:
+        """Data that the quickstart makes."""
+        return DataFolder(self.path / "data")
 
     # What its stages leave.
 

@@ -110,5 +110,5 @@ def _make_comparisons(
             other = second[number] if kind == "sample-sample" else pair.docstring
             sides.append((first[number], other))
     labelled, ties = quickstart_task.comparisons(task, pairs, sides, settings, seed)
-    write_jsonl(str(session.folder.data / "comparisons.jsonl"), labelled)
+    write_jsonl(str(session.folder.data.comparisons), labelled)
     return len(labelled), ties

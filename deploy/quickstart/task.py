@@ -17,6 +17,7 @@ from common.data.records import Comparison, Demonstration, Prompt, write_jsonl
 from common.errors import ConfigError
 from common.files import write_atomic
 from common.randomness import derive_seed
+from common.run_folder import DataFolder
 from deploy.evaluation.intervals import bootstrap_mean
 from deploy.quickstart import judges
 from deploy.quickstart.harvest import Pair, fingerprint, harvest, prompt_text, split
@@ -47,7 +48,7 @@ def make_task(pairs: Sequence[Pair], settings: QuickstartConfig, seed: int) -> T
 
 
 def prepare(
-    settings: QuickstartConfig, seed: int, folder: Path, *, begun: bool = False
+    settings: QuickstartConfig, seed: int, folder: DataFolder, *, begun: bool = False
 ) -> tuple[Task, dict[str, str]]:
     """Harvest, split, and write the data files; return the task and facts for the log.
 
@@ -64,18 +65,16 @@ def prepare(
         "held_out": str(settings.held_out),
         "seed": str(seed),
     }
-    if begun and (changed := _changed(folder / "harvest.json", facts)):
+    if begun and (changed := _changed(folder.harvest, facts)):
         raise ConfigError(
-            f"{folder.parent}: its data was harvested from other packages or by another recipe: "
-            f"{changed}; give the new run another name, or remove that folder"
+            f"{folder.path.parent}: its data was harvested from other packages or by another "
+            f"recipe: {changed}; give the new run another name, or remove that folder"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_jsonl(str(folder / "demonstrations.jsonl"), [_demonstration(p) for p in task.train])
-    write_jsonl(str(folder / "evaluation.jsonl"), [_demonstration(p) for p in task.held_out])
-    write_jsonl(
-        str(folder / "prompts.jsonl"), [Prompt(uid="", prompt=prompt_text(p)) for p in task.train]
-    )
-    write_atomic(folder / "harvest.json", [json.dumps(facts, indent=1).encode()])
+    folder.path.mkdir(parents=True, exist_ok=True)
+    write_jsonl(str(folder.demonstrations), [_demonstration(p) for p in task.train])
+    write_jsonl(str(folder.evaluation), [_demonstration(p) for p in task.held_out])
+    write_jsonl(str(folder.prompts), [Prompt(uid="", prompt=prompt_text(p)) for p in task.train])
+    write_atomic(folder.harvest, [json.dumps(facts, indent=1).encode()])
     return task, facts
 
 
@@ -91,17 +90,17 @@ def _changed(path: Path, facts: Mapping[str, str]) -> str:
     )
 
 
-def with_data(config: RunConfig, folder: Path) -> RunConfig:
+def with_data(config: RunConfig, folder: DataFolder) -> RunConfig:
     """Return the config with its data section pointing at the prepared files.
 
     Raises:
         ConfigError: it points at other files, which would not be read.
     """
     data = DataConfig(
-        demonstrations=(str(folder / "demonstrations.jsonl"),),
-        comparisons=(str(folder / "comparisons.jsonl"),),
-        prompts=(str(folder / "prompts.jsonl"),),
-        evaluation=(str(folder / "evaluation.jsonl"),),
+        demonstrations=(str(folder.demonstrations),),
+        comparisons=(str(folder.comparisons),),
+        prompts=(str(folder.prompts),),
+        evaluation=(str(folder.evaluation),),
         too_long="skip",
     )
     if config.data not in (DataConfig(), data):
