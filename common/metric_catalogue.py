@@ -1,8 +1,9 @@
 """Every metric that a run logs: its name, kind, unit, labels and meaning.
 
-Who measures writes under these names, the run's log accepts no others, and the report and
-docs/metrics.md read what they mean. What varies within one metric (a pool, a cause, a component) is
-a label: it stands in braces in the name here, and as its value in the names that are written.
+Who measures writes under these names, the run's log accepts no others, the report chooses its
+curves by them, and docs/metrics.md is written from here. What varies within one metric (a pool, a
+cause, a component) is a label: it stands in braces in the name here, and as its value in the names
+that are written.
 """
 
 from __future__ import annotations
