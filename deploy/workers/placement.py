@@ -7,7 +7,7 @@ here and nowhere else.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from ray._private.state import state
 from ray.autoscaler.sdk import request_resources
 
 from actors.generation.decoder_generator import AdapterOnWire, DecoderGenerator
+from actors.generation.interface import Generator
 from common.config.rewards import FunctionComponent
 from common.config.run import RunConfig
 from common.data.tokenizer import Tokenizer
-from common.devices import compute_of
+from common.devices import Compute, compute_of
 from common.logprobs import sampling_of
 from deploy.workers.calls import Handle
 from deploy.workers.hosted import RewardWorker, RolloutActor
@@ -44,7 +45,9 @@ def rollout_pool(
     compute = compute_of(
         cpus=settings.cpus_per_actor, gpus=settings.gpus_per_actor, threads=settings.threads
     )
-    build = partial(DecoderGenerator, config.model, str(tokenizer), settings, adapted)
+    build: Callable[[Compute], Generator] = partial(
+        DecoderGenerator, config.model, str(tokenizer), settings, adapted
+    )
     options = _options(settings.cpus_per_actor, settings.gpus_per_actor, settings.labels)
 
     def make(name: str) -> Handle:
