@@ -192,7 +192,7 @@ def test_a_recipe_that_is_printed_is_one_that_can_be_read(run: Run, tmp_path: Pa
 
 def test_nothing_is_printed_but_through_the_screen() -> None:
     for path in (ROOT / "deploy").rglob("*.py"):
-        if path.name in ("screen.py", "config_docs.py"):
+        if path.name in ("screen.py", "config_docs.py", "metric_docs.py"):
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
             if not isinstance(node, ast.Call):
