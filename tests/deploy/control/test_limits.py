@@ -113,6 +113,7 @@ def test_the_third_worker_that_a_lease_costs_ends_the_run(
 
 def test_a_lease_that_succeeds_at_the_third_worker_is_forgiven(rig: Callable[..., Rig]) -> None:
     here = rig(2, actor=DiesTwice)
+    here.pump_until(lambda: len(here.working()) == 2)  # both, before a successor is there
     here.issue(0, 4 * LEASE)
     here.everything_once(4 * LEASE)
     assert here.pool.losses == {"died": 2}
