@@ -342,7 +342,10 @@ def until_logged(started: subprocess.Popen[str], log: Path) -> None:
 
 @pytest.mark.parametrize(
     ("command", "sent", "code"),
-    [("sft", signal.SIGINT, 130), ("train", signal.SIGTERM, 143)],
+    [
+        pytest.param("sft", signal.SIGINT, 130, marks=pytest.mark.chaos),
+        ("train", signal.SIGTERM, 143),
+    ],
 )
 def test_interruption(
     recipe: Callable[..., str], tmp_path: Path, command: str, sent: signal.Signals, code: int

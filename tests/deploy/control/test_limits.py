@@ -73,7 +73,9 @@ class DiesAtScoring(SleepingScorer):
 @pytest.mark.parametrize(
     ("max_failures", "says"),
     [
-        (1, r"^lease 0 \(rollouts .*\) cost 3 workers in a row"),
+        pytest.param(
+            1, r"^lease 0 \(rollouts .*\) cost 3 workers in a row", marks=pytest.mark.chaos
+        ),
         (0, r"^2 rollout workers failed .*hung: no answer .*, at work on lease 0 \(rollouts "),
     ],
 )
@@ -91,7 +93,10 @@ def test_a_deadline_that_is_too_short_for_every_lease_is_told_with_a_lease(
 @pytest.mark.parametrize(
     ("actor", "deadline_s", "cause", "says"),
     [
-        (Hangs, 3.0, "hung", r"no answer within 3 s \(rollout\.lease_deadline_s\)"),
+        pytest.param(
+            *(Hangs, 3.0, "hung", r"no answer within 3 s \(rollout\.lease_deadline_s\)"),
+            marks=pytest.mark.chaos,
+        ),
         (Dies, 60.0, "died", r"died: .*rollout\.lease_deadline_s"),
     ],
 )
@@ -111,6 +116,7 @@ def test_the_third_worker_that_a_lease_costs_ends_the_run(
     assert here.ledger.count("committed") <= 7 * LEASE
 
 
+@pytest.mark.chaos
 def test_a_lease_that_succeeds_at_the_third_worker_is_forgiven(rig: Callable[..., Rig]) -> None:
     here = rig(2, actor=DiesTwice)
     here.pump_until(lambda: len(here.working()) == 2)  # both, before a successor is there
@@ -120,6 +126,7 @@ def test_a_lease_that_succeeds_at_the_third_worker_is_forgiven(rig: Callable[...
     assert not here.ledger._failures
 
 
+@pytest.mark.chaos
 def test_a_node_that_is_taken_away_is_not_the_fault_of_its_lease(rig: Callable[..., Rig]) -> None:
     here = rig(4, seconds_per_token=0.1)
     here.pump_until(lambda: len(here.working()) == 4)
@@ -150,6 +157,7 @@ def test_weights_that_are_lost_are_asked_for_once_and_not_for_ever(rig: Callable
     assert not here.ledger._failures
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize(
     ("scorer", "deadline_s", "says"),
     [

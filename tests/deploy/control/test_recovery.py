@@ -91,6 +91,7 @@ def test_sigkill_of_a_rank_changes_no_weight(
     assert not list((config.run_dir / "checkpoints").glob("*.partial"))
 
 
+@pytest.mark.chaos
 def test_an_asynchronous_run_goes_on_within_its_bounds_and_can_be_replayed(
     workspace: RunConfig, gang: LearnerGang, tmp_path: Path
 ) -> None:
@@ -125,6 +126,7 @@ def test_an_asynchronous_run_goes_on_within_its_bounds_and_can_be_replayed(
         replay_run(config, console)
 
 
+@pytest.mark.chaos
 def test_grpo_goes_on_without_what_an_endpoint_refuses_and_can_be_replayed(
     workspace: RunConfig, gang: LearnerGang, tmp_path: Path
 ) -> None:
