@@ -45,7 +45,10 @@ def compute_of(*, cpus: float, gpus: float = 0.0, threads: int | None = None) ->
         ConfigError: it reserved a GPU.
     """
     if gpus:
-        raise ConfigError("no role computes on a GPU yet: reserve none")
+        raise ConfigError(
+            "no role computes on a GPU yet: set learner.gpus_per_rank, rollout.gpus_per_actor and "
+            "reward_service.gpus_per_replica to 0"
+        )
     return Compute(device=PROCESSOR, threads=threads or max(1, int(cpus)), collectives="gloo")
 
 

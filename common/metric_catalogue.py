@@ -26,7 +26,7 @@ LABELS: Mapping[str, str] = {
     "pool": "`rollout` or `reward`",
     "reason": "`dead letter`: its scorer gave it up; `lone`: no other response of its prompt is "
     "left to compare it with; `stale`: too old when its turn came; `lost`: its table went down "
-    "with a node",
+    "with a node; `late`: others of its table were committed first",
 }
 """What varies within a metric, and its values."""
 

@@ -161,7 +161,9 @@ def _json(path: Path) -> dict[str, Any]:
     except ValueError:
         figures = None
     if not isinstance(figures, dict):
-        raise DataError(f"{path}: damaged; remove it, or write it again with `talipot evaluate`")
+        raise DataError(
+            f"{path}: damaged; remove it, or write it again with the command that wrote it"
+        )
     return figures
 
 
