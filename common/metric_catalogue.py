@@ -41,8 +41,6 @@ class Facts:
     unit: str
     meaning: str
     look_for: str
-    healthy: tuple[float, float] | None
-    """Least and largest value of a run without trouble; None where that depends on the run."""
     when: str
     """When it is logged; empty for always."""
 
@@ -53,7 +51,6 @@ def _gauge(
     meaning: str,
     *stages: Stage,
     look_for: str = "",
-    healthy: tuple[float, float] | None = None,
     when: str = "",
 ) -> Facts:
     return Facts(
@@ -63,7 +60,6 @@ def _gauge(
         unit=unit,
         meaning=meaning,
         look_for=look_for,
-        healthy=healthy,
         when=when,
     )
 
@@ -76,7 +72,6 @@ def _counter(name: str, unit: str, meaning: str, *, look_for: str = "", when: st
         unit=unit,
         meaning=meaning,
         look_for=look_for,
-        healthy=None,
         when=when,
     )
 
@@ -236,7 +231,6 @@ class Logged(StrEnum):
         "nats per token",
         "the same before the first step",
         look_for="exactly 0",
-        healthy=(0.0, 0.0),
         when=_AUXILIARY,
     )
     AUXILIARY_SEPARATE_VALUE_LOSS = _gauge(

@@ -91,12 +91,23 @@ def make_workspace(root: Path) -> RunConfig:
         ],
     )
     tokenizer = Tokenizer.train((p + r for p, r in pairs), 290)
-    config = RunConfig.model_validate(
+    config = _recipe(root, tokenizer.vocab_size)
+    run = config.run_dir
+    run.mkdir()
+    tokenizer.save(run / "tokenizer.json")
+    write_networks(config)
+    return config
+
+
+def _recipe(root: Path, vocab_size: int) -> RunConfig:
+    """A tiny run over the data in `root/data`."""
+    data = root / "data"
+    return RunConfig.model_validate(
         {
             "name": "base",
             "output": str(root),
             "model": {
-                "vocab_size": tokenizer.vocab_size,
+                "vocab_size": vocab_size,
                 "dim": 32,
                 "layers": 2,
                 "heads": 2,
@@ -127,11 +138,6 @@ def make_workspace(root: Path) -> RunConfig:
             },
         }
     )
-    run = config.run_dir
-    run.mkdir()
-    tokenizer.save(run / "tokenizer.json")
-    write_networks(config)
-    return config
 
 
 def write_networks(config: RunConfig) -> None:

@@ -30,7 +30,6 @@ checkpoints and content hashes. The first architecture's, and kept for all: file
 class Sizes:
     """The sizes of a decoder that heads and caches depend on."""
 
-    vocabulary: int
     dim: int
     """Width of the states."""
     context: int

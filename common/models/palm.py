@@ -95,7 +95,6 @@ class PaLM(Decoder):
             raise ValueError("vocab_size must be set before a model is built")
         super().__init__(
             Sizes(
-                vocabulary=config.vocab_size,
                 dim=config.dim,
                 context=config.context,
                 layers=config.layers,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Mapping
 from typing import Any
 from unittest import mock
 
@@ -131,11 +132,10 @@ def run() -> tuple[list[Result], dict[str, float]]:
     """The results, and the seconds of one bf16 run by operation."""
     torch.manual_seed(0)
     prompts = torch.randint(1, SHAPE.vocab_size, (MIXED, PROMPT))
-    limits = torch.randint(8, 129, (MIXED,)).tolist()
-    asked, many = requests(prompts[:BATCH]), requests(prompts)
+    asked = requests(prompts[:BATCH])
     ours, exact = engine(torch.bfloat16), engine(torch.float32)
     theirs = {t: their_model(t) for t in (torch.float32, torch.bfloat16)}
-    found = interleaved(
+    took = interleaved(
         {
             "bf16": lambda: ours.generate(asked),
             "fp32": lambda: exact.generate(asked),
@@ -144,35 +144,21 @@ def run() -> tuple[list[Result], dict[str, float]]:
         },
         REPEATS,
     )
-    rate = {name: BATCH * RESPONSE / took for name, took in found.items()}
-
-    def padded() -> None:
-        for at in range(0, MIXED, BATCH):
-            generate(theirs[torch.float32], prompts[at : at + BATCH], max(limits[at : at + BATCH]))
-
-    mixed = interleaved({"ours": lambda: ours.generate(many, limits), "hf": padded}, 3)
-    mixed_rate = {name: sum(limits) / took for name, took in mixed.items()}
-
-    work = operations()
-    share = work / found["bf16"] / product_rate(torch.bfloat16)
+    # Products a second, of the machine and of a run, by what they compute in.
+    limit = {"bf16": product_rate(torch.bfloat16), "fp32": product_rate(torch.float32)}
+    rate = {name: operations() / took[name] for name in limit}
     spent = profile(ours, asked)
+    return [
+        *against_transformers(took, {name: f"{rate[name] / limit[name]:.0%}" for name in limit}),
+        mixed_lengths(ours, theirs[torch.float32], prompts),
+        against_palm_rlhf(ours, prompts[: BATCH // 2]),
+        *shares(rate["bf16"], limit["bf16"], spent),
+    ], spent
 
-    # Without a cache: a minute a run.
-    other = OtherPaLM(
-        num_tokens=SHAPE.vocab_size, dim=SHAPE.dim, depth=SHAPE.layers, heads=4, dim_head=64
-    ).eval()
-    half = BATCH // 2
-    slow = interleaved(
-        {
-            "ours": lambda: ours.generate(asked[:half]),
-            "theirs": lambda: other.generate(
-                PROMPT + RESPONSE, prompts[:half], use_tqdm=False, return_seq_without_prompt=True
-            ),
-        },
-        2,
-    )
-    slow_rate = {name: half * RESPONSE / took for name, took in slow.items()}
-    steps = sum(spent.values())
+
+def against_transformers(took: Mapping[str, float], limit: Mapping[str, str]) -> list[Result]:
+    """One batch of equal lengths, by the seconds that each took and ours' share of the limit."""
+    rate = {name: BATCH * RESPONSE / seconds for name, seconds in took.items()}
     return [
         Result(
             key="decode_vs_hf",
@@ -180,7 +166,7 @@ def run() -> tuple[list[Result], dict[str, float]]:
             metric=f"decode, {BATCH} x ({PROMPT} + {RESPONSE}) tokens",
             ours=f"{rate['bf16']:,.0f} tokens/s",
             baseline=f"{rate['hf']:,.0f} transformers generate, its default fp32",
-            limit=f"{share:.0%}",
+            limit=limit["bf16"],
         ),
         Result(
             key="decode_vs_hf_bf16",
@@ -195,29 +181,67 @@ def run() -> tuple[list[Result], dict[str, float]]:
             metric="the same, fp32 throughout",
             ours=f"{rate['fp32']:,.0f} tokens/s",
             baseline=f"{rate['hf']:,.0f} transformers generate, fp32",
-            limit=f"{work / found['fp32'] / product_rate(torch.float32):.0%}",
+            limit=limit["fp32"],
         ),
-        Result(
-            key="decode_mixed_vs_hf",
-            value=mixed_rate["ours"] / mixed_rate["hf"],
-            metric=f"decode, {MIXED} responses of 8 to 128 tokens",
-            ours=f"{mixed_rate['ours']:,.0f} tokens/s",
-            baseline=f"{mixed_rate['hf']:,.0f} transformers generate, batches of {BATCH}",
-        ),
-        Result(
-            key="decode_vs_palm_rlhf",
-            value=slow_rate["ours"] / slow_rate["theirs"],
-            metric=f"decode, batch {half}",
-            ours=f"{slow_rate['ours']:,.0f} tokens/s",
-            baseline=f"{slow_rate['theirs']:,.0f} palm-rlhf-pytorch 0.8.0 generate",
-        ),
+    ]
+
+
+def mixed_lengths(ours: GenerationEngine, theirs: Any, prompts: torch.Tensor) -> Result:
+    """Responses of 8 to 128 tokens: continuous batching against padded batches."""
+    limits = torch.randint(8, 129, (MIXED,)).tolist()
+    many = requests(prompts)
+
+    def padded() -> None:
+        for at in range(0, MIXED, BATCH):
+            generate(theirs, prompts[at : at + BATCH], max(limits[at : at + BATCH]))
+
+    took = interleaved({"ours": lambda: ours.generate(many, limits), "hf": padded}, 3)
+    rate = {name: sum(limits) / seconds for name, seconds in took.items()}
+    return Result(
+        key="decode_mixed_vs_hf",
+        value=rate["ours"] / rate["hf"],
+        metric=f"decode, {MIXED} responses of 8 to 128 tokens",
+        ours=f"{rate['ours']:,.0f} tokens/s",
+        baseline=f"{rate['hf']:,.0f} transformers generate, batches of {BATCH}",
+    )
+
+
+def against_palm_rlhf(ours: GenerationEngine, prompts: torch.Tensor) -> Result:
+    """The other PaLM has no cache: a run takes a minute."""
+    asked = requests(prompts)
+    other = OtherPaLM(
+        num_tokens=SHAPE.vocab_size, dim=SHAPE.dim, depth=SHAPE.layers, heads=4, dim_head=64
+    ).eval()
+    took = interleaved(
+        {
+            "ours": lambda: ours.generate(asked),
+            "theirs": lambda: other.generate(
+                PROMPT + RESPONSE, prompts, use_tqdm=False, return_seq_without_prompt=True
+            ),
+        },
+        2,
+    )
+    rate = {name: len(prompts) * RESPONSE / seconds for name, seconds in took.items()}
+    return Result(
+        key="decode_vs_palm_rlhf",
+        value=rate["ours"] / rate["theirs"],
+        metric=f"decode, batch {len(prompts)}",
+        ours=f"{rate['ours']:,.0f} tokens/s",
+        baseline=f"{rate['theirs']:,.0f} palm-rlhf-pytorch 0.8.0 generate",
+    )
+
+
+def shares(rate: float, limit: float, spent: Mapping[str, float]) -> list[Result]:
+    """A bf16 run's share of the products that the machine can do, and sampling's of the run."""
+    steps = sum(spent.values())
+    return [
         Result(
             key="decode_share_of_limit",
-            value=share,
+            value=rate / limit,
             metric="decode, share of the matrix-product limit",
-            ours=f"{work / found['bf16'] / 1e9:,.0f} GFLOP/s",
-            baseline=f"{work / found['bf16'] / share / 1e9:,.0f} bf16 product of 2048 x 2048",
-            limit=f"{share:.0%}",
+            ours=f"{rate / 1e9:,.0f} GFLOP/s",
+            baseline=f"{limit / 1e9:,.0f} bf16 product of 2048 x 2048",
+            limit=f"{rate / limit:.0%}",
         ),
         Result(
             key="sampling_share",
@@ -226,4 +250,4 @@ def run() -> tuple[list[Result], dict[str, float]]:
             ours=f"{spent['sampling'] * 1e3:,.0f} ms",
             baseline=f"{steps * 1e3:,.0f} ms, all of the run",
         ),
-    ], spent
+    ]

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from common.config.run import RunConfig
 from common.devices import compute_of
+from deploy.workers.gang import LearnerGang
 from learner.rank import LearnerRank
 from learner.zero.process_group import disconnect
 
@@ -18,3 +20,18 @@ def one_rank() -> Iterator[None]:
     rank.connect(*rank.address(), 60.0)
     yield
     disconnect()
+
+
+@pytest.fixture(scope="module")
+def gangs(
+    workspace: RunConfig, cluster: None, request: pytest.FixtureRequest
+) -> Iterator[dict[int, LearnerGang]]:
+    """Learner gangs of one and of two ranks, by their number."""
+    made = {}
+    for ranks in (1, 2):
+        learner = workspace.learner.model_copy(update={"ranks": ranks})
+        config = workspace.model_copy(update={"learner": learner})
+        made[ranks] = LearnerGang(config, f"{request.module.__name__.rpartition('.')[2]}-{ranks}")
+    yield made
+    for gang in made.values():
+        gang.stop()

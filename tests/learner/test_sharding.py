@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,18 +21,6 @@ from learner.supervised.examples import EncodedComparison, EncodedPair
 from tests.conftest import run_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
-
-
-@pytest.fixture(scope="module")
-def gangs(workspace: RunConfig, cluster: None) -> Iterator[dict[int, LearnerGang]]:
-    made = {}
-    for ranks in (1, 2):
-        learner = workspace.learner.model_copy(update={"ranks": ranks})
-        config = workspace.model_copy(update={"learner": learner})
-        made[ranks] = LearnerGang(config, f"sharding-{ranks}")
-    yield made
-    for gang in made.values():
-        gang.stop()
 
 
 def trajectories(rows: int = 24, seed: int = 0, adapter: str = "") -> list[pa.Table]:

@@ -35,6 +35,7 @@ from common.models.weight_files import load_decoder
 from common.wire.trajectory import Rollout, RolloutRequest, from_table, to_table
 from common.wire.weights import Manifest, Payload, manifest_of
 from tests.actors.generation.adapters import SETTINGS, carry, stir
+from tests.actors.generation.calls import rows_of_calls
 from tests.likelihoods import chosen_logprobs
 
 SHAPE = PalmConfig(vocab_size=53, dim=32, layers=2, heads=4, head_dim=8, context=64)
@@ -117,14 +118,7 @@ def test_prefixes_are_shared_by_requests_of_one_adapter_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = engine()
-    seen: list[int] = []
-    forward = made.cached.forward
-
-    def spy(newest: Any, positions: Any, chunks: Any, *more: Any) -> Any:
-        seen.append(len(newest) + sum(len(chunk.tokens) for chunk in chunks))
-        return forward(newest, positions, chunks, *more)
-
-    monkeypatch.setattr(made.cached, "forward", spy)
+    seen = rows_of_calls(made, monkeypatch)
     made.generate(requests([30], samples=4))
     assert seen[0] == 3 * (30 + 3), "three prefills; the other samples compute their last token"
 

@@ -20,6 +20,7 @@ from common.models.lora import OFF
 from common.models.palm import PaLM
 from common.wire.trajectory import RolloutRequest
 from tests.actors.generation.adapters import carry
+from tests.actors.generation.calls import rows_of_calls
 from tests.likelihoods import chosen_logprobs
 
 SHAPE = PalmConfig(vocab_size=53, dim=32, layers=2, heads=4, head_dim=8, context=64)
@@ -193,14 +194,7 @@ def test_a_long_prompt_does_not_stall_the_others() -> None:
 
 def test_samples_of_one_prompt_prefill_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = engine(Sampling(), max_tokens=2)
-    seen: list[int] = []
-    forward = made.cached.forward
-
-    def spy(newest: Any, positions: Any, chunks: Any, *more: Any) -> Any:
-        seen.append(len(newest) + sum(len(chunk.tokens) for chunk in chunks))
-        return forward(newest, positions, chunks, *more)
-
-    monkeypatch.setattr(made.cached, "forward", spy)
+    seen = rows_of_calls(made, monkeypatch)
     made.generate(requests([30], copies=5))
     assert seen[0] == 30 + 4, "four samples compute their last prompt token only"
 

@@ -15,7 +15,7 @@ from common.models.lora import Adapted, RowSelection
 from common.models.networks import PolicyNetwork
 from tests.likelihoods import chosen_logprobs
 
-SIZES = Sizes(vocabulary=19, dim=16, context=24, layers=1, heads=4, kv_heads=2, head_dim=4)
+SIZES = Sizes(dim=16, context=24, layers=1, heads=4, kv_heads=2, head_dim=4)
 
 
 class Toy(Decoder):

@@ -15,7 +15,6 @@ import xxhash
 from rich.console import Console
 
 from common.config.recipe import load_config, save_config
-from common.config.rewards import HttpComponent
 from common.config.run import RunConfig
 from common.data.records import read_demonstrations
 from common.data.tokenizer import Tokenizer
@@ -24,7 +23,6 @@ from deploy.run_folder import checkpoints
 from deploy.run_folder.folder import config_of
 from deploy.run_folder.inputs import RunInputs
 from deploy.run_folder.lock import writing
-from deploy.run_folder.paths import anchored
 from deploy.run_folder.reads import reads_of
 from deploy.stages import policy, preparation
 from deploy.stages.session import Session
@@ -333,73 +331,3 @@ def test_a_second_writer_is_refused(
         refused(run(command, "--config", recipe), 8, str(begun.run_dir), who, "UTC")
         assert (begun.run_dir / "run.json").read_bytes() == held
         assert run("status", str(begun.run_dir)).code == 0, "reading is nobody's harm"
-
-
-# ------------------------------------------------------------------ paths
-
-
-def test_every_path_of_a_recipe_is_absolute_once_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", "/home/someone")
-    files = {"prompts": ["a.jsonl", "~/b.jsonl", "s3://bucket/c.jsonl", "/d.jsonl"]}
-    component = {"kind": "http", "target": "http://x/score", "dead_letters": "letters.jsonl"}
-    config = anchored(
-        RunConfig.model_validate(
-            {
-                "data": {**files, "demonstrations": ["e f.jsonl"], "evaluation": ["../g.jsonl"]},
-                "tokenizer": {"path": "tokenizer.json"},
-                "sft": {"start": "start.safetensors"},
-                "reward_service": {"components": {"a": component}},
-            }
-        )
-    )
-    here = str(tmp_path)
-    assert config.data.prompts == (
-        f"{here}/a.jsonl",
-        "/home/someone/b.jsonl",
-        "s3://bucket/c.jsonl",
-        "/d.jsonl",
-    )
-    assert config.data.demonstrations == (f"{here}/e f.jsonl",)
-    assert config.data.evaluation == (f"{here}/../g.jsonl",)
-    assert config.data.comparisons == ()
-    assert config.tokenizer.path == f"{here}/tokenizer.json"
-    assert config.sft.start == f"{here}/start.safetensors"
-    component = config.reward_service.components["a"]
-    assert isinstance(component, HttpComponent)
-    assert component.dead_letters == f"{here}/letters.jsonl"
-    assert config.output == f"{here}/runs"
-    assert anchored(config) == config
-    plain = anchored(RunConfig())
-    assert plain.tokenizer.path is None
-
-
-@pytest.mark.usefixtures("cluster")
-def test_a_run_with_relative_paths_goes_on_from_another_folder(
-    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = make_workspace(tmp_path)
-    (tmp_path / "runs").mkdir()
-    config.run_dir.rename(tmp_path / "runs" / "base")
-    parts = {
-        name: [str(Path(p).relative_to(tmp_path)) for p in getattr(config.data, name)]
-        for name in ("demonstrations", "comparisons", "prompts", "evaluation")
-    }
-    values = config.model_dump(mode="json")
-    values |= {"output": "runs", "data": {**values["data"], **parts}}
-    values["train"] |= {"iterations": 2, "ppg": None}
-    values["learner"] |= {"ranks": 1}
-    save_config(RunConfig.model_validate(values), tmp_path / "recipe.yaml")
-    monkeypatch.chdir(tmp_path)
-    begun = run("train", "--config", "recipe.yaml", "--stop-after", "1")
-    assert begun.code == 0, begun
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    monkeypatch.chdir(elsewhere)
-    ended = run("train", "--resume", "../runs/base")
-    assert ended.code == 0, ended
-    assert json.loads((tmp_path / "runs" / "base" / "result.json").read_text())["iterations"] == 2
-    assert run("report", "../runs/base").code == 0
-    assert list(elsewhere.iterdir()) == []

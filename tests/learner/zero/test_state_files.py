@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,6 @@ pytestmark = pytest.mark.usefixtures("cluster")
 WHOLE, MORE = 3, 4
 """Iterations before and after the checkpoint; an iteration is 2 steps of each network, and there is
 an auxiliary phase before the checkpoint and one after it."""
-
-
-@pytest.fixture(scope="module")
-def gangs(workspace: RunConfig, cluster: None) -> Iterator[dict[int, LearnerGang]]:
-    made = {}
-    for ranks in (1, 2):
-        learner = workspace.learner.model_copy(update={"ranks": ranks})
-        config = workspace.model_copy(update={"learner": learner})
-        made[ranks] = LearnerGang(config, f"saved-{ranks}")
-    yield made
-    for gang in made.values():
-        gang.stop()
 
 
 def iterate(gang: LearnerGang, first: int, count: int) -> list[float]:
