@@ -80,7 +80,7 @@ def _cell(figures: Mapping[str, Any], measure: Measure, side: str) -> Cell:
 
 SCORE = Measure("score", "score by the run's own reward", "{:.3f}")
 RESPONSE_LENGTH = Measure("response_length", "response length (tokens)", "{:.1f}")
-NLL = Measure("nll", "nll under the supervised policy", "{:.2f}")
+NLL = Measure("nll", "NLL under the supervised policy (nats per token)", "{:.2f}")
 KL = Measure("kl", "KL to the supervised policy, nats", "{:.1f}")
 
 EVALUATION = Presentation(
