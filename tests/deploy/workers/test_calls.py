@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import ray
 
@@ -61,9 +63,10 @@ def test_an_error_of_ours_comes_out_of_rays_wrapper(cluster: None) -> None:
     with pytest.raises(ray.exceptions.RayTaskError) as raised:
         ray.get(start(one, Counter.refuse))
     assert isinstance(own_error(raised.value), RewardError)
-    kill(one)
+    under_way = start_function(one, lambda _: time.sleep(60))
+    kill(one)  # ends it a moment later: until then it answers new calls
     with pytest.raises(ray.exceptions.RayError) as dead:
-        ray.get(start(one, Counter.refuse))
+        ray.get(under_way)
     assert own_error(dead.value) is dead.value
 
 
