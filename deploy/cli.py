@@ -201,6 +201,23 @@ def preflight(
             say(console, ("✓", "green"), f" {line}")
 
 
+@app.command("import")
+def import_model(
+    source: Annotated[
+        str, typer.Argument(help="A GGUF file, a folder, or a name in the Hub's cache here.")
+    ],
+    target: Annotated[Path, typer.Argument(help="The folder to make.")],
+    precision: Annotated[
+        str | None, typer.Option(help="Number type of the weights: fp32, bf16 or fp16.")
+    ] = None,
+) -> None:
+    """Make a folder that `model.start` takes out of a pretrained model; fetches nothing."""
+    from deploy.exchange.importing import import_model as make
+
+    facts = make(source, target, precision)
+    _print_numbers(str(target), facts)
+
+
 @app.command("config")
 def show_config(overrides: Overrides = None, config: ConfigOption = None) -> None:
     """Print a recipe with every default filled in."""

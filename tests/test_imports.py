@@ -48,7 +48,7 @@ LAYERS: dict[str, list[set[str]]] = {
     "deploy": [
         {"screen"},
         {"run_folder"},
-        {"workers"},
+        {"exchange", "workers"},
         {"control"},
         {"evaluation", "stages"},
         {"commands", "config_docs", "metric_docs", "quickstart", "recipes"},

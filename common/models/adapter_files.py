@@ -32,7 +32,7 @@ from common.models.build import build_policy
 from common.models.decoder import DECODER, Decoder
 from common.models.lora import adapted
 from common.models.networks import ScalarNetwork
-from common.models.weight_files import load_weights, save_weights
+from common.models.weight_files import load_weights, save_policy, save_weights
 from common.run_folder import PolicyFolder
 
 _PEFT = "base_model.model."
@@ -74,15 +74,13 @@ def adapter_of(state: Mapping[str, Tensor], name: str, settings: LoraConfig, bas
 def export_merged(
     adapter: Adapter, state: Mapping[str, Tensor], base: Path, folder: Path, model: ModelConfig
 ) -> None:
-    """Write a policy twice: as plain weights, and its adapter in PEFT's layout.
-
-    The files are ``policy.safetensors`` and ``adapter/``.
+    """Write a policy twice: as plain weights, and its adapter in PEFT's layout, in ``adapter/``.
 
     Args:
         adapter: what was trained.
         state: what was trained beside it; its ``value.`` head goes into the weights.
-        base: file of the weights that the adapter was trained on, not rounded as a learner in bf16
-            holds them.
+        base: the weights that the adapter was trained on, not rounded as a learner in bf16 holds
+            them: a file, or a checkpoint's folder.
         folder: where to write.
         model: the decoder's shape.
 
@@ -97,10 +95,9 @@ def export_merged(
     network.value.load_state_dict(head)
     folder.mkdir(parents=True, exist_ok=True)
     target = PolicyFolder(folder)
-    save_peft(adapter, network.decoder, target.adapter)
+    save_peft(adapter, network.decoder, target.adapter, base)
     put_adapter(network.decoder, "exported", adapter)
-    metadata = {"model": model.model_dump_json()}
-    save_weights(merged_state(network, "exported"), target.weights, metadata)
+    save_policy(merged_state(network, "exported"), folder, model, base)
 
 
 def load_scalar(network: ScalarNetwork, path: Path, base: Decoder, name: str) -> LoraConfig | None:
@@ -114,7 +111,7 @@ def load_scalar(network: ScalarNetwork, path: Path, base: Decoder, name: str) ->
     Raises:
         CheckpointError: missing, torn, of another architecture, or trained on another base.
     """
-    metadata = _adapter_metadata(path)
+    metadata = None if path.is_dir() else _adapter_metadata(path)
     if metadata is None:
         load_weights(network, path)
         return None
@@ -160,8 +157,17 @@ def require_base(adapter: Adapter, base: str, where: object) -> None:
 # ------------------------------------------------------------------ PEFT's layout
 
 
-def save_peft(adapter: Adapter, decoder: Decoder, folder: Path) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors``."""
+def save_peft(adapter: Adapter, decoder: Decoder, folder: Path, base: Path | None = None) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Args:
+        adapter: what to write.
+        decoder: of the shape that it is on.
+        folder: where to write.
+        base: the weights under it. If they are a checkpoint's folder, `peft` reads the adapter on a
+            model of `transformers`.
+    """
+    pretrained = base is not None and base.is_dir()
     settings, state = adapter.settings, dict[str, Tensor]()
     ranks: dict[str, int] = {}
     for path, module in adapted(decoder):
@@ -180,8 +186,8 @@ def save_peft(adapter: Adapter, decoder: Decoder, folder: Path) -> None:
     power = 1.0 if settings.scaling == "plain" else 0.5
     config = {
         "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": None,
+        "task_type": "CAUSAL_LM" if pretrained else None,
+        "base_model_name_or_path": str(base) if pretrained else None,
         "inference_mode": True,
         "bias": "none",
         "fan_in_fan_out": False,
