@@ -26,7 +26,7 @@ check: $(VENV)/.tested   ## Lint, format and type checks.
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(VENV)/.benched   ## Run the benchmarks; figures go to docs/performance.md and OUT=build.
+bench: $(VENV)/.tested   ## Run the benchmarks; figures go to docs/performance.md and OUT=build.
 	@$(BIN)/python -m tests.benchmarks.run $(OUT)
 
 chaos: $(VENV)/.tested   ## Kill, stop and corrupt what a run consists of; loses nothing (a quarter of an hour).
@@ -54,8 +54,4 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 
 $(VENV)/.tested: $(VENV)/.installed requirements-test.lock
 	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.lock
-	@touch $@
-
-$(VENV)/.benched: $(VENV)/.tested requirements-bench.lock
-	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.lock
 	@touch $@

@@ -35,6 +35,11 @@ class SequenceBatch:
     last_B: Tensor
     """int64: the position of the last response token, where a reward is read."""
 
+    @property
+    def lengths_B(self) -> Tensor:
+        """int64: tokens of each sequence."""
+        return self.last_B + 1
+
     def to(self, device: torch.device) -> SequenceBatch:
         """Return the same batch on a device."""
         return SequenceBatch(

@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
 from common.config.base import Family, Section
 from common.config.draft import section_of
 from common.config.effects import RULES
-from common.config.model import PRESETS, ModelConfig
+from common.config.model import PRESETS, PalmConfig
 from common.config.recipe import fields
 from common.config.rewards import RewardComponent
 from common.config.run import RunConfig
@@ -105,8 +108,17 @@ def _tables(section: type[Section], prefix: str) -> Iterator[str]:
     yield _table(_of(fields(section, prefix), prefix, common))
     for name, kind in section.kinds.items():
         yield f"`kind: {name}`: {_first_line(kind)}"
-        if own := list(_of(fields(kind, prefix), prefix, kind.model_fields.keys() - common)):
+        different = {
+            field
+            for field, info in kind.model_fields.items()
+            if field not in common or _differs(info, section.model_fields[field])
+        }
+        if own := list(_of(fields(kind, prefix), prefix, different - {"kind"})):
             yield _table(own)
+
+
+def _differs(info: FieldInfo, other: FieldInfo) -> bool:
+    return bool(info.get_default() != other.get_default())
 
 
 def _of(rows: Iterable[Row], prefix: str, names: Collection[str]) -> Iterator[Row]:
@@ -124,7 +136,7 @@ def _conditions() -> str:
 
 def _presets() -> str:
     hidden = ("kind", "activation_checkpointing")
-    names = [name for name in ModelConfig.every_field() if name not in hidden]
+    names = [name for name in PalmConfig.model_fields if name not in hidden]
     lines = [f"| preset | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for preset, model in PRESETS.items():
         cells = " | ".join(_code(getattr(model, name)) for name in names)
@@ -140,6 +152,8 @@ def _yaml(value: Any) -> str:
     """Write a default as in a recipe."""
     if value is None:
         return "null"
+    if value is PydanticUndefined:
+        return "required"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, RewardComponent):

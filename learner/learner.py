@@ -143,7 +143,9 @@ class Learner:
         def columns_BRC(micro: MicroBatch) -> Tensor:
             data = micro.data
             read = chosen_reader(data.response_BR, self.sampling, ppo.entropy, unfiltered=filters)
-            read_BRC, head_BR = self.policy(data.tokens_BT, predict_BR=data.predict_BR, read=read)
+            read_BRC, head_BR = self.policy(
+                data.tokens_BT, lengths_B=data.lengths_B, predict_BR=data.predict_BR, read=read
+            )
             return torch.cat((head_BR[..., None], read_BRC), dim=-1)
 
         columns_NRC = self.shards.gather(batch.sequences, columns_BRC)

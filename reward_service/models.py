@@ -32,7 +32,7 @@ class RewardModel:
 
     def __call__(self, batch: SequenceBatch) -> Tensor:
         """Score the sequences of a batch, fp32 ``[B]``."""
-        values_BT = self.network(batch.tokens_BT)
+        values_BT = self.network(batch.tokens_BT, lengths_B=batch.lengths_B)
         return read_last(values_BT, batch)
 
 
@@ -51,7 +51,9 @@ class ReferencePolicy:
         They are of the whole distribution (`Sampling.unfiltered`).
         """
         read = chosen_reader(batch.response_BR, self.sampling.unfiltered)
-        columns, _ = self.network(batch.tokens_BT, predict_BR=batch.predict_BR, read=read)
+        columns, _ = self.network(
+            batch.tokens_BT, lengths_B=batch.lengths_B, predict_BR=batch.predict_BR, read=read
+        )
         logprobs_BR: Tensor = columns[..., 0]
         return logprobs_BR.masked_fill(~batch.response_mask_BR, 0.0)
 

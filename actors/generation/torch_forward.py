@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from actors.generation.forward import Chunk, Step
 from common.logprobs import Sampling, draw, sampling_logits
-from common.models.decoder import Decoder, over_heads
+from common.models.attention import PLAIN, Mixing, capped, masked_attention
+from common.models.decoder import Decoder
 from common.models.inference import inference_copy
 
 
@@ -81,32 +81,51 @@ class _CachedAttention:
         """`keys` and `values` are the cache ``[layers, slots, G, context, K]``."""
         self._caches = keys, values
         self._slots_N, self._positions_N = slots_N, positions_N
-        self._used, self._copies = step.used, step.copies
-        self._bias = _bias(positions_N[: step.used], keys.shape[2], heads, keys.dtype)
-        self._prefill = _prefill(step.chunks, keys.device) if step.chunks else None
+        self._step, self._heads = step, heads
+        self._bias: dict[int | None, Tensor] = {}
+        self._prefill: dict[int | None, _Prefill] = {}
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mixing: Mixing = PLAIN
+    ) -> Tensor:
         """Mix values: queries ``[N, H, K]``, keys and values ``[N, G, K]`` to ``[N, H, K]``."""
         keys, values = (cache[layer] for cache in self._caches)
+        dtype, q = q.dtype, q.to(keys.dtype)
         for cache, new in ((keys, k), (values, v)):
-            cache[self._slots_N, :, self._positions_N] = new
-            for copy in self._copies:
+            cache[self._slots_N, :, self._positions_N] = new.to(cache.dtype)
+            for copy in self._step.copies:
                 source = cache[copy.source, :, : copy.positions]
                 cache[copy.targets, :, : copy.positions] = source
-        mixed = self._attend_newest(q[: self._used], keys, values)
-        if self._prefill is None:
-            return mixed
-        return torch.cat((mixed, _attend_prompts(q[self._used :], keys, values, self._prefill)))
+        used = self._step.used
+        mixed = self._attend_newest(q[:used], keys, values, mixing)
+        if self._step.chunks:
+            if mixing.window not in self._prefill:
+                prefill = _prefill(self._step.chunks, mixing.window, keys.device)
+                self._prefill[mixing.window] = prefill
+            prefill = self._prefill[mixing.window]
+            prompts = _attend_prompts(q[used:], keys, values, mixing, prefill)
+            mixed = torch.cat((mixed, prompts))
+        return mixed.to(dtype)
 
-    def _attend_newest(self, q_SHK: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _attend_newest(self, q_SHK: Tensor, keys: Tensor, values: Tensor, mixing: Mixing) -> Tensor:
         """Attend from one token of each slot: a product per head of keys, nothing expanded."""
-        groups, reach = keys.shape[1], self._bias.shape[-1]
+        groups = keys.shape[1]
+        bias = self._bias_of(mixing.window, keys)
         q = rearrange(q_SHK, "s (g h) k -> (s g) h k", g=groups)
-        near, kept = (t[: len(q_SHK), :, :reach].flatten(0, 1) for t in (keys, values))
-        scale = q.shape[-1] ** -0.5
-        scores = torch.baddbmm(self._bias, q, near.transpose(1, 2), alpha=scale)
+        near, kept = (t[: len(q_SHK), :, : bias.shape[-1]].flatten(0, 1) for t in (keys, values))
+        scale = q.shape[-1] ** -0.5 if mixing.scale is None else mixing.scale
+        if mixing.softcap is None:
+            scores = torch.baddbmm(bias, q, near.transpose(1, 2), alpha=scale)
+        else:
+            scores = capped(torch.bmm(q, near.transpose(1, 2)) * scale, mixing.softcap) + bias
         weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
         return rearrange(torch.bmm(weights, kept), "(s g) h k -> s (g h) k", g=groups)
+
+    def _bias_of(self, window: int | None, keys: Tensor) -> Tensor:
+        if window not in self._bias:
+            newest = self._positions_N[: self._step.used]
+            self._bias[window] = _bias(newest, window, keys.shape[1], self._heads, keys.dtype)
+        return self._bias[window]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,36 +142,45 @@ class _Prefill:
     """bool ``[P, 1, C, L]``."""
 
 
-def _attend_prompts(q: Tensor, keys: Tensor, values: Tensor, prefill: _Prefill) -> Tensor:
+def _attend_prompts(
+    q: Tensor, keys: Tensor, values: Tensor, mixing: Mixing, prefill: _Prefill
+) -> Tensor:
     """Attention ``[N - S, H, K]`` of prompt tokens, padded per prompt."""
     count, _, longest, reach = prefill.mask.shape
-    heads = q.shape[1]
     padded = q.new_zeros(count, longest, *q.shape[1:])
     padded[prefill.rows, prefill.columns] = q
-    k, v = (over_heads(t[prefill.slots, :, :reach], heads) for t in (keys, values))
-    out = F.scaled_dot_product_attention(padded.transpose(1, 2), k, v, attn_mask=prefill.mask)
+    k, v = (t[prefill.slots, :, :reach] for t in (keys, values))
+    out = masked_attention(padded.transpose(1, 2), k, v, mixing, prefill.mask)
     return out.transpose(1, 2)[prefill.rows, prefill.columns]
 
 
-def _bias(positions_S: Tensor, kv_heads: int, heads: int, dtype: torch.dtype) -> Tensor:
-    """``[S G, H / G, L]`` of the newest tokens: 0, or -inf where a slot has no position yet."""
+def _bias(
+    positions_S: Tensor, window: int | None, kv_heads: int, heads: int, dtype: torch.dtype
+) -> Tensor:
+    """``[S G, H / G, L]`` of the newest tokens: 0, or -inf where there is nothing to attend to."""
     reach = int(positions_S.max()) + 1
-    absent = torch.arange(reach, device=positions_S.device) > positions_S[:, None]
+    places = torch.arange(reach, device=positions_S.device)
+    absent = places > positions_S[:, None]
+    if window is not None:
+        absent |= places <= positions_S[:, None] - window
     bias = torch.zeros(absent.shape, dtype=dtype, device=positions_S.device)
     bias = bias.masked_fill_(absent, float("-inf"))[:, None, None]
     return bias.expand(-1, kv_heads, heads // kv_heads, -1).flatten(0, 1)
 
 
-def _prefill(chunks: Sequence[Chunk], device: torch.device) -> _Prefill:
+def _prefill(chunks: Sequence[Chunk], window: int | None, device: torch.device) -> _Prefill:
     lengths = torch.tensor([len(chunk.tokens) for chunk in chunks])
     starts = torch.tensor([chunk.start for chunk in chunks])
     columns = torch.arange(int(lengths.max()))
     at = starts[:, None] + columns
-    mask = torch.arange(int((starts + lengths).max())) <= at[..., None]
-    rows, places = (columns < lengths[:, None]).nonzero(as_tuple=True)
+    places = torch.arange(int((starts + lengths).max()))
+    mask = places <= at[..., None]
+    if window is not None:
+        mask &= places > at[..., None] - window
+    rows, within = (columns < lengths[:, None]).nonzero(as_tuple=True)
     return _Prefill(
         rows.to(device),
-        places.to(device),
+        within.to(device),
         torch.tensor([chunk.slot for chunk in chunks], device=device),
         mask[:, None].to(device),
     )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from common.config.base import (
     Family,
@@ -19,20 +19,12 @@ from common.config.base import (
 
 
 class ModelConfig(Family):
-    """Shape of the model: what every architecture has."""
+    """The model, a shape of its own or a checkpoint: what every kind of it has."""
 
     kind: str
-    """Architecture."""
+    """Where its shape and its first weights come from."""
     vocab_size: NonNegativeInt = 0
-    """Number of token embeddings; 0 takes the tokenizer's."""
-    dim: PositiveInt = 192
-    """Width d of the residual stream."""
-    layers: PositiveInt = 4
-    """Number of blocks L."""
-    heads: PositiveInt = 4
-    """Query heads h."""
-    head_dim: PositiveInt = 48
-    """Width of a head; 256 in PaLM."""
+    """Number of tokens that have logits; 0 takes the tokenizer's."""
     context: PositiveInt = 128
     """Longest prompt + response, in tokens."""
     logits_mb: PositiveFloat = 4.0
@@ -41,11 +33,26 @@ class ModelConfig(Family):
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, one third more time."""
 
+    @classmethod
+    def kind_of(cls, values: Any) -> type[Section] | None:
+        """Return the kind that is named; a checkpoint to start from is a pretrained model."""
+        if cls is ModelConfig and isinstance(values, Mapping):
+            values = ({"kind": "pretrained"} if "start" in values else {}) | dict(values)
+        return super().kind_of(values)
+
 
 class PalmConfig(ModelConfig):
     """PaLM (Chowdhery 2022, section 2 and table 1): parallel blocks, one key and one value head."""
 
     kind: Literal["palm"] = "palm"
+    dim: PositiveInt = 192
+    """Width d of the residual stream."""
+    layers: PositiveInt = 4
+    """Number of blocks L."""
+    heads: PositiveInt = 4
+    """Query heads h."""
+    head_dim: PositiveInt = 48
+    """Width of a head; 256 in PaLM."""
     ff_mult: PositiveInt = 4
     """Width of the SwiGLU layer in multiples of d."""
     xpos: bool = False
@@ -60,8 +67,22 @@ class PalmConfig(ModelConfig):
         return self
 
 
-Projection = Literal["q", "k", "v", "attn_out", "up", "gate", "ff_out"]
-"""A projection of a block; `up`, `gate` and `ff_out` are the MLP's."""
+class PretrainedConfig(ModelConfig):
+    """A checkpoint in a Hugging Face folder, which `transformers` computes."""
+
+    kind: Literal["pretrained"] = "pretrained"
+    start: Annotated[PathText, Field(min_length=1)]
+    """Folder of the checkpoint, with its ``config.json``, on every node (`talipot import`)."""
+    context: PositiveInt = 1024
+    """Longest prompt + response, in tokens; at most what the checkpoint was made for."""
+    logits_mb: PositiveFloat = 64.0
+    """As for other models; a large vocabulary wants larger pieces."""
+
+
+PROJECTIONS = ("q", "k", "v", "attn_out", "up", "gate", "ff_out")
+"""Projections of a block of PaLM; `up`, `gate` and `ff_out` are the MLP's."""
+ALL_PROJECTIONS = "all-linear"
+"""Every projection of the blocks, whatever the model; PEFT's word."""
 
 
 class LoraConfig(Section):
@@ -74,18 +95,22 @@ class LoraConfig(Section):
     scaling: Literal["plain", "rank_stabilised"] = "plain"
     """plain: alpha / r (Hu 2021); rank_stabilised: alpha / sqrt(r), whose updates do not shrink as
     the rank grows (Kalajdzievski 2023, arXiv 2312.03732)."""
-    targets: Annotated[tuple[Projection, ...], Field(min_length=1)] = (
-        "q",
-        "k",
-        "v",
-        "attn_out",
-        "up",
-        "gate",
-        "ff_out",
-    )
-    """Projections with an adapter; each segment of the fused input projection has its own."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = (ALL_PROJECTIONS,)
+    """Projections with an adapter: all-linear, or names. PaLM's are q, k, v, attn_out, up, gate and
+    ff_out; those of a checkpoint are its modules', such as q_proj."""
     dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.0
     """Share of an adapter's inputs that are left out, in supervised stages."""
+
+    @field_validator("targets")
+    @classmethod
+    def _all(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        """Say "all" in one way."""
+        every = ALL_PROJECTIONS in targets or set(targets) == set(PROJECTIONS)
+        return (ALL_PROJECTIONS,) if every else targets
+
+    def reaches(self, projection: str) -> bool:
+        """Whether a projection of this name has an adapter."""
+        return ALL_PROJECTIONS in self.targets or projection in self.targets
 
     @property
     def scale(self) -> float:

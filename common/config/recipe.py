@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from common.config.base import Section
+from common.config.base import Family, Section
 from common.config.draft import (
     Draft,
     Place,
@@ -110,14 +110,15 @@ def fields(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[tup
     """Yield every dotted field as (name, default, description), for the reference page.
 
     A section in place of a plain value is one field, written on one line, and so is a mapping of
-    sections: its keys are the user's own names.
+    sections: its keys are the user's own names. So is a family that may be null, such as a second
+    model: its fields are those of the first.
     """
     for name, info in section.every_field().items():
         inner = only_section_of(info.annotation)
         default = info.get_default(call_default_factory=True)
         if inner is None or default is None:
             yield prefix + name, default, info.description or ""
-        if inner is not None:
+        if inner is not None and not (default is None and issubclass(inner, Family)):
             yield from fields(inner, f"{prefix}{name}.")
 
 

@@ -8,13 +8,24 @@ from typing import Any
 
 import torch
 
-from common.config.model import ModelConfig, PalmConfig
+from common.config.model import ModelConfig, PalmConfig, PretrainedConfig
 from common.models.decoder import Decoder
 from common.models.networks import PolicyNetwork, ScalarNetwork
 from common.models.palm import PaLM
 
-DECODERS: dict[type[ModelConfig], Callable[[Any], Decoder]] = {PalmConfig: PaLM}
-"""What computes a model, by the kind of its shape."""
+
+def _pretrained(config: PretrainedConfig) -> Decoder:
+    # The library takes seconds to import, which models of our own do without.
+    from common.models.pretrained.decoder import PretrainedDecoder
+
+    return PretrainedDecoder(config)
+
+
+DECODERS: dict[type[ModelConfig], Callable[[Any], Decoder]] = {
+    PalmConfig: PaLM,
+    PretrainedConfig: _pretrained,
+}
+"""What computes a model, by its kind."""
 
 
 def build_decoder(config: ModelConfig) -> Decoder:

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.models.attention import Attention, causal_attention
 from common.models.embedding import Reader
 from common.models.lora import OFF, RowSelection, Selection, require_adapters
 
@@ -37,20 +36,10 @@ class Sizes:
     layers: int
     """Blocks with attention."""
     heads: int
-    """Query heads."""
+    """Query heads of every block."""
     kv_heads: int
     """Heads of keys and values; each serves ``heads / kv_heads`` query heads."""
     head_dim: int
-
-
-class Attention(Protocol):
-    """How new tokens attend, given to every block."""
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Mix values: queries ``[..., H, K]``, keys and values ``[..., G, K]`` to ``[..., H, K]``.
-
-        Positions are in queries and keys already.
-        """
 
 
 class Decoder(nn.Module, ABC):
@@ -62,7 +51,7 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def initialise(self, seed: int) -> None:
-        """Draw all weights from a seed."""
+        """Give all weights their first values: drawn from a seed, or those of a checkpoint."""
 
     @abstractmethod
     def states(
@@ -96,6 +85,7 @@ class Decoder(nn.Module, ABC):
         *,
         positions_BT: Tensor | None = None,
         segments_BT: Tensor | None = None,
+        lengths_B: Tensor | None = None,
         adapter: Selection = OFF,
     ) -> Tensor:
         """Compute the final normalised states ``[B, T, D]`` of whole sequences.
@@ -103,7 +93,10 @@ class Decoder(nn.Module, ABC):
         Args:
             tokens_BT: int64; rows are left-aligned, padding on the right may hold any id.
             positions_BT: int64; default 0, 1, 2, ... per row. Packed rows restart per segment.
-            segments_BT: int64; positions attend only inside their own segment (packing).
+            segments_BT: int64; positions attend only inside their own segment (packing); padding
+                is -1.
+            lengths_B: int64 tokens of each row. The states of what is behind them are never read,
+                so an architecture may leave them out of its products.
             adapter: name of the adapter to run with, or one for each row.
 
         Raises:
@@ -117,33 +110,3 @@ class Decoder(nn.Module, ABC):
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Logits ``[B, T, V]`` of the next token at every position."""
         return self.logits(self.hidden(tokens_BT))
-
-
-def causal_attention(segments_BT: Tensor | None = None) -> Attention:
-    """Attention of whole rows ``[B, T]``, each position to itself and those before it.
-
-    Sequences are left-aligned, so causality alone keeps padding out of every real position.
-    With `segments_BT`, positions attend only inside their own segment.
-    """
-    mask: Tensor | None = None
-    if segments_BT is not None:
-        same = segments_BT[:, :, None] == segments_BT[:, None, :]
-        mask = same.tril()[:, None]
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        dtype, heads = q.dtype, q.shape[-2]
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        k, v = over_heads(k, heads), over_heads(v, heads)
-        if q.device.type == "cpu":
-            # The backward of attention in bf16 takes three times as long there as in fp32.
-            q, k, v = q.float(), k.float(), v.float()
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return out.to(dtype).transpose(1, 2)
-
-    return attend
-
-
-def over_heads(kv_BGTK: Tensor, heads: int) -> Tensor:
-    """Keys or values ``[B, H, T, K]`` of every query head; a single head is not copied."""
-    groups = kv_BGTK.shape[1]
-    return kv_BGTK.unsqueeze(2).expand(-1, -1, heads // groups, -1, -1).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""The embedding that is both a decoder's first layer and its output head.
+"""Output heads, and the embedding that is both a decoder's first layer and its output head.
 
 Logits of a large vocabulary are made in pieces, and a reader keeps only a few numbers of each.
 
@@ -8,7 +8,7 @@ Shape suffixes: N positions, D width, V vocabulary, C numbers that a reader keep
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -21,30 +21,40 @@ Reader = Callable[[Tensor, slice], Tensor]
 
 
 class _Pieces(torch.autograd.Function):
-    """What a reader makes of ``states @ weight.T``, of which only a piece exists at a time.
+    """What a reader makes of ``states @ weight.T + bias``, of which only a piece exists at a time.
 
     Written out rather than checkpointed: the weight gets one gradient, in one piece, as DeepSpeed
     wants it, and no module is called again in the backward pass, where ZeRO 3 would release it.
     """
 
     @staticmethod
-    def forward(ctx: Any, states_ND: Tensor, weight_VD: Tensor, read: Reader, rows: int) -> Tensor:
-        ctx.save_for_backward(states_ND, weight_VD)
+    def forward(
+        ctx: Any,
+        states_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        read: Reader,
+        rows: int,
+    ) -> Tensor:
+        ctx.save_for_backward(states_ND, weight_VD, bias_V)
         ctx.read, ctx.parts = read, _parts(len(states_ND), rows)
-        return _read_pieces(states_ND, weight_VD.to(states_ND.dtype), read, ctx.parts)
+        return _read_pieces(states_ND, *_rounded(weight_VD, bias_V, states_ND), read, ctx.parts)
 
     @staticmethod
     def backward(ctx: Any, gradient_NC: Tensor) -> tuple[Tensor | None, ...]:
-        states_ND, weight_VD = ctx.saved_tensors
-        rounded_VD = weight_VD.to(states_ND.dtype)
+        states_ND, weight_VD, bias_V = ctx.saved_tensors
+        rounded_VD, rounded_V = _rounded(weight_VD, bias_V, states_ND)
         states_gradient_ND = torch.empty_like(states_ND)
         # The pieces' gradients are summed in fp32, whatever dtype they come in.
         total_VD = torch.zeros_like(wide(weight_VD)) if ctx.needs_input_grad[1] else None
+        total_V = torch.zeros_like(wide(bias_V)) if ctx.needs_input_grad[2] else None
         for part in ctx.parts:
-            logits = F.linear(states_ND[part], rounded_VD).float().requires_grad_()
+            logits = F.linear(states_ND[part], rounded_VD, rounded_V).float().requires_grad_()
             with torch.enable_grad():
                 values = ctx.read(logits, part)
             (inner,) = torch.autograd.grad(values, logits, gradient_NC[part])
+            if total_V is not None:
+                total_V += inner.sum(0)
             inner = inner.to(states_ND.dtype)
             states_gradient_ND[part] = inner @ rounded_VD
             if total_VD is not None and total_VD.dtype == inner.dtype:
@@ -52,10 +62,23 @@ class _Pieces(torch.autograd.Function):
             elif total_VD is not None:
                 total_VD += inner.T @ states_ND[part]
         weight_gradient_VD = None if total_VD is None else total_VD.to(weight_VD.dtype)
-        return states_gradient_ND, weight_gradient_VD, None, None
+        bias_gradient_V = None if total_V is None else total_V.to(bias_V.dtype)
+        return states_gradient_ND, weight_gradient_VD, bias_gradient_V, None, None
 
 
-def _read_pieces(states_ND: Tensor, weight_VD: Tensor, read: Reader, parts: list[slice]) -> Tensor:
+def _rounded(
+    weight_VD: Tensor, bias_V: Tensor | None, like: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    return weight_VD.to(like.dtype), None if bias_V is None else bias_V.to(like.dtype)
+
+
+def _read_pieces(
+    states_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    read: Reader,
+    parts: list[slice],
+) -> Tensor:
     """Gather what a reader makes of every piece of the logits in one tensor ``[N, C]``.
 
     Each result is copied into it at once. Small tensors that were kept would lie between the blocks
@@ -64,7 +87,7 @@ def _read_pieces(states_ND: Tensor, weight_VD: Tensor, read: Reader, parts: list
     """
     out_NC = torch.empty(0)
     for part in parts:
-        values = read(F.linear(states_ND[part], weight_VD).float(), part)
+        values = read(F.linear(states_ND[part], weight_VD, bias_V).float(), part)
         if not out_NC.numel():
             out_NC = values.new_empty(len(states_ND), values.shape[-1])
         out_NC[part] = values
@@ -73,6 +96,53 @@ def _read_pieces(states_ND: Tensor, weight_VD: Tensor, read: Reader, parts: list
 
 def _parts(length: int, rows: int) -> list[slice]:
     return [slice(begin, begin + rows) for begin in range(0, length, rows)]
+
+
+def read_logits(
+    states_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, read: Reader, rows: int
+) -> Tensor:
+    """Return what a reader makes of logits ``[N, V]``, ``[N, C]``, of `rows` of them at a time.
+
+    Products run in the dtype of the states.
+    """
+    if len(states_ND) <= rows:
+        return read(_logits(states_ND, weight_VD, bias_V).float(), slice(0, len(states_ND)))
+    if torch.is_grad_enabled():
+        values: Tensor = _Pieces.apply(  # type: ignore[no-untyped-call]
+            states_ND, weight_VD, bias_V, read, rows
+        )
+        return values
+    parts = _parts(len(states_ND), rows)
+    return _read_pieces(states_ND, *_rounded(weight_VD, bias_V, states_ND), read, parts)
+
+
+def _logits(states: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    logits = product(states, weight_VD)
+    return logits if bias_V is None else logits + bias_V.to(logits.dtype)
+
+
+class OutputHead(nn.Linear):
+    """An output head of its own."""
+
+    precision: torch.dtype | None = None
+    """Dtype of products (`common.models.networks.compute_in`); None is the weights' own."""
+
+    def forward(
+        self, x: Tensor, read: Reader | None = None, rows: int = 0, vocabulary: int | None = None
+    ) -> Tensor:
+        """Make logits ``[..., V]`` of states ``[..., D]``.
+
+        Args:
+            x: the states.
+            read: what to make of the logits; flat states ``[N, D]`` then become ``[N, C]``.
+            rows: logits that `read` is given at a time.
+            vocabulary: the first tokens, which alone have logits; None is all.
+        """
+        x = x.to(self.precision or self.weight.dtype)
+        weight, bias = _first(self.weight, vocabulary), _first(self.bias, vocabulary)
+        if read is None:
+            return _logits(x, weight, bias)
+        return read_logits(x, weight, bias, read, rows)
 
 
 class TiedEmbedding(nn.Embedding):
@@ -86,25 +156,36 @@ class TiedEmbedding(nn.Embedding):
     """Dtype of products (`common.models.networks.compute_in`); None is the weights' own."""
 
     def forward(
-        self, x: Tensor, to_logits: bool = False, read: Reader | None = None, rows: int = 0
+        self,
+        x: Tensor,
+        to_logits: bool = False,
+        read: Reader | None = None,
+        rows: int = 0,
+        vocabulary: int | None = None,
     ) -> Tensor:
         """Embed tokens, or make logits of states.
 
         Args:
             x: ids ``[...]``, which become ``[..., D]``; with `to_logits` states ``[..., D]``.
             to_logits: make logits ``[..., V]``.
-            read: what to make of the logits; flat states ``[N, D]`` then become ``[N, C]``.
-            rows: logits that `read` is given at a time.
+            read: as in `OutputHead`.
+            rows: as in `OutputHead`.
+            vocabulary: as in `OutputHead`.
         """
         dtype = self.precision or self.weight.dtype
         if not to_logits:
             return super().forward(x).to(dtype)
-        x = x.to(dtype)
-        if read is None:
-            return product(x, self.weight)
-        if len(x) > rows and torch.is_grad_enabled():
-            values: Tensor = _Pieces.apply(x, self.weight, read, rows)  # type: ignore[no-untyped-call]
-            return values
-        if len(x) > rows:
-            return _read_pieces(x, self.weight.to(dtype), read, _parts(len(x), rows))
-        return read(product(x, self.weight).float(), slice(0, len(x)))
+        x, weight = x.to(dtype), _first(self.weight, vocabulary)
+        return product(x, weight) if read is None else read_logits(x, weight, None, read, rows)
+
+
+@overload
+def _first(rows: Tensor, count: int | None) -> Tensor: ...
+
+
+@overload
+def _first(rows: Tensor | None, count: int | None) -> Tensor | None: ...
+
+
+def _first(rows: Tensor | None, count: int | None) -> Tensor | None:
+    return rows if rows is None or count in (None, len(rows)) else rows[:count]

@@ -13,19 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.models.decoder import Decoder
-from common.models.lora import OFF, Adapted, adapted
+from common.models.lora import OFF, Adapted, RowSelection, adapted, selected
 
 
 class MergedProjection(nn.Module):
     """A projection whose weight has an adapter in it."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight, self.bias = weight, bias
 
-    def forward(self, x: Tensor, adapter: Tensor) -> Tensor:
+    def forward(self, x: Tensor, adapter: RowSelection | None = None) -> Tensor:
         """``[..., in] -> [..., out]``; `adapter` is not read."""
-        return F.linear(x.to(self.weight.dtype), self.weight)
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
 class MixedProjection(nn.Module):
@@ -40,18 +40,21 @@ class MixedProjection(nn.Module):
         super().__init__()
         present = [(i, name) for i, name in enumerate(adapters) if name in base.settings]
         As, Bs = zip(*(base.factors(name) for _, name in present), strict=True)
-        self.weight = base.weight.detach()
+        self.weight, self.bias = base.weight.detach(), _detached(base.bias)
         self.A_RI, self.B_OR = torch.cat(As), torch.cat(Bs, dim=1)
         owners = [torch.full((len(A),), i) for (i, _), A in zip(present, As, strict=True)]
         self.owners_R = torch.cat(owners).to(self.weight.device)
         """int64 index of the adapter that a direction belongs to."""
 
-    def forward(self, x_NI: Tensor, adapter_N: Tensor) -> Tensor:
-        """``[N, in] -> [N, out]``; `adapter_N` are int64 indices."""
-        x_NI = x_NI.to(self.weight.dtype)
+    def forward(self, x: Tensor, adapter: RowSelection | None = None) -> Tensor:
+        """``[..., in] -> [..., out]``; `adapter` are int64 indices of all N rows."""
+        adapter_N = selected(adapter)
+        assert isinstance(adapter_N, Tensor), "an inference copy runs rows by indices"
+        x_NI = x.reshape(-1, x.shape[-1]).to(self.weight.dtype)
         inner_NR = F.linear(x_NI, self.A_RI)
         inner_NR = inner_NR.masked_fill_(self.owners_R != adapter_N[:, None], 0)
-        return F.linear(x_NI, self.weight).addmm_(inner_NR, self.B_OR.T)
+        y_NO = F.linear(x_NI, self.weight, self.bias).addmm_(inner_NR, self.B_OR.T)
+        return y_NO.view(*x.shape[:-1], -1)
 
 
 @torch.no_grad()
@@ -75,8 +78,13 @@ def inference_copy(decoder: Decoder, adapters: Sequence[str]) -> Decoder:
 
 
 def _projection(module: Adapted, adapters: Sequence[str]) -> nn.Module:
+    bias = _detached(module.bias)
     if len(adapters) == 1:
-        return MergedProjection(module.merged(adapters[0]))
+        return MergedProjection(module.merged(adapters[0]), bias)
     if module.settings.keys().isdisjoint(adapters):
-        return MergedProjection(module.merged(OFF))
+        return MergedProjection(module.merged(OFF), bias)
     return MixedProjection(module, adapters)
+
+
+def _detached(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach()

@@ -19,6 +19,8 @@ paper's names.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,27 +40,55 @@ Selection = str | Sequence[str]
 RowSelection = Selection | Tensor
 """Likewise, or, in an `inference_copy`, int64 indices of the rows' adapters."""
 
+_selected: ContextVar[RowSelection] = ContextVar("adapter", default=OFF)
+
+
+@contextmanager
+def running_with(adapter: RowSelection) -> Iterator[None]:
+    """Let projections inside the block run with an adapter when they are told none.
+
+    That is for modules of other libraries, which call their projections with nothing but an input.
+    """
+    token = _selected.set(adapter)
+    try:
+        yield
+    finally:
+        _selected.reset(token)
+
+
+def selected(adapter: RowSelection | None) -> RowSelection:
+    """Return the adapter that a projection runs with: what it is told, or `running_with`'s."""
+    return _selected.get() if adapter is None else adapter
+
 
 class Adapted(nn.Linear):
-    """A projection without bias, and the adapters on its segments.
+    """A projection, and the adapters on its segments.
 
     An adapter's tensors belong to the module itself (``lora_NAME_A``, ``lora_NAME_B_SEGMENT``),
     because ZeRO 3 gathers for a forward the parameters of that module, not of its children.
     """
 
-    def __init__(self, inputs: int, segments: Mapping[str, int]) -> None:
-        """Make a projection of `segments`: names and lengths of runs of output rows, in order."""
-        super().__init__(inputs, sum(segments.values()), bias=False)
+    def __init__(self, inputs: int, segments: Mapping[str, int], *, bias: bool = False) -> None:
+        """Make a projection of `segments`: names and lengths of runs of output rows, in order.
+
+        A bias is the base's own; adapters leave it as it is.
+        """
+        super().__init__(inputs, sum(segments.values()), bias=bias)
         self.segments = dict(segments)
         self.settings: dict[str, LoraConfig] = {}
         """Settings of each adapter on this projection."""
         self.precision: torch.dtype | None = None
         """Dtype of products (`common.models.networks.compute_in`); None is the weight's own."""
 
-    def forward(self, x: Tensor, adapter: RowSelection = OFF) -> Tensor:
+    def forward(self, x: Tensor, adapter: RowSelection | None = None) -> Tensor:
         """``[B, ..., in] -> [B, ..., out]``, in the dtype that products run in."""
+        adapter = selected(adapter)
         assert not isinstance(adapter, Tensor), "indices are for an inference copy"
         x = x.to(self.precision or self.weight.dtype)
+        y = self._projected(x, adapter)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _projected(self, x: Tensor, adapter: Selection) -> Tensor:
         if isinstance(adapter, str):
             if adapter not in self.settings:
                 return product(x, self.weight)
@@ -111,7 +141,7 @@ class Adapted(nn.Linear):
         """Return the segments that an adapter of these settings is on, and their output rows."""
         spans, begin = dict[str, slice](), 0
         for segment, rows in self.segments.items():
-            if segment in settings.targets:
+            if settings.reaches(segment):
                 spans[segment] = slice(begin, begin + rows)
             begin += rows
         return spans

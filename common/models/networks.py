@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.models.decoder import DECODER, Decoder
-from common.models.embedding import Reader, TiedEmbedding
+from common.models.embedding import OutputHead, Reader, TiedEmbedding
 from common.models.lora import OFF, Adapted, Selection
 from common.models.precision import wide
 
@@ -74,6 +74,7 @@ class PolicyNetwork(DecoderNetwork):
         *,
         positions_BT: Tensor | None = None,
         segments_BT: Tensor | None = None,
+        lengths_B: Tensor | None = None,
         predict_BR: Tensor | None = None,
         predict_BT: Tensor | None = None,
         read: Reader | None = None,
@@ -85,6 +86,7 @@ class PolicyNetwork(DecoderNetwork):
             tokens_BT: as in `Decoder.hidden`.
             positions_BT: as in `Decoder.hidden`.
             segments_BT: as in `Decoder.hidden`.
+            lengths_B: as in `Decoder.hidden`.
             predict_BR: int64 positions to read; default all. Logits of a vocabulary are large:
                 asking only for the positions that predict a response token saves the others.
             predict_BT: bool, the same selection as a mask (packed rows); the result is flat.
@@ -100,6 +102,7 @@ class PolicyNetwork(DecoderNetwork):
             tokens_BT,
             positions_BT=positions_BT,
             segments_BT=segments_BT,
+            lengths_B=lengths_B,
             adapter=self.adapter if adapter is None else adapter,
         )
         if predict_BT is not None:
@@ -127,9 +130,10 @@ class ScalarNetwork(DecoderNetwork):
         self.decoder.initialise(seed)
         self.head.initialise(seed + 1)
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        """fp32 ``[B, T]``."""
-        values: Tensor = self.head(self.decoder.hidden(tokens_BT, adapter=self.adapter))
+    def forward(self, tokens_BT: Tensor, *, lengths_B: Tensor | None = None) -> Tensor:
+        """fp32 ``[B, T]``; arguments are as in `Decoder.hidden`."""
+        hidden = self.decoder.hidden(tokens_BT, lengths_B=lengths_B, adapter=self.adapter)
+        values: Tensor = self.head(hidden)
         return values
 
 
@@ -141,7 +145,7 @@ def compute_in(network: nn.Module, dtype: torch.dtype) -> None:
     memory. Norms and scalar heads stay in fp32.
     """
     for module in network.modules():
-        if isinstance(module, (Adapted, TiedEmbedding)):
+        if isinstance(module, (Adapted, OutputHead, TiedEmbedding)):
             module.precision = dtype
             for parameter in module.parameters(recurse=False):
                 if not parameter.requires_grad and parameter.dtype != dtype:

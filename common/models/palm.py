@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.config.model import PalmConfig
-from common.models.decoder import Attention, Decoder, Sizes
+from common.models.attention import Attention
+from common.models.decoder import Decoder, Sizes
 from common.models.embedding import Reader, TiedEmbedding
 from common.models.lora import Adapted, RowSelection
 from common.models.precision import wide

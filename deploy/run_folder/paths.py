@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from common.config.model import ModelConfig, PretrainedConfig
 from common.config.rewards import HttpComponent
 from common.config.run import RunConfig
 
@@ -37,6 +38,11 @@ def _with_paths(config: RunConfig, change: Callable[[str], str]) -> RunConfig:
     def maybe(path: str | None) -> str | None:
         return change(path) if path else path
 
+    def started(model: ModelConfig | None) -> ModelConfig | None:
+        if not isinstance(model, PretrainedConfig):
+            return model
+        return model.model_copy(update={"start": change(model.start)})
+
     lists = ("demonstrations", "comparisons", "prompts", "evaluation")
     data = {name: tuple(map(change, getattr(config.data, name))) for name in lists}
     service = config.reward_service
@@ -48,10 +54,17 @@ def _with_paths(config: RunConfig, change: Callable[[str], str]) -> RunConfig:
     }
     return config.model_copy(
         update={
+            "model": started(config.model),
             "data": config.data.model_copy(update=data),
             "tokenizer": config.tokenizer.model_copy(update={"path": maybe(config.tokenizer.path)}),
             "sft": config.sft.model_copy(update={"start": maybe(config.sft.start)}),
-            "reward_service": service.model_copy(update={"components": components}),
+            "reward_model": config.reward_model.model_copy(
+                update={"model": started(config.reward_model.model)}
+            ),
+            "train": config.train.model_copy(update={"critic": started(config.train.critic)}),
+            "reward_service": service.model_copy(
+                update={"components": components, "reference": started(service.reference)}
+            ),
         }
     )
 

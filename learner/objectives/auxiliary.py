@@ -53,8 +53,12 @@ class JointObjective(Objective):
         """Return the loss of a micro-batch."""
         data = micro.data
         with torch.no_grad():
-            old_logits_BRV, _ = self.old(data.tokens_BT, predict_BR=data.predict_BR)
-        logits_BRV, values_BR = self.engine(data.tokens_BT, predict_BR=data.predict_BR)
+            old_logits_BRV, _ = self.old(
+                data.tokens_BT, lengths_B=data.lengths_B, predict_BR=data.predict_BR
+            )
+        logits_BRV, values_BR = self.engine(
+            data.tokens_BT, lengths_B=data.lengths_B, predict_BR=data.predict_BR
+        )
         joint = ppg.joint_loss(
             values_BR,
             micro.cut(self.targets_NR),

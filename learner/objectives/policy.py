@@ -56,7 +56,9 @@ class PolicyObjective(Objective):
         data, settings, targets = micro.data, self.settings, self.targets
         more = ppo.entropy if settings.entropy_coef else None
         read = chosen_reader(data.response_BR, self.sampling, more)
-        columns_BRC, values_BR = self.engine(data.tokens_BT, predict_BR=data.predict_BR, read=read)
+        columns_BRC, values_BR = self.engine(
+            data.tokens_BT, lengths_B=data.lengths_B, predict_BR=data.predict_BR, read=read
+        )
         weights_NR = targets.importance_NR
         surrogate = ppo.policy_loss(
             columns_BRC[..., 0],

@@ -61,7 +61,7 @@ class ValueObjective(Objective):
 
 def values_at(engine: ZeroEngine, micro: MicroBatch) -> Tensor:
     """Return the value network's values of the states that tokens were sampled in, ``[B, R]``."""
-    values_BT: Tensor = engine(micro.data.tokens_BT)
+    values_BT: Tensor = engine(micro.data.tokens_BT, lengths_B=micro.data.lengths_B)
     return values_BT.gather(1, micro.data.predict_BR)
 
 

@@ -130,9 +130,9 @@ class RewardModelStage(SupervisedStage):
     def _scores(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
         """Scores ``[B]`` at each last response token, before any padding."""
         batch = sequence_batch(prompts, responses)
-        values_BT: Tensor = self.engine(batch.tokens_BT.to(self.engine.device))
-        last_B = batch.last_B.to(values_BT.device)
-        return values_BT.gather(1, last_B[:, None]).squeeze(1)
+        batch = batch.to(self.engine.device)
+        values_BT: Tensor = self.engine(batch.tokens_BT, lengths_B=batch.lengths_B)
+        return values_BT.gather(1, batch.last_B[:, None]).squeeze(1)
 
     def _margins(self, comparisons: Sequence[EncodedComparison], share: Share) -> Tensor:
         """Score of chosen minus score of rejected ``[P]``, both sides in one forward pass."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 from common.config.run import RunConfig
 from common.metric_catalogue import Logged
@@ -110,14 +110,22 @@ class SftStage(SupervisedStage):
             logits_BTV, _ = self.engine(torch.zeros(1, 2, dtype=torch.int64, device=device))
             return Loss(logits_BTV.sum() * 0.0, {"nll": 0.0, "count": 0.0})
         targets_BT = batch.target_mask_BT.to(device)
-        logits_NV, _ = self.engine(
+        # The mask marks positions whose next token is a target: never the last column.
+        following_N = batch.tokens_BT.roll(-1, dims=1).to(device)[targets_BT]
+
+        def read(logits_NV: Tensor, part: slice) -> Tensor:
+            """Columns: negative log-likelihood and log Z."""
+            log_z_N = logits_NV.logsumexp(-1)
+            chosen_N = logits_NV.gather(-1, following_N[part, None]).squeeze(-1)
+            return torch.stack((log_z_N - chosen_N, log_z_N), dim=-1)
+
+        columns_N2, _ = self.engine(
             batch.tokens_BT.to(device),
             positions_BT=batch.positions_BT.to(device),
             segments_BT=batch.segments_BT.to(device),
             predict_BT=targets_BT,
+            read=read,
         )
-        # The mask marks positions whose next token is a target: never the last column.
-        following_N = batch.tokens_BT.roll(-1, dims=1).to(device)[targets_BT]
-        nll = F.cross_entropy(logits_NV, following_N, reduction="sum")
-        z_loss = self.config.sft.z_loss * logits_NV.logsumexp(-1).square().sum()
+        nll_N, log_z_N = columns_N2.unbind(-1)
+        nll, z_loss = nll_N.sum(), self.config.sft.z_loss * log_z_N.square().sum()
         return Loss((nll + z_loss) / tokens, {"nll": nll.detach(), "count": targets_BT.sum()})

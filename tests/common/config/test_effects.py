@@ -127,7 +127,9 @@ def test_where_it_has_an_effect_it_is_taken(overrides: list[str]) -> None:
 
 
 def test_a_kind_of_model_that_is_none(folder: Path) -> None:
-    assert "r.yaml:1: model.kind: should be 'palm', not 'bert'" in refusal("model: {kind: bert}")
+    assert "r.yaml:1: model.kind: should be 'palm' or 'pretrained', not 'bert'" in refusal(
+        "model: {kind: bert}"
+    )
     assert load("model: {kind: palm, dim: 96}") == load("model: {dim: 96}")
 
 

@@ -10,7 +10,8 @@ from actors.generation.engine import GenerationEngine
 from common.data.prompts import EncodedPrompt, evaluation_requests
 from common.errors import ConfigError
 from common.logprobs import Sampling
-from common.models.decoder import Attention, Decoder, Sizes
+from common.models.attention import Attention
+from common.models.decoder import Decoder, Sizes
 from common.models.lora import Adapted, RowSelection
 from common.models.networks import PolicyNetwork
 from tests.likelihoods import chosen_logprobs

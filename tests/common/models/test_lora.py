@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from palm_rlhf_pytorch import PaLM as TheirPaLM
 from peft import PeftModel
 from torch import Tensor
 
-from common.config.model import LoraConfig, PalmConfig, Projection
+from common.config.model import PROJECTIONS, LoraConfig, PalmConfig
 from common.errors import CheckpointError, ConfigError, TrainingError
 from common.models.adapter_files import (
     Adapter,
@@ -46,7 +45,7 @@ from common.models.weight_files import load_weights, save_weights
 
 SHAPE = PalmConfig(vocab_size=61, dim=32, layers=2, heads=4, head_dim=8, context=64)
 TOKENS = torch.randint(0, 61, (3, 17), generator=torch.Generator().manual_seed(0))
-ALL = get_args(Projection)
+ALL = PROJECTIONS
 
 
 def palm(seed: int = 0) -> PaLM:
@@ -93,7 +92,7 @@ def test_an_adapter_is_what_hu_2021_says(lora: LoraConfig, seed: int) -> None:
     for (path, module), (_, plain) in zip(adapted(network), adapted(literal), strict=True):
         begin = position = 0
         for segment, rows in module.segments.items():
-            if segment in lora.targets:
+            if lora.reaches(segment):
                 A = module.lora_policy_A[position : position + lora.rank]
                 B = getattr(module, f"lora_policy_B_{segment}")
                 assert A.shape == (lora.rank, module.in_features), path

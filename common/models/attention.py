@@ -1,0 +1,141 @@
+"""How tokens attend to each other: what a block is given, and attention of whole sequences.
+
+A block does not know whether it trains on whole sequences or generates with a cache: it is given
+an `Attention`. Those of whole sequences are here, the one with a cache is
+`actors.generation.torch_forward`'s.
+
+Shape suffixes: B sequences, T queries, L keys, N flat tokens of all sequences, H query heads,
+G key and value heads, K head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixing:
+    """What is special in how a layer mixes values."""
+
+    scale: float | None = None
+    """Factor of the products of queries and keys; None is ``1 / sqrt(K)``."""
+    window: int | None = None
+    """Positions that can be attended to, the token's own included; None is all."""
+    softcap: float | None = None
+    """The scores s become ``softcap tanh(s / softcap)`` (Gemma 2)."""
+
+
+PLAIN = Mixing()
+
+
+class Attention(Protocol):
+    """How new tokens attend, given to every block."""
+
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mixing: Mixing = PLAIN
+    ) -> Tensor:
+        """Mix values: queries ``[..., H, K]``, keys and values ``[..., G, K]`` to ``[..., H, K]``.
+
+        Rotary positions are in queries and keys already. Query head h reads head ``h G / H`` of
+        keys and values.
+        """
+
+
+def causal_attention(segments_BT: Tensor | None = None) -> Attention:
+    """Attention of whole rows ``[B, T]``, each position to itself and those before it.
+
+    Sequences are left-aligned, so causality alone keeps padding out of every real position.
+    With `segments_BT`, positions attend only inside their own segment.
+    """
+    mask: Tensor | None = None
+    if segments_BT is not None:
+        same = segments_BT[:, :, None] == segments_BT[:, None, :]
+        mask = same.tril()[:, None]
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, mixing: Mixing = PLAIN) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return _whole(q, k, v, mixing, mask).transpose(1, 2)
+
+    return attend
+
+
+def sequence_attention(lengths: Sequence[int]) -> Attention:
+    """Attention of flat tokens ``[N]`` of sequences one after another, each on its own.
+
+    No product is spent on padding or on pairs of different sequences, and what a sequence becomes
+    does not depend on the others.
+    """
+    spans = list(pairwise(accumulate(lengths, initial=0)))
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, mixing: Mixing = PLAIN) -> Tensor:
+        out = []
+        for begin, end in spans:
+            own_q, own_k, own_v = (t[begin:end].transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+            mixed = _whole(own_q, own_k, own_v, mixing, None)
+            out.append(mixed.squeeze(0).transpose(0, 1))
+        return torch.cat(out)
+
+    return attend
+
+
+def _whole(q: Tensor, k: Tensor, v: Tensor, mixing: Mixing, mask: Tensor | None) -> Tensor:
+    """Attention ``[B, H, T, K]`` of whole sequences; `mask` None is causal."""
+    dtype = v.dtype
+    if q.device.type == "cpu":
+        # The backward of attention in bf16 takes three times as long there as in fp32.
+        q, k, v = q.float(), k.float(), v.float()
+    length = q.shape[-2]
+    if mixing.window is not None and mixing.window < length:
+        ones = torch.ones(length, length, dtype=torch.bool, device=q.device)
+        near = ones.triu(1 - mixing.window)
+        mask = near.tril() if mask is None else mask & near
+    return masked_attention(q, k, v, mixing, mask).to(dtype)
+
+
+def masked_attention(
+    q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, mixing: Mixing, mask: Tensor | None
+) -> Tensor:
+    """Mix values: ``[B, H, T, K]``. Keys and values of a group of heads are not copied.
+
+    Args:
+        q_BHTK: queries.
+        k_BGLK: keys.
+        v_BGLK: values.
+        mixing: how; its window is in the mask.
+        mask: bool, broadcastable to ``[B, 1, T, L]``, True = attend; None is causal.
+    """
+    heads, groups = q_BHTK.shape[1], k_BGLK.shape[1]
+    if mixing.softcap is None:
+        if groups == 1:
+            k_BGLK, v_BGLK = (t.expand(-1, heads, -1, -1) for t in (k_BGLK, v_BGLK))
+        return F.scaled_dot_product_attention(
+            q_BHTK,
+            k_BGLK,
+            v_BGLK,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=mixing.scale,
+            enable_gqa=1 < groups < heads,
+        )
+    if mask is None:
+        ones = torch.ones(q_BHTK.shape[-2], k_BGLK.shape[-2], dtype=torch.bool)
+        mask = ones.tril().to(q_BHTK.device)
+    scale = q_BHTK.shape[-1] ** -0.5 if mixing.scale is None else mixing.scale
+    grouped = q_BHTK.unflatten(1, (groups, -1))
+    scores = grouped @ k_BGLK.transpose(-1, -2).unsqueeze(2) * scale
+    absent = ~(mask if mask.dim() == 2 else mask.unsqueeze(1))
+    scores = capped(scores, mixing.softcap).masked_fill(absent, float("-inf"))
+    weights = scores.softmax(-1, dtype=torch.float32).to(v_BGLK.dtype)
+    return (weights @ v_BGLK.unsqueeze(2)).flatten(1, 2)
+
+
+def capped(scores: Tensor, softcap: float) -> Tensor:
+    """Hold scores between -softcap and softcap (Gemma 2, arXiv 2408.00118, section 2)."""
+    return softcap * torch.tanh(scores / softcap)

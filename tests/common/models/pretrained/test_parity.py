@@ -1,0 +1,69 @@
+"""Every supported family against `transformers`' own logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.logprobs import Sampling, chosen_reader
+from common.models.embedding import Reader
+from common.models.networks import PolicyNetwork
+from learner.algorithms import ppo
+from tests.common.models.pretrained.tiny import VARIANTS, VOCABULARY, loaded, reference
+
+LENGTHS = (13, 5, 40, 1)
+
+
+def rows(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, VOCABULARY, (len(LENGTHS), max(LENGTHS)), generator=generator)
+    return tokens, torch.tensor(LENGTHS)
+
+
+def reader(tokens: torch.Tensor) -> Reader:
+    """Log-probabilities of the following tokens, and entropies."""
+    return chosen_reader(tokens.roll(-1, 1), Sampling(), ppo.entropy)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logprobs_and_entropy_are_the_librarys(name: str, tmp_path: Path) -> None:
+    model = reference(name)
+    network = PolicyNetwork(loaded(model, tmp_path, logits_mb=0.002))
+    tokens, lengths = rows()
+    with torch.no_grad():
+        logits, _ = network(tokens, lengths_B=lengths)
+        read, _ = network(tokens, lengths_B=lengths, read=reader(tokens))
+        for row, length in enumerate(LENGTHS):
+            expected = model(tokens[row : row + 1, :length], use_cache=False).logits[0]
+            torch.testing.assert_close(logits[row, :length], expected, atol=1e-5, rtol=1e-5)
+            logprobs = expected.log_softmax(-1)
+            chosen = logprobs[:-1].gather(-1, tokens[row, 1:length, None])[:, 0]
+            torch.testing.assert_close(read[row, : length - 1, 0], chosen, atol=1e-5, rtol=0)
+            entropy = -(logprobs.exp() * logprobs).sum(-1)
+            torch.testing.assert_close(read[row, :length, 1], entropy, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_gradients_are_the_librarys(name: str, tmp_path: Path) -> None:
+    model = reference(name)
+    decoder = loaded(model, tmp_path, logits_mb=0.002, activation_checkpointing=True)
+    network = PolicyNetwork(decoder).train()
+    tokens, lengths = rows(1)
+    read, _ = network(tokens, lengths_B=lengths, read=reader(tokens))
+    real = torch.arange(max(LENGTHS)) < lengths[:, None] - 1
+    (read[real] * torch.tensor([1.0, 0.3])).sum().backward()
+    loss = torch.zeros(())
+    for row, length in enumerate(LENGTHS):
+        logprobs = model(tokens[row : row + 1, :length], use_cache=False).logits[0].log_softmax(-1)
+        chosen = logprobs[:-1].gather(-1, tokens[row, 1:length, None])
+        loss = loss + chosen.sum() - 0.3 * (logprobs.exp() * logprobs)[:-1].sum()
+    loss.backward()
+    theirs = dict(model.named_parameters())
+    assert {k for k, _ in decoder.named_parameters()} == theirs.keys()
+    for key, parameter in decoder.named_parameters():
+        expected = theirs[key].grad
+        assert expected is not None and parameter.grad is not None, key
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(parameter.grad, expected, atol=1e-4 * scale, rtol=1e-4, msg=key)
