@@ -23,6 +23,7 @@ from common.config.base import (
 )
 from common.config.model import PRESETS, ModelConfig, PalmConfig, TokenizerConfig
 from common.config.stages import (
+    DocstringsConfig,
     EvaluateConfig,
     QuickstartConfig,
     RewardModelConfig,
@@ -124,7 +125,7 @@ class RunConfig(Section):
     reward_service: RewardServiceConfig = RewardServiceConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    quickstart: QuickstartConfig = QuickstartConfig()
+    quickstart: SerializeAsAny[QuickstartConfig] = DocstringsConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="before")

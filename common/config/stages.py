@@ -8,6 +8,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 
 from common.config.algorithms import ALGORITHMS, AlgorithmName, Needs
 from common.config.base import (
+    Family,
     Float,
     Fraction,
     NonNegativeFloat,
@@ -238,9 +239,17 @@ class EvaluateConfig(Section):
     """Samples per prompt of the quickstart's best-of-N line; 0 leaves it out."""
 
 
-class QuickstartConfig(Section):
-    """Data of the quickstart, harvested from the user's own Python environment."""
+class QuickstartConfig(Family):
+    """The task of `talipot quickstart`, which makes its own data."""
 
+    kind: str
+    """Task: a line of documentation for each function, or answers that keep to instructions."""
+
+
+class DocstringsConfig(QuickstartConfig):
+    """Docstrings, harvested from the user's own Python environment."""
+
+    kind: Literal["docstrings"] = "docstrings"
     demonstrations: PositiveInt = 20_000
     """Harvested pairs for the supervised stage and the prompts."""
     held_out: PositiveInt = 1_000
@@ -256,7 +265,18 @@ class QuickstartConfig(Section):
     only what the line is about decides. The rest compares two samples."""
 
     @model_validator(mode="after")
-    def _shares(self) -> QuickstartConfig:
+    def _shares(self) -> DocstringsConfig:
         if self.human_share + self.borrowed_share > 1:
             raise ValueError("human_share and borrowed_share are more than everything together")
         return self
+
+
+class InstructConfig(QuickstartConfig):
+    """Verifiable instructions to a pretrained chat model."""
+
+    kind: Literal["instruct"] = "instruct"
+    prompts: PositiveInt = 2_000
+    """Prompts that the policy is trained on."""
+    held_out_prompts: PositiveInt = 128
+    """Prompts that only the judge sees: of held-out topics, of held-out kinds of instructions and
+    of held-out combinations, so many each."""

@@ -48,6 +48,8 @@ class Presentation:
     """Measures of the whole run."""
     stages: tuple[str, ...] = ()
     """Stages whose seconds are known, in their order."""
+    sample_titles: tuple[str, str] = ("supervised", "trained")
+    """Whose the answers before and after are."""
     samples_note: str = "samples."
     """After their number: what the rows of ``samples.jsonl`` are, and what their marks mean."""
 

@@ -74,6 +74,7 @@ def write_report(run_dir: Path, summary: Presentation = EVALUATION) -> Path:
         sections=_sections(lines),
         samples=_samples(folder.samples),
         samples_note=summary.samples_note,
+        sample_titles=dict(zip(("before", "after"), summary.sample_titles, strict=True)),
         config=_text(folder.config),
         versions=_versions(),
     )

@@ -57,14 +57,19 @@ def figures_of(record: DataclassInstance, side: str = "") -> dict[str, float]:
     figures: dict[str, float] = {}
     for field in fields(record):
         value = getattr(record, field.name)
-        if isinstance(value, Interval):
-            ends = {"": value.mean, "_low": value.low, "_high": value.high}
-            figures |= {_key(field.name + end, side): bound for end, bound in ends.items()}
-        elif is_dataclass(value) and not isinstance(value, type):
+        if is_dataclass(value) and not isinstance(value, Interval | type):
             figures |= figures_of(value, field.name)
         elif value is not None:
-            figures[_key(field.name, side)] = value
+            figures |= keyed(field.name, value, side)
     return figures
+
+
+def keyed(name: str, value: Interval | float, side: str = "") -> dict[str, float]:
+    """Return one figure by its keys; an interval has three."""
+    if not isinstance(value, Interval):
+        return {_key(name, side): value}
+    ends = {"": value.mean, "_low": value.low, "_high": value.high}
+    return {_key(name + end, side): bound for end, bound in ends.items()}
 
 
 def figure(figures: Mapping[str, Any], name: str, side: str = "") -> Interval | float | None:

@@ -31,11 +31,12 @@ def run_quickstart(session: Session) -> Outcome:
     begin = time.perf_counter()
     session.lock("quickstart")
     config, console = session.config, session.console
+    settings = quickstart_task.settings_of(config)
     folder = session.folder.data
     with_data = quickstart_task.with_data(config, folder)
     begun = bool(RunInputs(session.run_dir).standing())
     with session.stage("harvest", "harvested signatures and docstrings of this environment"):
-        task, facts = quickstart_task.prepare(config.quickstart, config.seed, folder, begun=begun)
+        task, facts = quickstart_task.prepare(settings, config.seed, folder, begun=begun)
     say(console, f"  {facts['pairs']} pairs, fingerprint {facts['fingerprint'][:12]}")
     config = with_data
     with session.stage("tokenizer", "trained a byte-level BPE tokenizer"):
@@ -87,7 +88,7 @@ def _make_comparisons(
     session: Session, config: RunConfig, task: Task, rollout: Pool
 ) -> tuple[int, int]:
     """Have pairs of lines labelled; writes comparisons.jsonl, returns its rows and the ties."""
-    settings, seed = config.quickstart, config.seed
+    settings, seed = quickstart_task.settings_of(config), config.seed
     pairs, prompts = encoded_prompts(session, config, task.train[: settings.comparisons])
     kinds = quickstart_task.draw_kinds(len(pairs), settings, seed)
     weights = policy_weights(config, session.folder.sft.weights, 0)

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from common.config.run import DataConfig, RunConfig
-from common.config.stages import QuickstartConfig
+from common.config.stages import DocstringsConfig
 from common.data.records import Comparison, Demonstration, Prompt, write_jsonl
 from common.errors import ConfigError
 from common.files import write_atomic
@@ -39,7 +39,13 @@ class Task:
         return [quality(s, p, self.verbs) for s, p in zip(lines, pairs, strict=True)]
 
 
-def make_task(pairs: Sequence[Pair], settings: QuickstartConfig, seed: int) -> Task:
+def settings_of(config: RunConfig) -> DocstringsConfig:
+    """Return the settings of this task, which the recipe is of."""
+    assert isinstance(config.quickstart, DocstringsConfig)
+    return config.quickstart
+
+
+def make_task(pairs: Sequence[Pair], settings: DocstringsConfig, seed: int) -> Task:
     """Split harvested pairs; the same arguments give the same task."""
     train, held_out = split(pairs, settings.held_out, seed)
     order = np.random.default_rng(derive_seed(seed, "harvest")).permutation(len(train))
@@ -48,7 +54,7 @@ def make_task(pairs: Sequence[Pair], settings: QuickstartConfig, seed: int) -> T
 
 
 def prepare(
-    settings: QuickstartConfig, seed: int, folder: DataFolder, *, begun: bool = False
+    settings: DocstringsConfig, seed: int, folder: DataFolder, *, begun: bool = False
 ) -> tuple[Task, dict[str, str]]:
     """Harvest, split, and write the data files; return the task and facts for the log.
 
@@ -115,7 +121,7 @@ Kind = Literal["sample-human", "sample-sample", "human-borrowed"]
 """Where the two lines of a comparison come from."""
 
 
-def draw_kinds(count: int, settings: QuickstartConfig, seed: int) -> list[Kind]:
+def draw_kinds(count: int, settings: DocstringsConfig, seed: int) -> list[Kind]:
     """Draw which two lines each comparison shows."""
     rng = np.random.default_rng(derive_seed(seed, "sides"))
     names: tuple[Kind, ...] = ("sample-human", "human-borrowed", "sample-sample")
@@ -133,7 +139,7 @@ def comparisons(
     task: Task,
     pairs: Sequence[Pair],
     sides: Sequence[tuple[str, str]],
-    settings: QuickstartConfig,
+    settings: DocstringsConfig,
     seed: int,
 ) -> tuple[list[Comparison], int]:
     """Label two lines for each signature; return the comparisons and the number of ties."""

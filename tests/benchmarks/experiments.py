@@ -31,7 +31,7 @@ from deploy.evaluation.sampling import best_of, policy_weights, sample_scored
 from deploy.quickstart.evaluation import encoded_prompts, evaluate, stripped
 from deploy.quickstart.harvest import Pair, harvest, prompt_text
 from deploy.quickstart.pipeline import run_quickstart
-from deploy.quickstart.task import Task, judge_lines, make_task
+from deploy.quickstart.task import Task, judge_lines, make_task, settings_of
 from deploy.stages import policy, supervised
 from deploy.stages.policy import start_pools
 from deploy.stages.session import open_session
@@ -217,14 +217,15 @@ def _pairs() -> list[Pair]:
 
 @cache
 def _task(seed: int, demonstrations: int, held_out: int) -> Task:
-    settings = load_config(_recipe_path()).quickstart
+    settings = settings_of(load_config(_recipe_path()))
     settings = settings.model_copy(update={"demonstrations": demonstrations, "held_out": held_out})
     return make_task(_pairs(), settings, seed)
 
 
 def task_of(config: RunConfig) -> Task:
     """Return the task that the base run of this config was made from."""
-    return _task(config.seed, config.quickstart.demonstrations, config.quickstart.held_out)
+    settings = settings_of(config)
+    return _task(config.seed, settings.demonstrations, settings.held_out)
 
 
 def _recipe_path() -> Path:
