@@ -12,13 +12,16 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class PolicyFolder:
-    """An exported policy: what a stage leaves, and what the next one or a user loads."""
+    """An exported policy: what a stage leaves, and what the next one or a user loads.
+
+    Of a pretrained model it is a folder like its checkpoint's, with files of the same names.
+    """
 
     path: Path
 
     @property
     def weights(self) -> Path:
-        """All weights; those of an adapter are added to the base's."""
+        """All weights of a model of our own; those of an adapter are added to the base's."""
         return self.path / "policy.safetensors"
 
     @property
@@ -28,19 +31,19 @@ class PolicyFolder:
 
     @property
     def shape(self) -> Path:
-        """The model's shape, as `model` in a recipe."""
+        """The shape of a model of our own, as `model` in a recipe."""
         return self.path / "model.json"
 
 
 @dataclass(frozen=True, slots=True)
 class RewardModelFolder:
-    """The trained reward model."""
+    """The trained reward model; a pretrained one with all weights is a folder of a checkpoint."""
 
     path: Path
 
     @property
     def weights(self) -> Path:
-        """All weights, or an adapter and the head."""
+        """All weights of a model of our own, or an adapter and the head."""
         return self.path / "reward.safetensors"
 
 

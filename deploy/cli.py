@@ -218,6 +218,27 @@ def import_model(
     _print_numbers(str(target), facts)
 
 
+@app.command()
+def export(
+    run: RunArgument,
+    target: Annotated[Path, typer.Argument(help="The folder to make.")],
+    checkpoint: Annotated[
+        str, typer.Option(help="Iteration of a checkpoint, latest, or final.")
+    ] = "final",
+    to: Annotated[
+        str, typer.Option(help="folder: as policy/; merged: all weights alone; adapter: PEFT's.")
+    ] = "folder",
+    precision: Annotated[
+        str | None, typer.Option(help="Number type of the weights: fp32, bf16 or fp16.")
+    ] = None,
+) -> None:
+    """Write a policy of a run for others, from any of its checkpoints; no cluster needed."""
+    from deploy.exchange.exporting import export_run
+
+    facts = export_run(_of_run(run, None, None), target, checkpoint, to, precision)
+    _print_numbers(str(target), facts)
+
+
 @app.command("config")
 def show_config(overrides: Overrides = None, config: ConfigOption = None) -> None:
     """Print a recipe with every default filled in."""

@@ -25,6 +25,7 @@ from deploy.evaluation.compare import Judge, compare
 from deploy.evaluation.results import PolicyComparison, figures_of
 from deploy.evaluation.sampling import sample_both
 from deploy.run_folder.log_lines import read_lines
+from deploy.run_folder.weights import final_policy, is_there, policy_start
 from deploy.stages.controller_actor import RemoteController
 from deploy.stages.policy import start_pools
 from deploy.stages.preparation import say_fitting
@@ -55,7 +56,7 @@ def evaluate_run(config: RunConfig, console: Console) -> PolicyComparison:
         )
         say_fitting(console, fitting)
         pools = start_pools(session, config)
-        policies = session.folder.sft.weights, session.folder.policy.weights
+        policies = policy_start(config), final_policy(config)
         before, after = sample_both(config, *policies, prompts, *pools, label="eval")
     comparison = compare([p.text for p in prompts], before, after, judge)
     figures = json.dumps(figures_of(comparison), indent=1).encode()
@@ -69,8 +70,7 @@ def sample_run(config: RunConfig, texts: Sequence[str], sft: bool, seed: int) ->
     compute_of(cpus=rollout.cpus_per_actor, threads=rollout.threads).apply()
     tokenizer = Tokenizer.load(config.folder.tokenizer)
     network = build_policy(config.model)
-    policy = config.folder.sft if sft else config.folder.policy
-    load_weights(network, policy.weights)
+    load_weights(network, policy_start(config) if sft else final_policy(config))
     network.eval().requires_grad_(False).to(torch_dtype(rollout.precision))
     for index, text in enumerate(texts):
         if not text:
@@ -174,7 +174,7 @@ def logged(folder: RunFolder) -> dict[str, Any]:
     if not log.lines:
         return {"logged": "nothing yet"} | note
     last = log.lines[-1]
-    finished = folder.policy.weights.exists()
+    finished = is_there(folder.policy)
     return {"finished": finished, "stage": last.stage, "step": last.step, **last.metrics} | note
 
 

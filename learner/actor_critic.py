@@ -26,7 +26,7 @@ from common.models.adapters import (
 )
 from common.models.build import build_policy, build_scalar
 from common.models.networks import PolicyNetwork, ScalarNetwork
-from common.models.weight_files import load_weights, save_weights
+from common.models.weight_files import load_weights, policy_folder, save_policy
 from common.randomness import derive_seed
 from common.run_folder import PolicyFolder
 from common.wire.weights import Payload, state_hash
@@ -114,14 +114,16 @@ class ActorCritic:
         model, lora, adapter = self.config.model, self.config.train.lora, self.config.train.adapter
         state = self.policy.full_state(frozen=lora is None)
         if rank() == 0:
-            target = PolicyFolder(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            if lora is not None:
-                trained = adapter_of(state, adapter, lora, self.base_fingerprint)
-                export_merged(trained, state, self._policy_weights, folder, model)
-            else:
-                save_weights(state, target.weights, {"model": model.model_dump_json()})
-            target.shape.write_text(json.dumps(model.model_dump(), indent=1), encoding="utf8")
+            base = self._policy_weights
+            with policy_folder(folder, base) as target:
+                if lora is not None:
+                    trained = adapter_of(state, adapter, lora, self.base_fingerprint)
+                    export_merged(trained, state, base, target, model)
+                else:
+                    save_policy(state, target, model, base)
+                if not base.is_dir():  # a checkpoint's folder says its shape itself
+                    text = json.dumps(model.model_dump(), indent=1)
+                    PolicyFolder(target).shape.write_text(text, encoding="utf8")
         return state_hash(state)
 
     def _engine(self, network: nn.Module) -> ZeroEngine:

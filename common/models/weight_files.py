@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from common.models.decoder import DECODER, Decoder
 from common.models.networks import DecoderNetwork, PolicyNetwork, ScalarHead, ScalarNetwork
 from common.models.pretrained.checkpoint import SCORE, Checkpoint
 from common.models.pretrained.names import HEAD
-from common.models.pretrained.writing import SCALAR_HEAD, VALUE_HEAD, write_like
+from common.models.pretrained.writing import SCALAR_HEAD, VALUE_HEAD, write_like, written_whole
 from common.run_folder import PolicyFolder
 
 _SCALAR = "head."
@@ -35,6 +36,29 @@ def save_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str,
         dict(metadata),
     )
     temporary.replace(path)
+
+
+def checkpoint_of(model: ModelConfig) -> Path | None:
+    """Return the folder that a model starts from; None for one of our own."""
+    start = getattr(model, "start", None)
+    return None if start is None else Path(start)
+
+
+@contextmanager
+def policy_folder(folder: Path, base: Path | None) -> Iterator[Path]:
+    """Give the folder to write a policy into.
+
+    Args:
+        folder: where it belongs.
+        base: as in `save_policy`. A folder like a checkpoint's has many files, so it is written
+            beside and takes its name when it is whole.
+    """
+    if base is not None and base.is_dir():
+        with written_whole(folder) as partial:
+            yield partial
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
 
 
 def save_policy(

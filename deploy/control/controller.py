@@ -39,6 +39,7 @@ from deploy.control.jobs import Scored, Weights
 from deploy.control.ledger import Ledger
 from deploy.control.own_workers import OwnWorkers
 from deploy.control.status import Status, record
+from deploy.exchange.card import add_card
 from deploy.run_folder import checkpoints
 from deploy.run_folder.lock import writing
 from deploy.run_folder.metrics_log import RunLog
@@ -160,7 +161,9 @@ class Controller:
                     self._checkpoint_if_due()
                 if self.iteration < last:
                     return ""
-                return self.gang.export_policy(self.config.folder.policy.path)
+                weights_hash = self.gang.export_policy(self.config.folder.policy.path)
+                add_card(self.config.folder.policy.path, self.config, "train")
+                return weights_hash
             except _Stopped:
                 self._checkpoint()
                 return ""

@@ -25,6 +25,7 @@ from common.wire.weights import manifest_of
 from deploy.control.collector import Collector
 from deploy.control.jobs import Weights
 from deploy.control.ledger import Ledger
+from deploy.run_folder.weights import policy_start
 from deploy.workers.pool import Pool
 
 
@@ -55,7 +56,7 @@ class Sampled:
 
 
 def policy_weights(config: RunConfig, path: Path, version: int) -> Weights:
-    """Return a policy file's decoder as weights that actors can load.
+    """Return a policy's decoder as weights that actors can load.
 
     Actors of a run with LoRA hold the supervised policy as a base and load an adapter on it: that
     of the trained policy, or for the supervised policy itself one that changes nothing.
@@ -71,13 +72,13 @@ def policy_weights(config: RunConfig, path: Path, version: int) -> Weights:
         state: dict[str, Tensor] = dict(decoder.named_parameters())
         fingerprint = ""
     else:
-        base = config.folder.sft.weights
+        base = policy_start(config)
         load_decoder(decoder, base)
         fingerprint = base_fingerprint(decoder.state_dict())
         if path.absolute() == base.absolute():
             add_adapter(decoder, name, lora, seed=0)
         else:
-            folder = PolicyFolder(path.parent).adapter
+            folder = PolicyFolder(path if path.is_dir() else path.parent).adapter
             adapter = load_peft(folder, decoder)
             require_base(adapter, fingerprint, folder)
             put_adapter(decoder, name, adapter)

@@ -22,6 +22,7 @@ from deploy.quickstart.harvest import Pair, prompt_text
 from deploy.quickstart.judges import conformance
 from deploy.quickstart.outcome import Evaluation, Side, Verdict
 from deploy.quickstart.task import Task, judge_lines
+from deploy.run_folder.weights import final_policy, policy_start
 from deploy.stages.session import Session
 from deploy.workers.pool import Pool
 
@@ -31,7 +32,7 @@ def evaluate(
 ) -> Evaluation:
     """Judge supervised and trained policy on held-out signatures; writes samples.jsonl."""
     pairs, prompts = encoded_prompts(session, config, task.held_out[: config.evaluate.prompts])
-    policies = session.folder.sft.weights, session.folder.policy.weights
+    policies = policy_start(config), final_policy(config)
     before, after = paired(*sample_both(config, *policies, prompts, *pools, label="eval"))
     by_prompt = {prompt_text(pair): pair for pair in pairs}
 

@@ -19,6 +19,7 @@ from deploy.quickstart.evaluation import encoded_prompts, evaluate, stripped
 from deploy.quickstart.outcome import IN_REPORT, Outcome
 from deploy.quickstart.task import Task
 from deploy.run_folder.inputs import RunInputs
+from deploy.run_folder.weights import policy_start, reward_weights
 from deploy.screen import say
 from deploy.stages import policy, preparation, supervised
 from deploy.stages.session import Session
@@ -45,7 +46,7 @@ def run_quickstart(session: Session) -> Outcome:
         sft = supervised.run_sft(session, config)
     say(console, f"  held-out loss {sft['heldout_loss']:.3f} nats per token")
     rollout = session.keep(
-        rollout_pool(config, config.name, session.folder.tokenizer, session.folder.sft.weights)
+        rollout_pool(config, config.name, session.folder.tokenizer, policy_start(config))
     )
     with session.stage("comparisons", "sampled and labelled comparisons"):
         count, ties = _make_comparisons(session, config, task, rollout)
@@ -58,8 +59,8 @@ def run_quickstart(session: Session) -> Outcome:
             config,
             config.name,
             session.folder.tokenizer,
-            session.folder.sft.weights,
-            session.folder.reward_model.weights,
+            policy_start(config),
+            reward_weights(config),
         )
     )
     with session.stage("train", "trained the policy"):
@@ -91,7 +92,7 @@ def _make_comparisons(
     settings, seed = quickstart_task.settings_of(config), config.seed
     pairs, prompts = encoded_prompts(session, config, task.train[: settings.comparisons])
     kinds = quickstart_task.draw_kinds(len(pairs), settings, seed)
-    weights = policy_weights(config, session.folder.sft.weights, 0)
+    weights = policy_weights(config, policy_start(config), 0)
 
     def samples(label: str, wanted: Container[str]) -> dict[int, str]:
         """Sample lines for the pairs of some kinds, by the pair's number."""

@@ -31,10 +31,12 @@ from common.run_folder import RunFolder
 from deploy.run_folder.fingerprints import Facts, FileFacts, difference, fingerprint
 from deploy.run_folder.reads import FUNCTION, Reads, is_given
 from deploy.run_folder.resume_rules import flat, within
+from deploy.run_folder.weights import weights_in
 
 _FORMAT = 1
 _TOKENIZER = ("tokenizer.vocab_size", "tokenizer.words")
 _COMMON = ("seed", "model", *_TOKENIZER, "learner", "data.too_long", "rollout.max_response_tokens")
+_PATHS = ("sft.start", "model.start")
 _SETTINGS: Mapping[str, Sequence[str]] = {
     "tokenizer": _TOKENIZER,
     "sft": (*_COMMON, "sft"),
@@ -80,8 +82,8 @@ class RunInputs:
     def standing(self) -> list[str]:
         """List the stages whose results exist, in their order."""
         results = {
-            "sft": [self.folder.sft.weights],
-            "reward": [self.folder.reward_model.weights],
+            "sft": weights_in(self.folder.sft.path),
+            "reward": weights_in(self.folder.reward_model.path),
             "train": self.folder.checkpoints.glob("step-*"),
         }
         return [
@@ -197,11 +199,11 @@ class RunInputs:
 
 
 def settings_of(stage: str, config: RunConfig) -> dict[str, Any]:
-    """Return the fields that a stage's result depends on; of `sft.start` the contents do."""
+    """Return the fields that a stage's result depends on; of a path to weights the contents do."""
     return {
         name: value
         for name, value in flat(config.model_dump(mode="json"))
-        if name != "sft.start" and any(within(name, prefix) for prefix in _SETTINGS[stage])
+        if name not in _PATHS and any(within(name, prefix) for prefix in _SETTINGS[stage])
     }
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from common.config.rewards import FunctionComponent
 from common.config.run import RunConfig
+from common.models.weight_files import checkpoint_of
+from deploy.run_folder.weights import files_of, policy_start, reward_weights
 
 Reads = Mapping[str, Sequence[str | Path]]
 """Files by their names in ``run.json``: ``data.prompts``, ``sft/policy.safetensors``."""
@@ -20,27 +22,34 @@ def reads_of(stage: str, config: RunConfig) -> Reads:
     """Return the files that a stage (or `replay`) reads; what earlier stages left if it exists."""
     reads: dict[str, Sequence[str | Path]] = {}
     data, folder = config.data, config.folder
-    own = [folder.tokenizer]
+    own, begins = [folder.tokenizer], policy_start(config)
     if stage == "sft":
         reads["data.demonstrations"] = data.demonstrations
         if config.sft.start is not None:
             reads["sft.start"] = [config.sft.start]
+        elif (start := checkpoint_of(config.model)) is not None:
+            reads["model.start"] = files_of(start)
     elif stage == "reward":
         reads["data.demonstrations"] = data.demonstrations
         reads["data.comparisons"] = data.comparisons
-        own.append(folder.sft.weights)
+        own += files_of(begins)
     else:
         if stage == "train":
             reads |= _functions(config) | {"data.prompts": data.prompts}
-        own.append(folder.sft.weights)
+        own += files_of(begins)
         if config.reward_service.needs_model:
-            own.append(folder.reward_model.weights)
-    return reads | {folder.name_of(path): [path] for path in own if path.exists()}
+            own += files_of(reward_weights(config))
+    for path in own:
+        if path.is_relative_to(folder.path):
+            reads |= {folder.name_of(path): [path]} if path.exists() else {}
+        else:  # there is no supervised policy: training begins from the checkpoint itself
+            reads["model.start"] = [*reads.get("model.start", ()), path]
+    return reads
 
 
 def is_given(name: str) -> bool:
     """Whether what a stage reads comes from outside, not from an earlier stage of the run."""
-    return name.startswith(("data.", "tokenizer.path", "sft.start", FUNCTION))
+    return name.startswith(("data.", "tokenizer.path", "sft.start", "model.start", FUNCTION))
 
 
 def _functions(config: RunConfig) -> dict[str, Sequence[str | Path]]:

@@ -18,6 +18,7 @@ from deploy.run_folder import checkpoints
 from deploy.run_folder.inputs import RunInputs
 from deploy.run_folder.paths import anchored
 from deploy.run_folder.resume_rules import Change, require_resumable
+from deploy.run_folder.weights import policy_start, reward_weights
 from deploy.screen import say
 from deploy.stages.controller_actor import (
     RemoteController,
@@ -139,10 +140,11 @@ def start_pools(session: Session, config: RunConfig) -> tuple[Pool, Pool]:
 def make_pools(session: Session, config: RunConfig, name: str, *, start: bool) -> tuple[Pool, Pool]:
     """Make pools of rollout actors and reward workers, filled when `start` is True."""
     tokenizer = session.folder.tokenizer
-    reward = session.folder.reward_model.weights if config.reward_service.needs_model else None
+    begins = policy_start(config)
+    reward = reward_weights(config) if config.reward_service.needs_model else None
     return (
-        rollout_pool(config, name, tokenizer, session.folder.sft.weights, start=start),
-        reward_pool(config, name, tokenizer, session.folder.sft.weights, reward, start=start),
+        rollout_pool(config, name, tokenizer, begins, start=start),
+        reward_pool(config, name, tokenizer, begins, reward, start=start),
     )
 
 

@@ -10,6 +10,8 @@ from common.data.records import read_comparisons, read_demonstrations
 from common.data.tokenizer import Tokenizer
 from common.endings import at_the_end
 from common.metric_catalogue import Logged
+from deploy.exchange.card import add_card
+from deploy.run_folder.weights import policy_start
 from deploy.stages.encoding import (
     encode_comparisons,
     encode_pairs,
@@ -30,7 +32,7 @@ _LOGGED_PORTIONS = 20
 
 
 def run_sft(session: Session, config: RunConfig) -> dict[str, float]:
-    """Train the supervised policy; writes ``sft/policy.safetensors``, returns metrics."""
+    """Train the supervised policy; writes ``sft/``, returns metrics."""
     require_paths(config.data.demonstrations, "data.demonstrations", "sft")
     record = check_inputs(session, config, "sft")
     records = read_demonstrations(config.data.demonstrations)
@@ -45,6 +47,7 @@ def run_sft(session: Session, config: RunConfig) -> dict[str, float]:
     metrics |= gang.evaluate()
     gang.export_stage(session.folder.sft.path)
     log_metrics(session, "sft", total, metrics)
+    add_card(session.folder.sft.path, config, "sft")
     return metrics
 
 
@@ -70,7 +73,7 @@ def run_reward(session: Session, config: RunConfig) -> dict[str, float]:
     gang = session.gang()
     best: dict[str, float] = {Logged.ACCURACY_HELDOUT: -math.inf}
     for seed in range(config.reward_model.seeds):
-        total = gang.begin_reward(config, train, held_out, session.folder.sft.weights, seed)
+        total = gang.begin_reward(config, train, held_out, policy_start(config), seed)
         metrics = _advance(session, "reward", f"reward model {seed + 1}", total)
         metrics |= gang.evaluate()
         if metrics[Logged.ACCURACY_HELDOUT] > best[Logged.ACCURACY_HELDOUT]:

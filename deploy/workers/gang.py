@@ -30,6 +30,7 @@ from common.endings import take_all
 from common.errors import ClusterError, TalipotError, WorkerError
 from common.files import one_line
 from common.wire.weights import Manifest, Payload
+from deploy.run_folder.weights import policy_start, reward_weights
 from deploy.workers.calls import (
     Answer,
     Arguments,
@@ -173,14 +174,13 @@ class LearnerGang:
 
     def begin_train(self, config: RunConfig, meanwhile: Meanwhile | None = None) -> None:
         """Build policy and value engines from the weights in the run's folder."""
-        folder = config.folder
         self._call(
             LearnerRank.begin_train,
             meanwhile,
             config,
-            _absolute(folder.sft.weights),
-            _absolute(folder.reward_model.weights) if config.reward_service.needs_model else None,
-            Tokenizer.load(folder.tokenizer).eos_id,
+            _absolute(policy_start(config)),
+            _absolute(reward_weights(config)) if config.reward_service.needs_model else None,
+            Tokenizer.load(config.folder.tokenizer).eos_id,
         )
 
     def policy_phase(

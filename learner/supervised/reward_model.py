@@ -18,9 +18,14 @@ from common.config.run import RunConfig
 from common.metric_catalogue import Logged
 from common.metrics import Metrics, mean
 from common.models.adapter_files import adapter_of, save_adapter
-from common.models.build import build_policy, build_scalar
+from common.models.build import build_scalar
 from common.models.networks import ScalarNetwork
-from common.models.weight_files import load_weights
+from common.models.weight_files import (
+    load_decoder,
+    policy_folder,
+    save_scalar,
+    save_weights,
+)
 from common.randomness import ShuffledIndex, derive_seed
 from common.run_folder import RewardModelFolder
 from learner.batch.dealing import Share
@@ -56,9 +61,8 @@ class RewardModelStage(SupervisedStage):
         """
         settings = config.reward_model
         model_seed = derive_seed(config.seed, "reward model", seed) >> 1
-        network, policy = build_scalar(config.model), build_policy(config.model)
-        load_weights(policy, policy_weights)
-        network.decoder.load_state_dict(policy.decoder.state_dict())
+        network, self._start = build_scalar(config.model), policy_weights
+        load_decoder(network.decoder, policy_weights)
         network.head.initialise(model_seed)
         super().__init__(config, settings, network, _ADAPTER, model_seed)
         self._training, self._held_out = training, held_out
@@ -100,17 +104,25 @@ class RewardModelStage(SupervisedStage):
         return {Logged.REFERENCE_MEAN: mean(before, 1)}
 
     def export(self, folder: Path) -> None:
-        """Write ``reward.safetensors``: all weights, or adapter and head (a collective)."""
-        path, lora = RewardModelFolder(folder).weights, self.config.reward_model.lora
-        if lora is None:
-            self._export_whole(path)
+        """Write the reward model (a collective).
+
+        Adapter and head, or all weights: those of a pretrained model as a folder like the one that
+        it started from.
+        """
+        lora, model, start = self.config.reward_model.lora, self.config.model, self._start
+        trained = self.engine.full_state(frozen=lora is None)
+        if rank() != 0:
             return
-        trained = self.engine.full_state(frozen=False)
-        if rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            head = {name: tensor for name, tensor in trained.items() if name.startswith("head.")}
-            adapter = adapter_of(trained, _ADAPTER, lora, self._base_fingerprint)
-            save_adapter(adapter, head, path, self.config.model)
+        with policy_folder(folder, None if lora else start) as target:
+            path = RewardModelFolder(target).weights
+            if lora is not None:
+                head = {k: tensor for k, tensor in trained.items() if k.startswith("head.")}
+                adapter = adapter_of(trained, _ADAPTER, lora, self._base_fingerprint)
+                save_adapter(adapter, head, path, model)
+            elif start.is_dir():
+                save_scalar(trained, target, start)
+            else:
+                save_weights(trained, path, {"model": model.model_dump_json()})
 
     def _losses(self, step: int) -> Iterator[tuple[Loss, bool]]:
         rows = self._order.next_batch(self.config.reward_model.batch_size)

@@ -17,9 +17,13 @@ from common.metric_catalogue import Logged
 from common.metrics import Metrics, mean
 from common.models.adapter_files import adapter_of, export_merged
 from common.models.build import build_policy
-from common.models.weight_files import load_weights
+from common.models.weight_files import (
+    checkpoint_of,
+    load_weights,
+    policy_folder,
+    save_policy,
+)
 from common.randomness import ShuffledIndex, derive_seed
-from common.run_folder import PolicyFolder
 from learner.batch.dealing import Share
 from learner.optimisation import Loss
 from learner.supervised.examples import EncodedPair
@@ -41,12 +45,16 @@ class SftStage(SupervisedStage):
         training: Sequence[EncodedPair],
         held_out: Sequence[EncodedPair],
     ) -> None:
-        """Begin with random weights, or with those of `sft.start` (a collective)."""
+        """Begin with random weights, or those of `sft.start` or a checkpoint (a collective)."""
         settings = config.sft
-        network = build_policy(config.model)
-        network.initialise(derive_seed(config.seed, "policy") >> 1)
-        if settings.start is not None:
-            load_weights(network, Path(settings.start))
+        start = checkpoint_of(config.model) if settings.start is None else Path(settings.start)
+        self._start = start
+        network, seed = build_policy(config.model), derive_seed(config.seed, "policy") >> 1
+        if start is None:
+            network.initialise(seed)
+        else:
+            network.value.initialise(seed)
+            load_weights(network, start)
         super().__init__(config, settings, network, _ADAPTER, config.seed)
         order = ShuffledIndex(len(training), derive_seed(config.seed, "sft") >> 1)
         drawn = order.next_batch(math.ceil(settings.epochs * len(training)))
@@ -69,15 +77,17 @@ class SftStage(SupervisedStage):
         return {Logged.HELDOUT_LOSS: mean(total["nll"], total["count"])}
 
     def export(self, folder: Path) -> None:
-        """Write ``policy.safetensors``; of adapters also ``adapter/`` (a collective)."""
-        settings, model = self.config.sft, self.config.model
-        if settings.lora is None:
-            self._export_whole(PolicyFolder(folder).weights)
-            return
-        trained = self.engine.full_state(frozen=False)
+        """Write all weights; of adapters also ``adapter/`` (a collective)."""
+        lora, model = self.config.sft.lora, self.config.model
+        trained = self.engine.full_state(frozen=lora is None)
         if rank() == 0:
-            adapter = adapter_of(trained, _ADAPTER, settings.lora, self._base_fingerprint)
-            export_merged(adapter, trained, Path(settings.start or ""), folder, model)
+            with policy_folder(folder, self._start) as target:
+                if lora is None:
+                    save_policy(trained, target, model, self._start)
+                else:
+                    assert self._start is not None  # the recipe sees to that
+                    adapter = adapter_of(trained, _ADAPTER, lora, self._base_fingerprint)
+                    export_merged(adapter, trained, self._start, target, model)
 
     def _losses(self, step: int) -> Iterator[tuple[Loss, bool]]:
         first = step * self.rows_per_step

@@ -16,12 +16,10 @@ from common.metric_catalogue import Logged
 from common.metrics import Metrics, mean
 from common.models.adapters import attach_adapter, base_fingerprint
 from common.models.networks import PolicyNetwork, ScalarNetwork
-from common.models.weight_files import save_weights
 from learner.algorithms.schedule import warmup_cosine
 from learner.batch.shards import Shards
 from learner.optimisation import Loss, accumulate
 from learner.zero.engine import ZeroEngine
-from learner.zero.process_group import rank
 
 
 class SupervisedStage(ABC):
@@ -105,10 +103,3 @@ class SupervisedStage(ABC):
     @abstractmethod
     def _metrics(self, totals: dict[str, float], steps: int) -> Metrics:
         """Return the metrics of some steps, from sums of their losses and of what was measured."""
-
-    def _export_whole(self, path: Path) -> None:
-        """Write all weights (a collective)."""
-        state = self.engine.full_state()
-        if rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_weights(state, path, {"model": self.config.model.model_dump_json()})

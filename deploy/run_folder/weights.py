@@ -1,0 +1,56 @@
+"""Where a run's weights lie: a file of ours, or a folder like the checkpoint it starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from common.config.run import RunConfig
+from common.models.pretrained.checkpoint import CONFIG, Checkpoint
+from common.models.weight_files import checkpoint_of
+from common.run_folder import PolicyFolder, RewardModelFolder
+
+
+def policy_start(config: RunConfig) -> Path:
+    """Return the weights that policy training begins with, and measures the KL against.
+
+    They are the supervised stage's; a pretrained model without one begins as its checkpoint.
+    """
+    start, sft = checkpoint_of(config.model), config.folder.sft
+    if start is None:
+        return sft.weights
+    return sft.path if is_there(sft) else start
+
+
+def final_policy(config: RunConfig) -> Path:
+    """Return the weights of the trained policy, whether they are there yet or not."""
+    policy = config.folder.policy
+    return policy.weights if checkpoint_of(config.model) is None else policy.path
+
+
+def reward_weights(config: RunConfig) -> Path:
+    """Return the weights of the trained reward model, likewise."""
+    folder = config.folder.reward_model
+    return folder.path if (folder.path / CONFIG).exists() else folder.weights
+
+
+def is_there(folder: PolicyFolder) -> bool:
+    """Whether a stage has left its policy in a folder."""
+    return any(path.exists() for path in weights_in(folder.path))
+
+
+def weights_in(folder: Path) -> list[Path]:
+    """Return the files one of which exists where a stage has left weights in a folder."""
+    own = (PolicyFolder(folder).weights, RewardModelFolder(folder).weights)
+    return [*own, folder / CONFIG]
+
+
+def files_of(weights: Path) -> list[Path]:
+    """Return the files that weights consist of.
+
+    Raises:
+        CheckpointError: a folder that is no checkpoint.
+    """
+    if not weights.is_dir():
+        return [weights]
+    beside = sorted(path for path in weights.glob("*_head.safetensors"))
+    return [*Checkpoint.open(weights).files, *beside]
