@@ -72,7 +72,8 @@ class PretrainedConfig(ModelConfig):
 
     kind: Literal["pretrained"] = "pretrained"
     start: Annotated[PathText, Field(min_length=1)]
-    """Folder of the checkpoint, with its ``config.json``, on every node (`talipot import`)."""
+    """Folder of the checkpoint, with its ``config.json``, on every node (`talipot import SOURCE
+    TARGET`)."""
     context: PositiveInt = 1024
     """Longest prompt + response, in tokens; at most what the checkpoint was made for."""
     logits_mb: PositiveFloat = 64.0

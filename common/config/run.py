@@ -21,7 +21,13 @@ from common.config.base import (
     PositiveInt,
     Section,
 )
-from common.config.model import PRESETS, ModelConfig, PalmConfig, TokenizerConfig
+from common.config.model import (
+    PRESETS,
+    ModelConfig,
+    PalmConfig,
+    PretrainedConfig,
+    TokenizerConfig,
+)
 from common.config.stages import (
     DocstringsConfig,
     EvaluateConfig,
@@ -144,6 +150,16 @@ class RunConfig(Section):
         if name is not None and name not in PRESETS:
             raise ValueError(f"preset '{name}' is unknown; there are {', '.join(PRESETS)}")
         return name
+
+    @model_validator(mode="after")
+    def _something_to_adapt(self) -> RunConfig:
+        random = self.sft.start is None and not isinstance(self.model, PretrainedConfig)
+        if self.sft.lora is not None and random:
+            raise ValueError(
+                "sft.lora adapts weights that are there: set sft.start to a policy's weights, or "
+                "model.start to a checkpoint's folder"
+            )
+        return self
 
     @model_validator(mode="after")
     def _possible(self) -> RunConfig:

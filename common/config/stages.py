@@ -48,13 +48,8 @@ class SftConfig(Section):
     start: PathText | None = None
     """Weights of a policy (safetensors) to start from; null starts from random ones."""
     lora: LoraConfig | None = None
-    """Train adapters on the weights of `start` instead of all of them; needs `start`."""
-
-    @model_validator(mode="after")
-    def _something_to_adapt(self) -> SftConfig:
-        if self.lora is not None and self.start is None:
-            raise ValueError("lora adapts weights that are there: set start to a policy's weights")
-        return self
+    """Train adapters on the weights of `start`, or of the checkpoint that `model.start` names,
+    instead of all of them."""
 
 
 class RewardModelConfig(Section):

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common.config.model import ModelConfig
+from common.config.model import ModelConfig, PretrainedConfig
 from common.errors import CheckpointError
 from common.models.decoder import DECODER, Decoder
 from common.models.networks import DecoderNetwork, PolicyNetwork, ScalarHead, ScalarNetwork
@@ -40,8 +40,7 @@ def save_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str,
 
 def checkpoint_of(model: ModelConfig) -> Path | None:
     """Return the folder that a model starts from; None for one of our own."""
-    start = getattr(model, "start", None)
-    return None if start is None else Path(start)
+    return Path(model.start) if isinstance(model, PretrainedConfig) else None
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from common.errors import CheckpointError, ConfigError
-from common.models.pretrained.checkpoint import Checkpoint
+from common.models.pretrained.checkpoint import Checkpoint, read_config
 from common.models.pretrained.checks import require_usable
 from common.models.pretrained.text_part import open_text_part
 from common.models.pretrained.writing import (
@@ -128,7 +128,7 @@ def _from_gguf(source: Path, folder: Path, dtype: torch.dtype) -> None:
 def _from_folder(source: Path, folder: Path, dtype: torch.dtype | None) -> None:
     """Copy a checkpoint; of one that reads images too, the part that reads text."""
     part = open_text_part(source)
-    checkpoint = part or Checkpoint.open(source)
+    checkpoint = part or _without_code(source)
     require_usable(checkpoint)
     copy_settings(checkpoint, folder, dtype)
     if part is None and dtype is None:
@@ -147,6 +147,12 @@ def _from_folder(source: Path, folder: Path, dtype: torch.dtype | None) -> None:
         {names[name]: dtype for name, dtype in dtypes.items()},
         folder,
     )
+
+
+def _without_code(source: Path) -> Checkpoint:
+    """Read a checkpoint as the library's own code does, whatever code it brings."""
+    config = read_config(source)
+    return Checkpoint.of(source, {k: v for k, v in config.items() if k != "auto_map"})
 
 
 def _record(source: Source, precision: str | None) -> dict[str, object]:

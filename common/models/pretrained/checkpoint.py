@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from common.errors import CheckpointError
 from common.files import one_line
-from common.models.pretrained.names import HEAD, UNQUANTIZED, module_name, require_family
+from common.models.pretrained.names import HEAD, module_name
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -77,24 +77,38 @@ class Checkpoint:
         """Read a folder's configuration and headers.
 
         Raises:
-            CheckpointError: no such folder; not a checkpoint; torn or incomplete; of a family that
-                is not supported, quantized, or a mixture of experts.
+            CheckpointError: no such folder; not a checkpoint; torn or incomplete.
+            ConfigError: of a family or a variant that is not supported.
         """
         folder = Path(path)
         if not folder.is_dir():
             raise CheckpointError(_no_folder(str(path)))
-        config = read_json(folder / CONFIG)
-        if config is None:
-            raise CheckpointError(
-                f"{folder}: no {CONFIG}; a checkpoint's folder holds {CONFIG}, safetensors and the "
-                "tokenizer's files"
-            )
-        require_family(folder / CONFIG, config)
+        return cls.of(folder, read_config(folder))
+
+    @classmethod
+    def of(
+        cls, folder: Path, config: Mapping[str, Any], facts: Mapping[str, TensorFacts] | None = None
+    ) -> Checkpoint:
+        """Take a folder for a checkpoint of another configuration than the one in it.
+
+        Args:
+            folder: where it is.
+            config: what it is taken for.
+            facts: the tensors that belong to that; None: all.
+
+        Raises:
+            CheckpointError: as `open`.
+            ConfigError: as `open`.
+        """
+        # The library takes seconds to import, which models of our own do without.
+        from common.models.pretrained.families import require_family
+
+        require_family(config, folder / CONFIG)
         return cls(
             path=folder,
             config=config,
             generation=read_json(folder / GENERATION) or {},
-            facts=read_facts(folder, str(config["model_type"])),
+            facts=read_facts(folder, str(config["model_type"])) if facts is None else facts,
             tied=bool(settings_of(config, folder).tie_word_embeddings),
         )
 
@@ -224,6 +238,21 @@ class Checkpoint:
             )
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a checkpoint's configuration.
+
+    Raises:
+        CheckpointError: there is none, or it is torn.
+    """
+    config = read_json(folder / CONFIG)
+    if config is None:
+        raise CheckpointError(
+            f"{folder}: no {CONFIG}; a checkpoint's folder holds {CONFIG}, safetensors and the "
+            "tokenizer's files"
+        )
+    return config
+
+
 def settings_of(config: Mapping[str, Any], where: object) -> Any:
     """Return a configuration as `transformers` has it, its defaults included.
 
@@ -305,7 +334,8 @@ def read_facts(folder: Path, family: str) -> dict[str, TensorFacts]:
                 dtype = _DTYPES.get(part.get_dtype())
                 if dtype is None:
                     raise CheckpointError(
-                        f"{file}: '{stored}' is stored as {part.get_dtype()}; {UNQUANTIZED}"
+                        f"{file}: '{stored}' is stored as {part.get_dtype()}; quantized weights "
+                        "cannot be trained: bring the checkpoint in bf16, fp16 or fp32"
                     )
                 name = module_name(family, stored)
                 found[name] = TensorFacts(

@@ -13,6 +13,7 @@ from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
 )
+from transformers.tokenization_utils_base import FULL_TOKENIZER_FILE
 
 from common.errors import CheckpointError
 from common.files import one_line
@@ -71,11 +72,11 @@ def require_same(folder: Path, expected: Tensor, vocabulary: int) -> None:
 
 def _tokens(folder: Path) -> int:
     """Return one more than the highest id that the tokenizer makes."""
-    path = folder / "tokenizer.json"
+    path = folder / FULL_TOKENIZER_FILE
     if not path.is_file():
         raise CheckpointError(
-            f"{folder}: no tokenizer.json; bring the tokenizer that belongs to the model, or make "
-            "it: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            f"{folder}: no {FULL_TOKENIZER_FILE}; bring the model's own tokenizer, or "
+            "make it: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     try:
         vocabulary: dict[str, int] = Tokenizer.from_file(str(path)).get_vocab()

@@ -43,6 +43,7 @@ from common.models.lora import (
 from common.models.precision import wide
 from common.models.pretrained import falcon
 from common.models.pretrained.attention import NAME, attending, attention_now
+from common.models.pretrained.checkpoint import Checkpoint
 from common.models.pretrained.families import FAMILIES, Shape, read_shape, sizes_of
 
 
@@ -98,7 +99,7 @@ class PretrainedDecoder(Decoder):
 
     def initialise(self, seed: int) -> None:
         """Take the checkpoint's weights; nothing is drawn."""
-        raise NotImplementedError
+        Checkpoint.open(self.config.start).load_into(self)
 
     def hidden(
         self,

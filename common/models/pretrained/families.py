@@ -114,20 +114,31 @@ def require_family(values: Mapping[str, Any], path: Path) -> None:
         ConfigError: names the field and the families.
     """
     family = values.get("model_type")
-    if "auto_map" in values:
-        raise ConfigError(
-            f"{path}: field 'auto_map': code of a checkpoint is never run; take it out"
-        )
     experts = [key for key in values if "experts" in key and _positive(values[key])]
-    if experts:
+    if experts or "moe" in str(family):
         raise ConfigError(
-            f"{path}: field '{experts[0]}': mixtures of experts are not supported yet; use a dense "
-            "model"
+            f"{path}: field '{(experts or ['model_type'])[0]}': mixtures of experts are not "
+            "supported yet; use a dense model"
+        )
+    if family == "gemma3":
+        raise ConfigError(
+            f"{path}: field 'model_type': 'gemma3' reads images too; `talipot import FOLDER "
+            "TARGET` takes its text part"
         )
     if family not in FAMILIES:
         raise ConfigError(
             f"{path}: field 'model_type': {family!r} is not supported; supported are "
             f"{', '.join(FAMILIES)}"
+        )
+    if "auto_map" in values:
+        raise ConfigError(
+            f"{path}: field 'auto_map': code of a checkpoint is never run; `talipot import FOLDER "
+            f"TARGET` makes a folder that the library's own {family} reads"
+        )
+    if values.get("quantization_config"):
+        raise ConfigError(
+            f"{path}: field 'quantization_config': quantized weights cannot be trained; bring the "
+            "checkpoint in bf16, fp16 or fp32"
         )
     if family == "falcon" and values.get("alibi"):
         raise ConfigError(

@@ -8,11 +8,9 @@ from typing import Any
 
 from common.models.pretrained.checkpoint import (
     CONFIG,
-    GENERATION,
     Checkpoint,
     read_facts,
     read_json,
-    settings_of,
 )
 
 _BOTH, _TEXT = "gemma3", "gemma3_text"
@@ -43,10 +41,4 @@ def open_text_part(folder: Path) -> Checkpoint | None:
             if pattern.fullmatch(name):
                 facts[pattern.sub(ours, name)] = fact
                 break
-    return Checkpoint(
-        path=folder,
-        config=config,
-        generation=read_json(folder / GENERATION) or {},
-        facts=facts,
-        tied=bool(settings_of(config, folder).tie_word_embeddings),
-    )
+    return Checkpoint.of(folder, config, facts)

@@ -119,7 +119,7 @@ def copy_settings(base: Checkpoint, folder: Path, dtype: torch.dtype | None = No
     The configuration changes in what would not be true any more: the number type, and code of the
     checkpoint's own, which is not copied.
     """
-    config = {key: value for key, value in base.config.items() if key != "auto_map"}
+    config = dict(base.config)
     if dtype is not None and dtype != base.dtype:
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")

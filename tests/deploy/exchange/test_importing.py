@@ -98,6 +98,20 @@ def test_a_name_of_the_hub_is_found_in_its_cache_and_never_fetched(
         import_model("owner/other", tmp_path / "elsewhere", None)
 
 
+def test_code_of_a_known_family_is_left_behind(tmp_path: Path) -> None:
+    """Checkpoints of phi3 and falcon name code of their own, which the library has itself."""
+    source = random_checkpoint(tmp_path / "source")
+    expected = logits(source)
+    config = json.loads((source / CONFIG).read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_other.Other"}
+    (source / CONFIG).write_text(json.dumps(config))
+    (source / "modeling_other.py").write_text("raise SystemExit")
+    import_model(str(source), tmp_path / "target", None)
+    assert "auto_map" not in json.loads((tmp_path / "target" / CONFIG).read_text())
+    assert not (tmp_path / "target" / "modeling_other.py").exists()
+    assert torch.equal(logits(tmp_path / "target"), expected)
+
+
 @pytest.mark.parametrize("layout", ["now", "before"])
 def test_of_a_model_that_reads_images_the_text_part_is_taken(layout: str, tmp_path: Path) -> None:
     text = SETTINGS["gemma2"] | {"model_type": "gemma3_text", "sliding_window": 16}
@@ -124,7 +138,7 @@ def test_of_a_model_that_reads_images_the_text_part_is_taken(layout: str, tmp_pa
         }
         old = {k.removeprefix("model.") if "vision" in k else k: v for k, v in new.items()}
         save_file(old, source / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match="talipot import"):
+    with pytest.raises(ConfigError, match="talipot import"):
         Checkpoint.open(source)
     import_model(str(source), target, None)
     assert json.loads((target / CONFIG).read_text())["model_type"] == "gemma3_text"

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, ConfigError
 from common.models.pretrained.checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint
 from common.models.pretrained.writing import VALUE_HEAD, write_like, written_whole
 from tests.common.models.pretrained.checkpoints import SETTINGS, random_checkpoint
@@ -220,7 +220,7 @@ def packed(path: Path) -> None:
         (outside, "no weight_map from tensors to files beside it"),
         (pickled, "only as pytorch_model.bin.*pickled files are not read.*save_pretrained"),
         (no_weights, "neither model.safetensors nor model.safetensors.index.json"),
-        (packed, "stored as I8; it cannot be trained"),
+        (packed, "stored as I8; quantized weights cannot be trained"),
     ],
 )
 def test_a_damaged_folder_is_refused(
@@ -238,22 +238,22 @@ def test_a_damaged_folder_is_refused(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "gpt2"}, "'gpt2' is not supported; there are llama, mistral"),
-        ({"model_type": "mixtral", "num_local_experts": 8}, "'mixtral' is a mixture of experts"),
-        ({"model_type": "qwen3_moe"}, "mixture of experts"),
+        ({"model_type": "gpt2"}, "'gpt2' is not supported; supported are llama, mistral"),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "'num_local_experts': mixtures of exp"),
+        ({"model_type": "qwen3_moe"}, "mixtures of experts are not supported"),
         ({"model_type": "gemma3"}, "talipot import FOLDER TARGET` takes its text part"),
         (
-            {"model_type": "mymodel", "auto_map": {"AutoModel": "code.Model"}},
-            "code of its own .auto_map., which is never run",
+            {"auto_map": {"AutoModel": "code.Model"}},
+            "code of a checkpoint is never run",
         ),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantized weights"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantized weights cannot be trained"),
         ({"num_attention_heads": 5}, "config.json cannot be used"),
     ],
 )
 def test_an_unknown_model_is_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     path = random_checkpoint(tmp_path / "model")
     change_config(path, **changes)
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises((CheckpointError, ConfigError), match=words):
         Checkpoint.open(path)
 
 
@@ -290,18 +290,6 @@ def test_weights_of_another_model_are_refused(
     other = AutoModelForCausalLM.from_config(LlamaConfig(**{**SETTINGS["llama"], **settings}))
     with pytest.raises(CheckpointError, match=words):
         Checkpoint.open(path).load_into(other)
-
-
-def test_code_of_a_known_family_is_not_taken_along(tmp_path: Path) -> None:
-    """Checkpoints of phi3 and falcon name code of their own beside a family that is supported."""
-    path = random_checkpoint(tmp_path / "model")
-    change_config(path, auto_map={"AutoModelForCausalLM": "modeling_other.Other"})
-    (path / "modeling_other.py").write_text("raise SystemExit")
-    checkpoint = Checkpoint.open(path)
-    (tmp_path / "again").mkdir()
-    write_like(checkpoint, dict(checkpoint.tensors()), tmp_path / "again")
-    assert "auto_map" not in json.loads((tmp_path / "again" / CONFIG).read_text())
-    assert not (tmp_path / "again" / "modeling_other.py").exists()
 
 
 def test_shards_may_be_links_as_in_the_cache_of_the_hub(tmp_path: Path) -> None:
