@@ -28,6 +28,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.config.model import PretrainedConfig
+from common.errors import CheckpointError
 from common.models.attention import PLAIN, Attention, Mixing, sequence_attention
 from common.models.decoder import Decoder
 from common.models.embedding import OutputHead, Reader, TiedEmbedding
@@ -45,6 +46,10 @@ from common.models.pretrained import falcon
 from common.models.pretrained.attention import NAME, attending, attention_now
 from common.models.pretrained.checkpoint import Checkpoint
 from common.models.pretrained.families import FAMILIES, Shape, read_shape, sizes_of
+
+_PROBE = 8
+"""Tokens whose logits are compared with the library's."""
+_CLOSE = 1e-4
 
 
 class InputEmbedding(TiedEmbedding):
@@ -81,8 +86,9 @@ class PretrainedDecoder(Decoder):
         """Build the module; `initialise` or a file of weights fills it.
 
         Raises:
-            CheckpointError: the folder has no readable ``config.json``.
-            ConfigError: the model is not supported, or the context longer than its own.
+            CheckpointError: the folder has no readable ``config.json``, or is of a model that is
+                not supported.
+            ConfigError: the context is longer than the model's own.
         """
         folder = Path(config.start)
         shape = read_shape(folder)
@@ -98,8 +104,16 @@ class PretrainedDecoder(Decoder):
             _checkpoint_blocks(self)
 
     def initialise(self, seed: int) -> None:
-        """Take the checkpoint's weights; nothing is drawn."""
-        Checkpoint.open(self.config.start).load_into(self)
+        """Take the checkpoint's weights; nothing is drawn.
+
+        A few tokens are computed by the library too, by the same weights in the same memory.
+
+        Raises:
+            CheckpointError: the weights are missing or torn, or the library computes other logits.
+        """
+        folder = Path(self.config.start)
+        Checkpoint.open(folder).load_into(self)
+        require_parity(self, read_shape(folder))
 
     def hidden(
         self,
@@ -246,3 +260,27 @@ def _recomputed(run: Callable[..., Any], *inputs: Any) -> Any:
         return nullcontext(), _running(attention, adapter)
 
     return checkpoint(run, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+@torch.no_grad()
+def require_parity(decoder: PretrainedDecoder, shape: Shape) -> None:
+    """Compare logits of a few tokens with those of the library's own module.
+
+    Raises:
+        CheckpointError: they differ by more than rounding.
+    """
+    with no_init_weights():
+        module = AutoModelForCausalLM.from_config(
+            shape, attn_implementation="eager", dtype=torch.float32
+        )
+    module.load_state_dict(dict(decoder.state_dict()), strict=False, assign=True)
+    module.tie_weights()
+    tokens = torch.arange(_PROBE)[None] * 7 % decoder.embedding.num_embeddings
+    found = decoder(tokens)
+    expected = module.eval()(input_ids=tokens, use_cache=False).logits[..., : found.shape[-1]]
+    apart = float((found - expected).abs().max())
+    if not apart <= _CLOSE * max(1.0, float(expected.abs().max())):
+        raise CheckpointError(
+            f"{decoder.config.start}: transformers computes other logits, by {apart:.2g}; this "
+            "variant of the family is not supported"
+        )
