@@ -53,6 +53,13 @@ class Decoder(nn.Module, ABC):
     def initialise(self, seed: int) -> None:
         """Give all weights their first values: drawn from a seed, or those of a checkpoint."""
 
+    def check(self) -> None:
+        """Compare a few logits with those of another implementation, where there is one.
+
+        Raises:
+            CheckpointError: they differ by more than rounding.
+        """
+
     @abstractmethod
     def states(
         self, tokens: Tensor, positions: Tensor, attention: Attention, adapter: RowSelection

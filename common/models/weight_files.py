@@ -104,6 +104,7 @@ def load_decoder(decoder: Decoder, path: Path) -> None:
     """
     if path.is_dir():
         Checkpoint.open(path).load_into(decoder)
+        decoder.check()
     else:
         load_weights(decoder, path, prefix=f"{DECODER}.")
 
@@ -143,6 +144,7 @@ def _load_folder(network: nn.Module, path: Path) -> None:
         if checkpoint.labels:
             raise CheckpointError(f"{path}: a classifier, not a language model")
         checkpoint.load_into(network.decoder)
+        network.decoder.check()
         if (path / VALUE_HEAD).exists():
             load_weights(network.value, path / VALUE_HEAD)
         return

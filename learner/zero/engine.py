@@ -171,12 +171,16 @@ class ZeroEngine:
             yield
 
     def full_state(self, *, frozen: bool = True) -> dict[str, Tensor]:
-        """Copy all parameters and buffers in fp32, on every rank (a collective).
+        """Copy all parameters and buffers that belong to the weights, in fp32, on every rank.
+
+        A collective.
 
         Args:
             frozen: False leaves out the parameters that are not trained.
         """
-        state = {k: v.detach().float().cpu() for k, v in self.network.named_buffers()}
+        stored = self.network.state_dict().keys()
+        buffers = self.network.named_buffers()
+        state = {k: v.detach().float().cpu() for k, v in buffers if k in stored}
         for name, parameter in self.network.named_parameters():
             if not frozen and not parameter.requires_grad:
                 continue

@@ -104,16 +104,34 @@ class PretrainedDecoder(Decoder):
             _checkpoint_blocks(self)
 
     def initialise(self, seed: int) -> None:
-        """Take the checkpoint's weights; nothing is drawn.
+        """Take the checkpoint's weights; nothing is drawn."""
+        Checkpoint.open(self.config.start).load_into(self)
+        self.check()
 
-        A few tokens are computed by the library too, by the same weights in the same memory.
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compare logits of a few tokens with the library's own module on the same memory.
 
         Raises:
-            CheckpointError: the weights are missing or torn, or the library computes other logits.
+            CheckpointError: they differ by more than rounding.
         """
-        folder = Path(self.config.start)
-        Checkpoint.open(folder).load_into(self)
-        require_parity(self, read_shape(folder))
+        with no_init_weights():
+            module = AutoModelForCausalLM.from_config(
+                read_shape(Path(self.config.start)),
+                attn_implementation="eager",
+                dtype=torch.float32,
+            )
+        module.load_state_dict(dict(self.state_dict()), strict=False, assign=True)
+        module.tie_weights()
+        tokens = torch.arange(_PROBE)[None] * 7 % self.embedding.num_embeddings
+        found = self(tokens)
+        expected = module.eval()(input_ids=tokens, use_cache=False).logits[..., : found.shape[-1]]
+        apart = float((found - expected).abs().max())
+        if not apart <= _CLOSE * max(1.0, float(expected.abs().max())):
+            raise CheckpointError(
+                f"{self.config.start}: transformers computes other logits, by {apart:.2g}; this "
+                "variant of the family is not supported"
+            )
 
     def hidden(
         self,
@@ -260,27 +278,3 @@ def _recomputed(run: Callable[..., Any], *inputs: Any) -> Any:
         return nullcontext(), _running(attention, adapter)
 
     return checkpoint(run, *inputs, use_reentrant=False, context_fn=contexts)
-
-
-@torch.no_grad()
-def require_parity(decoder: PretrainedDecoder, shape: Shape) -> None:
-    """Compare logits of a few tokens with those of the library's own module.
-
-    Raises:
-        CheckpointError: they differ by more than rounding.
-    """
-    with no_init_weights():
-        module = AutoModelForCausalLM.from_config(
-            shape, attn_implementation="eager", dtype=torch.float32
-        )
-    module.load_state_dict(dict(decoder.state_dict()), strict=False, assign=True)
-    module.tie_weights()
-    tokens = torch.arange(_PROBE)[None] * 7 % decoder.embedding.num_embeddings
-    found = decoder(tokens)
-    expected = module.eval()(input_ids=tokens, use_cache=False).logits[..., : found.shape[-1]]
-    apart = float((found - expected).abs().max())
-    if not apart <= _CLOSE * max(1.0, float(expected.abs().max())):
-        raise CheckpointError(
-            f"{decoder.config.start}: transformers computes other logits, by {apart:.2g}; this "
-            "variant of the family is not supported"
-        )
