@@ -26,6 +26,7 @@ from common.models.adapters import (
 )
 from common.models.build import build_policy, build_scalar
 from common.models.networks import PolicyNetwork, ScalarNetwork
+from common.models.pretrained.writing import take_tokenizer
 from common.models.weight_files import load_weights, policy_folder, save_policy
 from common.randomness import derive_seed
 from common.run_folder import PolicyFolder
@@ -121,7 +122,9 @@ class ActorCritic:
                     export_merged(trained, state, base, target, model)
                 else:
                     save_policy(state, target, model, base)
-                if not base.is_dir():  # a checkpoint's folder says its shape itself
+                if base.is_dir():
+                    take_tokenizer(self.config.folder.tokenizer, target)
+                else:  # a checkpoint's folder says its shape itself
                     text = json.dumps(model.model_dump(), indent=1)
                     PolicyFolder(target).shape.write_text(text, encoding="utf8")
         return state_hash(state)

@@ -38,7 +38,7 @@ def save_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str,
     temporary.replace(path)
 
 
-def checkpoint_of(model: ModelConfig) -> Path | None:
+def checkpoint_of(model: ModelConfig | None) -> Path | None:
     """Return the folder that a model starts from; None for one of our own."""
     return Path(model.start) if isinstance(model, PretrainedConfig) else None
 
@@ -107,6 +107,19 @@ def load_decoder(decoder: Decoder, path: Path) -> None:
         decoder.check()
     else:
         load_weights(decoder, path, prefix=f"{DECODER}.")
+
+
+def start_scalar(network: ScalarNetwork, path: Path, seed: int) -> None:
+    """Begin a reward model: a policy's decoder with a head drawn from a seed, or a classifier.
+
+    Raises:
+        CheckpointError: as `load_weights`.
+    """
+    network.head.initialise(seed)
+    if path.is_dir() and Checkpoint.open(path).labels:
+        load_weights(network, path)
+    else:
+        load_decoder(network.decoder, path)
 
 
 def load_weights(module: nn.Module, path: Path, prefix: str = "") -> None:

@@ -22,6 +22,7 @@ from common.models.pretrained.writing import (
     SCALAR_HEAD,
     VALUE_HEAD,
     copy_any,
+    take_tokenizer,
     write_like,
     written_whole,
 )
@@ -113,7 +114,9 @@ def _write(config: RunConfig, checkpoint: str, folder: Path) -> int:
     else:
         adapter = adapter_of(weights, config.train.adapter, lora, state["learner"]["base"])
         export_merged(adapter, weights, base, folder, model)
-    if not base.is_dir():
+    if base.is_dir():
+        take_tokenizer(config.folder.tokenizer, folder)
+    else:
         text = json.dumps(model.model_dump(), indent=1)
         PolicyFolder(folder).shape.write_text(text, encoding="utf8")
     iteration: int = state["iteration"]

@@ -36,7 +36,6 @@ from deploy.run_folder.weights import weights_in
 _FORMAT = 1
 _TOKENIZER = ("tokenizer.vocab_size", "tokenizer.words")
 _COMMON = ("seed", "model", *_TOKENIZER, "learner", "data.too_long", "rollout.max_response_tokens")
-_PATHS = ("sft.start", "model.start")
 _SETTINGS: Mapping[str, Sequence[str]] = {
     "tokenizer": _TOKENIZER,
     "sft": (*_COMMON, "sft"),
@@ -203,7 +202,7 @@ def settings_of(stage: str, config: RunConfig) -> dict[str, Any]:
     return {
         name: value
         for name, value in flat(config.model_dump(mode="json"))
-        if name not in _PATHS and any(within(name, prefix) for prefix in _SETTINGS[stage])
+        if not name.endswith(".start") and any(within(name, prefix) for prefix in _SETTINGS[stage])
     }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from common.config.rewards import FunctionComponent
 from common.config.run import RunConfig
 from common.models.weight_files import checkpoint_of
-from deploy.run_folder.weights import files_of, policy_start, reward_weights
+from deploy.run_folder.weights import files_of, policy_start, reward_start, reward_weights
 
 Reads = Mapping[str, Sequence[str | Path]]
 """Files by their names in ``run.json``: ``data.prompts``, ``sft/policy.safetensors``."""
@@ -22,34 +22,37 @@ def reads_of(stage: str, config: RunConfig) -> Reads:
     """Return the files that a stage (or `replay`) reads; what earlier stages left if it exists."""
     reads: dict[str, Sequence[str | Path]] = {}
     data, folder = config.data, config.folder
-    own, begins = [folder.tokenizer], policy_start(config)
+    own = [folder.tokenizer]
+    weights: dict[str, Path | None] = {}
     if stage == "sft":
         reads["data.demonstrations"] = data.demonstrations
         if config.sft.start is not None:
-            reads["sft.start"] = [config.sft.start]
-        elif (start := checkpoint_of(config.model)) is not None:
-            reads["model.start"] = files_of(start)
+            weights["sft.start"] = Path(config.sft.start)
+        else:
+            weights["model.start"] = checkpoint_of(config.model)
     elif stage == "reward":
         reads["data.demonstrations"] = data.demonstrations
         reads["data.comparisons"] = data.comparisons
-        own += files_of(begins)
+        weights["reward_model.model.start"] = reward_start(config)
     else:
         if stage == "train":
             reads |= _functions(config) | {"data.prompts": data.prompts}
-        own += files_of(begins)
+        weights["model.start"] = policy_start(config)
+        weights["train.critic.start"] = checkpoint_of(config.train.critic)
+        weights["reward_service.reference.start"] = checkpoint_of(config.reward_service.reference)
         if config.reward_service.needs_model:
-            own += files_of(reward_weights(config))
-    for path in own:
-        if path.is_relative_to(folder.path):
-            reads |= {folder.name_of(path): [path]} if path.exists() else {}
-        else:  # there is no supervised policy: training begins from the checkpoint itself
-            reads["model.start"] = [*reads.get("model.start", ()), path]
-    return reads
+            weights["reward_model.model.start"] = reward_weights(config)
+    for name, path in weights.items():
+        if path is not None and path.is_relative_to(folder.path):
+            own += files_of(path)
+        elif path is not None:
+            reads["model.start" if path == checkpoint_of(config.model) else name] = files_of(path)
+    return reads | {folder.name_of(path): [path] for path in own if path.exists()}
 
 
 def is_given(name: str) -> bool:
     """Whether what a stage reads comes from outside, not from an earlier stage of the run."""
-    return name.startswith(("data.", "tokenizer.path", "sft.start", "model.start", FUNCTION))
+    return name.startswith(("data.", "tokenizer.path", FUNCTION)) or name.endswith(".start")
 
 
 def _functions(config: RunConfig) -> dict[str, Sequence[str | Path]]:

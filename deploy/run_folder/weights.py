@@ -18,7 +18,7 @@ def policy_start(config: RunConfig) -> Path:
     start, sft = checkpoint_of(config.model), config.folder.sft
     if start is None:
         return sft.weights
-    return sft.path if is_there(sft) else start
+    return sft.path if (sft.path / CONFIG).exists() else start
 
 
 def final_policy(config: RunConfig) -> Path:
@@ -27,10 +27,17 @@ def final_policy(config: RunConfig) -> Path:
     return policy.weights if checkpoint_of(config.model) is None else policy.path
 
 
+def reward_start(config: RunConfig) -> Path:
+    """Return the weights that the reward model's training begins with."""
+    return checkpoint_of(config.reward_model.model) or policy_start(config)
+
+
 def reward_weights(config: RunConfig) -> Path:
-    """Return the weights of the trained reward model, likewise."""
-    folder = config.folder.reward_model
-    return folder.path if (folder.path / CONFIG).exists() else folder.weights
+    """Return the weights of the trained reward model, or those of a checkpoint that is one."""
+    folder, own = config.folder.reward_model, checkpoint_of(config.reward_model.model)
+    if (folder.path / CONFIG).exists():
+        return folder.path
+    return folder.weights if own is None or folder.weights.exists() else own
 
 
 def is_there(folder: PolicyFolder) -> bool:

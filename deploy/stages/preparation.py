@@ -17,6 +17,7 @@ from deploy.run_folder.reads import reads_of
 from deploy.run_folder.tokenizer import run_tokenizer
 from deploy.screen import say
 from deploy.stages.session import Session
+from deploy.workers.memory import require_room
 
 
 def prepare_tokenizer(session: Session, config: RunConfig) -> RunConfig:
@@ -69,7 +70,9 @@ def check_inputs(session: Session, config: RunConfig, stage: str) -> Callable[[]
         StorageError: another stage is writing into the run's folder.
         DataError: an input is missing, or has changed since results of this run were made from it.
         ConfigError: the stage would replace what policy training began from.
+        ClusterError: its weights do not fit into this machine.
     """
+    require_room(config, stage)
     session.lock(stage)
     inputs = RunInputs(session.run_dir)
     inputs.require_repeat(stage, config)

@@ -11,7 +11,7 @@ from common.data.tokenizer import Tokenizer
 from common.endings import at_the_end
 from common.metric_catalogue import Logged
 from deploy.exchange.card import add_card
-from deploy.run_folder.weights import policy_start
+from deploy.run_folder.weights import reward_start
 from deploy.stages.encoding import (
     encode_comparisons,
     encode_pairs,
@@ -73,7 +73,7 @@ def run_reward(session: Session, config: RunConfig) -> dict[str, float]:
     gang = session.gang()
     best: dict[str, float] = {Logged.ACCURACY_HELDOUT: -math.inf}
     for seed in range(config.reward_model.seeds):
-        total = gang.begin_reward(config, train, held_out, policy_start(config), seed)
+        total = gang.begin_reward(config, train, held_out, reward_start(config), seed)
         metrics = _advance(session, "reward", f"reward model {seed + 1}", total)
         metrics |= gang.evaluate()
         if metrics[Logged.ACCURACY_HELDOUT] > best[Logged.ACCURACY_HELDOUT]:

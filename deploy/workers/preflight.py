@@ -122,13 +122,17 @@ def network_sizes(config: RunConfig) -> NetworkSizes:
     )
 
 
-def learner_bytes(config: RunConfig) -> float:
+def learner_bytes(config: RunConfig, sizes: NetworkSizes | None = None) -> float:
     """Return the bytes of weights, gradients and optimizer states of one learner rank.
 
-    They are those of policy training under ZeRO: stage 1 shards the optimizer, 2 also gradients,
-    3 also weights.
+    Under ZeRO stage 1 shards the optimizer, 2 also gradients, 3 also weights.
+
+    Args:
+        config: the run's.
+        sizes: of the networks; None: those of policy training.
     """
-    sizes, ranks, stage = network_sizes(config), config.learner.ranks, config.learner.zero_stage
+    sizes = sizes or network_sizes(config)
+    ranks, stage = config.learner.ranks, config.learner.zero_stage
     weights = _BYTES_OF_A_NUMBER / (ranks if stage >= 3 else 1)
     gradients = _BYTES_OF_A_NUMBER / (ranks if stage >= 2 else 1)
     moments = 2 * _BYTES_OF_A_NUMBER / (ranks if stage >= 1 else 1)

@@ -21,10 +21,10 @@ from common.models.adapter_files import adapter_of, save_adapter
 from common.models.build import build_scalar
 from common.models.networks import ScalarNetwork
 from common.models.weight_files import (
-    load_decoder,
     policy_folder,
     save_scalar,
     save_weights,
+    start_scalar,
 )
 from common.randomness import ShuffledIndex, derive_seed
 from common.run_folder import RewardModelFolder
@@ -47,23 +47,23 @@ class RewardModelStage(SupervisedStage):
         config: RunConfig,
         training: Sequence[EncodedComparison],
         held_out: Sequence[EncodedComparison],
-        policy_weights: Path,
+        start: Path,
         seed: int,
     ) -> None:
-        """Begin with the supervised policy's decoder and a head drawn from a seed (a collective).
+        """Begin with a decoder and a head drawn from a seed, or a classifier's (a collective).
 
         Args:
             config: the run's.
             training: comparisons to train on.
             held_out: comparisons that accuracy is measured on.
-            policy_weights: the supervised policy.
+            start: the supervised policy, or the checkpoint of a model of its own.
             seed: which of `reward_model.seeds` models this is.
         """
         settings = config.reward_model
         model_seed = derive_seed(config.seed, "reward model", seed) >> 1
-        network, self._start = build_scalar(config.model), policy_weights
-        load_decoder(network.decoder, policy_weights)
-        network.head.initialise(model_seed)
+        self._model, self._start = settings.model or config.model, start
+        network = build_scalar(self._model)
+        start_scalar(network, start, model_seed)
         super().__init__(config, settings, network, _ADAPTER, model_seed)
         self._training, self._held_out = training, held_out
         self._order = ShuffledIndex(len(training), model_seed)
@@ -109,7 +109,7 @@ class RewardModelStage(SupervisedStage):
         Adapter and head, or all weights: those of a pretrained model as a folder like the one that
         it started from.
         """
-        lora, model, start = self.config.reward_model.lora, self.config.model, self._start
+        lora, model, start = self.config.reward_model.lora, self._model, self._start
         trained = self.engine.full_state(frozen=lora is None)
         if rank() != 0:
             return

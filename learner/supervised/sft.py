@@ -17,6 +17,7 @@ from common.metric_catalogue import Logged
 from common.metrics import Metrics, mean
 from common.models.adapter_files import adapter_of, export_merged
 from common.models.build import build_policy
+from common.models.pretrained.writing import take_tokenizer
 from common.models.weight_files import (
     checkpoint_of,
     load_weights,
@@ -88,6 +89,8 @@ class SftStage(SupervisedStage):
                     assert self._start is not None  # the recipe sees to that
                     adapter = adapter_of(trained, _ADAPTER, lora, self._base_fingerprint)
                     export_merged(adapter, trained, self._start, target, model)
+                if self._start is not None and self._start.is_dir():
+                    take_tokenizer(self.config.folder.tokenizer, target)
 
     def _losses(self, step: int) -> Iterator[tuple[Loss, bool]]:
         first = step * self.rows_per_step

@@ -134,10 +134,22 @@ def copy_settings(base: Checkpoint, folder: Path, dtype: torch.dtype | None = No
         copy_any(path, folder / path.name)
 
 
+def take_tokenizer(tokenizer: Path, folder: Path) -> None:
+    """Put a run's tokenizer into a policy's folder: its chat template may be another.
+
+    Args:
+        tokenizer: a folder of such files; a file, as of models of our own, has no place there.
+        folder: where to write.
+    """
+    if tokenizer.is_dir():
+        for path in tokenizer.iterdir():
+            copy_any(path, folder / path.name)
+
+
 def copy_any(source: Path, target: Path) -> None:
     """Copy a file or a folder's contents; links become what they lead to."""
     if source.is_dir():
-        shutil.copytree(source, target)
+        shutil.copytree(source, target, dirs_exist_ok=True)
     else:
         shutil.copyfile(source, target)
 

@@ -32,10 +32,11 @@ TOKENS = torch.randint(0, 250, (2, 20), generator=torch.Generator().manual_seed(
 def run_of(
     workspace: RunConfig, folder: Path, start: Path, *, zero: int, **sections: Any
 ) -> RunConfig:
-    values = run_copy(
-        workspace, folder, learner={"zero_stage": zero, "micro_batch_tokens": 60}, **sections
-    ).model_dump(mode="json")
-    return RunConfig.model_validate(values | {"model": {"start": str(start), "context": 64}})
+    copied = run_copy(workspace, folder, learner={"zero_stage": zero, "micro_batch_tokens": 60})
+    values = copied.model_dump(mode="json") | {"model": {"start": str(start), "context": 64}}
+    for name, changes in sections.items():
+        values[name] |= changes
+    return RunConfig.model_validate(values)
 
 
 def checkpoint(folder: Path, **options: Any) -> Path:
@@ -55,8 +56,7 @@ def logits(path: Path, adapter: Path | None = None) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-@pytest.mark.parametrize("lora", [None, LORA])
+@pytest.mark.parametrize(("zero", "lora"), [(0, None), (1, LORA), (2, None), (3, None), (3, LORA)])
 def test_without_a_step_a_checkpoint_comes_out_as_it_went_in(
     workspace: RunConfig, gangs: dict[int, Gang], tmp_path: Path, zero: int, lora: Any
 ) -> None:
@@ -76,7 +76,7 @@ def test_without_a_step_a_checkpoint_comes_out_as_it_went_in(
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
-@pytest.mark.parametrize(("zero", "lora"), [(0, None), (1, LORA), (2, None), (3, LORA), (3, None)])
+@pytest.mark.parametrize(("zero", "lora"), [(0, None), (1, LORA), (3, LORA), (3, None)])
 def test_what_was_trained_computes_the_same_in_transformers(
     workspace: RunConfig, gangs: dict[int, Gang], tmp_path: Path, zero: int, lora: Any
 ) -> None:

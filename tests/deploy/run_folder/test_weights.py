@@ -1,0 +1,86 @@
+"""Where a pretrained run's weights lie, and what each stage reads of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.config.run import RunConfig
+from common.errors import DataError
+from deploy.run_folder.inputs import RunInputs, settings_of
+from deploy.run_folder.reads import is_given, reads_of
+from deploy.run_folder.weights import final_policy, policy_start, reward_start, reward_weights
+from tests.common.models.pretrained.checkpoints import random_checkpoint
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    return random_checkpoint(tmp_path / "model", max_shard_size="40KB")
+
+
+def run_of(folder: Path, start: Path, **sections: Any) -> RunConfig:
+    model = {"start": str(start), "context": 64}
+    values = {"name": "run", "output": str(folder), "model": model, **sections}
+    return RunConfig.model_validate(values)
+
+
+def test_a_run_begins_as_its_checkpoint_until_it_has_a_supervised_policy(
+    tmp_path: Path, start: Path
+) -> None:
+    config = run_of(tmp_path, start)
+    assert policy_start(config) == start
+    assert reward_start(config) == start
+    assert final_policy(config) == config.folder.policy.path
+    random_checkpoint(config.folder.sft.path)
+    assert policy_start(config) == reward_start(config) == config.folder.sft.path
+
+
+def test_a_reward_model_may_be_a_checkpoint_of_its_own(tmp_path: Path, start: Path) -> None:
+    own = random_checkpoint(tmp_path / "judge", labels=1)
+    config = run_of(
+        tmp_path, start, reward_model={"model": {"kind": "pretrained", "start": str(own)}}
+    )
+    assert reward_weights(config) == reward_start(config) == own
+    assert set(reads_of("train", config)) >= {"model.start", "reward_model.model.start"}
+    random_checkpoint(config.folder.reward_model.path, labels=1)
+    assert reward_weights(config) == config.folder.reward_model.path
+
+
+def test_stages_read_every_file_that_a_model_depends_on(tmp_path: Path, start: Path) -> None:
+    config = run_of(tmp_path, start)
+    read = {Path(path).name for path in reads_of("sft", config)["model.start"]}
+    assert read >= {"config.json", "tokenizer.json", "chat_template.jinja"}
+    assert len([name for name in read if name.startswith("model-")]) > 1
+    assert is_given("model.start")
+    assert not is_given("sft/model.safetensors")
+    random_checkpoint(config.folder.sft.path)
+    names = set(reads_of("reward", config))
+    assert "sft/model.safetensors" in names
+    assert "model.start" not in names
+
+
+def test_another_checkpoint_under_the_same_path_is_noticed(tmp_path: Path, start: Path) -> None:
+    config = run_of(tmp_path, start, reward_service=FUNCTION)
+    inputs = RunInputs(config.run_dir)
+    reads = {"model.start": reads_of("sft", config)["model.start"]}
+    inputs.begin("sft", config, inputs.look_all(reads))
+    random_checkpoint(config.folder.sft.path)
+    assert RunInputs(config.run_dir).standing() == ["sft"]
+    RunInputs(config.run_dir).check("sft", reads)
+    random_checkpoint(start, seed=5, max_shard_size="40KB")
+    with pytest.raises(DataError, match=r"model.start: .*model-00001-of-.* changed"):
+        RunInputs(config.run_dir).check("sft", reads)
+
+
+def test_the_path_itself_is_no_setting(tmp_path: Path, start: Path) -> None:
+    """The same bytes under another path are no change."""
+    moved = start.rename(tmp_path / "elsewhere")
+    there, here = (
+        settings_of("sft", run_of(tmp_path, path)) for path in (tmp_path / "model", moved)
+    )
+    assert there == here
+
+
+FUNCTION = {"components": {"length": {"kind": "function", "target": "a:b"}}}
