@@ -74,6 +74,7 @@ RULES: dict[str, tuple[Kind, str]] = {
     "rollout.kernels": ("rounding", _ORDER),
     "rollout.lora": ("rounding", _ORDER),
     "model.activation_checkpointing": ("rounding", "activations are made again"),
+    "model.start": ("free", "a checkpoint may be moved; what is in it is compared"),
     "model.logits_mb": ("rounding", _ORDER),
     # Upward only (see `changes`): what was trained was annealed towards the old end.
     "train.iterations": ("rounding", "learning rates anneal towards the new end from here on"),
