@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from common.config.model import LoraConfig, ModelConfig
+from common.config.model import LoraConfig, ModelConfig, PretrainedConfig
 from common.config.run import RunConfig
 from common.devices import torch_dtype
 from common.errors import CheckpointError
@@ -147,8 +147,13 @@ def _value_network(
 ) -> ScalarNetwork:
     """Return the reward model as it was trained, or the supervised policy with a fresh head.
 
-    With LoRA its base is the policy's own, unless the reward model has whole weights.
+    With LoRA its base is the policy's own, unless the reward model has whole weights. A reward
+    model of its own reads other tokens than the policy's, and no value network starts as it.
     """
+    if config.train.critic is not None:
+        return _critic(config, config.train.critic)
+    if config.reward_model.model is not None:
+        reward_weights = None
     value = build_scalar(config.model)
     match reward_weights, config.train.lora:
         case None, None:
@@ -166,6 +171,16 @@ def _value_network(
                 freeze_base(value.decoder)  # its adapter goes on
             else:
                 attach_adapter(value, "value", lora, config.seed)
+    return value
+
+
+def _critic(config: RunConfig, model: PretrainedConfig) -> ScalarNetwork:
+    """Return a value network of a model of its own, with a fresh head."""
+    value = build_scalar(model)
+    value.decoder.initialise(derive_seed(config.seed, "critic") >> 1)
+    value.head.initialise(derive_seed(config.seed, "value head") >> 1)
+    if config.train.lora is not None:
+        attach_adapter(value, "value", config.train.lora, config.seed)
     return value
 
 

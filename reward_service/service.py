@@ -33,7 +33,9 @@ from common.config.workers import RewardServiceConfig
 from common.devices import Compute
 from common.errors import RewardError
 from common.logprobs import Sampling
+from common.models.build import build_decoder
 from common.models.networks import compute_in
+from common.models.weight_files import load_decoder
 from common.out_of_memory import memory_for
 from common.wire.trajectory import Rollout, ScoredTrajectory, extend, from_table, to_table
 from reward_service.http_scorer import COUNTS, HttpScorer
@@ -81,7 +83,7 @@ class RewardWorker:
         Args:
             settings: of the reward service.
             model: shape of reference policy and reward model.
-            reference: weights of the supervised policy.
+            reference: weights of the supervised policy; `settings.reference` goes before it.
             reward_model: weights of the reward model; None where no component needs it.
             sampling: how rollouts were sampled.
             compute: threads and device of the frozen passes.
@@ -93,7 +95,12 @@ class RewardWorker:
         compute.apply()
         self.settings = settings
         self.merge = merge
-        self.reference = ReferencePolicy(model, Path(reference), sampling)
+        own = settings.reference
+        self.reference = (
+            ReferencePolicy(model, Path(reference), sampling)
+            if own is None
+            else ReferencePolicy(own, Path(own.start), sampling)
+        )
         self.scorers: dict[str, Scorer] = {}
         self.reward_model: RewardModel | None = None
         for name, component in settings.components.items():
@@ -101,6 +108,9 @@ class RewardWorker:
                 if reward_model is None:
                     raise ValueError(f"component '{name}' needs a trained reward model")
                 base = self.reference.network.decoder
+                if own is not None:  # an adapter would be the supervised policy's
+                    base = build_decoder(model)
+                    load_decoder(base, Path(reference))
                 self.reward_model = RewardModel(model, Path(reward_model), base)
             else:
                 self.scorers[name] = SCORERS[type(component)](component)

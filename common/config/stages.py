@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import Field, model_validator
 
 from common.config.algorithms import ALGORITHMS, AlgorithmName, Needs
 from common.config.base import (
@@ -18,7 +18,7 @@ from common.config.base import (
     PositiveInt,
     Section,
 )
-from common.config.model import LoraConfig, ModelConfig
+from common.config.model import LoraConfig, PretrainedConfig
 
 
 class SftConfig(Section):
@@ -79,7 +79,7 @@ class RewardModelConfig(Section):
     """Largest global gradient norm."""
     lora: LoraConfig | None = None
     """Train adapters on what the reward model starts as instead of all weights."""
-    model: SerializeAsAny[ModelConfig] | None = None
+    model: PretrainedConfig | None = None
     """A model of its own: another checkpoint, of another size or family, with its own tokenizer;
     null starts as the supervised policy."""
 
@@ -166,7 +166,7 @@ class TrainConfig(Section):
     """Iterations between checkpoints: the most that a death costs. 0 writes one at the end only."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints to keep."""
-    critic: SerializeAsAny[ModelConfig] | None = None
+    critic: PretrainedConfig | None = None
     """A model of its own for the value network, of another size or family, that reads the policy's
     tokens; null starts as the reward model, or as the supervised policy where there is none."""
     lora: LoraConfig | None = None

@@ -16,7 +16,7 @@ from common.config.base import (
     PositiveInt,
     Section,
 )
-from common.config.model import ModelConfig
+from common.config.model import PretrainedConfig
 from common.config.rewards import ComponentName, ModelComponent, RewardComponent
 
 Labels = Mapping[
@@ -136,7 +136,7 @@ class RewardServiceConfig(Section):
     """Labels of the nodes that workers may be on, as in `rollout`."""
     micro_batch_tokens: PositiveInt = 8192
     """Padded tokens of one frozen forward pass."""
-    reference: SerializeAsAny[ModelConfig] | None = None
+    reference: PretrainedConfig | None = None
     """A model of its own as the reference, which reads the policy's tokens; null is the supervised
     policy."""
     components: Mapping[ComponentName, SerializeAsAny[RewardComponent]] = Field(

@@ -10,10 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from common.config.model import ModelConfig, PretrainedConfig
 from common.config.rewards import HttpComponent
 from common.config.run import RunConfig
+
+Model = TypeVar("Model", bound=ModelConfig | None)
 
 
 def anchored(config: RunConfig) -> RunConfig:
@@ -38,7 +41,7 @@ def _with_paths(config: RunConfig, change: Callable[[str], str]) -> RunConfig:
     def maybe(path: str | None) -> str | None:
         return change(path) if path else path
 
-    def started(model: ModelConfig | None) -> ModelConfig | None:
+    def started(model: Model) -> Model:
         if not isinstance(model, PretrainedConfig):
             return model
         return model.model_copy(update={"start": change(model.start)})

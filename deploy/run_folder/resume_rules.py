@@ -97,6 +97,7 @@ RULES: dict[str, tuple[Kind, str]] = {
     "rollout.stop_ids": ("fixed", "it is part of what is sampled"),
     "rollout.precision": ("fixed", "it is part of what is sampled"),
     "reward_service.precision": ("fixed", "the policy was trained by scores of it"),
+    "reward_service.reference": ("fixed", "the KL was measured to it"),
     "reward_service.components": ("fixed", "the policy was trained by another score"),
     "train": ("fixed", "the checkpoint was trained under it"),
 }
