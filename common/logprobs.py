@@ -11,7 +11,7 @@ one. Tensors without a suffix may have any leading axes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,15 +57,15 @@ class Sampling:
         return self != self.unfiltered
 
 
-def sampling_of(rollout: RolloutConfig, eos_id: int) -> Sampling:
-    """Return the sampling distribution of the rollouts."""
+def sampling_of(rollout: RolloutConfig, eos_ids: Sequence[int]) -> Sampling:
+    """Return the sampling distribution of the rollouts; `eos_ids` all end a response."""
     return Sampling(
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
         min_p=rollout.min_p,
         min_tokens=rollout.min_response_tokens,
-        endings=(eos_id, *rollout.stop_ids) if rollout.min_response_tokens else (),
+        endings=(*eos_ids, *rollout.stop_ids) if rollout.min_response_tokens else (),
     )
 
 

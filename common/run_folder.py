@@ -1,7 +1,8 @@
 """A run's folder: the one place that knows what lies where in it, and under which name.
 
-Pure paths; nothing is read or written. Only the files inside a checkpoint are named elsewhere, by
-what writes and reads them (`deploy.run_folder.checkpoints`, `learner`).
+Paths; nothing is written, and only of the tokenizer is it looked up which kind a run has. The files
+inside a checkpoint are named elsewhere, by what writes and reads them
+(`deploy.run_folder.checkpoints`, `learner`).
 """
 
 from __future__ import annotations
@@ -94,8 +95,19 @@ class RunFolder:
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer that every stage reads."""
+        """The tokenizer that every stage reads: a file, or a folder of a pretrained model's."""
+        folder = self.pretrained_tokenizer
+        return folder if folder.is_dir() else self.own_tokenizer
+
+    @property
+    def own_tokenizer(self) -> Path:
+        """A tokenizer that was trained for the run, or is one of ours."""
         return self.path / "tokenizer.json"
+
+    @property
+    def pretrained_tokenizer(self) -> Path:
+        """The files of a pretrained model's tokenizer, with its chat template."""
+        return self.path / "tokenizer"
 
     @property
     def inputs(self) -> Path:

@@ -13,7 +13,7 @@ from actors.generation.decoder_generator import build_engine
 from common.config.run import RunConfig
 from common.data.prompts import encode_prompts, evaluation_requests
 from common.data.records import Prompt, read_demonstrations
-from common.data.tokenizer import Tokenizer
+from common.data.tokenizer import load_tokenizer
 from common.devices import compute_of, torch_dtype
 from common.errors import ClusterError, ConfigError, DataError
 from common.files import is_utf8, write_atomic
@@ -68,7 +68,7 @@ def sample_run(config: RunConfig, texts: Sequence[str], sft: bool, seed: int) ->
     """Sample one response per prompt, in this process, by `rollout.threads` threads."""
     rollout = config.rollout
     compute_of(cpus=rollout.cpus_per_actor, threads=rollout.threads).apply()
-    tokenizer = Tokenizer.load(config.folder.tokenizer)
+    tokenizer = load_tokenizer(config.folder.tokenizer)
     network = build_policy(config.model)
     load_weights(network, policy_start(config) if sft else final_policy(config))
     network.eval().requires_grad_(False).to(torch_dtype(rollout.precision))

@@ -44,7 +44,7 @@ class Learner:
         config: RunConfig,
         policy_weights: Path,
         reward_weights: Path | None,
-        eos_id: int,
+        eos_ids: Sequence[int],
     ) -> None:
         """Begin with the weights of earlier stages (a collective).
 
@@ -53,10 +53,10 @@ class Learner:
             policy_weights: the supervised policy.
             reward_weights: the reward model, which the value network starts as; None: functions or
                 endpoints score.
-            eos_id: the tokenizer's end of a text.
+            eos_ids: the tokens that end a response.
         """
         self.config, self.settings = config, config.train
-        self.sampling = sampling_of(config.rollout, eos_id)
+        self.sampling = sampling_of(config.rollout, eos_ids)
         self.networks = ActorCritic(config, policy_weights, reward_weights)
         self.policy, self.value = self.networks.policy, self.networks.value
         self.shards = Shards(

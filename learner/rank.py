@@ -140,18 +140,20 @@ class LearnerRank:
     # ---------------------------------------------------------------- policy training
 
     @_states
-    def begin_train(self, config: RunConfig, policy: str, reward: str | None, eos_id: int) -> None:
+    def begin_train(
+        self, config: RunConfig, policy: str, reward: str | None, eos_ids: Sequence[int]
+    ) -> None:
         """Build the learner of policy training.
 
         Args:
             config: the run's.
             policy: file of the supervised policy's weights.
             reward: file of the reward model's weights; None: functions or endpoints score.
-            eos_id: the tokenizer's end of a text.
+            eos_ids: the tokens that end a response.
         """
         self._stage = None
         weights = Path(reward) if reward else None
-        self._learner = Learner(config, Path(policy), weights, eos_id)
+        self._learner = Learner(config, Path(policy), weights, eos_ids)
 
     @_passes
     def policy_phase(

@@ -14,8 +14,8 @@ import torch
 from hypothesis import settings
 
 from common.config.run import RunConfig
+from common.data.own_tokenizer import OwnTokenizer
 from common.data.records import Comparison, Demonstration, Prompt, write_jsonl
-from common.data.tokenizer import Tokenizer
 from common.models.build import build_policy, build_scalar
 from common.models.weight_files import save_weights
 
@@ -90,7 +90,7 @@ def make_workspace(root: Path) -> RunConfig:
             for p, r in pairs
         ],
     )
-    tokenizer = Tokenizer.train((p + r for p, r in pairs), 290)
+    tokenizer = OwnTokenizer.train((p + r for p, r in pairs), 290)
     config = _recipe(root, tokenizer.vocab_size)
     run = config.run_dir
     run.mkdir()

@@ -12,7 +12,7 @@ from actors.generation.interface import Generated
 from actors.generation.stops import Stops
 from common.config.model import LoraConfig, ModelConfig
 from common.config.workers import RolloutConfig
-from common.data.tokenizer import Tokenizer
+from common.data.tokenizer import Tokenizer, load_tokenizer
 from common.devices import Compute, torch_dtype
 from common.logprobs import sampling_of
 from common.models.adapters import adapter_tensors, add_adapter, base_fingerprint
@@ -48,8 +48,8 @@ def build_engine(
     within = slots_within(decoder.sizes, rollout.cache_mb, torch_dtype(rollout.precision))
     return GenerationEngine(
         decoder,
-        eos_id=tokenizer.eos_id,
-        sampling=sampling_of(rollout, tokenizer.eos_id),
+        eos_ids=tokenizer.stop_ids,
+        sampling=sampling_of(rollout, tokenizer.stop_ids),
         max_tokens=rollout.max_response_tokens,
         slots=min(rollout.slots, rollout.lease_size, within),
         prefill_tokens=rollout.prefill_tokens,
@@ -96,7 +96,7 @@ class DecoderGenerator:
         self.decoder = decoder.eval().requires_grad_(False).to(compute.device, dtype)
         wire = adapter_tensors(decoder, on_wire) if on_wire else decoder.named_parameters()
         self.buffer = FlatBuffer(wire, dtype, base)
-        self._tokenizer, self._rollout = Tokenizer.load(tokenizer_path), rollout
+        self._tokenizer, self._rollout = load_tokenizer(tokenizer_path), rollout
         self._merges = adapted is None or rollout.lora == "merged"
         self.engine = self._build(merged=on_wire if self._merges else None)
 

@@ -39,7 +39,7 @@ class GenerationEngine:
         self,
         decoder: Decoder,
         *,
-        eos_id: int,
+        eos_ids: Sequence[int],
         sampling: Sampling,
         max_tokens: int,
         slots: int = 128,
@@ -52,7 +52,7 @@ class GenerationEngine:
 
         Args:
             decoder: the policy.
-            eos_id: token that ends a response.
+            eos_ids: tokens that end a response, for the reason "eos".
             sampling: distribution that tokens are drawn from.
             max_tokens: longest response, when a request does not name its own.
             slots: sequences that are sampled at once; the cache holds each in a full context.
@@ -71,7 +71,7 @@ class GenerationEngine:
             raise ValueError("max_tokens, slots and prefill_tokens must be at least 1")
         self.decoder = decoder
         self.cached = CachedDecoder(decoder, slots=slots, kernels=kernels, merged=merged)
-        self.eos_id = eos_id
+        self.eos_ids = tuple(eos_ids)
         self.sampling = sampling
         self.max_tokens = max_tokens
         self.stops = stops or Stops()
@@ -216,9 +216,10 @@ class GenerationEngine:
     ) -> list[tuple[int, FinishReason]]:
         """Slots whose response ends with these tokens, and why."""
         slots, numbers = self._slots, np.arange(len(self._slots))[drawing]
-        eos, stop = tokens_B == self.eos_id, np.zeros(len(tokens_B), dtype=bool)
-        for token in self.stops.ids:
-            stop |= tokens_B == token
+        eos, stop = np.zeros((2, len(tokens_B)), dtype=bool)
+        for ends, ids in ((eos, self.eos_ids), (stop, self.stops.ids)):
+            for token in ids:
+                ends |= tokens_B == token
         if self.stops.strings:
             stop |= [self._completes_a_stop(slot) for slot in numbers.tolist()]
         done = eos | stop | (slots.counts[drawing] >= slots.limits[drawing])

@@ -103,8 +103,8 @@ RULES = (
     ),
     Rule(
         ("tokenizer.vocab_size", "tokenizer.words"),
-        lambda c: c.tokenizer.path is None,
-        "the tokenizer of tokenizer.path is taken as it is; it has one where that is null and a "
+        lambda c: c.tokenizer.path is None and c.model.kind != "pretrained",
+        "the tokenizer of tokenizer.path or of a checkpoint is taken as it is; it has one where a "
         "tokenizer is trained",
     ),
     Rule(

@@ -135,10 +135,13 @@ PRESETS: Mapping[str, ModelConfig] = {
 
 
 class TokenizerConfig(Section):
-    """Byte-level BPE."""
+    """What text becomes for the model: a byte-level BPE, or a checkpoint's own tokenizer."""
 
     path: PathText | None = None
-    """An existing tokenizer.json; without one a tokenizer is trained on the demonstrations."""
+    """An existing tokenizer.json of ours, or a checkpoint's folder with its tokenizer; without one
+    it is that of model.start, or one is trained on the demonstrations."""
+    chat_template: PathText | None = None
+    """A file with the template of conversations; without one it is the checkpoint's own."""
     vocab_size: PositiveInt = 2048
     """Size to train to, special tokens included."""
     words: Literal["spaced", "identifiers"] = "spaced"

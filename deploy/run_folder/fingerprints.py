@@ -59,6 +59,13 @@ def fingerprint(path: str | Path, name: str) -> FileFacts:
     )
 
 
+def files_in(path: Path) -> list[Path]:
+    """List the files of a folder, of the folders in it too; of a file itself."""
+    if not path.is_dir():
+        return [path]
+    return sorted(inner for inner in path.rglob("*") if inner.is_file())
+
+
 def difference(name: str, old: Sequence[FileFacts], new: Sequence[FileFacts]) -> str:
     """Say what changed in the files of one name; empty when their contents did not."""
     before, now = [f.xxh3_128 for f in old], [f.xxh3_128 for f in new]

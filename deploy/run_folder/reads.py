@@ -9,6 +9,7 @@ from pathlib import Path
 from common.config.rewards import FunctionComponent
 from common.config.run import RunConfig
 from common.models.weight_files import checkpoint_of
+from deploy.run_folder.fingerprints import files_in
 from deploy.run_folder.weights import files_of, policy_start, reward_start, reward_weights
 
 Reads = Mapping[str, Sequence[str | Path]]
@@ -22,7 +23,7 @@ def reads_of(stage: str, config: RunConfig) -> Reads:
     """Return the files that a stage (or `replay`) reads; what earlier stages left if it exists."""
     reads: dict[str, Sequence[str | Path]] = {}
     data, folder = config.data, config.folder
-    own = [folder.tokenizer]
+    own = files_in(folder.tokenizer)
     weights: dict[str, Path | None] = {}
     if stage == "sft":
         reads["data.demonstrations"] = data.demonstrations

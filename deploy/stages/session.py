@@ -12,7 +12,7 @@ import ray
 from rich.console import Console
 
 from common.config.run import RunConfig
-from common.data.tokenizer import Tokenizer
+from common.data.tokenizer import Tokenizer, load_tokenizer
 from common.endings import at_the_end, take_all
 from common.errors import StorageError
 from common.run_folder import RunFolder
@@ -54,7 +54,7 @@ class Session:
 
     def tokenizer(self) -> Tokenizer:
         """Load the run's tokenizer."""
-        return Tokenizer.load(self.folder.tokenizer)
+        return load_tokenizer(self.folder.tokenizer)
 
     def gang(self) -> LearnerGang:
         """Return the learner gang, started at its first use."""

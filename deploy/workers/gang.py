@@ -24,7 +24,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from common.config.run import RunConfig
-from common.data.tokenizer import Tokenizer
+from common.data.tokenizer import load_tokenizer
 from common.devices import compute_of
 from common.endings import take_all
 from common.errors import ClusterError, TalipotError, WorkerError
@@ -180,7 +180,7 @@ class LearnerGang:
             config,
             _absolute(policy_start(config)),
             _absolute(reward_weights(config)) if config.reward_service.needs_model else None,
-            Tokenizer.load(config.folder.tokenizer).eos_id,
+            load_tokenizer(config.folder.tokenizer).stop_ids,
         )
 
     def policy_phase(

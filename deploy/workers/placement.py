@@ -21,7 +21,7 @@ from actors.generation.decoder_generator import AdapterOnWire, DecoderGenerator
 from actors.generation.interface import Generator
 from common.config.rewards import FunctionComponent
 from common.config.run import RunConfig
-from common.data.tokenizer import Tokenizer
+from common.data.tokenizer import load_tokenizer
 from common.devices import Compute, compute_of
 from common.logprobs import sampling_of
 from deploy.workers.calls import Handle
@@ -71,7 +71,7 @@ def reward_pool(
 ) -> Pool:
     """Return a pool of reward workers, as `rollout_pool` does of actors."""
     settings = config.reward_service
-    sampling = sampling_of(config.rollout, Tokenizer.load(tokenizer).eos_id)
+    sampling = sampling_of(config.rollout, load_tokenizer(tokenizer).stop_ids)
     compute = compute_of(
         cpus=settings.cpus_per_replica, gpus=settings.gpus_per_replica, threads=settings.threads
     )

@@ -48,7 +48,9 @@ def engine(dtype: torch.dtype) -> GenerationEngine:
     palm.initialise(0)
     palm.eval().requires_grad_(False).to(dtype)
     # No token ends a response: all sides sample the same numbers of tokens.
-    return GenerationEngine(palm, eos_id=SHAPE.vocab_size, sampling=Sampling(), max_tokens=RESPONSE)
+    return GenerationEngine(
+        palm, eos_ids=(SHAPE.vocab_size,), sampling=Sampling(), max_tokens=RESPONSE
+    )
 
 
 def their_model(dtype: torch.dtype) -> Any:

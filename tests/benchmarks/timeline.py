@@ -11,8 +11,8 @@ import numpy as np
 import ray
 
 from common.config.run import RunConfig
+from common.data.own_tokenizer import OwnTokenizer
 from common.data.prompts import EncodedPrompt
-from common.data.tokenizer import Tokenizer
 from common.models.build import build_policy, build_scalar
 from common.models.weight_files import save_weights
 from deploy.control.controller import Controller
@@ -58,7 +58,7 @@ def seconds(folder: Path, staleness: int) -> dict[str, float]:
     """Medians over the iterations after warm-up."""
     config = recipe(folder, staleness)
     config.run_dir.mkdir(parents=True)
-    tokenizer = Tokenizer.train(iter(["a tokenizer of letters"]), 270)
+    tokenizer = OwnTokenizer.train(iter(["a tokenizer of letters"]), 270)
     tokenizer.save(config.run_dir / "tokenizer.json")
     policy, reward = build_policy(config.model), build_scalar(config.model)
     policy.initialise(0)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
+from common.data.own_tokenizer import OwnTokenizer
 from common.data.records import Prompt, read_prompts, write_jsonl
-from common.data.tokenizer import Tokenizer
 from common.errors import DataError
 from common.files import resolve
 
@@ -80,7 +80,7 @@ def test_a_mark_that_is_not_at_a_lines_start_is_refused(tmp_path: Path) -> None:
 
 def test_a_tokenizer_with_a_mark(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
-    Tokenizer.train(iter(["open the file"] * 3), 270).save(path)
-    expected = Tokenizer.load(path).fingerprint()
+    OwnTokenizer.train(iter(["open the file"] * 3), 270).save(path)
+    expected = OwnTokenizer.load(path).fingerprint()
     path.write_bytes(MARK + path.read_bytes())
-    assert Tokenizer.load(f"file://{path}").fingerprint() == expected
+    assert OwnTokenizer.load(f"file://{path}").fingerprint() == expected

@@ -42,9 +42,9 @@ def batch(config: RunConfig, scores: list[float], away: float = 0.0) -> pa.Table
     path = config.run_dir / "sft" / "policy.safetensors"
     palm = PaLM(config.model)
     load_decoder(palm, path)
-    sampling = sampling_of(config.rollout, EOS)
+    sampling = sampling_of(config.rollout, (EOS,))
     engine = GenerationEngine(
-        palm.eval().requires_grad_(False), eos_id=EOS, sampling=sampling, max_tokens=8
+        palm.eval().requires_grad_(False), eos_ids=(EOS,), sampling=sampling, max_tokens=8
     )
     asked = requests([3, 9, 1, 17, 5, 2, 8, 4], copies=2)
     reference = ReferencePolicy(config.model, path, sampling)

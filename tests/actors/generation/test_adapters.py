@@ -64,7 +64,7 @@ def requests(
 def engine(merged: str | None = None, **more: Any) -> GenerationEngine:
     return GenerationEngine(
         more.pop("palm", None) or palm(),
-        eos_id=1,
+        eos_ids=(1,),
         sampling=Sampling(),
         max_tokens=12,
         merged=merged,

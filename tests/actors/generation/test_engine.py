@@ -50,7 +50,7 @@ def engine(
     sampling: Sampling, max_tokens: int = 10, xpos: bool = False, **more: Any
 ) -> GenerationEngine:
     return GenerationEngine(
-        palm(xpos), eos_id=EOS, sampling=sampling, max_tokens=max_tokens, **more
+        palm(xpos), eos_ids=(EOS,), sampling=sampling, max_tokens=max_tokens, **more
     )
 
 
@@ -117,7 +117,7 @@ def test_behavior_logprobs_are_those_of_an_uncached_forward(
     asked = requests(lengths, seed, copies, adapters)
     made = GenerationEngine(
         carry(palm(xpos), "one", "two"),
-        eos_id=EOS,
+        eos_ids=(EOS,),
         sampling=sampling,
         max_tokens=10,
         slots=slots,
@@ -168,7 +168,7 @@ def test_bf16_stays_within_its_bound_of_fp32() -> None:
     asked = requests([3, 17, 8, 1, 25, 9] * 4)
     exact = palm()
     made = GenerationEngine(
-        palm().bfloat16(), eos_id=EOS, sampling=Sampling(), max_tokens=20, prefill_tokens=16
+        palm().bfloat16(), eos_ids=(EOS,), sampling=Sampling(), max_tokens=20, prefill_tokens=16
     )
     found = made.generate(asked)
     batch = sequence_batch([r.prompt_ids for r in asked], ids(found))

@@ -36,7 +36,7 @@ def requests(count: int, seed: int = 0) -> list[RolloutRequest]:
 def engine_of(decoder: object, sampling: Sampling, slots: int = 5) -> GenerationEngine:
     return GenerationEngine(
         decoder,  # type: ignore[arg-type]
-        eos_id=2,
+        eos_ids=(2,),
         sampling=sampling,
         max_tokens=25,
         slots=slots,

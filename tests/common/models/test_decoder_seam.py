@@ -62,9 +62,9 @@ def test_an_architecture_of_its_own_is_trained_and_sampled_from() -> None:
     decoder = network.decoder.eval().requires_grad_(False)
     with pytest.raises(ConfigError, match="native kernels do not run a Toy on cpu"):
         GenerationEngine(
-            decoder, eos_id=-1, sampling=Sampling(), max_tokens=8, slots=3, kernels="native"
+            decoder, eos_ids=(-1,), sampling=Sampling(), max_tokens=8, slots=3, kernels="native"
         )
-    engine = GenerationEngine(decoder, eos_id=-1, sampling=Sampling(), max_tokens=8, slots=3)
+    engine = GenerationEngine(decoder, eos_ids=(-1,), sampling=Sampling(), max_tokens=8, slots=3)
     prompts = [EncodedPrompt(uid=f"{i}", text="x", ids=[*range(1, i + 2)]) for i in range(9)]
     requests = evaluation_requests(prompts, seed=0, label="toy")
     for request, response in zip(requests, engine.generate(requests), strict=True):

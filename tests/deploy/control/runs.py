@@ -13,7 +13,7 @@ import ray
 
 from common.config.run import RunConfig
 from common.data.prompts import EncodedPrompt
-from common.data.tokenizer import Tokenizer
+from common.data.tokenizer import load_tokenizer
 from deploy.control.controller import Controller
 from deploy.stages.encoding import read_encoded_prompts
 from deploy.workers.gang import LearnerGang
@@ -22,7 +22,7 @@ from deploy.workers.pool import Pool
 
 
 def prompts_of(config: RunConfig) -> list[EncodedPrompt]:
-    tokenizer = Tokenizer.load(config.run_dir / "tokenizer.json")
+    tokenizer = load_tokenizer(config.run_dir / "tokenizer.json")
     return read_encoded_prompts(config.data.prompts, tokenizer, config)[0]
 
 

@@ -10,7 +10,7 @@ import pytest
 from common.config.run import RunConfig
 from common.config.workers import RewardServiceConfig
 from common.data.prompts import EncodedPrompt
-from common.data.tokenizer import Tokenizer
+from common.data.tokenizer import load_tokenizer
 from common.errors import RewardError
 from common.models.adapter_files import adapter_of, export_merged
 from common.models.adapters import base_fingerprint
@@ -68,7 +68,7 @@ def pools(trained: RunConfig, cluster: None) -> Iterator[tuple[Pool, Pool]]:
 
 @pytest.fixture(scope="module")
 def prompts(trained: RunConfig) -> list[EncodedPrompt]:
-    tokenizer = Tokenizer.load(trained.run_dir / "tokenizer.json")
+    tokenizer = load_tokenizer(trained.run_dir / "tokenizer.json")
     return read_encoded_prompts(trained.data.prompts, tokenizer, trained)[0][:25]
 
 

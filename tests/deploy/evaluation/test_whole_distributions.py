@@ -60,7 +60,7 @@ def sampled(
     """Responses through the records of the wire, and what evaluation makes of them."""
     engine = GenerationEngine(
         decoder(policy),
-        eos_id=EOS,
+        eos_ids=(EOS,),
         sampling=sampling,
         max_tokens=12,
         slots=5,

@@ -16,8 +16,9 @@ from rich.console import Console
 
 from common.config.recipe import load_config, save_config
 from common.config.run import RunConfig
+from common.data.own_tokenizer import OwnTokenizer
 from common.data.records import read_demonstrations
-from common.data.tokenizer import Tokenizer
+from common.data.tokenizer import load_tokenizer
 from common.errors import ConfigError, DataError
 from deploy.run_folder import checkpoints
 from deploy.run_folder.folder import config_of
@@ -154,7 +155,7 @@ def test_another_tokenizer_under_the_same_path_is_refused_and_a_moved_one_is_not
 ) -> None:
     config = make_workspace(tmp_path)
     mine = tmp_path / "mine.json"
-    Tokenizer.train(iter(["read the file", "read a path"] * 9), 270).save(mine)
+    OwnTokenizer.train(iter(["read the file", "read a path"] * 9), 270).save(mine)
     settings = config.tokenizer.model_copy(update={"path": str(mine)})
     model = config.model.model_copy(update={"vocab_size": 0})
     config = config.model_copy(update={"tokenizer": settings, "model": model})
@@ -165,7 +166,7 @@ def test_another_tokenizer_under_the_same_path_is_refused_and_a_moved_one_is_not
     config = config.model_copy(update={"tokenizer": settings})
     assert checked(config, "train") == ""
     before = (config.run_dir / "tokenizer.json").read_bytes()
-    Tokenizer.train(iter(["close all of it", "close it all"] * 9), 265).save(moved)
+    OwnTokenizer.train(iter(["close all of it", "close it all"] * 9), 265).save(moved)
     with pytest.raises(ConfigError, match=r"tokenizer\.path .*moved\.json .* tokens, .* -> "):
         checked(config, "train")
     assert (config.run_dir / "tokenizer.json").read_bytes() == before
@@ -186,8 +187,8 @@ def test_nothing_stands_on_a_tokenizer_before_the_first_weights(tmp_path: Path) 
     for wanted, size in ((config, 2048), (config.model_copy(update={"tokenizer": settings}), 275)):
         checked(wanted, "sft")
         pairs = list(read_demonstrations(config.data.demonstrations))
-        expected = Tokenizer.train((p.prompt + p.response for p in pairs), size)
-        made = Tokenizer.load(config.run_dir / "tokenizer.json")
+        expected = OwnTokenizer.train((p.prompt + p.response for p in pairs), size)
+        made = load_tokenizer(config.run_dir / "tokenizer.json")
         assert made.fingerprint() == expected.fingerprint()
 
 

@@ -14,7 +14,7 @@ from common.config.run import RunConfig
 from common.data.fitting import Fitting
 from common.data.prompts import encode_prompts
 from common.data.records import Prompt, read_comparisons, read_demonstrations
-from common.data.tokenizer import Tokenizer
+from common.data.tokenizer import Tokenizer, load_tokenizer
 from common.errors import ConfigError, DataError
 from deploy.stages import supervised
 from deploy.stages.encoding import encode_comparisons, encode_pairs, read_encoded_prompts
@@ -27,7 +27,7 @@ LONG_PROMPT, LONG_RESPONSE = "7" * 57, "7" * 8
 
 @pytest.fixture(scope="module")
 def tokenizer(workspace: RunConfig) -> Tokenizer:
-    found = Tokenizer.load(workspace.run_dir / "tokenizer.json")
+    found = load_tokenizer(workspace.run_dir / "tokenizer.json")
     assert len(found.encode(LONG_PROMPT)) == 57
     assert (workspace.max_prompt_tokens, workspace.rollout.max_response_tokens) == (56, 8)
     return found

@@ -30,7 +30,7 @@ def test_a_toy_algorithm_is_two_rows(
     monkeypatch.setitem(ESTIMATORS, "toy", best_of_group)
     recipe = {"algorithm": "toy", "samples_per_prompt": 2, "ppg": None, "e_pi": 2}
     config = run_copy(workspace, tmp_path, learner={"ranks": 1}, train=recipe)
-    learner = Learner(config, config.run_dir / "sft" / "policy.safetensors", None, 1)
+    learner = Learner(config, config.run_dir / "sft" / "policy.safetensors", None, (1,))
     before = learner.policy.full_state()
     metrics = learner.policy_phase(trajectories(), 0)
     assert learner.value is None, "it needs no value function"

@@ -204,7 +204,7 @@ def test_an_auxiliary_phase_leaves_no_momentum_behind(workspace: RunConfig, tmp_
     """8 steps without a gradient after it: policy and value network stay where they are."""
     config = run_copy(workspace, tmp_path, learner={"ranks": 1})
     sft = config.run_dir / "sft" / "policy.safetensors"
-    learner = Learner(config, sft, config.run_dir / "reward_model" / "reward.safetensors", 1)
+    learner = Learner(config, sft, config.run_dir / "reward_model" / "reward.safetensors", (1,))
     assert learner.value is not None
     batch = experience(trajectories())
     returns_NR = torch.randn(batch.mask_NR.shape, generator=torch.Generator().manual_seed(0))
@@ -256,7 +256,7 @@ def test_preflight_counts_what_a_rank_holds(
     )
     before = bytes_held()
     sft = config.run_dir / "sft" / "policy.safetensors"
-    learner = Learner(config, sft, config.run_dir / "reward_model" / "reward.safetensors", 1)
+    learner = Learner(config, sft, config.run_dir / "reward_model" / "reward.safetensors", (1,))
     assert learner.value is not None
     learner.policy_phase(trajectories(adapter=config.train.adapter), 0)
     learner.auxiliary_phase(0)
@@ -283,7 +283,7 @@ def weights_after(stage: str, config: RunConfig) -> dict[str, Tensor]:
         reward = RewardModelStage(config, preferences(), [], sft, 0)
         reward.advance(2)
         return reward.engine.full_state()
-    learner = Learner(config, sft, config.run_dir / "reward_model" / "reward.safetensors", 1)
+    learner = Learner(config, sft, config.run_dir / "reward_model" / "reward.safetensors", (1,))
     learner.policy_phase(trajectories(), 0)
     learner.auxiliary_phase(0)
     assert learner.value is not None

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.data.tokenizer import EOS, PAD, SMALLEST_VOCABULARY, Tokenizer
+from common.data.own_tokenizer import EOS, PAD, SMALLEST_VOCABULARY, OwnTokenizer
 from common.errors import ConfigError, DataError
 
 TEXTS = [
@@ -20,17 +20,19 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.train(iter(TEXTS), 300)
+def tokenizer() -> OwnTokenizer:
+    return OwnTokenizer.train(iter(TEXTS), 300)
 
 
 @pytest.fixture(scope="module")
-def identifiers() -> Tokenizer:
-    return Tokenizer.train(iter(TEXTS), 300, "identifiers")
+def identifiers() -> OwnTokenizer:
+    return OwnTokenizer.train(iter(TEXTS), 300, "identifiers")
 
 
 @given(st.text())
-def test_every_text_comes_back(tokenizer: Tokenizer, identifiers: Tokenizer, text: str) -> None:
+def test_every_text_comes_back(
+    tokenizer: OwnTokenizer, identifiers: OwnTokenizer, text: str
+) -> None:
     for one in (tokenizer, identifiers):
         ids = one.encode(text)
         assert one.decode(ids) == text
@@ -39,7 +41,7 @@ def test_every_text_comes_back(tokenizer: Tokenizer, identifiers: Tokenizer, tex
 
 def test_a_word_is_the_same_token_in_code_and_in_text() -> None:
     texts = ["get_value getValue the value HTTPValue GetValue9"] * 9
-    words = Tokenizer.train(iter(texts), 400, "identifiers")
+    words = OwnTokenizer.train(iter(texts), 400, "identifiers")
     lower, upper = words.encode("value"), words.encode("Value")
     assert len(lower) == len(upper) == 1
     for text, word in (
@@ -49,43 +51,43 @@ def test_a_word_is_the_same_token_in_code_and_in_text() -> None:
         ("HTTPValue", upper),
     ):
         assert words.encode(text)[-1:] == word, text
-    spaced = Tokenizer.train(iter(texts), 400)
+    spaced = OwnTokenizer.train(iter(texts), 400)
     assert spaced.encode("the value")[-1:] != spaced.encode("_value")[-1:]
 
 
 @given(st.lists(st.sampled_from([EOS, PAD, "<|", "|>", "eos", " ", "<", "a"])).map("".join))
-def test_special_tokens_written_by_a_user_stay_text(tokenizer: Tokenizer, text: str) -> None:
+def test_special_tokens_written_by_a_user_stay_text(tokenizer: OwnTokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert not {tokenizer.pad_id, tokenizer.eos_id} & set(ids)
     assert tokenizer.encode_batch([text, "a"])[0] == ids
 
 
-def test_special_ids_are_distinct_and_not_decoded(tokenizer: Tokenizer) -> None:
+def test_special_ids_are_distinct_and_not_decoded(tokenizer: OwnTokenizer) -> None:
     assert tokenizer.pad_id != tokenizer.eos_id
     ids = [*tokenizer.encode("circle"), tokenizer.eos_id, tokenizer.pad_id]
     assert tokenizer.decode(ids) == "circle"
 
 
-def test_vocabulary_is_as_asked_and_every_id_fits(tokenizer: Tokenizer) -> None:
+def test_vocabulary_is_as_asked_and_every_id_fits(tokenizer: OwnTokenizer) -> None:
     assert tokenizer.vocab_size == 300
     assert max(max(tokenizer.encode(text)) for text in TEXTS) < 300
     assert len(tokenizer.encode(TEXTS[0])) < len(TEXTS[0]) / 2  # merges were learned
 
 
 def test_small_corpus_gives_the_true_smaller_size() -> None:
-    assert Tokenizer.train(iter(["ab", "ab"]), 1000).vocab_size == SMALLEST_VOCABULARY + 1
+    assert OwnTokenizer.train(iter(["ab", "ab"]), 1000).vocab_size == SMALLEST_VOCABULARY + 1
 
 
-def test_training_is_deterministic(tokenizer: Tokenizer) -> None:
-    again = Tokenizer.train(iter(TEXTS), 300)
+def test_training_is_deterministic(tokenizer: OwnTokenizer) -> None:
+    again = OwnTokenizer.train(iter(TEXTS), 300)
     assert again.fingerprint() == tokenizer.fingerprint()
-    assert Tokenizer.train(iter(TEXTS), 299).fingerprint() != tokenizer.fingerprint()
+    assert OwnTokenizer.train(iter(TEXTS), 299).fingerprint() != tokenizer.fingerprint()
 
 
-def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_save_and_load(tokenizer: OwnTokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "tokenizer.json")
-    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    loaded = OwnTokenizer.load(tmp_path / "tokenizer.json")
     text = TEXTS[2] * 3
     assert loaded.encode(text) == tokenizer.encode(text)
     assert loaded.decode(loaded.encode(text)) == text
@@ -93,7 +95,7 @@ def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert (loaded.pad_id, loaded.eos_id) == (tokenizer.pad_id, tokenizer.eos_id)
 
 
-def _edited(tokenizer: Tokenizer, path: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
+def _edited(tokenizer: OwnTokenizer, path: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
     tokenizer.save(path)
     content = json.loads(path.read_text())
     edit(content)
@@ -189,9 +191,9 @@ ADDED: dict[str, Edit] = {
 
 @pytest.mark.parametrize("name", HARMLESS)
 def test_a_setting_of_the_encoder_is_switched_off(
-    tokenizer: Tokenizer, tmp_path: Path, name: str
+    tokenizer: OwnTokenizer, tmp_path: Path, name: str
 ) -> None:
-    loaded = Tokenizer.load(_edited(tokenizer, tmp_path / "t.json", HARMLESS[name]))
+    loaded = OwnTokenizer.load(_edited(tokenizer, tmp_path / "t.json", HARMLESS[name]))
     streams = {tuple(loaded.encode(TEXTS[0])) for _ in range(20)}
     assert streams == {tuple(tokenizer.encode(TEXTS[0]))}
     assert loaded.encode_batch([TEXTS[0]]) == [tokenizer.encode(TEXTS[0])]
@@ -199,12 +201,14 @@ def test_a_setting_of_the_encoder_is_switched_off(
 
 
 @pytest.fixture(scope="module")
-def foreign(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> list[Tokenizer]:
+def foreign(
+    tokenizer: OwnTokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> list[OwnTokenizer]:
     """Files of others in every pair of what they carry and what they add."""
     folder = tmp_path_factory.mktemp("foreign")
     every = _both(*HARMLESS.values(), _ignores_merges)
     return [
-        Tokenizer.load(_edited(tokenizer, folder / "t.json", _both(carries, adds)))
+        OwnTokenizer.load(_edited(tokenizer, folder / "t.json", _both(carries, adds)))
         for carries in (_dropout, _twice, every)
         for adds in ADDED.values()
     ]
@@ -218,7 +222,7 @@ _WRITTEN = st.lists(
 
 @given(_WRITTEN)
 def test_tokens_are_a_function_of_the_text_and_it_of_them(
-    foreign: list[Tokenizer], text: str
+    foreign: list[OwnTokenizer], text: str
 ) -> None:
     for one in foreign:
         ids = one.encode(text)
@@ -229,7 +233,7 @@ def test_tokens_are_a_function_of_the_text_and_it_of_them(
 
 
 @given(_WRITTEN)
-def test_a_special_token_of_others_stays_text_too(foreign: list[Tokenizer], text: str) -> None:
+def test_a_special_token_of_others_stays_text_too(foreign: list[OwnTokenizer], text: str) -> None:
     with_special = foreign[list(ADDED).index("special")]
     assert 300 not in with_special.encode(text)
     plain = foreign[list(ADDED).index("plain")]
@@ -237,12 +241,12 @@ def test_a_special_token_of_others_stays_text_too(foreign: list[Tokenizer], text
 
 
 def test_a_vocabulary_with_holes_has_rows_up_to_its_largest_id(
-    tokenizer: Tokenizer, tmp_path: Path
+    tokenizer: OwnTokenizer, tmp_path: Path
 ) -> None:
     def hole(content: dict[str, Any]) -> None:
         content["model"]["vocab"]["zzz"] = 1000
 
-    loaded = Tokenizer.load(_edited(tokenizer, tmp_path / "t.json", hole))
+    loaded = OwnTokenizer.load(_edited(tokenizer, tmp_path / "t.json", hole))
     assert loaded.vocab_size == 1001
     assert loaded.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
 
@@ -330,28 +334,28 @@ def _whole_words(content: dict[str, Any]) -> None:
     ],
 )
 def test_unfit_tokenizer_is_refused(
-    tokenizer: Tokenizer, tmp_path: Path, edit: Callable[[dict[str, Any]], None], message: str
+    tokenizer: OwnTokenizer, tmp_path: Path, edit: Callable[[dict[str, Any]], None], message: str
 ) -> None:
     path = _edited(tokenizer, tmp_path / "t.json", edit)
     with pytest.raises(DataError) as caught:
-        Tokenizer.load(path)
+        OwnTokenizer.load(path)
     assert str(caught.value).startswith(f"{path}: ") and message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_missing_and_torn_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_missing_and_torn_files(tokenizer: OwnTokenizer, tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     with pytest.raises(DataError, match=r"t\.json: cannot be read \("):
-        Tokenizer.load(path)
+        OwnTokenizer.load(path)
     tokenizer.save(path)
     for raw in (path.read_bytes()[:-40], b"", b"\xff\xfe", b"{}"):
         path.write_bytes(raw)
         with pytest.raises(DataError, match=r"t\.json: torn or not a tokenizer\.json \(") as caught:
-            Tokenizer.load(path)
+            OwnTokenizer.load(path)
         assert "\n" not in str(caught.value)
 
 
 def test_vocabulary_below_the_bytes_is_refused() -> None:
     with pytest.raises(ConfigError, match="vocab_size: 257 is too small"):
-        Tokenizer.train(iter(TEXTS), SMALLEST_VOCABULARY - 1)
-    assert Tokenizer.train(iter(TEXTS), SMALLEST_VOCABULARY).vocab_size == SMALLEST_VOCABULARY
+        OwnTokenizer.train(iter(TEXTS), SMALLEST_VOCABULARY - 1)
+    assert OwnTokenizer.train(iter(TEXTS), SMALLEST_VOCABULARY).vocab_size == SMALLEST_VOCABULARY
