@@ -6,13 +6,16 @@ BIN := $(VENV)/bin
 OUT ?= build
 SEED ?= 0
 
-.PHONY: run test test-fast check bench chaos soak results clean help
+.PHONY: run run-instruct test test-fast check bench chaos soak results clean help
 
 help:            ## Show the targets.
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 run: $(VENV)/.installed   ## Install into .venv and run the quickstart.
 	@$(BIN)/talipot quickstart
+
+run-instruct: $(VENV)/.instruct   ## Install a small chat model and its judge too, and train it to follow instructions.
+	@$(BIN)/talipot quickstart --config instruct
 
 test: check   ## Install, check, and run all tests with coverage.
 	@rm -f .coverage .coverage.*

@@ -53,16 +53,17 @@ Stage = Callable[["Session", RunConfig], Mapping[str, Any]]
 def quickstart(
     overrides: Overrides = None, config: ConfigOption = "quickstart", address: AddressOption = None
 ) -> None:
-    """Run the whole pipeline on data from this Python environment; takes some minutes."""
-    from deploy.quickstart.outcome import show_outcome
-    from deploy.quickstart.pipeline import run_quickstart
+    """Run a whole pipeline on data that it makes itself; takes some minutes."""
     from deploy.stages.session import open_session
+    from deploy.tasks import task_of
     from deploy.workers.preflight import require_trainable
 
     resolved = _load(config, overrides, address)
+    task = task_of(resolved)
+    task.prepare(resolved, console)
     require_trainable(resolved)
     with open_session(resolved, console, writer="quickstart") as session:
-        show_outcome(console, run_quickstart(session))
+        task.run(session)
         say(console, "report: ", (str(session.folder.report), "bold"))
 
 
@@ -177,10 +178,10 @@ def scale(
 def report(run: RunArgument) -> None:
     """Write a run's report.html."""
     from deploy.evaluation.report import write_report
-    from deploy.quickstart.outcome import IN_REPORT
-    from deploy.run_folder.folder import folder_of
+    from deploy.tasks import task_of
 
-    say(console, f"report: {write_report(folder_of(run), summary=IN_REPORT)}")
+    config = _of_run(run, None, None)
+    say(console, f"report: {write_report(config.run_dir, summary=task_of(config).report)}")
 
 
 @app.command()

@@ -52,6 +52,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"control"},
         {"evaluation", "stages"},
         {"commands", "config_docs", "instruct", "metric_docs", "quickstart", "recipes"},
+        {"tasks"},
         {"cli"},
     ],
 }

@@ -49,11 +49,6 @@ class Ask:
     """What the user says."""
     instructions: tuple[Instruction, ...]
 
-    @property
-    def messages(self) -> list[dict[str, str]]:
-        """The prompt in chat form."""
-        return [{"role": "user", "content": self.text}]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
@@ -86,9 +81,10 @@ def split_pairs(seed: int) -> tuple[list[Kinds], list[Kinds]]:
     return [p for p in pairs if p not in held_out], [p for p in pairs if p in held_out]
 
 
-def write_prompts(path: Path, asks: Sequence[Ask]) -> None:
-    """Write prompts as users would write their own, one conversation a line."""
-    write_atomic(path, (json.dumps({"messages": ask.messages}).encode() + b"\n" for ask in asks))
+def write_prompts(path: Path, texts: Sequence[str]) -> None:
+    """Write what a user says as users write chat data, one conversation a line."""
+    rows = ({"messages": [{"role": "user", "content": text}]} for text in texts)
+    write_atomic(path, (json.dumps(row).encode() + b"\n" for row in rows))
 
 
 def _mixed(count: int, pairs: Sequence[Kinds], seed: int, label: str) -> list[Kinds]:

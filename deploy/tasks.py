@@ -1,0 +1,55 @@
+"""The tasks of `talipot quickstart`: how each is run, and how its results are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from rich.console import Console
+
+from common.config.run import RunConfig
+from deploy.evaluation.presentation import Presentation
+from deploy.instruct.outcome import IN_REPORT as INSTRUCT_REPORT
+from deploy.instruct.outcome import show_outcome as show_instruct
+from deploy.instruct.pipeline import bring_model, run_instruct
+from deploy.quickstart.outcome import IN_REPORT as DOCSTRINGS_REPORT
+from deploy.quickstart.outcome import show_outcome as show_docstrings
+from deploy.quickstart.pipeline import run_quickstart
+from deploy.stages.session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A task as the command line knows it."""
+
+    prepare: Callable[[RunConfig, Console], None]
+    """Makes what has to be there before a session opens."""
+    run: Callable[[Session], None]
+    """Takes it from its data to its results, and shows these."""
+    report: Presentation
+    """How its report shows them."""
+
+
+def _nothing(config: RunConfig, console: Console) -> None:
+    """Make nothing."""
+
+
+def _run_docstrings(session: Session) -> None:
+    show_docstrings(session.console, run_quickstart(session))
+
+
+def _run_instruct(session: Session) -> None:
+    show_instruct(session.console, run_instruct(session))
+
+
+TASKS: Final = {
+    "docstrings": Task(_nothing, _run_docstrings, DOCSTRINGS_REPORT),
+    "instruct": Task(bring_model, _run_instruct, INSTRUCT_REPORT),
+}
+"""By `quickstart.kind`."""
+
+
+def task_of(config: RunConfig) -> Task:
+    """Return the task that a recipe is of."""
+    return TASKS[config.quickstart.kind]
