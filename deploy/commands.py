@@ -45,10 +45,7 @@ def evaluate_run(config: RunConfig, console: Console) -> PolicyComparison:
     judge = _judge(config.evaluate.judge) if config.evaluate.judge else None
     with open_session(config, console) as session:
         prompts, fitting = encode_prompts(
-            [
-                Prompt(prompt=record.prompt, place=record.place)
-                for record in read_demonstrations(config.data.evaluation)
-            ],
+            [record.asked() for record in read_demonstrations(config.data.evaluation)],
             session.tokenizer(),
             max_tokens=config.max_prompt_tokens,
             too_long=config.data.too_long,

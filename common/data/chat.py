@@ -115,6 +115,17 @@ class ChatTemplate:
         text = self._render(messages, tools, generation=True)
         return Rendered(text=self._controls.spelled(text), ids=self._encoder.encode_named(text))
 
+    def answer(self, messages: Sequence[Message], answer: str, tools: Sequence[Any] = ()) -> Turn:
+        """Render an answer to a conversation; raises as `rows`."""
+        said = [*messages, {"role": "assistant", "content": answer}]
+        prompt = self._render(messages, tools, generation=True)
+        whole = self._render(said, tools, generation=False)
+        turn, ended = self._turn(prompt, whole, len(messages))
+        return Turn(
+            before=self._encoder.encode_named(prompt),
+            learnt=self._encoder.encode_named(turn, follows=True) + [self._eos_id] * (not ended),
+        )
+
     def rows(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[list[Turn]]:
         """Render a conversation to learn every turn of the assistant.
 

@@ -211,6 +211,11 @@ class OwnTokenizer:
         return None
 
     @property
+    def chat_missing(self) -> str:
+        """Say so."""
+        return "the run's tokenizer is one of ours, which has no chat template"
+
+    @property
     def vocab_size(self) -> int:
         """The largest id and one: the rows of the embedding, special tokens included."""
         return self._size

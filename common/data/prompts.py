@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from common.data.encoding import prompts_in_ids
 from common.data.fitting import Fitting, TooLong
 from common.data.records import Prompt
 from common.data.tokenizer import Tokenizer
@@ -19,6 +20,7 @@ class EncodedPrompt:
 
     uid: str
     text: str
+    """As it was written; of a conversation, as its template wrote it, control tokens spelled."""
     ids: list[int]
 
 
@@ -35,14 +37,16 @@ def encode_prompts(
     Raises:
         DataError: a prompt is too long and that is an error, or none are left.
     """
-    fitting = Fitting(what="prompts", prompt=max_tokens, too_long=too_long)
+    prefix = len(tokenizer.prefix_ids)
+    fitting = Fitting(what="prompts", prompt=max_tokens, too_long=too_long, prefix=prefix)
     kept: list[EncodedPrompt] = []
-    encoded = tokenizer.encode_batch([prompt.prompt for prompt in prompts])
-    for prompt, tokens in zip(prompts, encoded, strict=True):
+    encoded = prompts_in_ids(prompts, tokenizer)
+    for prompt, whole in zip(prompts, encoded, strict=True):
         if len(kept) == limit:
             break
-        if (fitted := fitting.fit(prompt.place, {"prompt": tokens})) is not None:
-            kept.append(EncodedPrompt(uid=prompt.uid, text=prompt.prompt, ids=fitted[0]))
+        parts, chat = {"prompt": whole.ids}, bool(prompt.messages)
+        if (fitted := fitting.fit(prompt.place, parts, chat=chat)) is not None:
+            kept.append(EncodedPrompt(uid=prompt.uid, text=whole.text, ids=fitted[0]))
     fitting.require(len(kept), 1, "sampling")
     return kept, fitting
 

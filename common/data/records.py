@@ -11,15 +11,27 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Final, TypeVar
 
+from common.data.chat import Message
+from common.data.conversations import (
+    Messages,
+    answer_of,
+    answered_of,
+    last_user,
+    prompt_of,
+    text_of,
+    tools_of,
+)
 from common.data.rows import Kind, Row, sources, type_name
 from common.errors import DataError
 from common.files import write_atomic
+
+Tools = tuple[Mapping[str, Any], ...]
 
 
 def content_uid(kind: str, *contents: str) -> str:
@@ -39,12 +51,17 @@ class Prompt:
     uid: str = ""
     """`content_uid` of the other fields when left blank. Equal contents have equal uids."""
     prompt: str
+    """Of a conversation what the user said last."""
+    messages: Messages = ()
+    """The conversation so far; empty for a plain text."""
+    tools: Tools = ()
+    """What the assistant may call, as the template takes it."""
     place: str = field(default="", compare=False)
     """Where it was read, as ``file:line``; no part of the data."""
 
     def __post_init__(self) -> None:
         if not self.uid:
-            object.__setattr__(self, "uid", content_uid("prompt", self.prompt))
+            object.__setattr__(self, "uid", _uid("prompt", self, self.prompt))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +72,25 @@ class Demonstration:
     """`content_uid` of the other fields when left blank."""
     prompt: str
     response: str
+    messages: Messages = ()
+    """A conversation: one that ends with the assistant, all of whose turns are learnt, or one that
+    `response` answers, which alone is learnt. Empty for plain texts."""
+    tools: Tools = ()
+    """What the assistant may call."""
     place: str = field(default="", compare=False)
     """Where it was read, as ``file:line``; no part of the data."""
 
     def __post_init__(self) -> None:
         if not self.uid:
-            uid = content_uid("demonstration", self.prompt, self.response)
+            uid = _uid("demonstration", self, self.prompt, self.response)
             object.__setattr__(self, "uid", uid)
+
+    def asked(self) -> Prompt:
+        """Return the prompt that it answers."""
+        ends = len(self.messages) - (self.messages[-1:] != () and _speaks(self.messages[-1]))
+        return Prompt(
+            prompt=self.prompt, messages=self.messages[:ends], tools=self.tools, place=self.place
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +102,10 @@ class Comparison:
     prompt: str
     chosen: str
     rejected: str
+    messages: Messages = ()
+    """The conversation that both answer; empty for plain texts."""
+    tools: Tools = ()
+    """What the assistant may call."""
     labeler: str = "unknown"
     """Who judged: a person's or a program's name."""
     confidence: float = 1.0
@@ -83,8 +116,19 @@ class Comparison:
     def __post_init__(self) -> None:
         if not self.uid:
             contents = (self.prompt, self.chosen, self.rejected, self.labeler)
-            uid = content_uid("comparison", *contents, repr(float(self.confidence)))
+            uid = _uid("comparison", self, *contents, repr(float(self.confidence)))
             object.__setattr__(self, "uid", uid)
+
+
+def _uid(kind: str, record: Prompt | Demonstration | Comparison, *contents: str) -> str:
+    if record.messages:
+        chat = [record.messages, record.tools]
+        contents += (json.dumps(chat, sort_keys=True, ensure_ascii=False),)
+    return content_uid(kind, *contents)
+
+
+def _speaks(message: Message) -> bool:
+    return bool(message["role"] == "assistant")
 
 
 Record = TypeVar("Record", Prompt, Demonstration, Comparison)
@@ -112,7 +156,8 @@ def write_jsonl(
 
     def line(record: Prompt | Demonstration | Comparison) -> bytes:
         required, optional = _COLUMNS[type(record)]
-        values = {name: getattr(record, name) for name in ("uid", *required, *optional)}
+        chat = [name for name in _CHAT if getattr(record, name)]
+        values = {name: getattr(record, name) for name in ("uid", *required, *optional, *chat)}
         return json.dumps(values, ensure_ascii=False).encode() + b"\n"
 
     write_atomic(path, map(line, records))
@@ -126,15 +171,18 @@ def _read(paths: Sequence[str], kind: type[Record]) -> Iterator[Record]:
             row that is not a `kind`, or a file without any.
     """
     checked = sources(paths)
-    wanted = [name for columns in _COLUMNS[kind] for name in columns]
+    wanted = [*(name for columns in _COLUMNS[kind] for name in columns), *_CHAT]
     return (_build(kind, row) for source in checked for row in source.rows(wanted))
 
 
 # --- one row ----------------------------------------------------------------------------------
 
 
+_CHAT: Final = ("messages", "tools")
+
+
 def _names(kind: type[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    own = [column for column in fields(kind) if column.name not in ("uid", "place")]
+    own = [column for column in fields(kind) if column.name not in ("uid", "place", *_CHAT)]
     required = tuple(column.name for column in own if column.default is MISSING)
     return required, tuple(column.name for column in own if column.default is not MISSING)
 
@@ -143,7 +191,10 @@ def _names(kind: type[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 _COLUMNS: Final[dict[type[Any], tuple[tuple[str, ...], tuple[str, ...]]]] = {
     kind: _names(kind) for kind in (Prompt, Demonstration, Comparison)
 }
-_KINDS: Final[dict[str, Kind]] = {"confidence": "number"}  # of the columns that are not text
+_KINDS: Final[dict[str, Kind]] = {
+    "confidence": "number",
+    "messages": "other",
+}  # of the columns that are not text
 _OTHER_WORDS: Final = frozenset(
     {"labeled", "confident", "conference"}
 )  # near an optional column, and meant
@@ -163,6 +214,8 @@ def _column_fault(
         if name not in columns:
             if near := _misspelt(name, others):
                 return f"field {name!r}: missing; rename {near!r} to {name!r}"
+            if near := _misspelt("messages", others):
+                return f"field {near!r}: unknown; rename it to 'messages'"
             return f"field {name!r}: missing; add it (columns found: {_listed(columns, others)})"
     for name in optional:
         # A misspelt optional field would otherwise be dropped without a word.
@@ -212,6 +265,8 @@ def _listed(columns: tuple[str, ...], others: tuple[tuple[str, Kind], ...]) -> s
 
 
 def _build(kind: type[Record], row: Row) -> Record:
+    if _is_chat(row):
+        return _build_chat(kind, row)
     required: tuple[str, ...] = _COLUMNS[kind][0]
     optional: tuple[str, ...] = _COLUMNS[kind][1]
     if fault := _column_fault(required, optional, tuple(row.values), row.others):
@@ -222,29 +277,68 @@ def _build(kind: type[Record], row: Row) -> Record:
         if value is None and name in optional:
             continue
         where = f"{row.place}: field {name!r}"
-        values[name] = _confidence(value, where) if name == "confidence" else _text(value, where)
-    if kind is Comparison and values["chosen"] == values["rejected"]:
-        raise DataError(
-            f"{row.place}: field 'rejected': equal to 'chosen'; a comparison needs two different "
-            "responses, so take the line out"
-        )
+        values[name] = _confidence(value, where) if name == "confidence" else text_of(value, where)
+    if kind is Comparison:
+        _require_different(values["chosen"], values["rejected"], row.place)
     # A uid in the file is not taken over: an edited line would keep the old one's name.
     return kind(**values, place=row.place)
 
 
-def _text(value: object, field: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{field}: is {type_name(value)}; write a text")
-    if not value.strip():
-        raise DataError(f"{field}: is empty; fill it or take the line out")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
+def _is_chat(row: Row) -> bool:
+    """Whether a row is a conversation, wherever it has its messages."""
+    if row.values.get("messages") is not None:
+        return True
+    prompt = row.values.get("prompt")
+    sides = [row.values.get(name) for name in ("chosen", "rejected")]
+    return isinstance(prompt, list) or (prompt is None and any(isinstance(s, list) for s in sides))
+
+
+def _build_chat(kind: type[Record], row: Row) -> Record:
+    """Build a record of a conversation; as other people write it, `prompt` may be messages."""
+    tools = tools_of(row.values.get("tools"), f"{row.place}: field 'tools'")
+    parts = {Prompt: _asked, Demonstration: _shown, Comparison: _compared}[kind]
+    values = parts({k: v for k, v in row.values.items() if v is not None}, row.place)
+    prompt = last_user(values["messages"])
+    return kind(prompt=prompt, tools=tools, place=row.place, **values)
+
+
+def _asked(row: Mapping[str, Any], place: str) -> dict[str, Any]:
+    field = "messages" if "messages" in row else "prompt"
+    return {"messages": prompt_of(row[field], f"{place}: field {field!r}")}
+
+
+def _shown(row: Mapping[str, Any], place: str) -> dict[str, Any]:
+    if "response" in row:
+        messages = _asked(row, place)["messages"]
+        _, response = answer_of(row["response"], messages, f"{place}: field 'response'")
+    elif "messages" in row:
+        messages = answered_of(row["messages"], f"{place}: field 'messages'")
+        response = messages[-1]["content"]
+    else:
+        raise DataError(f"{place}: field 'response': missing; add it, or 'messages' with it")
+    return {"messages": messages, "response": response}
+
+
+def _compared(row: Mapping[str, Any], place: str) -> dict[str, Any]:
+    prompt = _asked(row, place)["messages"] if row.keys() & {"messages", "prompt"} else None
+    values: dict[str, Any] = {}
+    for name in ("chosen", "rejected"):
+        if name not in row:
+            raise DataError(f"{place}: field {name!r}: missing; add it")
+        prompt, values[name] = answer_of(row[name], prompt, f"{place}: field {name!r}")
+    _require_different(values["chosen"], values["rejected"], place)
+    for name, read in (("labeler", text_of), ("confidence", _confidence)):
+        if name in row:
+            values[name] = read(row[name], f"{place}: field {name!r}")
+    return values | {"messages": prompt}
+
+
+def _require_different(chosen: str, rejected: str, place: str) -> None:
+    if chosen == rejected:
         raise DataError(
-            f"{field}: holds half a surrogate pair at character {error.start}; "
-            "write the character itself"
-        ) from error
-    return value
+            f"{place}: field 'rejected': equal to 'chosen'; a comparison needs two different "
+            "responses, so take the line out"
+        )
 
 
 def _confidence(value: object, field: str) -> float:

@@ -199,7 +199,8 @@ class ParquetSource:
         return [name for name in wanted if name in schema.names]
 
     def _value(self, column: pa.Array, index: int, field: str) -> object:
-        if column[index].is_valid and not _is_plain(column.type):
+        plain = _is_plain(column.type) or pa.types.is_nested(column.type)
+        if column[index].is_valid and not plain:
             return Foreign(str(column.type))
         try:
             value = column[index].as_py()

@@ -45,6 +45,11 @@ class Tokenizer(Protocol):
         """The template of conversations, if there is one."""
         ...
 
+    @property
+    def chat_missing(self) -> str:
+        """Why there is none."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without prefix and EOS; no control token can come out."""
         ...

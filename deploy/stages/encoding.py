@@ -9,6 +9,8 @@ from typing import TypeVar
 import numpy as np
 
 from common.config.run import RunConfig
+from common.data.chat import Turn
+from common.data.encoding import comparisons_in_ids, rows_in_ids
 from common.data.fitting import Fitting
 from common.data.prompts import EncodedPrompt, encode_prompts
 from common.data.records import Comparison, Demonstration, read_prompts
@@ -46,32 +48,53 @@ def encode_pairs(
     Raises:
         DataError: one is too long and `data.too_long` is "error"; names its place.
     """
-    fitting, out = _fitting("demonstrations", config), list[EncodedPair]()
+    fitting, out = _fitting("demonstrations", config, tokenizer), list[EncodedPair]()
     for batch in _batches(demonstrations):
-        prompts = tokenizer.encode_batch([d.prompt for d in batch])
-        responses = tokenizer.encode_batch([d.response for d in batch])
-        for record, prompt, response in zip(batch, prompts, responses, strict=True):
-            if len(out) == limit:
-                return out, fitting
-            parts = {"prompt": prompt, "response": [*response, tokenizer.eos_id]}
-            if (kept := fitting.fit(record.place, parts)) is not None:
-                out.append(EncodedPair(prompt=kept[0], response=kept[1]))
+        for record, rows in zip(batch, rows_in_ids(batch, tokenizer), strict=True):
+            for row in rows:
+                if len(out) == limit:
+                    return out, fitting
+                if (pair := _pair(record, row, fitting)) is not None:
+                    out.append(pair)
     return out, fitting
+
+
+def _pair(record: Demonstration, row: Sequence[Turn], fitting: Fitting) -> EncodedPair | None:
+    """Fit a row; of a conversation all turns of the assistant are learnt."""
+    if not record.messages:
+        [turn] = row
+        parts = {"prompt": turn.before, "response": turn.learnt}
+        kept = fitting.fit(record.place, parts)
+        return None if kept is None else EncodedPair(prompt=kept[0], response=kept[1])
+    turns = fitting.fit_turns(record.place, row)
+    if not turns:
+        return None
+    response: list[int] = []
+    between: list[tuple[int, int]] = []
+    for turn in turns:
+        if response:
+            between.append((len(response), len(response) + len(turn.before)))
+            response += turn.before
+        response += turn.learnt
+    return EncodedPair(
+        prompt=turns[0].before,
+        response=response,
+        between=tuple(between),
+        conversation=record.uid,
+    )
 
 
 def encode_comparisons(
     comparisons: Iterable[Comparison], tokenizer: Tokenizer, config: RunConfig
 ) -> tuple[list[EncodedComparison], Fitting]:
     """Encode both sides, with EOS, and count what did not fit; raises as `encode_pairs`."""
-    fitting, out = _fitting("comparisons", config), list[EncodedComparison]()
+    fitting, out = _fitting("comparisons", config, tokenizer), list[EncodedComparison]()
     for batch in _batches(comparisons):
-        texts = [text for c in batch for text in (c.prompt, c.chosen, c.rejected)]
-        ids = tokenizer.encode_batch(texts)
-        for index, record in enumerate(batch):
-            prompt, *sides = ids[3 * index : 3 * index + 3]
-            chosen, rejected = ([*side, tokenizer.eos_id] for side in sides)
+        encoded = comparisons_in_ids(batch, tokenizer)
+        for record, (prompt, chosen, rejected) in zip(batch, encoded, strict=True):
             parts = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-            if (kept := fitting.fit(record.place, parts)) is not None:
+            kept = fitting.fit(record.place, parts, chat=bool(record.messages))
+            if kept is not None:
                 out.append(
                     EncodedComparison(
                         prompt=kept[0],
@@ -84,8 +107,8 @@ def encode_comparisons(
 
 
 def same_pair(pair: EncodedPair) -> Hashable:
-    """Return a key that is equal for demonstrations that are the same."""
-    return tuple(pair.prompt), tuple(pair.response)
+    """Return a key that is equal for demonstrations that are the same, or of one conversation."""
+    return pair.conversation or (tuple(pair.prompt), tuple(pair.response))
 
 
 def same_comparison(comparison: EncodedComparison) -> Hashable:
@@ -117,12 +140,13 @@ def hold_out(
     return train, held_out
 
 
-def _fitting(what: str, config: RunConfig) -> Fitting:
+def _fitting(what: str, config: RunConfig, tokenizer: Tokenizer) -> Fitting:
     return Fitting(
         what=what,
         prompt=config.max_prompt_tokens,
         response=config.rollout.max_response_tokens,
         too_long=config.data.too_long,
+        prefix=len(tokenizer.prefix_ids),
     )
 
 

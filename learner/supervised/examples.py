@@ -11,7 +11,16 @@ class EncodedPair:
 
     prompt: list[int]
     response: list[int]
-    """EOS included."""
+    """What follows the prompt, EOS included."""
+    between: tuple[tuple[int, int], ...] = ()
+    """Spans of the response that are not learnt: what lies between the assistant's turns."""
+    conversation: str = ""
+    """The conversation that it is (a part of), by its uid."""
+
+    @property
+    def targets(self) -> int:
+        """Tokens that are learnt."""
+        return len(self.response) - sum(end - begin for begin, end in self.between)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,8 @@ class Packed:
     segments_BT: Tensor
     """int64 document number in the row; padding has its own, -1."""
     target_mask_BT: Tensor
-    """bool: the *next* token is a response token of the same document (loss on the response)."""
+    """bool: the *next* token is a response token of the same document (loss on the response,
+    of a conversation on the assistant's turns)."""
 
 
 def pack(pairs: Sequence[EncodedPair], length: int) -> list[list[int]]:
@@ -74,7 +75,10 @@ def packed_batch(
             tokens_BT[row, begin:end] = torch.tensor(ids)
             positions_BT[row, begin:end] = torch.arange(len(ids))
             segments_BT[row, begin:end] = segment
-            target_BT[row, begin + len(pair.prompt) - 1 : end - 1] = True
+            first = begin + len(pair.prompt) - 1
+            target_BT[row, first : end - 1] = True
+            for others, turn in pair.between:
+                target_BT[row, first + others : first + turn] = False
             begin = end
     return Packed(
         tokens_BT=tokens_BT,

@@ -95,7 +95,7 @@ class SftStage(SupervisedStage):
     def _losses(self, step: int) -> Iterator[tuple[Loss, bool]]:
         first = step * self.rows_per_step
         rows = self._rows[first : first + self.rows_per_step]
-        tokens = float(sum(len(self._pairs[i].response) for row in rows for i in row))
+        tokens = float(sum(self._pairs[i].targets for row in rows for i in row))
         for share in self._deal(rows):
             yield self._loss(self._packed(self._pairs, rows, share), tokens), share.last
 

@@ -272,7 +272,7 @@ def test_a_confidence_is_a_number_of_any_type(
 @pytest.mark.parametrize(
     ("column", "named"),
     [
-        (pa.array([["a"]]), "field 'prompt': is of type list<"),
+        (pa.array([["a"]]), "field 'prompt': turn 1: is of type str; "),
         (pa.array([1], pa.timestamp("ns")), "field 'prompt': is of type timestamp[ns]; "),
         (pa.array([None], pa.timestamp("ns")), "field 'prompt': is null; "),
         (pa.array([b"\xff"]), "field 'prompt': byte 1 is not UTF-8; "),
