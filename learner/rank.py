@@ -108,7 +108,7 @@ class LearnerRank:
             config: the run's.
             training: comparisons to train on.
             held_out: comparisons to evaluate on.
-            policy: file of the supervised policy's weights.
+            policy: the weights that it begins with, a file or a checkpoint's folder.
             seed: which of `reward_model.seeds` models this is.
         """
         self._stage = RewardModelStage(config, training, held_out, Path(policy), seed)
@@ -147,8 +147,8 @@ class LearnerRank:
 
         Args:
             config: the run's.
-            policy: file of the supervised policy's weights.
-            reward: file of the reward model's weights; None: functions or endpoints score.
+            policy: weights of the supervised policy, a file or a checkpoint's folder.
+            reward: likewise of the reward model; None: functions or endpoints score.
             eos_ids: the tokens that end a response.
         """
         self._stage = None

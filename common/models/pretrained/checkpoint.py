@@ -38,13 +38,14 @@ _EMBEDDINGS = (
     "transformer.word_embeddings.weight",
     "gpt_neox.embed_in.weight",
 )
-_DERIVED = re.compile(r"(^|\.)(rotary_emb\.\w+|attention\.(bias|masked_bias))")
+_DERIVED = re.compile(r"(^|\.)(rotary_emb\.\w+|attention\.(bias|masked_bias))$")
 """Tensors that older checkpoints store although they follow from the configuration."""
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_TOKENIZER = re.compile(
+TOKENIZER = re.compile(
     r"tokenizer[\w.-]*|[\w.-]*\.(model|tiktoken)|vocab\.(json|txt)|merges\.txt"
     r"|added_tokens\.json|special_tokens_map\.json|(additional_)?chat_templates?(\.\w+)?"
 )
+"""Names of files and folders that make a tokenizer, its chat templates among them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +152,7 @@ class Checkpoint:
     @property
     def tokenizer_files(self) -> list[Path]:
         """Files of the tokenizer and its chat templates, inside the folder."""
-        return [path for path in sorted(self.path.iterdir()) if _TOKENIZER.fullmatch(path.name)]
+        return [path for path in sorted(self.path.iterdir()) if TOKENIZER.fullmatch(path.name)]
 
     @property
     def weight_files(self) -> list[Path]:
@@ -203,7 +204,7 @@ class Checkpoint:
             given = self.facts[name].shape if name in self.facts else None
             if needed == given or name.startswith(tuple(without)):
                 continue
-            if needed is None and (name == f"{HEAD}weight" and name == self.tied_copy):
+            if needed is None and name == self.tied_copy:
                 continue
             if given is None and name in tied and tied[name] in self.facts:
                 continue

