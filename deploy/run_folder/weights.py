@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from common.config.run import RunConfig
+from common.errors import ConfigError
 from common.models.pretrained.checkpoint import CONFIG, Checkpoint
 from common.models.weight_files import checkpoint_of
 from common.run_folder import PolicyFolder, RewardModelFolder
@@ -38,6 +39,42 @@ def reward_weights(config: RunConfig) -> Path:
     if (folder.path / CONFIG).exists():
         return folder.path
     return folder.weights if own is None or folder.weights.exists() else own
+
+
+def require_checkpoints(config: RunConfig) -> None:
+    """Refuse a recipe whose checkpoints cannot be read, by their configurations and headers.
+
+    Raises:
+        CheckpointError: a folder that is none, or is torn.
+        ConfigError: a model that is not supported, or a context longer than its own.
+    """
+    service = config.reward_service
+    models = (config.model, config.reward_model.model, config.train.critic, service.reference)
+    for model in models:
+        if (start := checkpoint_of(model)) is not None and model is not None:
+            # The library takes seconds to import, which models of our own do without.
+            from common.models.pretrained.families import read_shape, sizes_of
+
+            Checkpoint.open(start)
+            sizes_of(read_shape(start), model.context, start)
+
+
+def require_embedded(config: RunConfig, tokens: int) -> None:
+    """Refuse a tokenizer with more tokens than the policy's checkpoint embeds.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    start = checkpoint_of(config.model)
+    if start is None:
+        return
+    checkpoint = Checkpoint.open(start)
+    rows = checkpoint.facts[checkpoint.embedding].shape[0]
+    if tokens > rows:
+        raise ConfigError(
+            f"model.start {start}: embeds {rows} tokens, and the tokenizer has {tokens}; bring the "
+            "tokenizer that belongs to the model"
+        )
 
 
 def is_there(folder: PolicyFolder) -> bool:

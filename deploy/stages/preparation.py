@@ -15,6 +15,7 @@ from deploy.run_folder.inputs import RunInputs
 from deploy.run_folder.paths import anchored
 from deploy.run_folder.reads import reads_of
 from deploy.run_folder.tokenizer import run_tokenizer
+from deploy.run_folder.weights import require_checkpoints, require_embedded
 from deploy.screen import say
 from deploy.stages.session import Session
 from deploy.workers.memory import require_room
@@ -26,11 +27,15 @@ def prepare_tokenizer(session: Session, config: RunConfig) -> RunConfig:
     Raises:
         ConfigError: the recipe asks for another tokenizer than the one that results of this run
             depend on, model.vocab_size is not the tokenizer's number of tokens, or
-            rollout.stop_ids names a token that it does not have.
+            rollout.stop_ids names a token that it does not have; a checkpoint is of a model that is
+            not supported, or embeds fewer tokens.
+        CheckpointError: a checkpoint cannot be read.
     """
     config = anchored(config)
+    require_checkpoints(config)
     # Where the run is at work already, its tokenizer is there and nothing is written.
     tokenizer = run_tokenizer(session.run_dir, config, lambda: session.lock("train"))
+    require_embedded(config, tokenizer.vocab_size)
     size = config.model.vocab_size
     if size not in (0, tokenizer.vocab_size):
         raise ConfigError(

@@ -374,11 +374,12 @@ def _no_folder(path: str) -> str:
             f"{path}: {what}, not a checkpoint's folder; `talipot import {path} FOLDER` makes one "
             "of a GGUF file"
         )
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith("."):
+    name = "/".join(Path(path).parts[-2:])  # a recipe's path may have been made absolute
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(path).parent.exists():
         return (
-            f"{path}: no such folder, and names of the Hub are not fetched; run `hf download "
-            f"{path} --local-dir FOLDER` on a machine with a connection and name that folder, or "
-            f"`talipot import {path} FOLDER` where this machine's cache has it"
+            f"{path}: no such folder; names of the Hub are not fetched: run `hf download {name} "
+            "--local-dir FOLDER` on a machine with a connection and name that folder, or `talipot "
+            f"import {name} FOLDER` where this machine's cache has it"
         )
     return f"{path}: no such checkpoint folder; check the path"
 

@@ -44,7 +44,7 @@ def checkpoint(folder: Path, **options: Any) -> Path:
 
 
 def begin(gang: Gang, config: RunConfig, start: Path) -> None:
-    gang.call("begin_train", config, str(start), None, 1)
+    gang.call("begin_train", config, str(start), None, [1])
 
 
 def logits(path: Path, adapter: Path | None = None) -> torch.Tensor:
@@ -162,6 +162,6 @@ def test_supervised_stages_leave_folders_that_the_next_one_takes(
     weights = folder.weights if lora else folder.path
     assert weights.exists()
     assert (folder.path / "scalar_head.safetensors").exists() == (not lora)
-    gang.call("begin_train", config, str(sft), str(weights), 1)
+    gang.call("begin_train", config, str(sft), str(weights), [1])
     if not lora:
         load_weights(build_scalar(config.model), folder.path)

@@ -8,10 +8,17 @@ from typing import Any
 import pytest
 
 from common.config.run import RunConfig
-from common.errors import DataError
+from common.errors import CheckpointError, ConfigError, DataError
 from deploy.run_folder.inputs import RunInputs, settings_of
 from deploy.run_folder.reads import is_given, reads_of
-from deploy.run_folder.weights import final_policy, policy_start, reward_start, reward_weights
+from deploy.run_folder.weights import (
+    final_policy,
+    policy_start,
+    require_checkpoints,
+    require_embedded,
+    reward_start,
+    reward_weights,
+)
 from tests.common.models.pretrained.checkpoints import random_checkpoint
 
 
@@ -81,6 +88,33 @@ def test_the_path_itself_is_no_setting(tmp_path: Path, start: Path) -> None:
         settings_of("sft", run_of(tmp_path, path)) for path in (tmp_path / "model", moved)
     )
     assert there == here
+
+
+@pytest.mark.parametrize("field", ["model", "reward_model", "critic", "reference"])
+def test_every_checkpoint_is_looked_at_before_any_work(
+    tmp_path: Path, start: Path, field: str
+) -> None:
+    bad = {"kind": "pretrained", "start": str(tmp_path / "owner" / "name"), "context": 64}
+    sections: dict[str, Any] = {
+        "model": {"model": bad},
+        "reward_model": {"reward_model": {"model": bad}},
+        "critic": {"train": {"critic": bad}},
+        "reference": {"reward_service": {"reference": bad}},
+    }[field]
+    values = run_of(tmp_path, start).model_dump(mode="json") | sections
+    require_checkpoints(run_of(tmp_path, start))
+    with pytest.raises(CheckpointError, match="hf download owner/name --local-dir FOLDER"):
+        require_checkpoints(RunConfig.model_validate(values))
+
+
+def test_a_context_and_a_tokenizer_must_fit_the_model(tmp_path: Path, start: Path) -> None:
+    longer = run_of(tmp_path, start).model_dump(mode="json")
+    longer["model"]["context"] = 65
+    with pytest.raises(ConfigError, match=r"model.context=65 is longer .* at most 64"):
+        require_checkpoints(RunConfig.model_validate(longer))
+    require_embedded(run_of(tmp_path, start), 272)
+    with pytest.raises(ConfigError, match="embeds 272 tokens, and the tokenizer has 273"):
+        require_embedded(run_of(tmp_path, start), 273)
 
 
 FUNCTION = {"components": {"length": {"kind": "function", "target": "a:b"}}}

@@ -261,7 +261,7 @@ def test_an_unknown_model_is_refused(changes: dict[str, Any], words: str, tmp_pa
     ("path", "words"),
     [
         ("HuggingFaceTB/SmolLM2-135M", "hf download HuggingFaceTB/SmolLM2-135M --local-dir"),
-        ("./no/such/folder", "no such checkpoint folder"),
+        ("./nowhere", "no such checkpoint folder"),
         ("model.gguf", "talipot import .*model.gguf FOLDER"),
     ],
 )
