@@ -59,6 +59,8 @@ def written_whole(target: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         for path in (*partial.rglob("*"), partial):
+            if path.is_file():  # safetensors writes files that nobody else may read
+                path.chmod(partial.stat().st_mode & 0o666)
             _sync(path)
         replaced = partial.with_suffix(".replaced")
         if target.exists():

@@ -110,6 +110,7 @@ def test_what_is_written_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
         with written_whole(target) as folder:
             (folder / text).write_text(text)
     assert [path.name for path in target.iterdir()] == ["second"]
+    assert (target / "second").stat().st_mode & 0o666 == target.stat().st_mode & 0o666
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
 
 
