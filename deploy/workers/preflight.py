@@ -103,21 +103,26 @@ def network_sizes(config: RunConfig) -> NetworkSizes:
     model = config.model.model_copy(update={"vocab_size": vocabulary})
     whole, train = count_parameters(model).total, config.train
     separate = train.separate_values
+    critic = whole if train.critic is None else count_parameters(train.critic).total
     if train.lora is None:
         return NetworkSizes(
-            trained=whole * (1 + separate), policy=whole, frozen=0, frozen_bytes=_BYTES_OF_A_NUMBER
+            trained=whole + separate * critic,
+            policy=whole,
+            frozen=0,
+            frozen_bytes=_BYTES_OF_A_NUMBER,
         )
-    adapted = config.reward_service.needs_model and config.reward_model.lora is not None
-    value = config.reward_model.lora if adapted and config.reward_model.lora else train.lora
+    scored, theirs = config.reward_service.needs_model, config.reward_model.lora
+    adapted = theirs if scored and train.critic is None else None
     with torch.device("meta"):
         decoder = build_decoder(model)
+        own = decoder if train.critic is None else build_decoder(train.critic)
     policy = adapter_size(decoder, train.lora)
     # The value network goes on from a reward model of whole weights on a base of its own.
-    bases = 1 + (separate and config.reward_service.needs_model and not adapted)
+    apart = train.critic is not None or (scored and adapted is None)
     return NetworkSizes(
-        trained=policy + separate * adapter_size(decoder, value),
+        trained=policy + separate * adapter_size(own, adapted or train.lora),
         policy=policy,
-        frozen=whole * bases,
+        frozen=whole + (separate and apart) * critic,
         frozen_bytes=torch_dtype(config.learner.precision).itemsize,
     )
 
