@@ -105,6 +105,7 @@ def test_what_computes_never_counts_as_changing_no_bit() -> None:
         *("reward_service.replicas", "reward_service.gpus_per_replica"),
         *("learner.gpus_per_rank", "learner.deadline_s", "learner.max_restarts"),
         *("train.checkpoint_every", "train.keep_checkpoints"),
+        "model.start",  # a path, and what lies there is compared
     }
 
 
