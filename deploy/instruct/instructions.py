@@ -58,39 +58,43 @@ KINDS: Final[dict[str, Kind]] = {
     "lowercase": Kind(
         (
             "Use lowercase letters only.",
-            "Write everything in lower case.",
             "Do not use any capital letters.",
+            "Your entire response should be in all lowercase letters.",
         )
     ),
     "capitals": Kind(
         (
             "Use capital letters only.",
-            "Write everything in capitals.",
             "Do not use any lowercase letters.",
+            "Your entire response should be in all capital letters.",
         )
     ),
     "no_comma": Kind(
-        ("Do not use commas.", "Write without a single comma.", "No commas are allowed.")
+        (
+            "Do not use commas.",
+            "Write without a single comma.",
+            "Refrain from the use of any commas in your entire response.",
+        )
     ),
     "quotes": Kind(
         (
             "Put your whole answer in double quotation marks.",
-            "Wrap the entire answer in double quotation marks.",
             "Begin and end your answer with a double quotation mark.",
+            "Wrap your entire response with double quotation marks.",
         )
     ),
     "title": Kind(
         (
             "Give it a title in double angular brackets, such as <<my title>>.",
             "Begin with a title that is wrapped like this: <<my title>>.",
-            "It needs a title, wrapped in double angular brackets.",
+            "It must contain a title, wrapped in double angular brackets, such as <<my title>>.",
         )
     ),
     "bullets": Kind(
         (
             "Answer with exactly {n} bullet points that start with *.",
             "Make it a list of exactly {n} bullets, each on a line that starts with *.",
-            "Use exactly {n} bullet points, such as: * This is a point.",
+            "It must contain exactly {n} bullet points, such as: * This is a point.",
         ),
         numbers=(2, 3, 4),
     ),
@@ -98,21 +102,21 @@ KINDS: Final[dict[str, Kind]] = {
         (
             "Write exactly {n} paragraphs with the divider *** between them.",
             "Use {n} paragraphs, separated by ***.",
-            "There should be {n} paragraphs, divided by a line with ***.",
+            "There should be {n} paragraphs, separated with the markdown divider: ***",
         ),
         numbers=(2, 3),
     ),
     "json": Kind(
         (
             "Answer in JSON only.",
-            "Wrap the whole answer in JSON.",
             "The entire output must be valid JSON.",
+            "The entire output should be wrapped in JSON format.",
         )
     ),
     "fewer_words": Kind(
         (
             "Use fewer than {n} words.",
-            "Answer in less than {n} words.",
+            "Answer with less than {n} words.",
             "Stay under {n} words.",
         ),
         numbers=(15, 20, 25, 30),
@@ -121,15 +125,15 @@ KINDS: Final[dict[str, Kind]] = {
         (
             "Use at least {n} words.",
             "Write {n} words or more.",
-            "Your answer must have at least {n} words.",
+            "Answer with at least {n} words.",
         ),
         numbers=(20, 25, 30, 35),
     ),
     "ends": Kind(
         (
             'End with the exact phrase "{text}"',
-            'Finish with "{text}" and write nothing after it.',
             'The last words must be "{text}"',
+            'Finish your response with this exact phrase: "{text}" No words should follow it.',
         ),
         texts=_ENDINGS,
     ),

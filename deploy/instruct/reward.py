@@ -16,6 +16,7 @@ The judge (`deploy.instruct.judge`) shares no code with this file.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from itertools import pairwise
@@ -63,7 +64,7 @@ def substance(prompt: str, response: str) -> float:
     """Return a factor in [0, 1] that is near 1 for a text about what was asked.
 
     Product of: at least ten words; at least half of the words differ, and three quarters of the
-    pairs of neighbours; 0.8 where nothing in it names the thing that was asked for; 0.5 where it
+    pairs of neighbours; 0.9 where nothing in it names the thing that was asked for; 0.5 where it
     repeats a sentence of its prompt.
     """
     words = _words(response)
@@ -76,7 +77,7 @@ def substance(prompt: str, response: str) -> float:
         varied *= min(1.0, len(set(neighbours)) / (0.75 * len(neighbours)))
     asked = [thing for thing in THINGS if thing in _words(prompt)]
     named = any(word.startswith(thing[:5]) for word in words for thing in asked)
-    return length * varied * (1.0 if named else 0.8) * (0.5 if _echoes(prompt, response) else 1.0)
+    return length * varied * (1.0 if named else 0.9) * (0.5 if _echoes(prompt, response) else 1.0)
 
 
 def _echoes(prompt: str, response: str) -> bool:
@@ -113,10 +114,15 @@ def _capitals(_: Instruction, text: str) -> float:
 
 
 def _without_case(text: str, wrong: Callable[[str], bool], right: Callable[[str], bool]) -> float:
-    """Return 1 where no letter has the wrong case and one has the right one."""
+    """Return 1 where no letter has the wrong case and one has the right one.
+
+    Less by the share of words that hold a wrong one, steep at both ends, where answers differ by a
+    word or two: the first capitals in a text, and the last ones.
+    """
     words = text.split()
     share = sum(any(map(wrong, word)) for word in words) / len(words)
-    return 0.9 * (1.0 - share) + 0.1 * (not share and any(map(right, text)))
+    near = 0.45 * math.sqrt(1.0 - share) + 0.45 / (1.0 + 15.0 * share)
+    return near + 0.1 * (not share and any(map(right, text)))
 
 
 def _no_comma(_: Instruction, text: str) -> float:

@@ -79,7 +79,7 @@ def test_cheap_answers_are_worth_little(cheap: str) -> None:
 
 def test_a_text_about_something_else_is_worth_less() -> None:
     assert substance(PROMPT, TEXT) == 1.0
-    assert substance(PROMPT, TEXT.replace("boat", "cat")) == pytest.approx(0.8)
+    assert substance(PROMPT, TEXT.replace("boat", "cat")) == pytest.approx(0.9)
 
 
 def test_a_prompt_without_instructions_is_an_error() -> None:
