@@ -5,7 +5,8 @@ Shape suffixes: B sequences, T positions, R response positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +14,10 @@ from torch import Tensor, nn
 
 from common.batching import SequenceBatch, micro_batches, sequence_batch
 from common.config.model import ModelConfig
+from common.data.chat import Turn
+from common.data.encoding import rows_in_ids
+from common.data.records import Demonstration
+from common.data.tokenizer import Tokenizer
 from common.logprobs import Sampling, chosen_reader
 from common.models.adapter_files import load_scalar
 from common.models.build import build_policy, build_scalar
@@ -24,8 +29,18 @@ from common.wire.trajectory import Rollout
 class RewardModel:
     """One number per response, read at its last token (EOS included), before any padding."""
 
-    def __init__(self, config: ModelConfig, weights: Path, base: Decoder) -> None:
-        """Load the weights; those of an adapter share `base`, the supervised policy, in memory."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Path,
+        base: Decoder,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        """Load the weights; those of an adapter share `base` in memory.
+
+        With a tokenizer of its own the model reads texts, and not the policy's tokens.
+        """
+        self.tokenizer, self.context = tokenizer, config.context
         self.network = build_scalar(config)
         load_scalar(self.network, weights, base, "reward")
         _freeze(self.network)
@@ -34,6 +49,20 @@ class RewardModel:
         """Score the sequences of a batch, fp32 ``[B]``."""
         values_BT = self.network(batch.tokens_BT, lengths_B=batch.lengths_B)
         return read_last(values_BT, batch)
+
+    def tokens_of(self, rollouts: Sequence[Rollout]) -> list[tuple[list[int], list[int]]]:
+        """Return prompts and responses as this model reads them.
+
+        In tokens of its own a conversation is written by its own template. What is longer than its
+        context loses the beginning of the prompt.
+        """
+        if self.tokenizer is None:
+            return [(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts]
+        rows = rows_in_ids([_as_demonstration(rollout) for rollout in rollouts], self.tokenizer)
+        return [
+            _fitted(turn, rollout, self.context)
+            for rollout, [[turn]] in zip(rollouts, rows, strict=True)
+        ]
 
 
 class ReferencePolicy:
@@ -58,6 +87,25 @@ class ReferencePolicy:
         return logprobs_BR.masked_fill(~batch.response_mask_BR, 0.0)
 
 
+def _as_demonstration(rollout: Rollout) -> Demonstration:
+    if rollout.conversation is None:
+        return Demonstration(prompt=rollout.prompt_text, response=rollout.response_text)
+    conversation = json.loads(rollout.conversation)
+    return Demonstration(
+        prompt=rollout.prompt_text,
+        messages=conversation["messages"],
+        tools=conversation["tools"],
+        response=rollout.response_text,
+    )
+
+
+def _fitted(turn: Turn, rollout: Rollout, context: int) -> tuple[list[int], list[int]]:
+    """Cut a turn to the context; a response that never ended has no end here either."""
+    cut = rollout.finish_reason == "length" and len(turn.learnt) > 1
+    response = (turn.learnt[:-1] if cut else turn.learnt)[: context - 1]
+    return turn.before[-(context - len(response)) :], response
+
+
 def read_last(values_BT: Tensor, batch: SequenceBatch) -> Tensor:
     """Read the value at each sequence's last response token, ``[B]``."""
     return values_BT.gather(1, batch.last_B[:, None]).squeeze(1)
@@ -76,18 +124,29 @@ def frozen_pass(
     """
     scores = [0.0] * len(rollouts)
     logprobs: list[list[float]] = [[] for _ in rollouts]
-    lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
-    for rows in micro_batches(lengths, budget):
-        batch = sequence_batch(
-            [rollouts[i].prompt_ids for i in rows],
-            [rollouts[i].response_ids for i in rows],
-        )
+    # A model that reads the same tokens is run on the same batches.
+    own = reward_model if reward_model and reward_model.tokenizer is not None else None
+    same = reward_model if own is None else None
+    read = [(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts]
+    for rows, batch in _batches(read, budget):
         ref_BR = reference(batch)
-        scores_B = reward_model(batch).tolist() if reward_model else [0.0] * len(rows)
+        scores_B = same(batch).tolist() if same else [0.0] * len(rows)
         for row, index in enumerate(rows):
             scores[index] = scores_B[row]
             logprobs[index] = ref_BR[row, : len(rollouts[index].response_ids)].tolist()
+    if own is not None:
+        for rows, batch in _batches(own.tokens_of(rollouts), budget):
+            for index, score in zip(rows, own(batch).tolist(), strict=True):
+                scores[index] = score
     return scores, logprobs
+
+
+def _batches(
+    sequences: Sequence[tuple[list[int], list[int]]], budget: int
+) -> Iterator[tuple[list[int], SequenceBatch]]:
+    """Yield micro-batches: the numbers of their rows, and prompts with responses laid out."""
+    for rows in micro_batches([len(p) + len(r) for p, r in sequences], budget):
+        yield rows, sequence_batch([sequences[i][0] for i in rows], [sequences[i][1] for i in rows])
 
 
 def _freeze(module: nn.Module) -> None:

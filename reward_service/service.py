@@ -22,7 +22,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import torch
 
-from common.config.model import ModelConfig
+from common.config.model import ModelConfig, PretrainedConfig
 from common.config.rewards import (
     FunctionComponent,
     HttpComponent,
@@ -30,6 +30,7 @@ from common.config.rewards import (
     RewardComponent,
 )
 from common.config.workers import RewardServiceConfig
+from common.data.tokenizer import load_tokenizer
 from common.devices import Compute
 from common.errors import RewardError
 from common.logprobs import Sampling
@@ -76,6 +77,7 @@ class RewardWorker:
         compute: Compute,
         *,
         merge: bool,
+        judge: PretrainedConfig | None = None,
         precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
         """Load the reference policy, and what the components score with.
@@ -90,6 +92,7 @@ class RewardWorker:
             merge: run frozen passes over all tables together, which is faster; without it each
                 table is a batch of its own, so that results do not depend on which leases arrived
                 together.
+            judge: the reward model's own checkpoint, where it is not of the policy's shape.
             precision: of the products in frozen passes.
         """
         compute.apply()
@@ -99,7 +102,9 @@ class RewardWorker:
         self.reference = (
             ReferencePolicy(model, Path(reference), sampling)
             if own is None
-            else ReferencePolicy(own, Path(own.start), sampling)
+            else ReferencePolicy(
+                own.model_copy(update={"vocab_size": model.vocab_size}), Path(own.start), sampling
+            )
         )
         self.scorers: dict[str, Scorer] = {}
         self.reward_model: RewardModel | None = None
@@ -107,17 +112,25 @@ class RewardWorker:
             if isinstance(component, ModelComponent):
                 if reward_model is None:
                     raise ValueError(f"component '{name}' needs a trained reward model")
-                base = self.reference.network.decoder
-                if own is not None:  # an adapter would be the supervised policy's
-                    base = build_decoder(model)
-                    load_decoder(base, Path(reference))
-                self.reward_model = RewardModel(model, Path(reward_model), base)
+                self.reward_model = self._reward_model(model, reference, reward_model, judge)
             else:
                 self.scorers[name] = SCORERS[type(component)](component)
         # After both are there: an adapter is put on the base as it was trained.
         for frozen in (self.reference, self.reward_model):
             if frozen is not None and precision == "bf16":
                 compute_in(frozen.network, torch.bfloat16)
+
+    def _reward_model(
+        self, model: ModelConfig, policy: str, weights: str, judge: PretrainedConfig | None
+    ) -> RewardModel:
+        """Load the reward model; the base of an adapter is what its training began with."""
+        base = self.reference.network.decoder
+        if judge is not None or self.settings.reference is not None:
+            base = build_decoder(judge or model)
+            if not Path(weights).is_dir():
+                load_decoder(base, Path(judge.start if judge else policy))
+        tokenizer = load_tokenizer(judge.start) if judge else None
+        return RewardModel(judge or model, Path(weights), base, tokenizer)
 
     def score(self, *tables: pa.Table) -> tuple[ScoreFacts, pa.Table]:
         """Score and add ref_logprobs to every rollout of the tables, in their order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ class EncodedPrompt:
     text: str
     """As it was written; of a conversation, as its template wrote it, control tokens spelled."""
     ids: list[int]
+    conversation: str | None = None
+    """As `RolloutRequest.conversation`."""
 
 
 def encode_prompts(
@@ -46,9 +49,21 @@ def encode_prompts(
             break
         parts, chat = {"prompt": whole.ids}, bool(prompt.messages)
         if (fitted := fitting.fit(prompt.place, parts, chat=chat)) is not None:
-            kept.append(EncodedPrompt(uid=prompt.uid, text=whole.text, ids=fitted[0]))
+            kept.append(
+                EncodedPrompt(
+                    uid=prompt.uid,
+                    text=whole.text,
+                    ids=fitted[0],
+                    conversation=conversation_of(prompt) if chat else None,
+                )
+            )
     fitting.require(len(kept), 1, "sampling")
     return kept, fitting
+
+
+def conversation_of(prompt: Prompt) -> str:
+    """Write a conversation as JSON (`RolloutRequest.conversation`)."""
+    return json.dumps({"messages": prompt.messages, "tools": prompt.tools}, ensure_ascii=False)
 
 
 class PromptStream:
@@ -87,6 +102,7 @@ class PromptStream:
                         prompt_uid=prompt.uid,
                         prompt_text=prompt.text,
                         prompt_ids=prompt.ids,
+                        conversation=prompt.conversation,
                         seed=derive_seed(self._seed, rollout_id),
                         adapter=self._adapter,
                     )
@@ -115,6 +131,7 @@ def evaluation_requests(
             prompt_uid=prompt.uid,
             prompt_text=prompt.text,
             prompt_ids=prompt.ids,
+            conversation=prompt.conversation,
             seed=derive_seed(seed, label, prompt.uid, sample),
             adapter=adapter,
         )

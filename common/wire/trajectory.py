@@ -45,6 +45,9 @@ class RolloutRequest:
     """The prompt's tokens, int32, at least one."""
     seed: int
     """uint64 derived from (run seed, rollout_id)."""
+    conversation: str | None = None
+    """JSON of a conversation's ``messages`` and ``tools``, for models that have a template of their
+    own; None for a plain text."""
     adapter: str = ""
     """What to sample from: this adapter of those that the worker holds, or its weights without any
     (a policy of whole weights, or the base of adapters)."""
@@ -94,6 +97,7 @@ class ScoredTrajectory(Rollout):
     """Which reward model scored."""
 
 
+_CONVERSATION = pa.field("conversation", pa.string())
 _REQUEST: list[pa.Field] = [
     pa.field("rollout_id", pa.string(), nullable=False),
     pa.field("group", pa.int32(), nullable=False),
@@ -101,6 +105,7 @@ _REQUEST: list[pa.Field] = [
     pa.field("prompt_text", pa.string(), nullable=False),
     pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),
     pa.field("seed", pa.uint64(), nullable=False),
+    _CONVERSATION,
     pa.field("adapter", pa.string(), nullable=False),
 ]
 _ROLLOUT: list[pa.Field] = [
@@ -148,7 +153,11 @@ def to_table(records: Sequence[RolloutRequest], kind: type[RolloutRequest]) -> p
 
 def from_table(table: pa.Table, kind: type[Record]) -> list[Record]:
     """Read records back. Raises ValueError when the table is not of this kind."""
-    if not table.schema.equals(SCHEMAS[kind]):
+    schema = SCHEMAS[kind]
+    if _CONVERSATION.name not in table.schema.names:  # logs of before conversations
+        place = schema.get_field_index(_CONVERSATION.name)
+        table = table.add_column(place, _CONVERSATION, pa.nulls(len(table), pa.string()))
+    if not table.schema.equals(schema):
         raise ValueError(f"not a table of {kind.__name__}: {table.schema.names}")
     rows = table.to_pylist()
     if "score_components" in table.schema.names:

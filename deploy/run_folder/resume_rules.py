@@ -52,6 +52,7 @@ RULES: dict[str, tuple[Kind, str]] = {
     "data.comparisons": ("free", "read before training"),
     "sft": ("free", "its weights are made"),
     "reward_model": ("free", "its weights are made"),
+    "reward_model.model": ("fixed", "the policy was trained by scores of it"),
     "quickstart": ("free", "its data is made"),
     # The same mathematics in another order of summing.
     "cluster.address": ("rounding", _PLACE),

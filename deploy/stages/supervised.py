@@ -7,7 +7,7 @@ import time
 
 from common.config.run import RunConfig
 from common.data.records import read_comparisons, read_demonstrations
-from common.data.tokenizer import Tokenizer
+from common.data.tokenizer import Tokenizer, load_tokenizer
 from common.endings import at_the_end
 from common.metric_catalogue import Logged
 from deploy.exchange.card import add_card
@@ -57,10 +57,19 @@ def encoded_comparisons(
     """Read the comparisons in tokens: those to train on, and those held out."""
     require_paths(config.data.comparisons, "data.comparisons", "reward")
     records = read_comparisons(config.data.comparisons)
-    encoded, fitting = encode_comparisons(records, session.tokenizer(), config)
+    tokenizer, seen = _as_the_reward_model_reads(session, config)
+    encoded, fitting = encode_comparisons(records, tokenizer, seen)
     say_fitting(session.console, fitting)
     fitting.require(len(encoded), 2, "reward (1 is held out)")
     return hold_out(encoded, config.reward_model.held_out, config.seed, same_comparison)
+
+
+def _as_the_reward_model_reads(session: Session, config: RunConfig) -> tuple[Tokenizer, RunConfig]:
+    """Return the reward model's tokenizer, and the recipe with the room of its context."""
+    own = config.reward_model.model
+    if own is None:
+        return session.tokenizer(), config
+    return load_tokenizer(own.start), config.model_copy(update={"model": own})
 
 
 def run_reward(session: Session, config: RunConfig) -> dict[str, float]:
@@ -68,7 +77,8 @@ def run_reward(session: Session, config: RunConfig) -> dict[str, float]:
     require_paths(config.data.comparisons, "data.comparisons", "reward")
     record = check_inputs(session, config, "reward")
     train, held_out = encoded_comparisons(session, config)
-    reference = reference_pairs(config, session.tokenizer())
+    tokenizer, seen = _as_the_reward_model_reads(session, config)
+    reference = reference_pairs(seen, tokenizer)
     record()
     gang = session.gang()
     best: dict[str, float] = {Logged.ACCURACY_HELDOUT: -math.inf}

@@ -89,6 +89,7 @@ def reward_pool(
                 sampling,
                 compute,
                 merge=config.train.max_staleness > 0,
+                judge=config.reward_model.model,
                 precision=config.reward_precision,
             )
         )
