@@ -257,7 +257,10 @@ def rendered(
 
 
 def written_by(source: str, name: str, variables: Mapping[str, str], tokens: set[str]) -> set[str]:
-    """Return those of the tokens that a template writes, in its text or put together from roles."""
+    """Return those of the tokens that a template writes, in its text or put together from roles.
+
+    Of a pair, such as ``<think>`` and ``</think>``, either stands for both.
+    """
     found = {token for token in tokens if token in source}
     for role in _ROLES:
         try:
@@ -265,4 +268,5 @@ def written_by(source: str, name: str, variables: Mapping[str, str], tokens: set
         except DataError:
             continue
         found |= {token for token in tokens if token in text}
-    return found
+    stems = {token.replace("/", "") for token in found}
+    return {token for token in tokens if token.replace("/", "") in stems}

@@ -55,7 +55,9 @@ class ControlTokens:
 
     def named(self, text: str, mark: str) -> str:
         """Return a rendered text with names for its control tokens, and without marks."""
-        pattern = f"(?<!{mark})(?:{self._spelled.pattern})"
+        # No mark fits inside a token of one character: one that a mark stands before is text.
+        parts = (f"(?<!{mark}){p}" if len(t) == 1 else p for t, p in self._patterns)
+        pattern = "|".join(parts) or "(?!)"
         text = re.sub(pattern, lambda found: self.names[found[0]], text)
         return text.replace(mark, "").replace(_escaped(mark), "")
 
@@ -88,12 +90,12 @@ class ControlTokens:
         return text[:at] + before + core + after + text[at + len(core) :]
 
     @cached_property
-    def _spelled(self) -> re.Pattern[str]:
-        return _any_of(self.names)
+    def _patterns(self) -> list[tuple[str, str]]:
+        return [(token, re.escape(token)) for token in _longest_first(self.names)]
 
     @cached_property
     def _spelled_in_text(self) -> re.Pattern[str]:
-        return re.compile(self._spelled.pattern, re.IGNORECASE)
+        return re.compile(_any_of(self.names).pattern, re.IGNORECASE)
 
     @cached_property
     def _closed_in_text(self) -> re.Pattern[str]:
@@ -127,8 +129,11 @@ def _escaped(mark: str) -> str:
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
     """Match any of them, the longest first; nothing when there are none."""
-    longest_first = sorted(tokens, key=lambda token: (-len(token), token))
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    return re.compile("|".join(map(re.escape, _longest_first(tokens))) or "(?!)")
+
+
+def _longest_first(tokens: Iterable[str]) -> list[str]:
+    return sorted(tokens, key=lambda token: (-len(token), token))
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:

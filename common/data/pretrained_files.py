@@ -77,6 +77,8 @@ def read_files(folder: Path, chat_template: Path | None = None) -> TokenizerFile
             f"{folder}: no {TOKENIZER}; bring the tokenizer that belongs to the model, or make it: "
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
+    if not isinstance(values.get("model"), dict):
+        raise DataError(f"{folder / TOKENIZER}: field 'model': missing; copy the file again")
     settings = _json(folder / SETTINGS) or {}
     map_ = _json(folder / _NAMES) or {}
     generation = _json(folder / _GENERATION)
@@ -90,9 +92,16 @@ def read_files(folder: Path, chat_template: Path | None = None) -> TokenizerFile
     eos = [named[name] for name in ("eos_token",) if name in named]
     stated = settings.keys() & {"add_bos_token", "add_eos_token"}
     template, where = _template(folder, settings, chat_template)
+    try:
+        values = _with_named(values, settings, named)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder}: {TOKENIZER} and {SETTINGS} do not list tokens as they should "
+            f"({one_line(repr(error))}); copy them again"
+        ) from error
     return TokenizerFiles(
         folder=folder,
-        tokenizer=_with_named(values, settings, named),
+        tokenizer=values,
         named=named,
         eos=(*eos, *(i for i in ids if isinstance(i, int))),
         add_bos=bool(settings.get("add_bos_token")) if stated else None,

@@ -41,7 +41,7 @@ class PretrainedTokenizer:
         """
         self._contents = contents
         name = str(files.folder / TOKENIZER)
-        values = _settled(files.tokenizer, name)
+        values = _settled(files.tokenizer)
         self._rust = _built(values, name)
         self._require_ids(values, name)
         self._prefix = self._prefix_of(files)
@@ -212,10 +212,8 @@ class PretrainedTokenizer:
                 )
 
 
-def _settled(values: dict[str, Any], name: str) -> dict[str, Any]:
+def _settled(values: dict[str, Any]) -> dict[str, Any]:
     """Return a tokenizer.json whose tokens are a function of the text, all of it."""
-    if not isinstance(values.get("model"), dict):
-        raise DataError(f"{name}: field 'model': missing; copy the file again")
     clean = values | {"truncation": None, "padding": None}
     if clean["model"].get("dropout") is not None:
         clean["model"] = clean["model"] | {"dropout": None}
