@@ -9,7 +9,7 @@ import torch
 
 from common.logprobs import Sampling, chosen_reader
 from common.models.embedding import Reader
-from common.models.networks import PolicyNetwork
+from common.models.networks import PolicyNetwork, compute_in
 from learner.algorithms import ppo
 from tests.common.models.pretrained.tiny import VARIANTS, VOCABULARY, loaded, reference
 
@@ -67,3 +67,53 @@ def test_gradients_are_the_librarys(name: str, tmp_path: Path) -> None:
         assert expected is not None and parameter.grad is not None, key
         scale = float(expected.abs().max())
         torch.testing.assert_close(parameter.grad, expected, atol=1e-4 * scale, rtol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_in_bf16_training_and_sampling_agree_within_a_stated_bound(
+    name: str, tmp_path: Path
+) -> None:
+    """Root mean square of the difference in log-probability: 5 % of the logits' deviation from
+    fp32, and as much between learner (fp32 weights, products in bf16) and actor (bf16 weights)."""
+    model = reference(name)
+    learner, exact = (PolicyNetwork(loaded(model, tmp_path / part)) for part in ("a", "b"))
+    compute_in(learner, torch.bfloat16)
+    actor = PolicyNetwork(loaded(model, tmp_path / "c")).to(torch.bfloat16)
+    tokens, lengths = rows(2)
+    real = torch.arange(max(LENGTHS)) < lengths[:, None] - 1
+    with torch.no_grad():
+        learnt, sampled, expected = (
+            network(tokens, lengths_B=lengths, read=reader(tokens))[0][real][:, 0]
+            for network in (learner, actor, exact)
+        )
+        spread = float(exact(tokens, lengths_B=lengths)[0][real].std(-1).mean())
+    for one, other in ((learnt, expected), (sampled, expected), (learnt, sampled)):
+        assert float((one - other).square().mean().sqrt()) < 0.05 * spread
+    assert not torch.equal(learnt, expected)
+
+
+def test_ids_that_are_no_tokens_have_no_logits(tmp_path: Path) -> None:
+    model = reference("qwen2-tied")
+    network = PolicyNetwork(loaded(model, tmp_path, vocab_size=90))
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        logits, _ = network(tokens)
+        expected = model(tokens, use_cache=False).logits[..., :90]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_sequences_of_a_row_do_not_attend_to_each_other(tmp_path: Path) -> None:
+    """The library's own packing by positions would let them, with a mask of ones or a cache."""
+    model = reference("llama")
+    network = PolicyNetwork(loaded(model, tmp_path))
+    tokens, _ = rows(4)
+    parts = [tokens[0, :13], tokens[2, :20]]
+    packed = torch.cat(parts)[None]
+    places = torch.cat([torch.arange(len(part)) for part in parts])[None]
+    segments = torch.cat([torch.full((len(p),), i) for i, p in enumerate(parts)])[None]
+    with torch.no_grad():
+        logits, _ = network(packed, positions_BT=places, segments_BT=segments)
+        alone = torch.cat([model(part[None], use_cache=False).logits[0] for part in parts])
+        trap = model(packed, position_ids=places, attention_mask=torch.ones_like(packed)).logits[0]
+    torch.testing.assert_close(logits[0], alone, atol=1e-5, rtol=1e-5)
+    assert float((trap - alone).abs().max()) > 0.1
