@@ -82,8 +82,6 @@ class Checkpoint:
             ConfigError: of a family or a variant that is not supported.
         """
         folder = Path(path)
-        if not folder.is_dir():
-            raise CheckpointError(_no_folder(str(path)))
         return cls.of(folder, read_config(folder))
 
     @classmethod
@@ -243,8 +241,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read a checkpoint's configuration.
 
     Raises:
-        CheckpointError: there is none, or it is torn.
+        CheckpointError: there is none, or it is torn; or there is no such folder.
     """
+    if not folder.is_dir():
+        raise CheckpointError(_no_folder(str(folder)))
     config = read_json(folder / CONFIG)
     if config is None:
         raise CheckpointError(

@@ -7,7 +7,6 @@ a parity test (``tests/common/models/pretrained``).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from common.errors import CheckpointError, ConfigError
 from common.files import one_line
 from common.models.attention import capped
 from common.models.decoder import Sizes
+from common.models.pretrained.checkpoint import CONFIG, read_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,18 +85,7 @@ def read_shape(folder: Path) -> Shape:
         CheckpointError: there is none, or it is torn.
         ConfigError: it is of a family, or of a variant, that is not supported.
     """
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder}: no config.json; model.start is the folder of a checkpoint, which "
-            "`talipot import` makes from a GGUF file or from the hub's cache"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: torn or not JSON ({one_line(error)})") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
+    values, path = read_config(folder), folder / CONFIG
     require_family(values, path)
     try:
         shape: Shape = AutoConfig.from_pretrained(
