@@ -21,7 +21,8 @@ _STAGES: Mapping[str, Sequence[str]] = {"sft": ("sft",), "train": ("sft", "rewar
 """The stages that a policy of each is made of."""
 _SECTIONS = {"sft": "sft", "reward": "reward_model", "train": "train"}
 _HOW = ("learner.precision", "rollout.temperature", "rollout.top_p", "rollout.top_k", "seed")
-_NOT_TOLD = ("start", "checkpoint_every", "keep_checkpoints")
+_NOT_TOLD = (".start", ".checkpoint_every", ".keep_checkpoints")
+"""Ends of fields that say nothing of the policy; a start is a path of this machine."""
 
 
 def add_card(folder: Path, config: RunConfig, stage: str) -> None:
@@ -68,7 +69,7 @@ def _settings(config: RunConfig, stage: str) -> dict[str, Any]:
     return {
         name: value
         for name, value in values.items()
-        if (name.startswith(prefix) and name.removeprefix(prefix) not in _NOT_TOLD) or name in _HOW
+        if (name.startswith(prefix) and not name.endswith(_NOT_TOLD)) or name in _HOW
     }
 
 

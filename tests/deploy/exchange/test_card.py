@@ -18,7 +18,12 @@ def run_of(folder: Path) -> RunConfig:
             "name": "polite",
             "output": str(folder / "runs"),
             "model": {"start": str(start), "context": 64},
-            "train": {"iterations": 9, "lr": 3e-4, "lora": {"rank": 4}},
+            "train": {
+                "iterations": 9,
+                "lr": 3e-4,
+                "lora": {"rank": 4},
+                "critic": {"kind": "pretrained", "start": str(start), "context": 64},
+            },
         }
     )
 
