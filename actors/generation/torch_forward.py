@@ -90,7 +90,7 @@ class _CachedAttention:
     ) -> Tensor:
         """Mix values: queries ``[N, H, K]``, keys and values ``[N, G, K]`` to ``[N, H, K]``."""
         keys, values = (cache[layer] for cache in self._caches)
-        dtype, q = q.dtype, q.to(keys.dtype)
+        q = q.to(keys.dtype)
         for cache, new in ((keys, k), (values, v)):
             cache[self._slots_N, :, self._positions_N] = new.to(cache.dtype)
             for copy in self._step.copies:
@@ -105,7 +105,7 @@ class _CachedAttention:
             prefill = self._prefill[mixing.window]
             prompts = _attend_prompts(q[used:], keys, values, mixing, prefill)
             mixed = torch.cat((mixed, prompts))
-        return mixed.to(dtype)
+        return mixed
 
     def _attend_newest(self, q_SHK: Tensor, keys: Tensor, values: Tensor, mixing: Mixing) -> Tensor:
         """Attend from one token of each slot: a product per head of keys, nothing expanded."""

@@ -16,6 +16,24 @@ from common.models.decoder import Decoder
 from common.models.lora import OFF, Adapted, RowSelection, adapted, selected
 
 
+class _Rounding:
+    """Inputs of projections in their dtype; one that several projections read is rounded once."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if x.dtype == dtype:
+            return x
+        last = self._last
+        if last is None or last[0] is not x or last[1].dtype != dtype:
+            last = self._last = x, x.to(dtype)
+        return last[1]
+
+
+_rounded = _Rounding()
+
+
 class MergedProjection(nn.Module):
     """A projection whose weight has an adapter in it."""
 
@@ -25,7 +43,7 @@ class MergedProjection(nn.Module):
 
     def forward(self, x: Tensor, adapter: RowSelection | None = None) -> Tensor:
         """``[..., in] -> [..., out]``; `adapter` is not read."""
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        return F.linear(_rounded(x, self.weight.dtype), self.weight, self.bias)
 
 
 class MixedProjection(nn.Module):

@@ -58,8 +58,11 @@ def test_sampled_logprobs_are_the_librarys(name: str, tmp_path: Path) -> None:
             with torch.no_grad():
                 logits = model(whole, use_cache=False).logits[:, len(request.prompt_ids) - 1 : -1]
             chosen, found = torch.tensor([response.response_ids]), torch.tensor([response.logprobs])
-            # A rounding of the logits may put a token on the other side of the nucleus' border.
-            borders = (replace(sampling, top_p=sampling.top_p + d) for d in (0.0, 1e-5, -1e-5))
+            # A rounding of the logits may put a token on the other side of a filter's border.
+            borders = (
+                replace(sampling, top_p=sampling.top_p + d, min_p=sampling.min_p * (1 + 10 * d))
+                for d in (0.0, 1e-5, -1e-5)
+            )
             apart = [(found - chosen_logprobs(logits, chosen, each)).abs() for each in borders]
             assert float(torch.stack(apart).amin(0).max()) < 1e-4
 
