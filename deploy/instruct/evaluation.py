@@ -45,6 +45,8 @@ def evaluate(
         splits, asks = zip(*(held_out[i] for i in old.prompts), strict=True)
         judged = {side: _judged(asks, of_side.responses) for side, of_side in sampled.items()}
         _write_samples(session, asks, sampled, judged)
+    session.close()  # workers hold memory that this process is about to need
+    session.lock("quickstart")
     with session.stage("elsewhere", "looked at what it cost elsewhere"):
         topics, capitals = task.held_out["topics"], elsewhere.questions()
         asked = [*prompts[: len(topics)], *encoded(session, config, "capitals", capitals)]
