@@ -63,6 +63,18 @@ def letters(tokens: Sequence[int]) -> str:
     return "".join(chr(95 + token) for token in tokens if token > 1)
 
 
+def test_each_of_several_eos_tokens_ends_a_response() -> None:
+    ends = set(range(1, 53, 4))
+    several = GenerationEngine(palm(), eos_ids=tuple(ends), sampling=Sampling(), max_tokens=10)
+    found = several.generate(requests([3, 4, 5], copies=8))
+    ended = [made for made in found if made.finish_reason == "eos"]
+    assert len({made.response_ids[-1] for made in ended}) > 1 and len(ended) < len(found)
+    for made in found:
+        *before, last = made.response_ids
+        assert not ends & set(before)
+        assert (last in ends) == (made.finish_reason == "eos")
+
+
 SERVED: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "off": (OFF, (OFF,)),
     "merged": ("one", ("one",)),
