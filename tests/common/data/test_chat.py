@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from common.data.chat import ChatTemplate, Turn
+from common.data.chat import ChatTemplate
 from common.data.pretrained_tokenizer import PretrainedTokenizer
 from common.errors import DataError
 from tests.common.data.tokenizers import CHATML, THINKING, byte_level, sentencepiece
@@ -233,7 +233,3 @@ def test_what_a_template_refuses_is_one_line(
         chat_of(pairs["sentencepiece"][0]).prompt(messages)
     text = str(refused.value)
     assert text.startswith("field 'messages': refused by ") and advice in text and "\n" not in text
-
-
-def test_turns_are_ids_and_nothing_else() -> None:
-    assert Turn(before=[1], learnt=[2]) == Turn(before=[1], learnt=[2])
