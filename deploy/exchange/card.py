@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config.run import RunConfig
-from common.models.pretrained.checkpoint import CONFIG
+from common.models.pretrained.config_files import CONFIG
 from common.models.pretrained.writing import CARD
 from deploy.run_folder.fingerprints import Facts
 from deploy.run_folder.inputs import RunInputs

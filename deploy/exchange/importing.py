@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from common.errors import CheckpointError, ConfigError
-from common.models.pretrained.checkpoint import Checkpoint, read_config
+from common.models.pretrained.checkpoint import Checkpoint
 from common.models.pretrained.checks import require_usable
+from common.models.pretrained.config_files import read_config
 from common.models.pretrained.text_part import open_text_part
 from common.models.pretrained.writing import (
     DTYPES,

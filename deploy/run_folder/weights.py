@@ -6,7 +6,8 @@ from pathlib import Path
 
 from common.config.run import RunConfig
 from common.errors import ConfigError
-from common.models.pretrained.checkpoint import CONFIG, Checkpoint
+from common.models.pretrained.checkpoint import Checkpoint
+from common.models.pretrained.config_files import CONFIG
 from common.models.weight_files import checkpoint_of
 from common.run_folder import PolicyFolder, RewardModelFolder
 

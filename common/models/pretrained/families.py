@@ -19,7 +19,7 @@ from common.errors import CheckpointError, ConfigError
 from common.files import one_line
 from common.models.attention import capped
 from common.models.decoder import Sizes
-from common.models.pretrained.checkpoint import CONFIG, read_config
+from common.models.pretrained.config_files import CONFIG, read_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from common.errors import CheckpointError
 from common.files import one_line
-from common.models.pretrained.checkpoint import CONFIG, GENERATION
 from common.models.pretrained.checks import be_quiet, probe, require_same
+from common.models.pretrained.config_files import CONFIG, GENERATION
 from common.models.pretrained.names import HEAD
 from common.models.pretrained.writing import write_json, write_weights
 from common.out_of_memory import require_memory

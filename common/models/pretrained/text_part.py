@@ -6,12 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from common.models.pretrained.checkpoint import (
-    CONFIG,
-    Checkpoint,
-    read_facts,
-    read_json,
-)
+from common.models.pretrained.checkpoint import Checkpoint, read_facts
+from common.models.pretrained.config_files import CONFIG, read_json
 
 _BOTH, _TEXT = "gemma3", "gemma3_text"
 _NAMES = (

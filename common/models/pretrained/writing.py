@@ -23,15 +23,8 @@ from torch import Tensor
 
 from common.errors import CheckpointError, StorageError
 from common.files import one_line
-from common.models.pretrained.checkpoint import (
-    CONFIG,
-    GENERATION,
-    INDEX,
-    TOKENIZER,
-    WEIGHTS,
-    Checkpoint,
-    read_json,
-)
+from common.models.pretrained.checkpoint import INDEX, TOKENIZER, WEIGHTS, Checkpoint
+from common.models.pretrained.config_files import CONFIG, GENERATION, read_json
 
 MAX_SHARD_BYTES = 5_000_000_000
 VALUE_HEAD, SCALAR_HEAD = "value_head.safetensors", "scalar_head.safetensors"

@@ -24,7 +24,8 @@ from transformers import (
 
 from common import out_of_memory
 from common.errors import CheckpointError, ClusterError, ConfigError
-from common.models.pretrained.checkpoint import CONFIG, Checkpoint
+from common.models.pretrained.checkpoint import Checkpoint
+from common.models.pretrained.config_files import CONFIG
 from deploy.exchange.importing import RECORD, import_model
 from tests.common.models.pretrained.checkpoints import (
     SETTINGS,

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from common.errors import CheckpointError, ConfigError
-from common.models.pretrained.checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint
+from common.models.pretrained.checkpoint import INDEX, WEIGHTS, Checkpoint
+from common.models.pretrained.config_files import CONFIG
 from common.models.pretrained.writing import VALUE_HEAD, write_like, written_whole
 from tests.common.models.pretrained.checkpoints import SETTINGS, random_checkpoint
 
