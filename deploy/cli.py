@@ -137,13 +137,30 @@ def sample(
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
 ) -> None:
     """Sample a run's policy in this process; no cluster needed."""
-    from deploy.commands import sample_run
+    from deploy.sampler import Sampler
 
-    for text, answer in zip(
-        prompt, sample_run(_of_run(run, None, None), prompt, sft, seed), strict=True
-    ):
+    sampler = Sampler(_of_run(run, None, None), sft=sft)
+    for text, answer in zip(prompt, sampler.responses(prompt, seed), strict=True):
         show(console, text, "dim")
         show(console, answer)
+
+
+@app.command()
+def chat(
+    run: RunArgument,
+    system: Annotated[str, typer.Option(help="Begin with these instructions.")] = "",
+    sft: Annotated[bool, typer.Option("--sft", help="Talk to the supervised policy.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the answers.")] = 0,
+) -> None:
+    """Talk to a run's policy, a line each; an empty line or Ctrl-D ends."""
+    from deploy.sampler import Conversation, Sampler
+
+    conversation = Conversation(Sampler(_of_run(run, None, None), sft=sft), system, seed)
+    say(console, ("an empty line or Ctrl-D ends", "dim"))
+    for line in sys.stdin:
+        if not line.strip():
+            return
+        show(console, conversation.say(line.rstrip("\n")))
 
 
 @app.command()

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import ray
 from rich.console import Console
 
-from actors.generation.decoder_generator import build_engine
 from common.config.run import RunConfig
-from common.data.prompts import encode_prompts, evaluation_requests
-from common.data.records import Prompt, read_demonstrations
-from common.data.tokenizer import load_tokenizer
-from common.devices import compute_of, torch_dtype
-from common.errors import ClusterError, ConfigError, DataError
-from common.files import is_utf8, write_atomic
-from common.models.build import build_policy
-from common.models.weight_files import load_weights
+from common.data.prompts import encode_prompts
+from common.data.records import read_demonstrations
+from common.errors import ClusterError, ConfigError
+from common.files import write_atomic
 from common.run_folder import RunFolder
 from deploy.control.status import Status
 from deploy.evaluation.compare import Judge, compare
@@ -59,30 +53,6 @@ def evaluate_run(config: RunConfig, console: Console) -> PolicyComparison:
     figures = json.dumps(figures_of(comparison), indent=1).encode()
     write_atomic(config.folder.evaluation, [figures])
     return comparison
-
-
-def sample_run(config: RunConfig, texts: Sequence[str], sft: bool, seed: int) -> list[str]:
-    """Sample one response per prompt, in this process, by `rollout.threads` threads."""
-    rollout = config.rollout
-    compute_of(cpus=rollout.cpus_per_actor, threads=rollout.threads).apply()
-    tokenizer = load_tokenizer(config.folder.tokenizer)
-    network = build_policy(config.model)
-    load_weights(network, policy_start(config) if sft else final_policy(config))
-    network.eval().requires_grad_(False).to(torch_dtype(rollout.precision))
-    for index, text in enumerate(texts):
-        if not text:
-            raise DataError(f"prompt {index + 1} is empty; give it at least one character")
-        if not is_utf8(text):
-            raise DataError(f"prompt {index + 1} is not UTF-8: {text}; give it as UTF-8")
-    prompts, _ = encode_prompts(
-        [Prompt(uid=str(i), prompt=text) for i, text in enumerate(texts)],
-        tokenizer,
-        max_tokens=config.max_prompt_tokens,
-        too_long="error",
-    )
-    engine = build_engine(network.decoder, tokenizer, rollout)
-    requests = evaluation_requests(prompts, seed=seed, label="sample")
-    return [engine.text(response).strip() for response in engine.generate(requests)]
 
 
 def status_of(config: RunConfig) -> dict[str, Any]:

@@ -51,7 +51,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"exchange", "workers"},
         {"control"},
         {"evaluation", "stages"},
-        {"commands", "config_docs", "instruct", "metric_docs", "quickstart", "recipes"},
+        {"commands", "config_docs", "instruct", "metric_docs", "quickstart", "recipes", "sampler"},
         {"tasks"},
         {"cli"},
     ],

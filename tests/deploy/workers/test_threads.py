@@ -14,7 +14,7 @@ from common.config.recipe import load_config
 from common.config.run import RunConfig
 from common.devices import compute_of
 from common.errors import ConfigError
-from deploy.commands import sample_run
+from deploy.sampler import Sampler
 from deploy.workers.gang import LearnerGang
 from deploy.workers.placement import reward_pool, rollout_pool
 from tests.conftest import run_copy
@@ -53,7 +53,7 @@ def kept_threads() -> Iterator[None]:
 @pytest.mark.usefixtures("kept_threads")
 def test_sample_computes_with_the_threads_of_rollouts(workspace: RunConfig, tmp_path: Path) -> None:
     config = run_copy(workspace, tmp_path, rollout={"threads": 3})
-    assert len(sample_run(config, ["open"], sft=True, seed=0)) == 1
+    assert len(Sampler(config, sft=True).responses(["open"], seed=0)) == 1
     assert torch.get_num_threads() == 3
 
 
