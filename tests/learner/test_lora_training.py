@@ -75,7 +75,7 @@ class Gang:
     def begin(self, config: RunConfig) -> None:
         folder = config.run_dir
         reward = str(folder / "reward_model" / "reward.safetensors")
-        self.call("begin_train", config, str(folder / "sft" / "policy.safetensors"), reward, 1)
+        self.call("begin_train", config, str(folder / "sft" / "policy.safetensors"), reward, (1,))
 
     def train(self, config: RunConfig, first: int = 0, count: int = 2) -> list[dict[str, float]]:
         metrics = []
