@@ -22,7 +22,9 @@ from common.config.base import (
     Section,
 )
 from common.config.model import (
+    ALL_PROJECTIONS,
     PRESETS,
+    PROJECTIONS,
     ModelConfig,
     PalmConfig,
     PretrainedConfig,
@@ -38,6 +40,8 @@ from common.config.stages import (
 )
 from common.config.workers import Labels, RewardServiceConfig, RolloutConfig
 from common.run_folder import RunFolder
+
+_TARGETS = (*PROJECTIONS, ALL_PROJECTIONS)
 
 
 class DataConfig(Section):
@@ -142,6 +146,12 @@ class RunConfig(Section):
         name, model = values.get("preset"), values.get("model") or {}
         if not isinstance(name, str) or name not in PRESETS or not isinstance(model, Mapping):
             return values  # the fields say themselves what they should be
+        kind, shape = ModelConfig.kind_of(model), type(PRESETS[name])
+        if kind is not None and kind is not shape:
+            raise ValueError(
+                f"preset '{name}' is a shape of kind {shape.model_fields['kind'].default}, and "
+                f"model is of kind {kind.model_fields['kind'].default}: leave one of them out"
+            )
         return {**values, "model": PRESETS[name].model_dump() | dict(model), "preset": None}
 
     @field_validator("preset")
@@ -183,6 +193,21 @@ class RunConfig(Section):
                 f"rollout.lease_size={self.rollout.lease_size} is not divisible by "
                 f"train.samples_per_prompt={self.train.samples_per_prompt}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _projections(self) -> RunConfig:
+        """Refuse targets that a PaLM does not have; a checkpoint's are known when it is read."""
+        if not isinstance(self.model, PalmConfig):
+            return self
+        for section in ("sft", "reward_model", "train"):
+            lora = getattr(self, section).lora
+            unknown = [t for t in lora.targets if t not in _TARGETS] if lora else []
+            if unknown:
+                raise ValueError(
+                    f"{section}.lora.targets: '{unknown[0]}' is no projection of a palm; there are "
+                    f"{', '.join(_TARGETS)}"
+                )
         return self
 
     @property

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from common.config.model import LoraConfig
+from common.config.model import ALL_PROJECTIONS, LoraConfig
 from common.errors import CheckpointError, ConfigError, TrainingError
 from common.models.decoder import DECODER
 from common.models.lora import adapted
@@ -21,15 +22,29 @@ def add_adapter(network: nn.Module, name: str, settings: LoraConfig, seed: int) 
     """Put a new adapter on every projection that `settings` targets.
 
     Raises:
-        ConfigError: the name cannot be one, or is taken.
+        ConfigError: the name cannot be one, or is taken, or no projection has a name of `targets`.
     """
     if not re.fullmatch(r"[a-z0-9]+", name):
         raise ConfigError(f"adapter name '{name}' must be of small letters and digits")
+    _require_targets(network, settings)
     generator = torch.Generator().manual_seed(seed)
     for path, module in adapted(network):
         if name in module.settings:
             raise ConfigError(f"{path} has an adapter '{name}' already")
         module.add(name, settings, generator)
+
+
+def _require_targets(network: nn.Module, settings: LoraConfig) -> None:
+    """Refuse names that no projection has, with the nearest one that is there."""
+    known = sorted({segment for _, module in adapted(network) for segment in module.segments})
+    for target in settings.targets:
+        if target not in (ALL_PROJECTIONS, *known):
+            near = difflib.get_close_matches(target, known, 1, 0.5)
+            meant = f"; did you mean '{near[0]}'?" if near else ""
+            raise ConfigError(
+                f"lora.targets: '{target}' is no projection of this model{meant}; it has "
+                f"{', '.join(known)}, or {ALL_PROJECTIONS} for all"
+            )
 
 
 def snapshot_adapter(network: nn.Module, source: str, name: str) -> None:

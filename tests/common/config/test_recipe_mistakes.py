@@ -136,6 +136,14 @@ def test_null_stays_a_value_where_it_is_one(folder: Path) -> None:
         ("preset: 3", "r.yaml:1: preset: preset '3' is unknown; there are tiny, small"),
         ("preset: tiny\nmodel: [1]", "r.yaml:2: model: should be a section, not [1]"),
         ("preset: tiny\nmodel: big", "r.yaml:2: model: should be a section, not 'big'"),
+        (
+            "train: {lora: {targets: [q, q_proj]}}",
+            "train.lora.targets: 'q_proj' is no projection of a palm; there are q, k, v, attn_out,",
+        ),
+        (
+            "preset: tiny\nmodel: {start: folder}",
+            "preset 'tiny' is a shape of kind palm, and model is of kind pretrained: leave one",
+        ),
         ("preset: tiny\nmodel: {dim: x}", "r.yaml:2: model.dim: should be a valid integer"),
         ("name: x\ntrain: 3", "r.yaml:2: train: should be a section, not 3"),
         ("train: [lr]", "r.yaml:1: train: should be a section, not ['lr']"),

@@ -42,6 +42,7 @@ from common.models.lora import OFF, adapted
 from common.models.palm import PaLM
 from common.models.palm_rlhf import from_palm_rlhf, lora_from_palm_rlhf
 from common.models.weight_files import load_weights, save_weights
+from tests.common.models.pretrained.tiny import loaded, reference
 
 SHAPE = PalmConfig(vocab_size=61, dim=32, layers=2, heads=4, head_dim=8, context=64)
 TOKENS = torch.randint(0, 61, (3, 17), generator=torch.Generator().manual_seed(0))
@@ -235,6 +236,14 @@ def test_names_that_cannot_be() -> None:
         add_adapter(network, "policy", LoraConfig(), seed=0)
     with pytest.raises(ConfigError, match="small letters"):
         add_adapter(network, "my_policy", LoraConfig(), seed=0)
+
+
+def test_a_target_that_no_projection_has(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'q_prj' is no projection of .*; it has attn_out, ff_"):
+        add_adapter(palm(1), "policy", LoraConfig(targets=("q", "q_prj")), seed=0)
+    decoder = loaded(reference("llama"), tmp_path)
+    with pytest.raises(ConfigError, match=r"'q_prj' is no .* did you mean 'q_proj'"):
+        add_adapter(decoder, "policy", LoraConfig(targets=("q_prj",)), seed=0)
 
 
 # ------------------------------------------------------------------ files
