@@ -368,6 +368,7 @@ def test_interruption(
         assert f"stopped after iteration {found[1]['iteration']} with a checkpoint" in error
 
 
+@pytest.mark.chaos
 def test_a_run_outlives_its_driver_and_can_be_attached_to(
     run: Run, recipe: Callable[..., str], tmp_path: Path
 ) -> None:

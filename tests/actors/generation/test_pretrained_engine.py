@@ -49,10 +49,10 @@ def test_sampled_logprobs_are_the_librarys(name: str, tmp_path: Path) -> None:
     model = reference(name)
     decoder = loaded(model, tmp_path).eval().requires_grad_(False)
     for seed, sampling in enumerate(SAMPLINGS):
-        asked = requests(9, seed)
+        asked = requests(6, seed)
         responses = engine_of(decoder, sampling).generate(asked)
-        alone = [engine_of(decoder, sampling, slots=1).generate([each])[0] for each in asked[:3]]
-        assert [r.response_ids for r in responses[:3]] == [r.response_ids for r in alone]
+        alone = [engine_of(decoder, sampling, slots=1).generate([each])[0] for each in asked[:2]]
+        assert [r.response_ids for r in responses[:2]] == [r.response_ids for r in alone]
         for request, response in zip(asked, responses, strict=True):
             whole = torch.tensor([[*request.prompt_ids, *response.response_ids]])
             with torch.no_grad():

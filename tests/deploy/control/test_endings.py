@@ -135,6 +135,7 @@ def test_a_command_to_scale_holds_as_a_whole(workspace: RunConfig, tmp_path: Pat
     assert [pool.target for pool in pools] == [3, 2]
 
 
+@pytest.mark.chaos
 def test_a_run_whose_events_cannot_be_written_ends_with_its_workers(
     workspace: RunConfig, tmp_path: Path, cluster: None
 ) -> None:

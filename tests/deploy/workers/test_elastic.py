@@ -22,6 +22,7 @@ from tests.deploy.control.simulated import LEASE, Rig, is_running
 pytestmark = pytest.mark.usefixtures("cluster")
 
 
+@pytest.mark.chaos
 def test_scaling_live_loses_nothing_and_throughput_follows(
     rig: Callable[..., Rig], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -58,6 +59,7 @@ def test_scaling_live_loses_nothing_and_throughput_follows(
     assert 0 < latency < 60
 
 
+@pytest.mark.chaos
 def test_a_draining_worker_hands_back_what_waits(rig: Callable[..., Rig]) -> None:
     here = rig(2, seconds_per_token=0.05)
     here.issue(0, 32)
@@ -72,6 +74,7 @@ def test_a_draining_worker_hands_back_what_waits(rig: Callable[..., Rig]) -> Non
     here.everything_once(32)
 
 
+@pytest.mark.chaos
 def test_a_worker_on_its_way_out_is_taken_back(rig: Callable[..., Rig]) -> None:
     here = rig(2, seconds_per_token=0.05)
     here.issue(0, 32)
@@ -111,6 +114,7 @@ def test_a_slow_worker_is_left_in_peace(rig: Callable[..., Rig]) -> None:
     assert here.ledger.reissued == 0
 
 
+@pytest.mark.chaos
 def test_the_death_and_the_hang_of_idle_workers_are_noticed(rig: Callable[..., Rig]) -> None:
     here = rig(2, beat_s=0.2, silence_s=1.0)
     here.pump_until(lambda: len(here.working()) == 2)
