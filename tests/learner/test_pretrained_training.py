@@ -46,15 +46,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_of(
     workspace: RunConfig, folder: Path, checkpoint: Path, *, zero: int = 0, **changes: Any
 ) -> RunConfig:
-    sections: dict[str, dict[str, object]] = {
-        "learner": {"zero_stage": zero, "micro_batch_tokens": 60},
-        "train": {"lr": 1e-3, "stop_kl": None, "adam_eps": 1e-5, **changes},
-        "reward_service": {"components": {"length": {"kind": "function", "target": "a:b"}}},
-    }
-    config = run_copy(workspace, folder, **sections)
+    config = run_copy(
+        workspace,
+        folder,
+        learner={"zero_stage": zero, "micro_batch_tokens": 60},
+        reward_service={"components": {"length": {"kind": "function", "target": "a:b"}}},
+    )
     (config.run_dir / "sft" / "policy.safetensors").unlink()
+    values = config.model_dump(mode="json")
+    values["train"] |= {"lr": 1e-3, "stop_kl": None, "adam_eps": 1e-5, **changes}
     model = {"start": str(checkpoint), "context": 64, "vocab_size": 300, "logits_mb": 0.01}
-    return RunConfig.model_validate({**config.model_dump(mode="json"), "model": model})
+    return RunConfig.model_validate({**values, "model": model})
 
 
 def trained(gang: LearnerGang, config: RunConfig) -> tuple[Path, list[Mapping[str, float]]]:
