@@ -51,13 +51,12 @@ class RewardModel:
         return read_last(values_BT, batch)
 
     def tokens_of(self, rollouts: Sequence[Rollout]) -> list[tuple[list[int], list[int]]]:
-        """Return prompts and responses as this model reads them.
+        """Return prompts and responses in tokens of this model's own.
 
-        In tokens of its own a conversation is written by its own template. What is longer than its
-        context loses the beginning of the prompt.
+        A conversation is written by its own template. What is longer than its context loses the
+        beginning of the prompt.
         """
-        if self.tokenizer is None:
-            return [(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts]
+        assert self.tokenizer is not None, "it reads the policy's tokens"
         rows = rows_in_ids([_as_demonstration(rollout) for rollout in rollouts], self.tokenizer)
         return [
             _fitted(turn, rollout, self.context)

@@ -92,21 +92,3 @@ def load_tokenizer(
             "needs the tokenizer of a pretrained model, so name its folder in tokenizer.path"
         )
     return OwnTokenizer.load(path)
-
-
-def require_vocabulary(tokenizer: Tokenizer, rows: int, model: str) -> None:
-    """Refuse a model that has no embedding for some of a tokenizer's tokens.
-
-    Args:
-        tokenizer: the run's.
-        rows: tokens that the model embeds; more than the tokenizer has is usual.
-        model: how to call it.
-
-    Raises:
-        ConfigError: it has fewer.
-    """
-    if tokenizer.vocab_size > rows:
-        raise ConfigError(
-            f"{model}: embeds {rows} tokens, and the tokenizer has {tokenizer.vocab_size}; bring "
-            "the tokenizer that belongs to it (tokenizer.path)"
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from common.config.model import ModelConfig
 from common.config.run import RunConfig
 from common.errors import ConfigError
 from common.models.pretrained.checkpoint import Checkpoint
@@ -49,33 +50,46 @@ def require_checkpoints(config: RunConfig) -> None:
         CheckpointError: a folder that is none, or is torn.
         ConfigError: a model that is not supported, or a context longer than its own.
     """
-    service = config.reward_service
-    models = (config.model, config.reward_model.model, config.train.critic, service.reference)
-    for model in models:
-        if (start := checkpoint_of(model)) is not None and model is not None:
+    own, context = config.reward_model.model, config.model.context
+    checked: list[tuple[ModelConfig, int]] = [] if own is None else [(own, own.context)]
+    # What reads the policy's tokens reads sequences of the policy's context.
+    readers = _readers_of_its_tokens(config)
+    checked += [(model, max(model.context, context)) for _, model in readers]
+    for model, longest in checked:
+        if (start := checkpoint_of(model)) is not None:
             # The library takes seconds to import, which models of our own do without.
             from common.models.pretrained.families import read_shape, sizes_of
 
             Checkpoint.open(start)
-            sizes_of(read_shape(start), model.context, start)
+            sizes_of(read_shape(start), longest, start)
 
 
 def require_embedded(config: RunConfig, tokens: int) -> None:
-    """Refuse a tokenizer with more tokens than the policy's checkpoint embeds.
+    """Refuse a tokenizer with more tokens than a checkpoint embeds that reads the policy's tokens.
 
     Raises:
         ConfigError: with both numbers.
     """
-    start = checkpoint_of(config.model)
-    if start is None:
-        return
-    checkpoint = Checkpoint.open(start)
-    rows = checkpoint.facts[checkpoint.embedding].shape[0]
-    if tokens > rows:
-        raise ConfigError(
-            f"model.start {start}: embeds {rows} tokens, and the tokenizer has {tokens}; bring the "
-            "tokenizer that belongs to the model"
-        )
+    for field, model in _readers_of_its_tokens(config):
+        if (start := checkpoint_of(model)) is None:
+            continue
+        checkpoint = Checkpoint.open(start)
+        rows = checkpoint.facts[checkpoint.embedding].shape[0]
+        if tokens > rows:
+            raise ConfigError(
+                f"{field}.start {start}: embeds {rows} tokens, and the tokenizer has {tokens}; "
+                "bring the tokenizer that belongs to the model"
+            )
+
+
+def _readers_of_its_tokens(config: RunConfig) -> list[tuple[str, ModelConfig]]:
+    """Return the models that read the policy's tokens, by their fields."""
+    models = {
+        "model": config.model,
+        "train.critic": config.train.critic,
+        "reward_service.reference": config.reward_service.reference,
+    }
+    return [(field, model) for field, model in models.items() if model is not None]
 
 
 def is_there(folder: PolicyFolder) -> bool:

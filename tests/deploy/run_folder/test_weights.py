@@ -117,4 +117,21 @@ def test_a_context_and_a_tokenizer_must_fit_the_model(tmp_path: Path, start: Pat
         require_embedded(run_of(tmp_path, start), 273)
 
 
+@pytest.mark.parametrize("field", ["train.critic", "reward_service.reference"])
+def test_what_reads_the_policys_tokens_must_fit_them(
+    tmp_path: Path, start: Path, field: str
+) -> None:
+    """Another policy has more tokens and a longer context than this critic or reference."""
+    section, name = field.split(".")
+    own = {"kind": "pretrained", "start": str(start), "context": 16}
+    values = run_of(tmp_path, start).model_dump(mode="json")
+    values[section] |= {name: own}
+    values["model"] = {"kind": "palm", "context": 65}
+    config = RunConfig.model_validate(values)
+    with pytest.raises(ConfigError, match=r"model.context=65 is longer .* at most 64"):
+        require_checkpoints(config)
+    with pytest.raises(ConfigError, match=rf"{field}.start .*: embeds 272 tokens, .* has 273"):
+        require_embedded(config, 273)
+
+
 FUNCTION = {"components": {"length": {"kind": "function", "target": "a:b"}}}
