@@ -12,6 +12,7 @@ from urllib.parse import quote, unquote
 from pyarrow import ArrowInvalid, fs
 
 from common.errors import DataError, StorageError
+from common.unfinished import unfinished
 
 _NOT_IN_URIS = re.compile(r"""[^\w\-.~!$&'()*+,;=:@/?#%\[\]]|[^\x00-\x7f]|%(?![0-9A-Fa-f]{2})""")
 
@@ -71,8 +72,9 @@ def one_line(error: object) -> str:
 def write_atomic(path: str | os.PathLike[str], chunks: Iterable[bytes | memoryview]) -> None:
     """Write `chunks` to `path` so that a reader sees the old file or the whole new one.
 
-    Local: temporary file beside it, fsync, rename, fsync of the folder. Elsewhere: temporary
-    object, then a move, because closing a half-written upload would publish it.
+    Local: temporary file beside it, fsync, rename, fsync of the folder; what a killed writer of
+    `path` left there is removed. Elsewhere: temporary object, then a move, because closing a
+    half-written upload would publish it.
 
     Raises:
         StorageError: the target cannot be written.
@@ -81,7 +83,7 @@ def write_atomic(path: str | os.PathLike[str], chunks: Iterable[bytes | memoryvi
     temporary = f"{inner}.tmp-{uuid.uuid4().hex[:8]}"
     try:
         if isinstance(filesystem, fs.LocalFileSystem):
-            _write_local(Path(inner), Path(temporary), chunks)
+            _write_local(Path(inner), chunks)
             return
         try:
             with filesystem.open_output_stream(temporary) as stream:
@@ -99,18 +101,15 @@ def write_atomic(path: str | os.PathLike[str], chunks: Iterable[bytes | memoryvi
         ) from error
 
 
-def _write_local(target: Path, temporary: Path, chunks: Iterable[bytes | memoryview]) -> None:
+def _write_local(target: Path, chunks: Iterable[bytes | memoryview]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with temporary.open("xb") as stream:
+    with unfinished(target) as temporary:
+        with temporary.open("wb") as stream:
             for chunk in chunks:
                 stream.write(chunk)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     # Without this the rename itself may be lost in a power cut, though the bytes are safe.
     folder = os.open(target.parent, os.O_RDONLY)
     try:

@@ -21,7 +21,7 @@ MAY_IMPORT = {
 }
 LAYERS: dict[str, list[set[str]]] = {
     "common": [
-        {"errors"},
+        {"errors", "unfinished"},
         {"endings", "files", "metric_catalogue", "native_code", "randomness", "run_folder"},
         {"metrics", "out_of_memory"},
         {"config"},

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from common.errors import CheckpointError, StorageError
 from common.files import one_line
 from common.models.pretrained.checkpoint import INDEX, TOKENIZER, WEIGHTS, Checkpoint
 from common.models.pretrained.config_files import CONFIG, GENERATION, read_json
+from common.unfinished import REPLACED, left_by_writers, unfinished
 
 MAX_SHARD_BYTES = 5_000_000_000
 VALUE_HEAD, SCALAR_HEAD = "value_head.safetensors", "scalar_head.safetensors"
@@ -42,32 +42,31 @@ _LICENCE = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 def written_whole(target: Path) -> Iterator[Path]:
     """Give a folder beside `target` to write into; it takes that name at the end, or is removed.
 
-    What had the name before is replaced.
+    What had the name before is replaced, and what killed writers of `target` left is removed.
 
     Raises:
         StorageError: the disk is full or not writable.
     """
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in (*partial.rglob("*"), partial):
-            if path.is_file():  # safetensors writes files that nobody else may read
-                path.chmod(partial.stat().st_mode & 0o666)
-            _sync(path)
-        replaced = partial.with_suffix(".replaced")
-        if target.exists():
-            target.rename(replaced)
-        partial.rename(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished(target, folder=True) as partial:
+            yield partial
+            for path in (*partial.rglob("*"), partial):
+                if path.is_file():  # safetensors writes files that nobody else may read
+                    path.chmod(partial.stat().st_mode & 0o666)
+                _sync(path)
+            if target.exists():
+                target.rename(partial.with_suffix(f".{REPLACED}"))
+            partial.rename(target)
         _sync(target.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        # Those of writers too that were killed between their last two moves: a whole one is there.
+        for path in left_by_writers(target, REPLACED):
+            shutil.rmtree(path, ignore_errors=True)
     except OSError as error:
         raise StorageError(
             f"{target}: cannot be written ({one_line(error)}); check the folder, its rights and "
             "the free space"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_like(
