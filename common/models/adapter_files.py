@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from common.config.model import LoraConfig, ModelConfig
@@ -32,6 +32,7 @@ from common.models.build import build_policy
 from common.models.decoder import DECODER, Decoder
 from common.models.lora import adapted
 from common.models.networks import ScalarNetwork
+from common.models.tensor_files import save_tensors
 from common.models.weight_files import load_weights, save_policy, save_weights
 from common.run_folder import PolicyFolder
 
@@ -207,7 +208,7 @@ def save_peft(adapter: Adapter, decoder: Decoder, folder: Path, base: Path | Non
         "lora": settings.model_dump_json(),
         "base": adapter.base,
     }
-    save_file(state, folder / "adapter_model.safetensors", metadata)
+    save_tensors(state, folder / "adapter_model.safetensors", metadata)
     text = json.dumps(config, indent=1) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf8")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common.config.model import ModelConfig, PretrainedConfig
@@ -19,6 +19,7 @@ from common.models.networks import DecoderNetwork, PolicyNetwork, ScalarHead, Sc
 from common.models.pretrained.checkpoint import SCORE, Checkpoint
 from common.models.pretrained.names import HEAD
 from common.models.pretrained.writing import SCALAR_HEAD, VALUE_HEAD, write_like, written_whole
+from common.models.tensor_files import save_tensors
 from common.run_folder import PolicyFolder
 
 _SCALAR = "head."
@@ -30,11 +31,7 @@ _VALUE = "value."
 def save_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Write safetensors atomically. Metadata values are strings."""
     temporary = path.with_suffix(".tmp")
-    save_file(
-        {k: v.detach().cpu().contiguous() for k, v in state.items()},
-        temporary,
-        dict(metadata),
-    )
+    save_tensors({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary, metadata)
     temporary.replace(path)
 
 

@@ -13,7 +13,7 @@ from common.config.run import RunConfig
 from common.errors import DataError
 from common.files import is_utf8
 from common.run_folder import RunFolder
-from deploy.run_folder.paths import anchored, rebased
+from deploy.run_folder.paths import rebased
 
 
 def folder_of(run: str | Path) -> Path:
@@ -47,10 +47,10 @@ def config_of(
         ConfigError: an override that cannot be applied.
     """
     folder = folder_of(run)
-    path, here = _whole_recipe(folder), {"output": str(folder.parent), "name": folder.name}
-    old = anchored(load_config(path, saved=True)).run_dir
-    config = load_config(path, overrides, {**here, **given}, saved=True)
-    return rebased(anchored(config), old, folder)
+    path = _whole_recipe(folder)
+    recorded = load_config(path, saved=True)
+    was = {"output": recorded.output, "name": recorded.name}
+    return rebased(load_config(path, overrides, {**given, **was}, saved=True), folder)
 
 
 def _whole_recipe(folder: Path) -> Path:

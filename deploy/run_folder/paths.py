@@ -1,8 +1,9 @@
 """Paths in a recipe: from the folder that a command is given in to ones that hold everywhere.
 
 A relative path of a recipe is relative to the working folder of the command that first takes it.
-From then on it is absolute, in ``config.yaml`` and in every checkpoint, so that `--resume` means
-the same files from any folder.
+From then on it is absolute, in ``config.yaml``, in every checkpoint and in the trajectory log, so
+that `--resume` means the same files from any folder. Where the run's folder itself lies is read off
+it each time: what a recipe names inside the folder is found in it wherever it was moved or copied.
 """
 
 from __future__ import annotations
@@ -25,14 +26,26 @@ def anchored(config: RunConfig) -> RunConfig:
     return absolute.model_copy(update={"output": _absolute(config.output)})
 
 
-def rebased(config: RunConfig, old: Path, new: Path) -> RunConfig:
-    """Return the recipe of a run whose folder was `old` and is `new`: what was inside moved too."""
+def rebased(config: RunConfig, new: Path) -> RunConfig:
+    """Return a saved recipe as that of the run whose folder is `new` now; its paths are absolute.
+
+    What was inside the folder moved with it. A file elsewhere that is gone is looked for at the
+    same place from the new folder, as in a project that was copied as a whole; what it holds is
+    compared by whoever reads it (``run.json``).
+    """
+    config = anchored(config)
+    old = config.run_dir
 
     def follow(path: str) -> str:
-        inside = "://" not in path and Path(path).is_relative_to(old)
-        return str(new / Path(path).relative_to(old)) if inside else path
+        if "://" in path:
+            return path
+        if Path(path).is_relative_to(old):
+            return str(new / Path(path).relative_to(old))
+        beside = Path(os.path.normpath(new / os.path.relpath(path, old)))
+        return str(beside) if not Path(path).exists() and beside.exists() else path
 
-    return _with_paths(config, follow)
+    here = {"output": str(new.parent), "name": new.name}
+    return _with_paths(config, follow).model_copy(update=here)
 
 
 def _with_paths(config: RunConfig, change: Callable[[str], str]) -> RunConfig:

@@ -16,7 +16,7 @@ from common.metric_catalogue import Logged
 from deploy.control.status import Status, recorded_facts
 from deploy.run_folder import checkpoints
 from deploy.run_folder.inputs import RunInputs
-from deploy.run_folder.paths import anchored
+from deploy.run_folder.paths import anchored, rebased
 from deploy.run_folder.resume_rules import Change, require_resumable
 from deploy.run_folder.weights import policy_start, reward_weights
 from deploy.screen import say
@@ -41,13 +41,15 @@ class Resumption:
     """What it means to go on with a run: what has changed, or that it is finished."""
 
     changed: list[Change]
-    """How the recipe differs from the newest checkpoint's, but for the run's name and place."""
+    """How the recipe differs from the newest checkpoint's."""
     facts: dict[str, Any] | None
     """The controller's facts of a run that is finished; None where there is something to train."""
 
 
 def resumption_of(config: RunConfig) -> Resumption:
     """Compare the recipe with the run's newest checkpoint, if it has one; nothing starts for it.
+
+    A run that was moved has not changed by that.
 
     Raises:
         ConfigError: policy cannot be trained under this recipe, or a field changed that cannot
@@ -59,7 +61,7 @@ def resumption_of(config: RunConfig) -> Resumption:
         return Resumption(changed=[], facts=None)
     state = checkpoint[1]
     changed = require_resumable(
-        saved_config(state["config"]),
+        rebased(saved_config(state["config"]), config.run_dir),
         config,
         state["iteration"],
         config.run_dir,
@@ -68,9 +70,7 @@ def resumption_of(config: RunConfig) -> Resumption:
     facts = recorded_facts(config.run_dir)
     if facts is not None and facts["iterations"] < config.train.iterations:
         facts = None
-    return Resumption(
-        changed=[c for c in changed if c.field not in ("name", "output")], facts=facts
-    )
+    return Resumption(changed=changed, facts=facts)
 
 
 def tell(console: Console, config: RunConfig, resumption: Resumption) -> None:

@@ -21,6 +21,7 @@ from common.run_folder import RunFolder
 from deploy.control.status import recorded_facts
 from deploy.run_folder.inputs import RunInputs
 from deploy.run_folder.lock import writing
+from deploy.run_folder.paths import rebased
 from deploy.run_folder.reads import reads_of
 from deploy.stages.session import open_session
 from deploy.workers.gang import LearnerGang
@@ -79,8 +80,7 @@ def _replay(
         table, trained = read_log(run.run_dir, iteration)
         if current is None or any(getattr(trained, s) != getattr(current, s) for s in _SAME):
             # The weights to start from lie in the run's folder, wherever it was moved to.
-            moved = trained.model_copy(update={"output": run.output, "name": run.name})
-            _take_over(gang, moved, None if current is None else folder)
+            _take_over(gang, rebased(trained, run.run_dir), None if current is None else folder)
             current = trained
         metrics = gang.policy_phase(iteration, None, [table])
         if auxiliary_phase_due(trained.train.ppg, iteration):

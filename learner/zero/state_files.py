@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from common.errors import CheckpointError, StorageError
 from common.files import one_line
+from common.models.tensor_files import save_tensors
 from learner.zero.engine import ZeroEngine
 from learner.zero.optimizer_state import Fragment
 from learner.zero.process_group import all_sum, rank, world_size
@@ -48,7 +48,7 @@ def save(engine: ZeroEngine, folder: Path) -> None:
     problem = ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(mine, path)
+        save_tensors(mine, path)
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from common.errors import CheckpointError, StorageError
 from common.files import one_line
 from common.models.pretrained.checkpoint import INDEX, TOKENIZER, WEIGHTS, Checkpoint
 from common.models.pretrained.config_files import CONFIG, GENERATION, read_json
+from common.models.tensor_files import save_tensors
 from common.unfinished import REPLACED, left_by_writers, unfinished
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -52,8 +52,6 @@ def written_whole(target: Path) -> Iterator[Path]:
         with unfinished(target, folder=True) as partial:
             yield partial
             for path in (*partial.rglob("*"), partial):
-                if path.is_file():  # safetensors writes files that nobody else may read
-                    path.chmod(partial.stat().st_mode & 0o666)
                 _sync(path)
             if target.exists():
                 target.rename(partial.with_suffix(f".{REPLACED}"))
@@ -95,7 +93,7 @@ def write_like(
     """
     copy_settings(base, folder, dtype)
     for name, head in (beside or {}).items():
-        save_file(_ready(head), folder / name, {"format": "pt"})
+        save_tensors(_ready(head), folder / name, {"format": "pt"})
     state = dict(state)
     if base.tied_copy:
         state[base.tied_copy] = state[base.embedding]
@@ -183,7 +181,7 @@ def write_weights(
     ]
     for file, names in zip(files, shards, strict=True):
         shard = {name: state[name].detach().to("cpu", dtypes[name]) for name in names}
-        save_file(_ready(shard), folder / file, {"format": "pt"})
+        save_tensors(_ready(shard), folder / file, {"format": "pt"})
     if index or len(shards) > 1:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = {"total_size": sum(sizes.values())}
