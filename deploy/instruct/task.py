@@ -37,7 +37,7 @@ Kinds = tuple[str, ...]
 
 THINGS_HELD_OUT: Final = 0.3
 PAIRS_HELD_OUT: Final = 0.2
-SHARES: Final = (0.5, 0.35, 0.15)
+SHARES: Final = (0.7, 0.22, 0.08)
 """Of prompts with one, two and three instructions."""
 
 

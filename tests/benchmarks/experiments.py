@@ -28,6 +28,7 @@ from common.config.run import RunConfig
 from deploy.evaluation.intervals import best_of_n_kl, win_rate
 from deploy.evaluation.results import figures_of
 from deploy.evaluation.sampling import best_of, policy_weights, sample_scored
+from deploy.instruct.pipeline import bring_model, run_instruct
 from deploy.quickstart.evaluation import encoded_prompts, evaluate, stripped
 from deploy.quickstart.harvest import Pair, harvest, prompt_text
 from deploy.quickstart.pipeline import run_quickstart
@@ -46,6 +47,13 @@ FULL_LRS, BEST_FULL_LR = (1.6e-3,), 1.6e-3
 LORA_LRS = (8e-4, 1.6e-3, 6.4e-3)
 LORA_RANK, LORA_LR = 8, 3.2e-3
 LORA_RANKS = (1, LORA_RANK, 64)
+INSTRUCT = {
+    "rloo": (),
+    "grpo": ("train.algorithm=grpo",),
+    "ppo": ("train.algorithm=ppo",),
+    "ppg": ("train.algorithm=ppo", "train.ppg={n_pi: 5}"),
+}
+"""What the algorithms on the recipe `instruct` override; the first is the recipe's own."""
 BASE_FILES = ("tokenizer.json", "sft", "reward_model", "data")
 
 console = Console()
@@ -110,6 +118,15 @@ def vary(out: Path, variation: Variation) -> None:
         trained = policy.run_train(session, config, pools)
         judged = evaluate(session, config, task_of(config), pools).figures()
     save(config.run_dir, {**trained, **judged, "seconds_pipeline": time.perf_counter() - begin})
+
+
+def instruct(out: Path, name: str, seed: int, overrides: tuple[str, ...]) -> None:
+    """Run the recipe `instruct` with another algorithm, or seed; its model is imported once."""
+    start = f"model.start={out / 'SmolLM2-135M-Instruct'}"
+    config = recipe(out, name, start, f"seed={seed}", *overrides, kind="instruct")
+    bring_model(config, console)
+    with open_session(config, console) as session:
+        run_instruct(session)
 
 
 def best_of_n(out: Path) -> None:
@@ -228,15 +245,14 @@ def task_of(config: RunConfig) -> Task:
     return _task(config.seed, settings.demonstrations, settings.held_out)
 
 
-def _recipe_path() -> Path:
-    return Path(str(resources.files("deploy.recipes") / "quickstart.yaml"))
+def _recipe_path(kind: str = "quickstart") -> Path:
+    return Path(str(resources.files("deploy.recipes") / f"{kind}.yaml"))
 
 
-def recipe(out: Path, name: str, *overrides: str) -> RunConfig:
-    """Load the quickstart's recipe under another name."""
-    return load_config(
-        _recipe_path(), [f"output={out}", f"name={name}", "cluster.dashboard=false", *overrides]
-    )
+def recipe(out: Path, name: str, *overrides: str, kind: str = "quickstart") -> RunConfig:
+    """Load a recipe that ships with Talipot under another name."""
+    here = [f"output={out}", f"name={name}", "cluster.dashboard=false"]
+    return load_config(_recipe_path(kind), [*here, *overrides])
 
 
 def derive(base: Path, target: Path, overrides: tuple[str, ...]) -> RunConfig:
@@ -274,6 +290,10 @@ def experiments(out: Path) -> dict[str, Callable[[], None]]:
     every["best-of-n"] = partial(best_of_n, out)
     every["reward-data"] = partial(reward_data, out)
     every["over-optimisation"] = partial(over_optimisation, out)
+    for kind, overrides in INSTRUCT.items():
+        for seed in SEEDS if not overrides else SEEDS[:1]:
+            name = f"instruct-{kind}-s{seed}"
+            every[name] = partial(instruct, out, name, seed, overrides)
     return every
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean, stdev
@@ -18,9 +18,11 @@ from typing import Any
 
 from deploy.evaluation.intervals import Interval, best_of_n_kl
 from deploy.evaluation.results import figure
+from deploy.instruct.instructions import KINDS
 from tests.benchmarks.experiments import (
     BEST_FULL_LR,
     FULL_LRS,
+    INSTRUCT,
     KL_COEFS,
     LORA_LR,
     LORA_LRS,
@@ -48,6 +50,24 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 
 
+OF_BOTH = ("win_rate", "kl", "judge_accuracy_rise", "seconds_train", "resident_gb")
+"""Figures without a side: they are of both, or of the whole run."""
+TRAINED = ("policy", "after")
+"""Names of the trained side in the recipes."""
+INSTRUCT_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "judge_accuracy": ("held-out topics", lambda x: f"{100 * x:.1f} %"),
+    "judge_accuracy_rise": ("rise", lambda x: f"{100 * x:.1f}"),
+    "judge_accuracy_combinations": ("combinations", lambda x: f"{100 * x:.1f} %"),
+    "judge_accuracy_kinds": ("kinds", lambda x: f"{100 * x:.1f} %"),
+    "judge_accuracy_greedy": ("topics, greedy", lambda x: f"{100 * x:.1f} %"),
+    "text_nll": ("NLL of other text", lambda x: f"{x:.3f}"),
+    "capitals_known": ("capitals", lambda x: f"{100 * x:.1f} %"),
+    "response_length": ("tokens", lambda x: f"{x:.1f}"),
+    "kl": ("KL, nats", lambda x: f"{x:.1f}"),
+    "seconds_train": ("training, s", lambda x: f"{x:.0f}"),
+}
+
+
 def load(out: Path, name: str) -> Summary | None:
     """Load a run's summary, if it is there."""
     path = out / name / "summary.json"
@@ -59,10 +79,10 @@ def load(out: Path, name: str) -> Summary | None:
 
 def value(summary: Summary, name: str, side: str) -> float | None:
     """Return a figure of one side; win rate and KL, of both, stand beside the trained policy."""
-    if name not in ("win_rate", "kl"):
+    if name not in OF_BOTH:
         measured = figure(summary, name, side)
     else:
-        measured = figure(summary, name) if side == "policy" else None
+        measured = figure(summary, name) if side in TRAINED else None
     return measured.mean if isinstance(measured, Interval) else measured
 
 
@@ -81,17 +101,21 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     return [*lines, *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
-def comparison(out: Path, rows: Sequence[tuple[str, Sequence[str], str]]) -> list[str]:
-    """Show rows of (title, names of runs, side) under all columns; ± is over seeds."""
+def comparison(
+    out: Path,
+    rows: Sequence[tuple[str, Sequence[str], str]],
+    columns: Mapping[str, tuple[str, Callable[[float], str]]] = COLUMNS,
+) -> list[str]:
+    """Show rows of (title, names of runs, side) under columns; ± is over seeds."""
     lines = []
     for title, names, side in rows:
         found = [s for name in names if (s := load(out, name)) is not None]
         cells = [title, str(len(found))]
-        for key, (_, form) in COLUMNS.items():
+        for key, (_, form) in columns.items():
             values = [v for s in found if (v := value(s, key, side)) is not None]
             cells.append(spread(values, form) if values else "")
         lines.append(cells)
-    return table(["", "seeds", *(title for title, _ in COLUMNS.values())], lines)
+    return table(["", "seeds", *(title for title, _ in columns.values())], lines)
 
 
 def of_seeds(kind: str) -> list[str]:
@@ -236,6 +260,29 @@ def over_optimisation(out: Path) -> list[str]:
     return table([*head, "distinct"], rows)
 
 
+def instruct(out: Path) -> list[str]:
+    """Compare algorithms on the recipe `instruct` at equal rollouts."""
+    runs = {kind: [f"instruct-{kind}-s{seed}" for seed in SEEDS] for kind in INSTRUCT}
+    names = {"rloo": "RLOO (the recipe)", "grpo": "GRPO", "ppo": "PPO", "ppg": "PPG"}
+    rows = [("as it came", runs["rloo"], "before")]
+    rows += [(names[kind], runs[kind], "after") for kind in INSTRUCT]
+    return comparison(out, rows, INSTRUCT_COLUMNS)
+
+
+def instruct_kinds(out: Path) -> list[str]:
+    """Show the share of instructions of each kind that are followed, over seeds."""
+    found = [s for seed in SEEDS if (s := load(out, f"instruct-rloo-s{seed}")) is not None]
+    rows = []
+    for name, kind in KINDS.items():
+        sides = [
+            [v for s in found if (v := value(s, f"follows_{name}", side)) is not None]
+            for side in ("before", "after")
+        ]
+        shown = (spread(of, lambda x: f"{100 * x:.0f} %") if of else "" for of in sides)
+        rows.append([name.replace("_", " "), "" if kind.trained else "held out", *shown])
+    return table(["kind", "", "as it came", "trained"], rows)
+
+
 def fill(template: str, out: Path) -> str:
     """Fill the page: replace every ``<!-- table: NAME -->`` of the template by its table."""
     tables: dict[str, Callable[[], list[str]]] = {
@@ -253,6 +300,8 @@ def fill(template: str, out: Path) -> str:
         "best-of-n": lambda: best_of_n(out),
         "reward-data": lambda: reward_data(out),
         "over-optimisation": lambda: over_optimisation(out),
+        "instruct": lambda: instruct(out),
+        "instruct-kinds": lambda: instruct_kinds(out),
     }
     for name, make in tables.items():
         template = template.replace(f"<!-- table: {name} -->\n", "\n".join([*make(), ""]))
