@@ -79,7 +79,7 @@ class Learner:
         """
         batch = experience(tables, self.settings.adapter)
         proximal = self._proximal(batch)
-        shaped = targets.rewards_of(batch, proximal, self.settings, self.kl.coef)
+        shaped = targets.rewards_of(batch, proximal, self.config, self.kl.coef)
         estimate = targets.estimate_of(batch, proximal, shaped, self.settings)
         value_targets = targets.value_targets(batch, proximal, estimate, self.settings)
         policy_targets = targets.policy_targets(
@@ -91,7 +91,8 @@ class Learner:
         self.kl.update(kl / len(batch), len(batch))
 
         metrics |= targets.batch_metrics(batch, proximal, value_targets)
-        metrics |= self._optimise_policy(batch, policy_targets, iteration)
+        if iteration >= self.settings.value_warmup:
+            metrics |= self._optimise_policy(batch, policy_targets, iteration)
         if value_targets is not None:
             metrics |= self._optimise_values(batch, value_targets, iteration)
             self._remember(batch, proximal, value_targets)
@@ -171,7 +172,8 @@ class Learner:
             minibatches=settings.minibatches,
             lr=settings.lr * self._anneal(iteration),
         )
-        objective = PolicyObjective(self.policy, policy, settings, self.sampling)
+        longest = self.config.rollout.max_response_tokens
+        objective = PolicyObjective(self.policy, policy, settings, self.sampling, longest)
         steps = optimise(self.policy, objective, batch.sequences, self.shards, plan)
         return objective.metrics(steps, plan.lr)
 

@@ -34,11 +34,20 @@ class Plan:
     lr: float
 
 
+class Whole(NamedTuple):
+    """A whole minibatch, over all ranks and micro-batches: what its losses are divided by."""
+
+    tokens: float
+    """Response tokens."""
+    sequences: float
+    """Responses."""
+
+
 class Loss(NamedTuple):
     """The loss of one micro-batch."""
 
     total: Tensor
-    """To differentiate, divided by the tokens of the whole minibatch."""
+    """To differentiate, divided by the size of the whole minibatch."""
     sums: Mapping[str, float | Tensor]
     """What is added up over micro-batches and ranks, detached; the same names in all of them."""
 
@@ -64,12 +73,12 @@ class Objective(ABC):
     """Of its loss, in errors."""
 
     @abstractmethod
-    def loss(self, micro: MicroBatch, tokens: float) -> Loss:
+    def loss(self, micro: MicroBatch, whole: Whole) -> Loss:
         """Return the loss of a micro-batch.
 
         Args:
             micro: this rank's rows; its mask is empty in a filler.
-            tokens: response tokens of the whole minibatch, to divide by.
+            whole: size of the minibatch that it is a part of, to divide by.
         """
 
     def problem(self, steps: int, sums: Mapping[str, float]) -> str:
@@ -100,14 +109,16 @@ def optimise(
             len(sequences), plan.minibatches, plan.phase, plan.iteration, epoch
         ):
             where = f"{plan.phase} phase of iteration {plan.iteration}, step {len(steps)}"
-            tokens = sequences.response_tokens(rows)
+            whole = Whole(tokens=sequences.response_tokens(rows), sequences=float(len(rows)))
             micro_batches = shards.micro_batches(sequences, rows)
-            losses = ((objective.loss(micro, tokens), micro.last) for micro in micro_batches)
+            losses = ((objective.loss(micro, whole), micro.last) for micro in micro_batches)
             loss, sums = accumulate(engine, losses, objective.name, where)
             if problem := objective.problem(len(steps), sums):
                 raise TrainingError(problem)
             norm = engine.step(plan.lr, where)
-            steps.append(Step(epoch=epoch, tokens=tokens, loss=loss, sums=sums, gradient_norm=norm))
+            steps.append(
+                Step(epoch=epoch, tokens=whole.tokens, loss=loss, sums=sums, gradient_norm=norm)
+            )
             if objective.enough(steps[-1]):
                 return steps
     return steps

@@ -17,6 +17,8 @@ from common.metric_catalogue import Logged
 from common.metrics import Metrics, mean
 from learner.algorithms import gae, ppo, rewards
 from learner.algorithms.estimators import ESTIMATORS, Estimate, Outcomes
+from learner.algorithms.kl import kl_k1
+from learner.algorithms.surrogates import mismatch_weights
 from learner.batch.experience import Experience
 from learner.objectives.policy import PolicyTargets
 from learner.objectives.value import ValueTargets
@@ -40,11 +42,11 @@ class Proximal:
 def kl_of(batch: Experience, proximal: Proximal) -> float:
     """Return the KL to the reference policy, summed over the batch, in nats."""
     apart_NR = proximal.unfiltered_NR.double() - batch.reference_NR.double()
-    return float((ppo.kl_k1(apart_NR) * batch.mask_NR).sum())
+    return float((kl_k1(apart_NR) * batch.mask_NR).sum())
 
 
 def rewards_of(
-    batch: Experience, proximal: Proximal, settings: TrainConfig, kl_coef: float
+    batch: Experience, proximal: Proximal, config: RunConfig, kl_coef: float
 ) -> rewards.Rewards:
     """Return scores and penalties per token.
 
@@ -53,10 +55,17 @@ def rewards_of(
     Args:
         batch: the trajectories.
         proximal: what the policy says of them.
-        settings: whether a response that never ended is penalised.
+        config: whether a response that never ended is penalised, or one that is long.
         kl_coef: weight of the KL to the reference policy.
     """
-    scores_N = batch.scores_N.double()
+    settings, scores_N = config.train, batch.scores_N.double()
+    if (overlong := settings.objective.overlong) is not None:
+        scores_N = scores_N - rewards.overlong_penalty(
+            batch.mask_NR.sum(dim=1),
+            longest=config.rollout.max_response_tokens,
+            buffer=overlong.buffer,
+            penalty=overlong.penalty,
+        )
     if settings.missing_eos_penalty is not None:
         scores_N = rewards.apply_eos_trick(
             scores_N, batch.ended_N, penalty=settings.missing_eos_penalty
@@ -82,6 +91,8 @@ def estimate_of(
             mask_BR=batch.mask_NR,
             gamma=settings.gamma,
             gae_lambda=settings.gae_lambda,
+            value_lambda=settings.value_lambda,
+            length_alpha=settings.gae_length_alpha,
         )
     )
 
@@ -111,16 +122,21 @@ def policy_targets(
     config: RunConfig,
 ) -> PolicyTargets:
     """Return what the policy learns, and its own head where that is the value function."""
-    importance_NR = None
+    settings, importance_NR = config.train, None
     if config.corrects_mismatch:
-        importance_NR = ppo.importance_weights(
-            proximal.logprobs_NR, batch.behavior_NR, cap=config.train.behavior_cap
+        importance_NR = mismatch_weights(
+            proximal.logprobs_NR - batch.behavior_NR,
+            batch.mask_NR,
+            level=settings.behavior_level,
+            outside=settings.behavior_outside,
+            cap=settings.behavior_cap,
         )
     return PolicyTargets(
         proximal_NR=proximal.logprobs_NR,
         advantages_NR=estimate.advantages_BR.float(),
         importance_NR=importance_NR,
-        shared_values=None if config.train.separate_values else values,
+        reference_NR=batch.reference_NR if settings.objective.kl_loss else None,
+        shared_values=None if settings.separate_values else values,
     )
 
 

@@ -223,3 +223,81 @@ def reinforce_pp(rewards: Rows, mask: Mask, gamma: float, eps: float) -> Rows:
             row[t] = sum(gamma ** (k - t) * rewards[b][k] for k in range(t, length))
         togo.append(row)
     return whiten(togo, mask, True, eps)
+
+
+# ----------------------------------------------- objectives after PPO
+
+
+def surrogate_loss(
+    logprobs: Rows,
+    proximal: Rows,
+    advantages: Rows,
+    mask: Mask,
+    *,
+    low: float,
+    high: float,
+    ratio: str,
+    clip_weight: bool,
+    dual: float | None,
+    aggregation: str,
+    longest: int,
+) -> float:
+    """The negated objectives of GRPO, DAPO, GSPO, CISPO, Dr. GRPO, with a dual clip, in sums."""
+    rows = []
+    for b in range(len(logprobs)):
+        length = sum(mask[b])
+        logs = [logprobs[b][t] - proximal[b][t] for t in range(length)]
+        terms = []
+        for t in range(length):
+            rho = math.exp(math.fsum(logs) / length) if ratio == "sequence" else math.exp(logs[t])
+            advantage = advantages[b][t]
+            held = clip(rho, 1 - low, 1 + high)
+            if clip_weight:
+                terms.append(held * advantage * logprobs[b][t])
+                continue
+            objective = min(rho * advantage, held * advantage)
+            if dual is not None and advantage < 0:
+                objective = max(objective, dual * advantage)
+            terms.append(objective)
+        rows.append(terms)
+    if aggregation == "sequences":
+        return -math.fsum(math.fsum(terms) / len(terms) for terms in rows) / len(rows)
+    total = -math.fsum(math.fsum(terms) for terms in rows)
+    if aggregation == "constant":
+        return total / (len(rows) * longest)
+    return total / sum(len(terms) for terms in rows)
+
+
+def mismatch_weights(
+    proximal: Rows, behavior: Rows, mask: Mask, *, sequence: bool, leave_out: bool, cap: float
+) -> Rows:
+    """``min(w, cap)``, or w inside the bounds and 0 outside, by token or by product of tokens."""
+    out = [[0.0] * len(row) for row in mask]
+    for b in range(len(mask)):
+        length = sum(mask[b])
+        tokens = [math.exp(proximal[b][t] - behavior[b][t]) for t in range(length)]
+        for t in range(length):
+            weight = math.prod(tokens) if sequence else tokens[t]
+            if leave_out:
+                out[b][t] = weight if 1 / cap <= weight <= cap else 0.0
+            else:
+                out[b][t] = min(weight, cap)
+    return out
+
+
+def dr_grpo(rewards: Sequence[float], groups: Sequence[int], mask: Mask) -> Rows:
+    """arXiv 2503.20783: the reward less the mean of its group."""
+    advantages = []
+    for reward, group in zip(rewards, groups, strict=True):
+        peers = [r for r, g in zip(rewards, groups, strict=True) if g == group]
+        advantages.append(reward - math.fsum(peers) / len(peers))
+    return _spread(advantages, mask)
+
+
+def overlong(length: int, longest: int, buffer: int, penalty: float) -> float:
+    """Equation 13 of arXiv 2503.14476, negated, case by case."""
+    if length <= longest - buffer:
+        return 0.0
+    if length <= longest:
+        return penalty * (length - (longest - buffer)) / buffer
+    return penalty

@@ -29,7 +29,9 @@ ALGORITHMS: dict[str, Needs] = {
     "ppo": Needs(values=True, tokens=True),
     "rloo": Needs(least_responses=2),
     "grpo": Needs(least_responses=2),
+    "dr_grpo": Needs(least_responses=2),
     "reinforce_pp": Needs(tokens=True),
+    "reinforce_pp_baseline": Needs(tokens=True, least_responses=2),
 }
 
 

@@ -39,12 +39,18 @@ _NO_GPU = "every role computes on the processor, and a GPU that is reserved stan
 
 RULES = (
     Rule(
-        ("train.gae_lambda", "train.value_network", "train.value_clip_range"),
+        (
+            "train.gae_lambda",
+            "train.value_lambda",
+            "train.gae_length_alpha",
+            "train.value_network",
+            "train.value_clip_range",
+        ),
         lambda c: c.train.needs.values,
         f"only {_VALUES} has a value function",
     ),
     Rule(
-        ("train.e_v", "train.value_lr"),
+        ("train.e_v", "train.value_lr", "train.value_warmup"),
         lambda c: c.train.separate_values,
         f"it has one under {_VALUES} with train.value_network=separate",
     ),
@@ -69,10 +75,15 @@ RULES = (
         "nothing is stale in synchronous mode; it has one where train.max_staleness is above 0",
     ),
     Rule(
-        ("train.behavior_cap",),
+        ("train.behavior_cap", "train.behavior_level", "train.behavior_outside"),
         lambda c: c.corrects_mismatch,
         "importance weights are 1 in synchronous mode in fp32; it has one where "
         "train.max_staleness is above 0, or rollout.precision or learner.precision is bf16",
+    ),
+    Rule(
+        ("train.objective.dual_clip",),
+        lambda c: c.train.objective.clip == "objective",
+        "a clipped weight has no bound of its own; it has one under train.objective.clip=objective",
     ),
     Rule(
         ("rollout.lora",),

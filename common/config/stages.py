@@ -19,6 +19,7 @@ from common.config.base import (
     Section,
 )
 from common.config.model import LoraConfig, PretrainedConfig
+from common.config.objectives import ObjectiveConfig
 
 
 class SftConfig(Section):
@@ -126,12 +127,21 @@ class TrainConfig(Section):
     """Clip of the value update around the old values, as a share of the deviation of the batch's
     returns, or of the root mean square of returns - old values where that is more; null switches
     it off."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What is maximised, where it is not PPO's clipped objective."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
     gamma: Fraction = 1.0
     """Discount."""
     gae_lambda: Fraction = 0.95
     """lambda of GAE."""
+    value_lambda: Fraction | None = None
+    """lambda of the value function's targets; null is gae_lambda (VC-PPO: 1)."""
+    gae_length_alpha: PositiveFloat | None = None
+    """lambda of a response of n tokens becomes 1 - 1 / (alpha n) (VAPO: 0.05); null is
+    gae_lambda for all."""
+    value_warmup: NonNegativeInt = 0
+    """Iterations at the beginning in which the value function alone learns."""
     kl_coef: NonNegativeFloat = 0.05
     """Weight (first weight, when adaptive) of the per-token KL to the reference policy: per unit
     of the score, or of its deviation under grpo and reinforce_pp, which normalise scores alone."""
@@ -153,6 +163,11 @@ class TrainConfig(Section):
     behavior_cap: PositiveFloat = 2.0
     """Truncation of proximal/behaviour importance weights: in asynchronous mode, and wherever
     rollouts or learner are not fp32."""
+    behavior_level: Literal["token", "sequence"] = "token"
+    """Whose probabilities these weights compare: of single tokens, or of whole responses."""
+    behavior_outside: Literal["truncate", "mask"] = "truncate"
+    """What lies beyond the cap: weights as large as it, or none at all; a mask leaves out what is
+    below 1 / cap too."""
     ppg: PpgConfig | None = PpgConfig()
     """The auxiliary phase; null is plain PPO by the same code."""
     max_grad_norm: PositiveFloat = 1.0

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
 
 from learner.algorithms import advantages
-from learner.algorithms.gae import gae, whiten
+from learner.algorithms.gae import gae, length_lambda, whiten
 from learner.algorithms.rewards import Rewards
 
 
@@ -39,6 +40,10 @@ class Outcomes:
     """Discount from token to token."""
     gae_lambda: float
     """lambda of GAE."""
+    value_lambda: float | None = None
+    """lambda of the value function's targets; None is the advantages' own."""
+    length_alpha: float | None = None
+    """alpha of a lambda that follows the length of a response; None: all have `gae_lambda`."""
 
 
 class Estimate(NamedTuple):
@@ -55,13 +60,19 @@ Estimator = Callable[[Outcomes], Estimate]
 
 def ppo(outcomes: Outcomes) -> Estimate:
     """GAE over rewards and values, whitened over the batch."""
-    advantages_BR, returns_BR = gae(
+    estimate = partial(
+        gae,
         outcomes.rewards.total_BR,
         outcomes.values_BR.double(),
         outcomes.mask_BR,
         gamma=outcomes.gamma,
-        gae_lambda=outcomes.gae_lambda,
     )
+    own: float | Tensor = outcomes.gae_lambda
+    if outcomes.length_alpha is not None:
+        own = length_lambda(outcomes.mask_BR, alpha=outcomes.length_alpha)
+    advantages_BR, returns_BR = estimate(gae_lambda=own)
+    if outcomes.value_lambda is not None:
+        _, returns_BR = estimate(gae_lambda=outcomes.value_lambda)
     return Estimate(whiten(advantages_BR, outcomes.mask_BR), returns_BR)
 
 
@@ -79,6 +90,21 @@ def grpo(outcomes: Outcomes) -> Estimate:
     return Estimate(advantages.grpo(scores_B, groups_B, mask_BR) + penalties_BR)
 
 
+def dr_grpo(outcomes: Outcomes) -> Estimate:
+    """Rewards less the mean of their prompt's group: no deviation makes easy prompts loud."""
+    scores_B, penalties_B = outcomes.rewards.per_sequence()
+    return Estimate(advantages.centred(scores_B + penalties_B, outcomes.groups_B, outcomes.mask_BR))
+
+
+def reinforce_pp_baseline(outcomes: Outcomes) -> Estimate:
+    """Scores less their group's mean, whitened over the batch, and penalties-to-go as before."""
+    rewards, groups_B, mask_BR = outcomes.rewards, outcomes.groups_B, outcomes.mask_BR
+    scores_B, _ = rewards.per_sequence()
+    apart_BR = advantages.centred(scores_B, groups_B, mask_BR)
+    penalties_BR = advantages.centred_to_go(rewards.penalties_BR, mask_BR, gamma=outcomes.gamma)
+    return Estimate(whiten(apart_BR, mask_BR) + penalties_BR)
+
+
 def reinforce_pp(outcomes: Outcomes) -> Estimate:
     """Discounted scores-to-go whitened over the batch, and penalties-to-go centred in it."""
     rewards, mask_BR, gamma = outcomes.rewards, outcomes.mask_BR, outcomes.gamma
@@ -90,6 +116,8 @@ ESTIMATORS: dict[str, Estimator] = {
     "ppo": ppo,
     "rloo": rloo,
     "grpo": grpo,
+    "dr_grpo": dr_grpo,
     "reinforce_pp": reinforce_pp,
+    "reinforce_pp_baseline": reinforce_pp_baseline,
 }
 """By the names of `common.config.algorithms.ALGORITHMS`."""

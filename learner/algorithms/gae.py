@@ -20,7 +20,12 @@ this share of the largest of them are equal, and dividing by it would make noise
 
 
 def gae(
-    rewards_BR: Tensor, values_BR: Tensor, mask_BR: Tensor, *, gamma: float, gae_lambda: float
+    rewards_BR: Tensor,
+    values_BR: Tensor,
+    mask_BR: Tensor,
+    *,
+    gamma: float,
+    gae_lambda: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Return advantages and returns (advantages + values), ``[B, R]``, zero outside the mask.
 
@@ -29,7 +34,7 @@ def gae(
         values_BR: float, V of the state that each token was sampled in.
         mask_BR: bool, True = a response token (a contiguous prefix of each row).
         gamma: discount from token to token.
-        gae_lambda: lambda; 1 is the whole return, 0 the next value alone.
+        gae_lambda: lambda, one for all or ``[B]``; 1 is the whole return, 0 the next value alone.
     """
     require_shape(2, rewards_BR, values_BR, mask_BR)
     # Filled, not multiplied: padding may hold NaN, and NaN * 0 is NaN.
@@ -44,6 +49,20 @@ def gae(
         advantages_BR[:, t] = following_B
         next_value_B = values_BR[:, t]
     return advantages_BR, advantages_BR + values_BR
+
+
+def length_lambda(mask_BR: Tensor, *, alpha: float) -> Tensor:
+    """Return ``lambda_i = 1 - 1 / (alpha |y_i|)``, at least 0, float64 ``[B]``.
+
+    A score at the end of a long response then reaches its first tokens as it does those of a short
+    one (VAPO, Yue 2025, arXiv 2504.05118, equation 8; alpha is 0.05 there).
+
+    Args:
+        mask_BR: bool, True = a response token.
+        alpha: the larger, the nearer to 1.
+    """
+    lengths_B = mask_BR.sum(dim=1).clamp(min=1).double()
+    return (1.0 - 1.0 / (alpha * lengths_B)).clamp(min=0.0)
 
 
 def masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

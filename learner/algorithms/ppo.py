@@ -3,7 +3,8 @@
 ``L = -min(rho A, clip(rho, 1 - eps, 1 + eps) A)`` with ``rho = pi / pi_prox``. Where the samples'
 log-probabilities are not pi_prox's, for they are older or were computed in another precision, each
 term carries the truncated weight ``min(pi_prox / pi_behav, cap)`` (decoupled PPO: Hilton 2022,
-arXiv 2110.00641).
+arXiv 2110.00641). What later objectives put in the place of each part is in
+`learner.algorithms.surrogates`.
 
 Losses are *sums over the mask divided by `normalizer`*, the token count of the whole minibatch over
 all ranks and micro-batches, so that adding up micro-batches gives the loss of the whole.
@@ -20,7 +21,16 @@ import torch
 from torch import Tensor
 
 from learner.algorithms.gae import ROUNDING, masked_moments
+from learner.algorithms.kl import kl_k3
 from learner.algorithms.shapes import require_shape
+from learner.algorithms.surrogates import (
+    PPO,
+    Surrogate,
+    cispo,
+    clipped,
+    row_weights,
+    sequence_log_ratio,
+)
 
 
 class PolicyLoss(NamedTuple):
@@ -52,6 +62,7 @@ def policy_loss(
     clip_range: float,
     normalizer: float,
     importance_weights_BR: Tensor | None = None,
+    surrogate: Surrogate = PPO,
 ) -> PolicyLoss:
     """Return the clipped objective.
 
@@ -61,24 +72,35 @@ def policy_loss(
         advantages_BR: A.
         mask_BR: bool, True = a response token, trained on.
         clip_range: eps.
-        normalizer: response tokens of the whole minibatch.
-        importance_weights_BR: as `importance_weights` makes them; None: all 1.
+        normalizer: response tokens of the whole minibatch; `surrogates.normalizer` of other
+            aggregations.
+        importance_weights_BR: as `surrogates.mismatch_weights` makes them; None: all 1.
+        surrogate: what differs from PPO's.
     """
     require_shape(2, logprobs_BR, proximal_logprobs_BR, advantages_BR, mask_BR)
-    # Padding may hold anything, so it is set to "no change" before exp can overflow.
-    delta_BR = (logprobs_BR - proximal_logprobs_BR).masked_fill(~mask_BR, 0.0)
-    ratio_BR = delta_BR.exp()
-    unclipped_BR = ratio_BR * advantages_BR
-    clipped_BR = ratio_BR.clamp(1.0 - clip_range, 1.0 + clip_range) * advantages_BR
-    term_BR = -torch.minimum(unclipped_BR, clipped_BR)
-    if importance_weights_BR is not None:
-        require_shape(2, term_BR, importance_weights_BR)
-        term_BR = term_BR * importance_weights_BR
-    loss = term_BR.masked_fill(~mask_BR, 0.0).sum() / normalizer
+    # Padding may hold anything, so it is set to "no change" before exp can overflow, and to 0
+    # wherever a gradient runs through it: that of a response's ratio is a sum over its tokens.
+    hidden_BR = ~mask_BR
+    delta_BR = (logprobs_BR - proximal_logprobs_BR).masked_fill(hidden_BR, 0.0)
+    advantages_BR = advantages_BR.masked_fill(hidden_BR, 0.0)
+    log_ratio_BR = delta_BR
+    if surrogate.ratio == "sequence":
+        log_ratio_BR = sequence_log_ratio(delta_BR, mask_BR)
+    low, high = clip_range, surrogate.clip_high or clip_range
+    if surrogate.clip == "weight":
+        own_BR = logprobs_BR.masked_fill(hidden_BR, 0.0)
+        gain_BR, removed_BR = cispo(log_ratio_BR.exp(), advantages_BR, own_BR, low=low, high=high)
+    else:
+        gain_BR, removed_BR = clipped(
+            log_ratio_BR.exp(), advantages_BR, low=low, high=high, dual=surrogate.dual_clip
+        )
+    for weights in (importance_weights_BR, row_weights(mask_BR, surrogate.aggregation)):
+        if weights is not None:
+            gain_BR = gain_BR * weights.masked_fill(hidden_BR, 0.0)
+    loss = -gain_BR.sum() / normalizer
     with torch.no_grad():
-        clipped = ((clipped_BR < unclipped_BR) & mask_BR).sum()
         k3 = (kl_k3(-delta_BR) * mask_BR).sum()
-    return PolicyLoss(loss, clipped, k3)
+    return PolicyLoss(loss, (removed_BR & mask_BR).sum(), k3)
 
 
 def value_loss(
@@ -154,20 +176,6 @@ def entropy(logits: Tensor) -> Tensor:
     return -(logprobs.exp() * logprobs).sum(dim=-1)
 
 
-def importance_weights(
-    proximal_logprobs_BR: Tensor, behavior_logprobs_BR: Tensor, *, cap: float
-) -> Tensor:
-    """Return truncated ``min(pi_prox / pi_behav, cap)``, detached, ``[B, R]``.
-
-    Args:
-        proximal_logprobs_BR: log pi_prox, of the policy as the policy phase began.
-        behavior_logprobs_BR: log pi_behav, of the samples as they were drawn.
-        cap: the largest weight.
-    """
-    require_shape(2, proximal_logprobs_BR, behavior_logprobs_BR)
-    return (proximal_logprobs_BR - behavior_logprobs_BR).detach().exp().clamp(max=cap)
-
-
 class Mismatch(NamedTuple):
     """How far log-probabilities of one policy by two passes, or of two versions, are apart."""
 
@@ -191,21 +199,3 @@ def mismatch(
     delta_BR = behavior_logprobs_BR.double() - proximal_logprobs_BR.double()
     delta_BR = delta_BR.masked_fill(~mask_BR, 0.0)
     return Mismatch(float(kl_k3(delta_BR).sum()), float(delta_BR.abs().max().exp()))
-
-
-def kl_k1(log_ratio: Tensor) -> Tensor:
-    """Return k1: unbiased, of either sign (Schulman 2020).
-
-    Args:
-        log_ratio: log p - log q for samples of p, of any shape.
-    """
-    return log_ratio
-
-
-def kl_k3(log_ratio: Tensor) -> Tensor:
-    """Return k3 = exp(-k1) - 1 + k1: unbiased, never negative.
-
-    Args:
-        log_ratio: k1 = log p - log q for samples of p, of any shape.
-    """
-    return torch.expm1(-log_ratio) + log_ratio

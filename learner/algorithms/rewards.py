@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from learner.algorithms.gae import masked_moments, within_rounding
-from learner.algorithms.ppo import kl_k1
+from learner.algorithms.kl import kl_k1
 from learner.algorithms.shapes import require_shape
 
 
@@ -97,6 +97,22 @@ def apply_eos_trick(scores_B: Tensor, ended_B: Tensor, *, penalty: float) -> Ten
         else:
             bound = float(mean + penalty * variance.sqrt())
     return torch.where(ended_B, scores_B, scores_B.clamp(max=bound))
+
+
+def overlong_penalty(lengths_B: Tensor, *, longest: int, buffer: int, penalty: float) -> Tensor:
+    """Return what long responses lose of their scores, float64 ``[B]``.
+
+    Nothing up to `buffer` tokens before the limit, then in proportion, `penalty` at the limit: the
+    soft overlong punishment of DAPO (Yu 2025, arXiv 2503.14476, equation 13).
+
+    Args:
+        lengths_B: response tokens.
+        longest: the most that a response can have.
+        buffer: tokens over which the penalty grows.
+        penalty: at the limit.
+    """
+    beyond_B = lengths_B.double() - (longest - buffer)
+    return penalty * (beyond_B / buffer).clamp(0.0, 1.0)
 
 
 class FixedKL:

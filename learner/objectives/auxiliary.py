@@ -25,7 +25,7 @@ from common.models.build import build_policy
 from common.models.networks import PolicyNetwork, compute_in
 from learner.algorithms import ppg
 from learner.batch.shards import MicroBatch
-from learner.optimisation import Loss, Objective, Step
+from learner.optimisation import Loss, Objective, Step, Whole
 from learner.zero.engine import ZeroEngine
 
 Policy = Callable[..., tuple[Any, Any]]
@@ -49,7 +49,7 @@ class JointObjective(Objective):
     beta_clone: float
     name: str = "auxiliary loss"
 
-    def loss(self, micro: MicroBatch, tokens: float) -> Loss:
+    def loss(self, micro: MicroBatch, whole: Whole) -> Loss:
         """Return the loss of a micro-batch."""
         data = micro.data
         with torch.no_grad():
@@ -66,7 +66,7 @@ class JointObjective(Objective):
             logits_BRV,
             micro.mask_BR,
             beta_clone=self.beta_clone,
-            normalizer=tokens,
+            normalizer=whole.tokens,
             value_unit=self.value_unit,
         )
         return Loss(joint.total, {"aux_value": joint.aux_value, "clone_kl": joint.clone_kl})

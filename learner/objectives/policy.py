@@ -15,10 +15,10 @@ from common.config.stages import TrainConfig
 from common.logprobs import Sampling, chosen_reader
 from common.metric_catalogue import Logged
 from common.metrics import Metrics, mean
-from learner.algorithms import ppo
+from learner.algorithms import kl, ppo, surrogates
 from learner.batch.shards import MicroBatch
 from learner.objectives.value import ValueTargets
-from learner.optimisation import Loss, Objective, Step
+from learner.optimisation import Loss, Objective, Step, Whole
 from learner.zero.engine import ZeroEngine
 
 SHARED_VALUE_COEF = 0.1
@@ -37,6 +37,8 @@ class PolicyTargets:
     importance_NR: Tensor | None = None
     """float32 truncated proximal/behaviour weights; None where the two are the same policy in the
     same precision (`RunConfig.corrects_mismatch`)."""
+    reference_NR: Tensor | None = None
+    """float32 ref_logprobs, of the whole distribution; None where the loss has no KL term."""
     shared_values: ValueTargets | None = None
     """Of the policy's own head, where it is the value function."""
 
@@ -49,34 +51,81 @@ class PolicyObjective(Objective):
     targets: PolicyTargets
     settings: TrainConfig
     sampling: Sampling
+    longest: int
+    """Most tokens of a response."""
     name: str = "policy loss"
 
-    def loss(self, micro: MicroBatch, tokens: float) -> Loss:
+    @property
+    def surrogate(self) -> surrogates.Surrogate:
+        """What stands for the policy's improvement."""
+        chosen = self.settings.objective
+        return surrogates.Surrogate(
+            ratio=chosen.ratio,
+            clip=chosen.clip,
+            clip_high=chosen.clip_high,
+            dual_clip=chosen.dual_clip,
+            aggregation=chosen.aggregation,
+        )
+
+    def loss(self, micro: MicroBatch, whole: Whole) -> Loss:
         """Return the loss of a micro-batch."""
         data, settings, targets = micro.data, self.settings, self.targets
         more = ppo.entropy if settings.entropy_coef else None
-        read = chosen_reader(data.response_BR, self.sampling, more)
+        distant = targets.reference_NR is not None and self.sampling.filters
+        read = chosen_reader(data.response_BR, self.sampling, more, unfiltered=distant)
         columns_BRC, values_BR = self.engine(
             data.tokens_BT, lengths_B=data.lengths_B, predict_BR=data.predict_BR, read=read
         )
+        logprobs_BR, proximal_BR = columns_BRC[..., 0], micro.cut(targets.proximal_NR)
         weights_NR = targets.importance_NR
-        surrogate = ppo.policy_loss(
-            columns_BRC[..., 0],
-            micro.cut(targets.proximal_NR),
+        policy = ppo.policy_loss(
+            logprobs_BR,
+            proximal_BR,
             micro.cut(targets.advantages_NR),
             micro.mask_BR,
             clip_range=settings.clip_range,
-            normalizer=tokens,
+            normalizer=self._normalizer(whole),
             importance_weights_BR=None if weights_NR is None else micro.cut(weights_NR),
+            surrogate=self.surrogate,
         )
-        total = surrogate.loss
+        total = policy.loss
         if settings.entropy_coef:
-            entropy = (columns_BRC[..., 1] * micro.mask_BR).sum() / tokens
+            entropy = (columns_BRC[..., 1] * micro.mask_BR).sum() / whole.tokens
             total = total - settings.entropy_coef * entropy
+        if targets.reference_NR is not None:
+            whole_BR = columns_BRC[..., -1] if distant else logprobs_BR
+            total = total + self._kl_loss(logprobs_BR - proximal_BR, whole_BR, micro, whole)
         if targets.shared_values is not None:
-            value = targets.shared_values.loss(values_BR, micro, tokens).loss
+            value = targets.shared_values.loss(values_BR, micro, whole.tokens).loss
             total = total + SHARED_VALUE_COEF / targets.shared_values.unit**2 * value
-        return Loss(total, {"clipped": surrogate.clipped, "k3": surrogate.k3})
+        return Loss(total, {"clipped": policy.clipped, "k3": policy.k3})
+
+    def _kl_loss(
+        self, log_ratio_BR: Tensor, logprobs_BR: Tensor, micro: MicroBatch, whole: Whole
+    ) -> Tensor:
+        """Return the weighted KL to the reference, of the whole distributions."""
+        settings, reference_NR = self.settings.objective.kl_loss, self.targets.reference_NR
+        assert settings is not None and reference_NR is not None
+        hidden_BR = ~micro.mask_BR
+        reference_BR = micro.cut(reference_NR).masked_fill(hidden_BR, 0.0)
+        terms_BR = kl.kl_terms(
+            log_ratio_BR.masked_fill(hidden_BR, 0.0),
+            logprobs_BR.masked_fill(hidden_BR, 0.0),
+            reference_BR,
+            settings.estimator,
+        )
+        weights_B1 = surrogates.row_weights(micro.mask_BR, self.surrogate.aggregation)
+        if weights_B1 is not None:
+            terms_BR = terms_BR * weights_B1
+        return settings.coef * terms_BR.sum() / self._normalizer(whole)
+
+    def _normalizer(self, whole: Whole) -> float:
+        return surrogates.normalizer(
+            self.surrogate.aggregation,
+            tokens=whole.tokens,
+            sequences=whole.sequences,
+            longest=self.longest,
+        )
 
     def enough(self, step: Step) -> bool:
         """Whether the policy has moved `stop_kl` from the proximal one."""

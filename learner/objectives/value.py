@@ -15,7 +15,7 @@ from common.metric_catalogue import Logged
 from common.metrics import Metrics, mean
 from learner.algorithms import ppo
 from learner.batch.shards import MicroBatch
-from learner.optimisation import Loss, Objective, Step
+from learner.optimisation import Loss, Objective, Step, Whole
 from learner.zero.engine import ZeroEngine
 
 
@@ -53,9 +53,9 @@ class ValueObjective(Objective):
     targets: ValueTargets
     name: str = "value loss"
 
-    def loss(self, micro: MicroBatch, tokens: float) -> Loss:
+    def loss(self, micro: MicroBatch, whole: Whole) -> Loss:
         """Return the value loss of a micro-batch."""
-        value = self.targets.loss(values_at(self.engine, micro), micro, tokens)
+        value = self.targets.loss(values_at(self.engine, micro), micro, whole.tokens)
         return Loss(value.loss, {"clipped": value.clipped})
 
 

@@ -50,7 +50,7 @@ def data() -> tuple[Sequences, PolicyTargets]:
 def policy_update(engine: ZeroEngine, sequences: Sequences, targets: PolicyTargets) -> None:
     """One epoch of one step, as a policy phase takes it."""
     settings = TrainConfig(minibatches=1, prompts_per_iteration=ROWS, stop_kl=None)
-    objective = PolicyObjective(engine, targets, settings, Sampling())
+    objective = PolicyObjective(engine, targets, settings, Sampling(), RESPONSE)
     shards = Shards(seed=0, budget=BUDGET, device=engine.device)
     plan = Plan(phase="policy", iteration=0, epochs=1, minibatches=1, lr=1e-4)
     optimise(engine, objective, sequences, shards, plan)

@@ -13,12 +13,10 @@ from torch import Tensor
 from common.config.run import RunConfig
 from common.config.stages import TrainConfig
 from common.logprobs import Sampling
+from learner.algorithms.kl import kl_k1, kl_k3
 from learner.algorithms.ppo import (
     PolicyLoss,
     entropy,
-    importance_weights,
-    kl_k1,
-    kl_k3,
     mismatch,
     policy_loss,
     value_loss,
@@ -230,19 +228,6 @@ def test_entropy_of_the_uniform_and_of_the_certain() -> None:
     assert entropy(torch.tensor([[[200.0, 0.0]]])).item() == pytest.approx(0.0, abs=1e-12)
 
 
-@EXAMPLES
-@given(batch=raggeds(), cap=st.floats(0.5, 3.0))
-def test_importance_weights_are_truncated_and_detached(batch: Ragged, cap: float) -> None:
-    mask = batch.mask_BR
-    proximal = batch.numbers(scale=2.0).requires_grad_()
-    behavior = batch.numbers(scale=2.0)
-    found = importance_weights(proximal, behavior, cap=cap)
-    assert not found.requires_grad
-    pairs = zip(proximal[mask].tolist(), behavior[mask].tolist(), strict=True)
-    expected = [min(math.exp(p) / math.exp(b), cap) for p, b in pairs]
-    same(found[mask], expected, batch.dtype)
-
-
 @pytest.mark.parametrize("staleness", [0, 1])
 @pytest.mark.parametrize("sampler", ["fp32", "bf16"])
 @pytest.mark.parametrize("learner", ["fp32", "bf16"])
@@ -263,11 +248,6 @@ def test_weights_correct_for_age_and_for_precision(
             "learner": {"precision": "fp32"},
         }
     )
-
-
-def test_importance_weights_survive_an_overflowing_ratio() -> None:
-    found = importance_weights(torch.tensor([[200.0]]), torch.tensor([[-200.0]]), cap=5.0)
-    assert found.tolist() == [[5.0]]
 
 
 def test_kl_estimators_are_unbiased_and_k3_is_never_negative() -> None:
