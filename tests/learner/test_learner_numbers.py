@@ -84,7 +84,9 @@ def test_equal_policies_are_no_nats_apart_whatever_filters(
     assert found["mismatch_ratio"] == pytest.approx(1.0, abs=1e-4)
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "rloo", "reinforce_pp"])
+@pytest.mark.parametrize(
+    "algorithm", ["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
+)
 def test_equal_scores_move_nothing(
     workspace: RunConfig, gang: LearnerGang, tmp_path: Path, algorithm: str
 ) -> None:
@@ -94,6 +96,44 @@ def test_equal_scores_move_nothing(
         config = recipe(workspace, folder, precision, algorithm=algorithm, kl_coef=coef)
         found = learn(gang, config, batch(config, [1.0]))
         assert found["gradient_norm"] <= most, (precision, coef)
+
+
+GSPO = {"ratio": "sequence", "aggregation": "sequences", "clip_high": 4e-4}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "gspo": {"algorithm": "grpo", "objective": GSPO, "clip_range": 3e-4},
+    "cispo": {"algorithm": "grpo", "objective": {"clip": "weight", "clip_high": 0.3}},
+    "dapo": {
+        "algorithm": "grpo",
+        "objective": {"clip_high": 0.28, "dual_clip": 3.0, "overlong": {"buffer": 4}},
+    },
+    "dr_grpo": {"algorithm": "dr_grpo", "objective": {"aggregation": "constant"}},
+    "k2": {"algorithm": "rloo", "objective": {"kl_loss": {"coef": 0.1, "estimator": "k2"}}},
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_trains_whatever_filters(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path, name: str
+) -> None:
+    config = recipe(workspace, tmp_path, kl_coef=0.0, e_pi=2, **OBJECTIVES[name])
+    rollout = config.rollout.model_copy(update={"top_p": 0.9})
+    config = config.model_copy(update={"rollout": rollout})
+    found = learn(gang, config, batch(config, [0.3, -1.0, 0.8]))
+    assert 0.0 < found["gradient_norm"] < 10.0
+    assert found["ratio_deviation"] < 1e-4
+    assert found["policy_steps"] == 2
+
+
+def test_while_values_warm_up_the_policy_stays(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path
+) -> None:
+    config = recipe(workspace, tmp_path, samples_per_prompt=1, value_warmup=1, value_lambda=1.0)
+    found = learn(gang, config, batch(config, [0.3, -1.0, 0.8]))
+    assert found["value_loss"] > 0.0
+    assert "policy_loss" not in found
+    later = gang.policy_phase(1, None, [batch(config, [0.3, -1.0, 0.8])])
+    assert later["ratio_deviation"] < 1e-4, "the weights that sampled are those that learn"
+    assert later["policy_steps"] >= 1
 
 
 def test_a_mismatch_is_measured_always_and_corrected_where_precisions_differ(
