@@ -1,7 +1,8 @@
 """Critic-free advantages: what a response is worth beside others, without a value function.
 
-RLOO (Ahmadian 2024, arXiv 2402.14740), GRPO (Shao 2024, arXiv 2402.03300), REINFORCE++ (Hu 2025,
-arXiv 2501.03262). `learner.algorithms.estimators` puts scores and penalties together.
+RLOO (Ahmadian 2024, arXiv 2402.14740), GRPO (Shao 2024, arXiv 2402.03300), Dr. GRPO (Liu 2025,
+arXiv 2503.20783), REINFORCE++ (Hu 2025, arXiv 2501.03262). `learner.algorithms.estimators` puts
+scores and penalties together.
 Shape suffixes: B sequences, G groups of sequences with one prompt, R response positions.
 """
 
@@ -59,7 +60,9 @@ def grpo(scores_B: Tensor, groups_B: Tensor, mask_BR: Tensor, *, eps: float = 1e
 
 
 def centred(penalties_B: Tensor, groups_B: Tensor, mask_BR: Tensor) -> Tensor:
-    """Return each penalty less the mean of its prompt's group, on every token, ``[B, R]``.
+    """Return each number less the mean of its prompt's group, on every token, ``[B, R]``.
+
+    Of rewards this is the advantage of Dr. GRPO; of penalties, what is added to that of GRPO.
 
     Args:
         penalties_B: one number per sequence.
