@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from copy import copy
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -41,6 +41,14 @@ PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path or URI; a ``~`` at its start is the home folder."""
 
 
+def is_list_of_texts(annotation: Any) -> bool:
+    """Whether a field is a list of texts."""
+    parts = get_args(annotation)
+    if get_origin(annotation) is not tuple or len(parts) != 2 or parts[1] is not Ellipsis:
+        return False
+    return parts[0] is str or get_args(parts[0])[:1] == (str,)
+
+
 class Section(BaseModel):
     """A frozen group of settings that knows all its fields."""
 
@@ -48,17 +56,18 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _empty_is_default(cls, values: Any) -> Any:
-        """Take nothing for the defaults, unless null is a value of the field.
+    def _as_meant(cls, values: Any) -> Any:
+        """Take nothing for the defaults, unless null is a value of the field, and one for a list.
 
-        A section, mapping or list under which only comments stand is null to YAML.
+        A section, mapping or list under which only comments stand is null to YAML. A list of texts
+        that has one may be written as the text.
         """
         if values is None:
             return {}
         if not isinstance(values, Mapping):
             return values
         return {
-            name: value
+            name: [value] if isinstance(value, str) and cls._is_list_of_texts(name) else value
             for name, value in values.items()
             if value is not None
             or name not in cls.model_fields
@@ -66,6 +75,11 @@ class Section(BaseModel):
                 cls.model_fields[name].get_default(call_default_factory=True), Mapping | tuple
             )
         }
+
+    @classmethod
+    def _is_list_of_texts(cls, name: str) -> bool:
+        info = cls.model_fields.get(name)
+        return info is not None and is_list_of_texts(info.annotation)
 
     @classmethod
     def kind_of(cls, values: Any) -> type[Section] | None:

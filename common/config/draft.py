@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from common.config.base import Family, Section
+from common.config.base import Family, Section, is_list_of_texts
 from common.config.yaml_text import Key, Written
 from common.errors import ConfigError
 
@@ -136,7 +136,7 @@ class Draft:
             if value is None or isinstance(value, str) or path not in written.texts:
                 return value
             wanted = annotation_of(self.root, (*key, *path))
-            return written.texts[path] if is_text(wanted) else value
+            return written.texts[path] if is_text(wanted) or is_list_of_texts(wanted) else value
 
         return convert(written.values, ())
 

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from common.config.base import Family, Section
+from common.config.base import Family, Section, is_list_of_texts
 from common.config.draft import (
     Draft,
     Place,
@@ -146,7 +146,9 @@ def _apply_override(draft: Draft, override: str) -> None:
     if not is_utf8(override):
         raise ConfigError(f"{place}: is not UTF-8; rename what it names")
     annotation = annotation_of(RunConfig, key)
-    if not is_text(annotation):
+    if is_list_of_texts(annotation) and text and text[0] not in "[~&!|>'\"#" and text not in _NULLS:
+        written = Written(values=[text])  # `*.jsonl` is a pattern, and an alias to YAML
+    elif not is_text(annotation):
         written = read_yaml(text, lambda _: place)
     elif text in _NULLS or (not text and may_be_null(annotation)):
         written = Written(values=None)

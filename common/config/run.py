@@ -45,10 +45,11 @@ _TARGETS = (*PROJECTIONS, ALL_PROJECTIONS)
 
 
 class DataConfig(Section):
-    """Where the data lies: JSONL or Parquet, local paths or URIs."""
+    """Where the data lies: files of JSON lines, JSON or Parquet, folders of them, or patterns."""
 
     demonstrations: tuple[PathText, ...] = ()
-    """Files of (prompt, response) for the supervised stage."""
+    """Files of (prompt, response) for the supervised stage. Here and below a path, a URI, a folder
+    or a pattern such as ``data/*.jsonl``; or a list of these."""
     comparisons: tuple[PathText, ...] = ()
     """Files of (prompt, chosen, rejected, labeler, confidence) for the reward model."""
     prompts: tuple[PathText, ...] = ()

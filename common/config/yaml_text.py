@@ -69,6 +69,8 @@ def read_yaml(text: str, at: Callable[[int | None], str]) -> Written:
         line_or_none = mark.line + 1 if mark else None
         says = ": ".join(part for part in (error.context, error.problem) if part)
         hint = "; indent with spaces, not tabs" if r"'\t'" in says else ""
+        if "scanning an alias" in says:
+            hint = "; a text that begins with * stands in quotes"
         raise ConfigError(f"{at(line_or_none)}: {says or 'not valid YAML'}{hint}") from None
     except RecursionError:
         raise ConfigError(f"{at(None)}: nested too deep") from None

@@ -1,10 +1,11 @@
 """Readers, validation and order of what users bring: prompts, demonstrations, comparisons.
 
-    file (.jsonl | .parquet, local or URI) -> rows -> `_build` -> record, with its place
+    file (.jsonl | .json | .parquet, local or URI) -> rows -> `_build` -> record, with its place
 
-A row that is not what it should be raises one line: `file:line: field 'x': what; advice`
-(`file:row N` for Parquet). A record keeps its place, so that whatever is said of it later
-names the same line.
+A row that is not what it should be is an error of one line: `file:line: field 'x': what; advice`
+(`file:row N` for Parquet, `file:element N` for an array). The first is raised together with the
+places of those after it. A record keeps its place, so that whatever is said of it later names the
+same line.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from common.data.conversations import (
     text_of,
     tools_of,
 )
-from common.data.rows import Kind, Row, sources, type_name
+from common.data.rows import Kind, Refused, Row, Source, sources, type_name
 from common.errors import DataError
 from common.files import write_atomic
 
 Tools = tuple[Mapping[str, Any], ...]
+MOST_REFUSED: Final = 20
+"""Rows that are named before reading stops."""
 
 
 def content_uid(kind: str, *contents: str) -> str:
@@ -134,19 +137,21 @@ def _speaks(message: Message) -> bool:
 Record = TypeVar("Record", Prompt, Demonstration, Comparison)
 
 
-def read_prompts(paths: Sequence[str]) -> Iterator[Prompt]:
+def read_prompts(paths: Sequence[str], refused: Refused | None = None) -> Iterator[Prompt]:
     """Stream the prompts of `paths` in order. Raises: DataError (see `_read`)."""
-    return _read(paths, Prompt)
+    return _read(paths, Prompt, refused)
 
 
-def read_demonstrations(paths: Sequence[str]) -> Iterator[Demonstration]:
+def read_demonstrations(
+    paths: Sequence[str], refused: Refused | None = None
+) -> Iterator[Demonstration]:
     """Stream the demonstrations of `paths` in order. Raises: DataError (see `_read`)."""
-    return _read(paths, Demonstration)
+    return _read(paths, Demonstration, refused)
 
 
-def read_comparisons(paths: Sequence[str]) -> Iterator[Comparison]:
+def read_comparisons(paths: Sequence[str], refused: Refused | None = None) -> Iterator[Comparison]:
     """Stream the comparisons of `paths` in order. Raises: DataError (see `_read`)."""
-    return _read(paths, Comparison)
+    return _read(paths, Comparison, refused)
 
 
 def write_jsonl(
@@ -163,16 +168,62 @@ def write_jsonl(
     write_atomic(path, map(line, records))
 
 
-def _read(paths: Sequence[str], kind: type[Record]) -> Iterator[Record]:
+def _read(
+    paths: Sequence[str], kind: type[Record], refused: Refused | None = None
+) -> Iterator[Record]:
     """Check at the call that every file is there, then stream records one by one.
 
+    Args:
+        paths: files, folders or patterns.
+        kind: of the records.
+        refused: told of each row that is not a `kind`; without it the first one ends the stream,
+            and the rows after it are read for the places of others.
+
     Raises:
-        DataError: at the call, a missing file or unknown extension; while streaming, the first
-            row that is not a `kind`, or a file without any.
+        DataError: at the call, a missing file or unknown extension; while streaming, rows that
+            are not a `kind`, or a file without any.
     """
     checked = sources(paths)
     wanted = [*(name for columns in _COLUMNS[kind] for name in columns), *_CHAT]
-    return (_build(kind, row) for source in checked for row in source.rows(wanted))
+    if refused is not None:
+        return _records(checked, wanted, kind, refused)
+    return _strictly(checked, wanted, kind)
+
+
+def _strictly(
+    files: Sequence[Source], wanted: Sequence[str], kind: type[Record]
+) -> Iterator[Record]:
+    bad: list[DataError] = []
+    for record in _records(files, wanted, kind, bad.append):
+        if not bad:
+            yield record
+        if len(bad) > MOST_REFUSED:
+            break
+    if not bad:
+        return
+    first, *others = map(str, bad)
+    if not others:
+        raise bad[0]
+    shown = ", ".join(_place_of(text) for text in others[: MOST_REFUSED - 1])
+    rest = " and more" if len(others) >= MOST_REFUSED else ""
+    raise DataError(f"{first}; also refused: {shown}{rest}")
+
+
+def _records(
+    files: Sequence[Source], wanted: Sequence[str], kind: type[Record], refused: Refused
+) -> Iterator[Record]:
+    for file in files:
+        for row in file.rows(wanted, refused):
+            try:
+                record = _build(kind, row)
+            except DataError as error:
+                refused(error)
+                continue
+            yield record
+
+
+def _place_of(message: str) -> str:
+    return message.split(": ", 1)[0]
 
 
 # --- one row ----------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """Rows of the files that users bring, each with the place to name when it is wrong.
 
-    path -> `sources` -> JsonlSource | ParquetSource -> Row (place "file:line" | "file:row N")
+    path -> `files_at` -> file -> `source_of` -> JsonlSource    -> Row, place "file:line"
+                                               | JsonSource     -> Row, place "file:element N"
+                                               | ParquetSource  -> Row, place "file:row N"
 
 What a row must hold is decided in `common.data.records`; here a file is only required to be one. Of
 a Parquet file only the columns that are asked for are read: others may be of any type, broken
-or huge.
+or huge. JSON lines are streamed, packed ones too; a JSON array is read as a whole.
 """
 
 from __future__ import annotations
@@ -14,14 +16,16 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Final, Literal
+from typing import Final, Literal, NoReturn, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from common.data.file_lists import LINES, PACKED, TABLES, files_at
 from common.errors import DataError
 from common.files import one_line, resolve
 
@@ -42,7 +46,8 @@ class Row:
     others: tuple[tuple[str, Kind], ...]
     """Name and kind of each other column."""
     place: str
-    """``file:line``, or ``file:row N`` of a Parquet file; both count from 1."""
+    """``file:line``, ``file:row N`` of a Parquet file, ``file:element N`` of an array; all count
+    from 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,78 +64,106 @@ def type_name(value: object) -> str:
     return "null" if value is None else f"of type {type(value).__name__}"
 
 
-def sources(paths: Sequence[str]) -> list[JsonlSource | ParquetSource]:
-    """Check that every file is there and of a known kind.
+Refused = Callable[[DataError], None]
+"""Told of a row that cannot be read; the next one follows when it returns."""
+
+
+class Source(Protocol):
+    """A file of rows."""
+
+    def rows(self, wanted: Sequence[str], refused: Refused = ...) -> Iterator[Row]:
+        """Yield its rows, with these columns. Raises: DataError, of a row by way of `refused`."""
+        ...
+
+
+def _raise(error: DataError) -> NoReturn:
+    raise error
+
+
+def sources(paths: Sequence[str]) -> list[Source]:
+    """Find every file that is meant, and check that it is there and of a known kind.
 
     Raises:
-        DataError: no path, a missing file, a folder, an unknown extension, or no way to reach it.
+        DataError: no path, no such file, an unknown extension, or no way to reach it.
     """
     if isinstance(paths, str):
         raise TypeError("paths must be a sequence of paths, not one text")
     if not paths:
-        raise DataError("no data files: name at least one .jsonl or .parquet file")
-    return [_source(path) for path in paths]
+        raise DataError("no data files: name at least one .jsonl, .json or .parquet file")
+    return [source_of(path) for path in files_at(paths)]
 
 
-def _source(path: str) -> JsonlSource | ParquetSource:
+def source_of(path: str) -> Source:
+    """Return the reader of one file, by its name; raises as `sources`."""
     filesystem, inner = resolve(path)
-    makers: dict[str, Callable[..., JsonlSource | ParquetSource]] = {
-        ".jsonl": JsonlSource,
-        ".parquet": ParquetSource,
-    }
-    extension = os.path.splitext(inner)[1]
-    if extension not in makers:
-        raise DataError(f"{path}: extension {extension!r} is unknown; use .jsonl or .parquet")
-    try:
-        kind = filesystem.get_file_info(inner).type
-    except OSError as error:
-        raise DataError(f"{path}: cannot be reached ({one_line(error)}); check it") from error
-    if kind == fs.FileType.Directory:
-        raise DataError(f"{path}: is a folder; name the files in it")
-    if kind != fs.FileType.File:
-        raise DataError(f"{path}: no such file; check the path")
-    return makers[extension](path, filesystem, inner)
+    plain, ending = os.path.splitext(inner)
+    compression = PACKED.get(ending)
+    extension = os.path.splitext(plain)[1] if compression else ending
+    if extension in TABLES and compression is None:
+        return ParquetSource(path, filesystem, inner)
+    if extension not in (*LINES, ".json"):
+        shown = (os.path.splitext(plain)[1] if compression else "") + ending
+        raise DataError(
+            f"{path}: extension {shown!r} is unknown; use .jsonl or .json, either of them with "
+            ".gz or .zst too, or .parquet"
+        )
+    reader = JsonSource if extension == ".json" else JsonlSource
+    return reader(path, filesystem, inner, compression)
 
 
 class JsonlSource:
     """One JSON object a line; blank lines are passed over."""
 
-    def __init__(self, path: str, filesystem: fs.FileSystem, inner: str) -> None:
+    def __init__(
+        self, path: str, filesystem: fs.FileSystem, inner: str, compression: str | None = None
+    ) -> None:
         self._path, self._fs, self._inner = path, filesystem, inner
+        self._compression = compression
 
-    def rows(self, wanted: Sequence[str]) -> Iterator[Row]:
-        """Stream every row. Raises: DataError."""
+    def rows(self, wanted: Sequence[str], refused: Refused = _raise) -> Iterator[Row]:
+        """Stream every row. Raises: DataError, of a row by way of `refused`."""
         for number, raw in self._lines():
             place = f"{self._path}:{number}"
-            parsed = self._parse(raw, place)
-            yield Row(
-                values={name: parsed[name] for name in wanted if name in parsed},
-                others=tuple((name, _kind(parsed[name])) for name in parsed if name not in wanted),
-                place=place,
-            )
+            try:
+                parsed = _object(self._parse(raw, place), place)
+            except DataError as error:
+                refused(error)
+                continue
+            yield _row(parsed, wanted, place)
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         """Yield line number, from 1, and bytes of every line that is not blank."""
-        number, count = 0, 0
-        try:
-            with self._fs.open_input_stream(self._inner, compression=None) as raw_stream:
-                stream = io.BufferedReader(raw_stream, buffer_size=2**20)
-                while raw := stream.readline(MAX_LINE_BYTES + 1):
-                    number += 1
-                    if len(raw) > MAX_LINE_BYTES:
-                        raise DataError(
-                            f"{self._path}:{number}: longer than {MAX_LINE_BYTES >> 20} MiB; "
-                            "write one JSON object per line"
-                        )
-                    if raw.removeprefix(_BOM).strip():
-                        count += 1
-                        yield number, raw
-        except OSError as error:
-            raise DataError(f"{self._path}: cannot be read ({one_line(error)})") from error
-        if not count:
+        blank = True
+        for number, raw in self._numbered():
+            if raw.removeprefix(_BOM).strip():
+                blank = False
+                yield number, raw
+        if blank:
             raise DataError(f"{self._path}: holds no records; write one JSON object per line")
 
-    def _parse(self, raw: bytes, place: str) -> dict[str, object]:
+    def _numbered(self) -> Iterator[tuple[int, bytes]]:
+        """Yield every line with its number."""
+        number = 0
+        with self._open() as stream:
+            while raw := stream.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(raw) > MAX_LINE_BYTES:
+                    raise DataError(
+                        f"{self._path}:{number}: longer than {MAX_LINE_BYTES >> 20} MiB; "
+                        "write one JSON object per line"
+                    )
+                yield number, raw
+
+    @contextmanager
+    def _open(self) -> Iterator[io.BufferedReader]:
+        """Open the file, unpacked."""
+        try:
+            with self._fs.open_input_stream(self._inner, compression=self._compression) as stream:
+                yield io.BufferedReader(stream, buffer_size=2**20)
+        except OSError as error:
+            raise DataError(f"{self._path}: cannot be read ({one_line(error)})") from error
+
+    def _parse(self, raw: bytes, place: str) -> object:
         try:
             # Editors of some systems open a file with a mark, and of two files that were joined
             # the second one's stands in the middle.
@@ -140,16 +173,61 @@ class JsonlSource:
                 f"{place}: byte {error.start + 1} of the line is not UTF-8; save it as UTF-8"
             ) from error
         try:
-            row = json.loads(text, parse_int=_integer)
+            value: object = json.loads(text, parse_int=_integer)
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{place}: torn JSON ({one_line(error)}); write one complete object per line"
             ) from error
-        if not isinstance(row, dict):
-            raise DataError(
-                f'{place}: is {type_name(row)}; write an object such as {{"prompt": "..."}}'
+        return value
+
+
+class JsonSource(JsonlSource):
+    """A JSON array of objects, whose elements count from 1; or JSON lines under that name."""
+
+    def rows(self, wanted: Sequence[str], refused: Refused = _raise) -> Iterator[Row]:
+        """Yield every row. Raises: DataError, of an element by way of `refused`."""
+        if not self._is_array():
+            yield from super().rows(wanted, refused)
+            return
+        for number, element in enumerate(self._elements(), 1):
+            place = f"{self._path}:element {number}"
+            try:
+                parsed = _object(element, place)
+            except DataError as error:
+                refused(error)
+                continue
+            yield _row(parsed, wanted, place)
+
+    def _is_array(self) -> bool:
+        with self._open() as stream:
+            start = stream.read(len(_BOM)).removeprefix(_BOM)
+            while piece := start or stream.read(2**16):
+                if start := piece.lstrip():
+                    return start.startswith(b"[")
+        return False
+
+    def _elements(self) -> list[object]:
+        with self._open() as stream:
+            whole = stream.read()
+        try:
+            elements: list[object] = json.loads(
+                whole.removeprefix(_BOM).decode(), parse_int=_integer
             )
-        return row
+        except UnicodeDecodeError as error:
+            line = whole.count(b"\n", 0, error.start) + 1
+            raise DataError(f"{self._path}:{line}: is not UTF-8; save it as UTF-8") from error
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{self._path}:{error.lineno}: torn JSON ({error.msg}, column {error.colno}); "
+                "write one complete array of objects"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{self._path}: torn JSON ({one_line(error)}); write one complete array of objects"
+            ) from error
+        if not elements:
+            raise DataError(f"{self._path}: holds no records; write at least one object")
+        return elements
 
 
 class ParquetSource:
@@ -158,8 +236,12 @@ class ParquetSource:
     def __init__(self, path: str, filesystem: fs.FileSystem, inner: str) -> None:
         self._path, self._fs, self._inner = path, filesystem, inner
 
-    def rows(self, wanted: Sequence[str]) -> Iterator[Row]:
-        """Stream every row; no other column than `wanted` is read. Raises: DataError."""
+    def rows(self, wanted: Sequence[str], refused: Refused = _raise) -> Iterator[Row]:
+        """Stream every row; no other column than `wanted` is read.
+
+        Raises:
+            DataError: of a row by way of `refused`.
+        """
         number = 0
         try:
             with self._fs.open_input_file(self._inner) as stream:
@@ -175,10 +257,14 @@ class ParquetSource:
                     for index in range(batch.num_rows):
                         number += 1
                         place = f"{self._path}:row {number}"
-                        values = {
-                            name: self._value(column, index, f"{place}: field {name!r}")
-                            for name, column in columns.items()
-                        }
+                        try:
+                            values = {
+                                name: self._value(column, index, f"{place}: field {name!r}")
+                                for name, column in columns.items()
+                            }
+                        except DataError as error:
+                            refused(error)
+                            continue
                         yield Row(values=values, others=others, place=place)
         except pa.ArrowNotImplementedError as error:
             raise DataError(
@@ -213,7 +299,23 @@ class ParquetSource:
         return float(value) if isinstance(value, Decimal) else value
 
 
-# -------------------------------------------------------------------------- kinds of values
+# -------------------------------------------------------------------------- values
+
+
+def _object(value: object, place: str) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise DataError(
+            f'{place}: is {type_name(value)}; write an object such as {{"prompt": "..."}}'
+        )
+    return value
+
+
+def _row(values: Mapping[str, object], wanted: Sequence[str], place: str) -> Row:
+    return Row(
+        values={name: values[name] for name in wanted if name in values},
+        others=tuple((name, _kind(values[name])) for name in values if name not in wanted),
+        place=place,
+    )
 
 
 def _kind(value: object) -> Kind:

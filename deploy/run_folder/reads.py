@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.config.rewards import FunctionComponent
 from common.config.run import RunConfig
+from common.data.file_lists import files_at
 from common.models.weight_files import checkpoint_of
 from deploy.run_folder.fingerprints import files_in
 from deploy.run_folder.weights import files_of, policy_start, reward_start, reward_weights
@@ -26,18 +27,18 @@ def reads_of(stage: str, config: RunConfig) -> Reads:
     own = files_in(folder.tokenizer)
     weights: dict[str, Path | None] = {}
     if stage == "sft":
-        reads["data.demonstrations"] = data.demonstrations
+        reads["data.demonstrations"] = files_at(data.demonstrations)
         if config.sft.start is not None:
             weights["sft.start"] = Path(config.sft.start)
         else:
             weights["model.start"] = checkpoint_of(config.model)
     elif stage == "reward":
-        reads["data.demonstrations"] = data.demonstrations
-        reads["data.comparisons"] = data.comparisons
+        reads["data.demonstrations"] = files_at(data.demonstrations)
+        reads["data.comparisons"] = files_at(data.comparisons)
         weights["reward_model.model.start"] = reward_start(config)
     else:
         if stage == "train":
-            reads |= _functions(config) | {"data.prompts": data.prompts}
+            reads |= _functions(config) | {"data.prompts": files_at(data.prompts)}
         weights["model.start"] = policy_start(config)
         weights["train.critic.start"] = checkpoint_of(config.train.critic)
         weights["reward_service.reference.start"] = checkpoint_of(config.reward_service.reference)

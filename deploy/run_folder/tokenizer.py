@@ -13,6 +13,7 @@ from pathlib import Path
 
 from common.config.model import PretrainedConfig
 from common.config.run import RunConfig
+from common.data.file_lists import files_at
 from common.data.own_tokenizer import OwnTokenizer
 from common.data.pretrained_files import kept_files
 from common.data.pretrained_tokenizer import PretrainedTokenizer
@@ -139,7 +140,7 @@ def _record(inputs: RunInputs, config: RunConfig, reads: Facts) -> None:
 
 def _reads(config: RunConfig) -> Reads:
     if (given := _given(config)) is None:
-        return {"data.demonstrations": config.data.demonstrations}
+        return {"data.demonstrations": files_at(config.data.demonstrations)}
     field, path = given
     template = config.tokenizer.chat_template
     more = {} if template is None else {"tokenizer.chat_template": [template]}

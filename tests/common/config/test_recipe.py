@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,33 @@ def test_a_text_in_a_recipe_is_the_text_that_was_written(tmp_path: Path) -> None
     assert config.data.prompts == ("12:30", "0x1f", "plain.jsonl")
     assert config.rollout.labels == {"1": "yes"}
     assert load_config(None, ["seed=3"]).seed == 3
+
+
+def test_one_text_is_a_list_of_one(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "data:\n  prompts: data/*.jsonl\n  comparisons: 007\n  evaluation: ~/held-out\n"
+        "rollout: {stop: END}\n",
+        encoding="utf8",
+    )
+    config = load_config(recipe, ["data.demonstrations=*.jsonl"])
+    assert config.data.prompts == ("data/*.jsonl",)
+    assert config.data.comparisons == ("007",)
+    assert config.data.demonstrations == ("*.jsonl",)
+    assert config.data.evaluation == (os.path.expanduser("~/held-out"),)
+    assert config.rollout.stop == ("END",)
+    assert load_config(recipe, ["data.prompts=[a, b]"]).data.prompts == ("a", "b")
+    assert load_config(recipe, ["data.prompts='a b'"]).data.prompts == ("a b",)
+    assert load_config(recipe, ["data.prompts=null"]).data.prompts == ()
+
+
+def test_a_pattern_without_quotes_is_told_from_an_alias(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data:\n  prompts: *.jsonl\n", encoding="utf8")
+    with pytest.raises(
+        ConfigError, match=r"yaml:2: .*; a text that begins with \* stands in quotes"
+    ):
+        load_config(recipe)
 
 
 def test_null_is_never_a_name(tmp_path: Path) -> None:

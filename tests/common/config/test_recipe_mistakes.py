@@ -147,7 +147,7 @@ def test_null_stays_a_value_where_it_is_one(folder: Path) -> None:
         ("preset: tiny\nmodel: {dim: x}", "r.yaml:2: model.dim: should be a valid integer"),
         ("name: x\ntrain: 3", "r.yaml:2: train: should be a section, not 3"),
         ("train: [lr]", "r.yaml:1: train: should be a section, not ['lr']"),
-        ("data: {prompts: a.jsonl}", "data.prompts: should be a list, not 'a.jsonl'"),
+        ("data: {prompts: {a: b}}", "data.prompts: should be a list"),
         ("train:\n  lr:", "r.yaml:2: train.lr: should be a valid number, and not empty"),
         ("train: {lr: yes}", "train.lr: should be a number, not True"),
         ("train: {iterations: true}", "train.iterations: should be a number, not True"),

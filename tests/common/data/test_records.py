@@ -148,7 +148,8 @@ def test_missing_files_are_found_at_the_call(tmp_path: Path) -> None:
     good = _jsonl(tmp_path, {"prompt": "a"})
     with pytest.raises(DataError, match="no such file; check the path"):
         read_prompts([good, str(tmp_path / "absent.jsonl")])
-    with pytest.raises(DataError, match=r"extension '\.csv' is unknown; use \.jsonl or \.parquet"):
+    (tmp_path / "x.csv").touch()
+    with pytest.raises(DataError, match=r"extension '\.csv' is unknown; use \.jsonl or \.json"):
         read_prompts([good, str(tmp_path / "x.csv")])
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(DataError, match="is a folder"):

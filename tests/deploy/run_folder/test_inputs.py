@@ -332,3 +332,20 @@ def test_a_second_writer_is_refused(
         refused(run(command, "--config", recipe), 8, str(begun.run_dir), who, "UTC")
         assert (begun.run_dir / "run.json").read_bytes() == held
         assert run("status", str(begun.run_dir)).code == 0, "reading is nobody's harm"
+
+
+def test_a_file_that_joins_a_folder_is_noticed(tmp_path: Path) -> None:
+    config = make_workspace(tmp_path)
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    shutil.move(config.data.prompts[0], folder / "a.jsonl")
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"prompts": (str(folder),)})}
+    )
+    assert reads_of("train", config)["data.prompts"] == [str(folder / "a.jsonl")]
+    checked(config, "train")
+    checkpoints.write(config.run_dir, 1, lambda _: {"iteration": 1}, keep=2)
+    checked(config, "train")
+    shutil.copy(folder / "a.jsonl", folder / "b.jsonl")
+    with pytest.raises(DataError, match=r"data\.prompts: .*a\.jsonl -> .*a\.jsonl, .*b\.jsonl"):
+        checked(config, "train")
