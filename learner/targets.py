@@ -76,6 +76,7 @@ def rewards_of(
         batch.reference_NR.double(),
         batch.mask_NR,
         kl_coef=kl_coef,
+        token_scores_BR=batch.token_scores_NR,
     )
 
 

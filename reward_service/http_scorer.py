@@ -1,7 +1,8 @@
 """A remote reward endpoint that may be slow, flaky or down.
 
-``POST {"requests": [{"rollout_id", "prompt", "response"}]}`` answers
-``{"scores": [{"rollout_id", "score"}]}``. Batches go out side by side up to a cap; a failed batch
+``POST {"requests": [{"rollout_id", "prompt", "response", "columns", "messages"}]}`` answers
+``{"scores": [{"rollout_id", "score"}]}``; columns and messages are there where the data has them.
+Batches go out side by side up to a cap; a failed batch
 is retried with exponential backoff and full jitter; after several failures in a row the circuit
 opens and requests wait for a cool-down before one tries again. A batch that stays down is a dead
 letter: returned as such, counted, and written to a file when one is named. Nothing is lost.
@@ -16,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 
@@ -29,7 +31,8 @@ from reward_service.http_settings import (
     token_of,
 )
 from reward_service.proxies import proxy_of
-from reward_service.scorers import ScoreRequest, ScoreResult
+from reward_service.samples import Sample
+from reward_service.scorers import ScoreResult
 
 COUNTS: Mapping[str, Logged] = {
     "requests": Logged.HTTP_REQUESTS,
@@ -75,7 +78,7 @@ class HttpScorer:
         self._failed_in_a_row = 0
         self._open_until = 0.0
 
-    def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
+    def score(self, requests: Sequence[Sample]) -> list[ScoreResult]:
         """Score in concurrent batches; results in the requests' order."""
         size = self.settings.batch_size
         batches = [requests[at : at + size] for at in range(0, len(requests), size)]
@@ -94,7 +97,7 @@ class HttpScorer:
 
     # ------------------------------------------------------------------ one batch
 
-    def _batch(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
+    def _batch(self, requests: Sequence[Sample]) -> list[ScoreResult]:
         give_up = time.monotonic() + self.settings.give_up_after_s
         reason = "never tried"
         for attempt in range(self.settings.max_retries + 1):
@@ -121,13 +124,8 @@ class HttpScorer:
             ]
         return self._dead_letter(requests, reason)
 
-    def _post(self, requests: Sequence[ScoreRequest]) -> dict[str, float]:
-        body = {
-            "requests": [
-                {"rollout_id": r.rollout_id, "prompt": r.prompt_text, "response": r.response_text}
-                for r in requests
-            ]
-        }
+    def _post(self, requests: Sequence[Sample]) -> dict[str, float]:
+        body = {"requests": [_asked(sample) for sample in requests]}
         self._count("requests")
         deadline = time.monotonic() + self.settings.timeout_s
         try:
@@ -196,20 +194,29 @@ class HttpScorer:
         with self._lock:
             self._counts[name] += 1
 
-    def _dead_letter(self, requests: Sequence[ScoreRequest], reason: str) -> list[ScoreResult]:
+    def _dead_letter(self, requests: Sequence[Sample], reason: str) -> list[ScoreResult]:
         with self._lock:
             self._counts["dead_letters"] += len(requests)
             if self.settings.dead_letter_path is not None:
                 with self.settings.dead_letter_path.open("a", encoding="utf8") as file:
-                    for r in requests:
-                        line = {
-                            "rollout_id": r.rollout_id,
-                            "prompt": r.prompt_text,
-                            "response": r.response_text,
-                            "error": reason,
-                        }
+                    for sample in requests:
+                        line = _asked(sample) | {"error": reason}
                         file.write(json.dumps(line) + "\n")
         return [ScoreResult(rollout_id=r.rollout_id, score=None, error=reason) for r in requests]
+
+
+def _asked(sample: Sample) -> dict[str, Any]:
+    """Return what an endpoint is told of a sample."""
+    asked: dict[str, Any] = {
+        "rollout_id": sample.rollout_id,
+        "prompt": sample.prompt,
+        "response": sample.response,
+    }
+    if sample.columns:
+        asked["columns"] = sample.columns
+    if sample.messages:
+        asked["messages"] = sample.messages
+    return asked
 
 
 def _retry_after(response: httpx.Response) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import importlib
 import inspect
@@ -9,21 +10,13 @@ import math
 import sysconfig
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
 
 from common.errors import ConfigError, RewardError
 from common.files import one_line
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreRequest:
-    """One response to be scored."""
-
-    rollout_id: str
-    prompt_text: str
-    response_text: str
+from reward_service.samples import Sample, Score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,20 +25,31 @@ class ScoreResult:
 
     rollout_id: str
     score: float | None
-    """None = a dead letter: the scorer gave this response up."""
+    """None = a dead letter: the scorer gave this response up. With rewards on tokens it is the
+    whole response's, theirs included."""
     error: str | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """As `Score.parts`."""
+    tokens: tuple[float, ...] | None = None
+    """As `Score.tokens`."""
+    reason: str = ""
+    """As `Score.reason`."""
 
 
 class Scorer(Protocol):
-    """Scores responses; results in the requests' order, one for each."""
+    """Scores responses; results in the samples' order, one for each."""
 
-    def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
+    def score(self, samples: Sequence[Sample]) -> list[ScoreResult]:
         """Score a batch. Raises RewardError when the scorer itself is broken."""
         ...
 
 
 class FunctionScorer:
-    """``package.module:function``, called as ``f(prompts, responses) -> one number each``."""
+    """``package.module:function``: ``f(samples)`` or ``f(prompts, responses)``, one value each.
+
+    A function with one argument is given `Sample`s, one with two the texts alone. It may be async,
+    and may return `Score`s in the place of numbers.
+    """
 
     def __init__(
         self, target: str, *, role: str = "reward function", command: bool = False
@@ -65,48 +69,81 @@ class FunctionScorer:
         self._passes = KeyboardInterrupt if command else _Nothing
         self._function = _resolve(target, role, self._passes)
 
-    def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
-        """Call the function once for the batch; raises as `numbers`."""
-        ids = [request.rollout_id for request in requests]
-        scores = self.numbers(
-            [request.prompt_text for request in requests],
-            [request.response_text for request in requests],
-            [f"rollout {rollout_id}" for rollout_id in ids],
-        )
-        return [ScoreResult(rollout_id=i, score=s) for i, s in zip(ids, scores, strict=True)]
-
-    def numbers(
-        self, prompts: Sequence[str], responses: Sequence[str], names: Sequence[str] | None = None
-    ) -> list[float]:
-        """Return one finite number per response; errors call each by `names`, else by its place.
+    def score(self, samples: Sequence[Sample]) -> list[ScoreResult]:
+        """Call the function once for the batch.
 
         Raises:
-            RewardError: the function raised, or returned something else than one finite number
-                each; says which and where.
+            RewardError: the function raised, or returned something else than one finite number or
+                `Score` each; says which and where.
         """
-        scores = self._listed(self._call(list(prompts), list(responses)), len(responses))
-        called = names or [f"response {index + 1}" for index in range(len(scores))]
-        return [self._number(score, name) for score, name in zip(scores, called, strict=True)]
+        values = self._listed(self._call(samples), len(samples))
+        return [self._result(*pair) for pair in zip(values, samples, strict=True)]
 
-    def _call(self, prompts: list[str], responses: list[str]) -> Any:
+    def numbers(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        """Return one finite number per response, of texts of which no more is known.
+
+        Raises:
+            RewardError: as `score`; a response is called by its place.
+        """
+        texts = zip(prompts, responses, strict=True)
+        samples = [Sample(prompt=prompt, response=response) for prompt, response in texts]
+        values = self._listed(self._call(samples), len(samples))
+        return [
+            self._number(value.total if isinstance(value, Score) else value, f"response {index}")
+            for index, value in enumerate(values, 1)
+        ]
+
+    def _result(self, value: Any, sample: Sample) -> ScoreResult:
+        """Check what was returned for one response."""
+        name = f"rollout {sample.rollout_id}"
+        if not isinstance(value, Score):
+            return ScoreResult(rollout_id=sample.rollout_id, score=self._number(value, name))
+        tokens = value.tokens
+        if tokens is not None:
+            tokens = tuple(self._number(reward, f"a token of {name}") for reward in tokens)
+            if len(tokens) != len(sample.tokens):
+                raise RewardError(
+                    f"{self._title} returned {len(tokens)} rewards for the "
+                    f"{len(sample.tokens)} tokens of {name}; return one for each of sample.tokens"
+                )
+        return ScoreResult(
+            rollout_id=sample.rollout_id,
+            score=self._number(value.value, name) + sum(tokens or ()),
+            parts={
+                part: self._number(number, f"part '{part}' of {name}")
+                for part, number in value.parts.items()
+            },
+            tokens=tokens,
+            reason=value.reason,
+        )
+
+    def _call(self, samples: Sequence[Sample]) -> Any:
         """Call the user's code; of an iterator, take as many values as are needed to judge it.
 
         The user's code may raise anything, and in a worker all of it is an error of that code's:
         Ray would take SystemExit for a worker that ends as it was meant to, and start another one.
         """
+        arguments: tuple[list[Any], ...] = (
+            [sample.prompt for sample in samples],
+            [sample.response for sample in samples],
+        )
+        if _takes_samples(self._function):
+            arguments = (list(samples),)
         try:
-            inspect.signature(self._function).bind(prompts, responses)
+            inspect.signature(self._function).bind(*arguments)
         except ValueError:
             pass  # a function written in C may not tell its arguments
         except TypeError as error:
             raise RewardError(
                 f"{self._title} takes other arguments ({one_line(error)}); it is called as "
-                "f(prompts, responses)"
+                "f(samples) or f(prompts, responses)"
             ) from None
         try:
-            returned = self._function(prompts, responses)
+            returned = self._function(*arguments)
+            if inspect.iscoroutine(returned):
+                returned = asyncio.run(returned)
             if isinstance(returned, Iterator):
-                return list(islice(returned, len(responses) + 1))
+                return list(islice(returned, len(samples) + 1))
             whole = hasattr(returned, "tolist") and len(getattr(returned, "shape", ())) == 1
             return returned.tolist() if whole else returned
         except self._passes:
@@ -122,8 +159,6 @@ class FunctionScorer:
             if len(values) == count:
                 return values
             wrong = f"{len(values)} scores"
-        if inspect.iscoroutine(returned):
-            returned.close()  # else Python warns that nobody awaited it
         responses = "1 response" if count == 1 else f"{count} responses"
         raise RewardError(
             f"{self._title} returned {wrong} for {responses}; return a list of "
@@ -151,7 +186,7 @@ def _instead_of_values(returned: Any) -> str:
     """Say what was returned, where that holds no number for each response; else empty."""
     kind = type(returned).__name__
     if inspect.isawaitable(returned):
-        return f"a {kind} (take 'async' out of its definition, or wait for the result in it)"
+        return f"a {kind} (wait for its result in the function)"
     if isinstance(returned, AsyncIterator):
         return f"an {kind} (take 'async' out of its definition)"
     if returned is None:
@@ -191,7 +226,18 @@ def _place(frames: Sequence[traceback.FrameSummary]) -> str:
     return ""
 
 
-Function = Callable[[list[str], list[str]], Any]
+Function = Callable[..., Any]
+
+
+def _takes_samples(function: Function) -> bool:
+    """Whether exactly one argument has to be given."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [p for p in parameters if p.kind in positional and p.default is p.empty]
+    return len(needed) == 1 and not any(p.kind is p.VAR_POSITIONAL for p in parameters)
 
 
 def _resolve(target: str, role: str, passes: type[BaseException]) -> Function:

@@ -12,11 +12,13 @@ counted, and the run goes on.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -42,7 +44,8 @@ from common.wire.trajectory import Rollout, ScoredTrajectory, extend, from_table
 from reward_service.http_scorer import COUNTS, HttpScorer
 from reward_service.http_settings import HttpScorerSettings
 from reward_service.models import ReferencePolicy, RewardModel, frozen_pass
-from reward_service.scorers import FunctionScorer, Scorer, ScoreRequest
+from reward_service.samples import Sample
+from reward_service.scorers import FunctionScorer, Scorer, ScoreResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +57,7 @@ class ScoreFacts:
     dead_letters: Mapping[str, str]
     """Given up: rollout_id -> why."""
     component_means: Mapping[str, float]
-    """Mean of each component, for metrics."""
+    """Mean of each component and of each part of one (``component/part``), for metrics."""
     seconds: float
     http: Mapping[str, int] = field(default_factory=dict)
     """What remote components counted in this call, by the names of their metrics."""
@@ -148,27 +151,23 @@ class RewardWorker:
                 scores, logprobs = frozen_pass(batch, budget, self.reward_model, self.reference)
             model_scores += scores
             ref_logprobs += logprobs
-        components, dead = self._components(rollouts, model_scores)
+        found, dead = self._components(rollouts, model_scores)
         scored = [
             extend(
                 rollout,
                 ScoredTrajectory,
-                score=sum(
-                    self.settings.components[name].weight * value
-                    for name, value in components[i].items()
-                ),
-                score_components=components[i],
+                score=found[i].score,
+                score_components=found[i].components,
+                token_scores=found[i].tokens,
+                score_reason=found[i].reason or None,
                 ref_logprobs=ref_logprobs[i],
                 reward_version=0,
             )
             for i, rollout in enumerate(rollouts)
             if rollout.rollout_id not in dead
         ]
-        means = {
-            name: sum(t.score_components[name] for t in scored) / len(scored)
-            for name in self.settings.components
-            if scored
-        }
+        names = dict.fromkeys(name for t in scored for name in t.score_components)
+        means = {name: fmean(t.score_components.get(name, 0.0) for t in scored) for name in names}
         facts = ScoreFacts(
             rollout_ids=tuple(t.rollout_id for t in scored),
             dead_letters=dead,
@@ -189,33 +188,77 @@ class RewardWorker:
 
     def _components(
         self, rollouts: Sequence[Rollout], model_scores: Sequence[float]
-    ) -> tuple[list[dict[str, float]], dict[str, str]]:
-        """Return every component's own value per rollout, and the dead letters.
+    ) -> tuple[list[_Found], dict[str, str]]:
+        """Return what the components say of each rollout, and the dead letters.
 
         Raises:
             RewardError: a value is not finite as a float32, which it is sent as.
         """
-        values: list[dict[str, float]] = [{} for _ in rollouts]
+        found = [_Found() for _ in rollouts]
         dead: dict[str, str] = {}
-        requests = [
-            ScoreRequest(
-                rollout_id=r.rollout_id,
-                prompt_text=r.prompt_text,
-                response_text=r.response_text,
-            )
-            for r in rollouts
-        ]
+        samples = [_sample(rollout) for rollout in rollouts]
         for name, component in self.settings.components.items():
             if isinstance(component, ModelComponent):
-                for index, score in enumerate(model_scores):
-                    values[index][name] = _finite(name, rollouts[index].rollout_id, score)
-                continue
-            for index, result in enumerate(self.scorers[name].score(requests)):
+                results = [
+                    ScoreResult(rollout_id=rollout.rollout_id, score=score)
+                    for rollout, score in zip(rollouts, model_scores, strict=True)
+                ]
+            else:
+                results = self.scorers[name].score(samples)
+            for whole, result in zip(found, results, strict=True):
                 if result.score is None:
                     dead[result.rollout_id] = f"{name}: {result.error}"
                 else:
-                    values[index][name] = _finite(name, result.rollout_id, result.score)
-        return values, dead
+                    whole.add(name, component.weight, result)
+        return found, dead
+
+
+@dataclass(slots=True)
+class _Found:
+    """What the components have said of one rollout so far."""
+
+    score: float = 0.0
+    """The weighted sum."""
+    components: dict[str, float] = field(default_factory=dict)
+    """Unweighted."""
+    tokens: list[float] | None = None
+    """Weighted rewards on tokens, a part of the score."""
+    reason: str = ""
+
+    def add(self, name: str, weight: float, result: ScoreResult) -> None:
+        """Add a component's.
+
+        Raises:
+            RewardError: a value is not finite as a float32, which it is sent as.
+        """
+        assert result.score is not None
+        self.components[name] = _finite(name, result.rollout_id, result.score)
+        self.score += weight * result.score
+        for part, value in result.parts.items():
+            self.components[f"{name}/{part}"] = _finite(name, result.rollout_id, value)
+        if result.tokens is not None:
+            before = self.tokens or [0.0] * len(result.tokens)
+            self.tokens = [
+                was + weight * _finite(name, result.rollout_id, value)
+                for was, value in zip(before, result.tokens, strict=True)
+            ]
+        if result.reason:
+            self.reason += f"{' · ' if self.reason else ''}{name}: {result.reason}"
+
+
+def _sample(rollout: Rollout) -> Sample:
+    """Return what scorers are told of a rollout."""
+    chat = json.loads(rollout.conversation)["messages"] if rollout.conversation else ()
+    return Sample(
+        prompt=rollout.prompt_text,
+        response=rollout.response_text,
+        columns=json.loads(rollout.columns) if rollout.columns else {},
+        messages=tuple(chat),
+        finished=rollout.finish_reason != "length",
+        tokens=tuple(rollout.response_ids),
+        group=rollout.group,
+        rollout_id=rollout.rollout_id,
+    )
 
 
 def _finite(name: str, rollout_id: str, value: float) -> float:

@@ -25,6 +25,8 @@ class EncodedPrompt:
     ids: list[int]
     conversation: str | None = None
     """As `RolloutRequest.conversation`."""
+    columns: str | None = None
+    """As `RolloutRequest.columns`."""
 
 
 def encode_prompts(
@@ -103,6 +105,7 @@ class PromptStream:
                         prompt_text=prompt.text,
                         prompt_ids=prompt.ids,
                         conversation=prompt.conversation,
+                        columns=prompt.columns,
                         seed=derive_seed(self._seed, rollout_id),
                         adapter=self._adapter,
                     )
@@ -132,6 +135,7 @@ def evaluation_requests(
             prompt_text=prompt.text,
             prompt_ids=prompt.ids,
             conversation=prompt.conversation,
+            columns=prompt.columns,
             seed=derive_seed(seed, label, prompt.uid, sample),
             adapter=adapter,
         )

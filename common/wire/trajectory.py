@@ -48,6 +48,8 @@ class RolloutRequest:
     conversation: str | None = None
     """JSON of a conversation's ``messages`` and ``tools``, for models that have a template of their
     own; None for a plain text."""
+    columns: str | None = None
+    """JSON of what else stood in the prompt's line of the data, for scorers; None for nothing."""
     adapter: str = ""
     """What to sample from: this adapter of those that the worker holds, or its weights without any
     (a policy of whole weights, or the base of adapters)."""
@@ -91,6 +93,11 @@ class ScoredTrajectory(Rollout):
     """float32, one number for the response: the weighted sum of the components."""
     score_components: dict[str, float]
     """Each component's own value, unweighted."""
+    token_scores: list[float] | None = None
+    """float32 rewards on single tokens, weighted, a part of `score`; what is left of that is on the
+    last token. None where no component gives any."""
+    score_reason: str | None = None
+    """Why, in the components' own words."""
     ref_logprobs: list[float]
     """float32, of the response tokens under the reference (SFT) policy, without a filter."""
     reward_version: int
@@ -98,6 +105,11 @@ class ScoredTrajectory(Rollout):
 
 
 _CONVERSATION = pa.field("conversation", pa.string())
+_COLUMNS = pa.field("columns", pa.string())
+_TOKEN_SCORES = pa.field("token_scores", pa.list_(pa.float32()))
+_REASON = pa.field("score_reason", pa.string())
+_ADDED = (_CONVERSATION, _COLUMNS, _TOKEN_SCORES, _REASON)
+"""Nullable fields that logs of before do not have."""
 _REQUEST: list[pa.Field] = [
     pa.field("rollout_id", pa.string(), nullable=False),
     pa.field("group", pa.int32(), nullable=False),
@@ -106,6 +118,7 @@ _REQUEST: list[pa.Field] = [
     pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),
     pa.field("seed", pa.uint64(), nullable=False),
     _CONVERSATION,
+    _COLUMNS,
     pa.field("adapter", pa.string(), nullable=False),
 ]
 _ROLLOUT: list[pa.Field] = [
@@ -123,6 +136,8 @@ _SCORED: list[pa.Field] = [
     *_ROLLOUT,
     pa.field("score", pa.float32(), nullable=False),
     pa.field("score_components", pa.map_(pa.string(), pa.float32()), nullable=False),
+    _TOKEN_SCORES,
+    _REASON,
     pa.field("ref_logprobs", pa.list_(pa.float32()), nullable=False),
     pa.field("reward_version", pa.int64(), nullable=False),
 ]
@@ -154,9 +169,10 @@ def to_table(records: Sequence[RolloutRequest], kind: type[RolloutRequest]) -> p
 def from_table(table: pa.Table, kind: type[Record]) -> list[Record]:
     """Read records back. Raises ValueError when the table is not of this kind."""
     schema = SCHEMAS[kind]
-    if _CONVERSATION.name not in table.schema.names:  # logs of before conversations
-        place = schema.get_field_index(_CONVERSATION.name)
-        table = table.add_column(place, _CONVERSATION, pa.nulls(len(table), pa.string()))
+    for added in _ADDED:
+        place = schema.get_field_index(added.name)
+        if place >= 0 and added.name not in table.schema.names:
+            table = table.add_column(place, added, pa.nulls(len(table), added.type))
     if not table.schema.equals(schema):
         raise ValueError(f"not a table of {kind.__name__}: {table.schema.names}")
     rows = table.to_pylist()
@@ -189,5 +205,8 @@ def _check(record: RolloutRequest) -> None:
             raise ValueError(f"rollout {record.rollout_id}: behavior_logprobs differ in length")
         if len(record.policy_logprobs) != length:
             raise ValueError(f"rollout {record.rollout_id}: unfiltered_logprobs differ in length")
+    if isinstance(record, ScoredTrajectory) and record.token_scores is not None:
+        if len(record.token_scores) != len(record.response_ids):
+            raise ValueError(f"rollout {record.rollout_id}: token_scores differ in length")
         if isinstance(record, ScoredTrajectory) and len(record.ref_logprobs) != length:
             raise ValueError(f"rollout {record.rollout_id}: ref_logprobs differ in length")

@@ -21,7 +21,7 @@ class Rewards(NamedTuple):
     """The two parts of the rewards, 0 outside the mask."""
 
     scores_BR: Tensor
-    """The score on the last response token, 0 on the others."""
+    """The score on the last response token, less what of it is on others."""
     penalties_BR: Tensor
     """-kl_coef (logprob - ref_logprob)."""
 
@@ -42,16 +42,20 @@ def reward_parts(
     mask_BR: Tensor,
     *,
     kl_coef: float,
+    token_scores_BR: Tensor | None = None,
 ) -> Rewards:
     """Return score and penalty of each token. The score is on the last *response* token.
 
+    Rewards on single tokens are a part of the score: what is left of it is on the last one.
+
     Args:
-        scores_B: one score per sequence.
+        scores_B: one score per sequence, all of it.
         logprobs_BR: of the policy, of the whole distribution without a filter: what a nucleus
             leaves out would count as a distance from the reference.
         ref_logprobs_BR: of the reference policy, likewise.
         mask_BR: bool, True = a response token.
         kl_coef: weight of the distance.
+        token_scores_BR: what of the scores belongs to single tokens; None: nothing.
 
     Raises:
         ValueError: a row has no response token, which its score would be on, or a score or
@@ -65,7 +69,11 @@ def reward_parts(
     distances_BR = kl_k1(logprobs_BR - ref_logprobs_BR).masked_fill(~mask_BR, 0.0)
     last_B1 = lengths_B[:, None] - 1
     scores_BR = torch.zeros_like(distances_BR)
-    scores_BR = scores_BR.scatter(1, last_B1, scores_B[:, None].to(scores_BR.dtype))
+    if token_scores_BR is not None:
+        require_shape(2, token_scores_BR, mask_BR)
+        scores_BR = token_scores_BR.masked_fill(~mask_BR, 0.0).to(scores_BR.dtype)
+    rest_B = scores_B.to(scores_BR.dtype) - scores_BR.sum(dim=1)
+    scores_BR = scores_BR.scatter_add(1, last_B1, rest_B[:, None])
     broken_B = ~(scores_BR + distances_BR).isfinite().all(dim=1)
     if bool(broken_B.any()):
         row = int(broken_B.nonzero()[0])

@@ -58,6 +58,8 @@ class Experience:
     sequences: Sequences
     scores_N: Tensor
     """float32, before the EOS trick."""
+    token_scores_NR: Tensor | None
+    """float32 parts of the scores that are rewards on single tokens; None where there are none."""
     ended_N: Tensor
     """bool, the response ended by itself, not at the limit."""
     groups_N: Tensor
@@ -100,6 +102,7 @@ def experience(tables: Sequence[pa.Table], adapter: str = "") -> Experience:
     return Experience(
         sequences=sequences,
         scores_N=torch.tensor([t.score for t in rows], dtype=torch.float32),
+        token_scores_NR=_token_scores(rows, reach),
         ended_N=torch.tensor([t.finish_reason != "length" for t in rows]),
         groups_N=torch.tensor([t.group for t in rows]),
         behavior_NR=pad_rows([t.behavior_logprobs for t in rows], reach),
@@ -107,3 +110,9 @@ def experience(tables: Sequence[pa.Table], adapter: str = "") -> Experience:
         mask_NR=sequences.mask_NR,
         versions=tuple(t.policy_version for t in rows),
     )
+
+
+def _token_scores(rows: Sequence[ScoredTrajectory], reach: int) -> Tensor | None:
+    if all(row.token_scores is None for row in rows):
+        return None
+    return pad_rows([row.token_scores or [0.0] * len(row.response_ids) for row in rows], reach)

@@ -23,13 +23,14 @@ ours_first()
 import json, ray
 from common.config.run import RunConfig
 from deploy.workers.attach import cluster_of
-from reward_service.scorers import FunctionScorer, ScoreRequest
+from reward_service.samples import Sample
+from reward_service.scorers import FunctionScorer
 
 def look():
     import common.config.run, learner.algorithms.gae
     return [common.config.run.__file__, learner.algorithms.gae.__file__]
 
-request = ScoreRequest(rollout_id="a", prompt_text="p", response_text="four")
+request = Sample(rollout_id="a", prompt="p", response="four")
 with cluster_of(RunConfig.model_validate({{"cluster": {{"dashboard": False}}}})):
     scorer = ray.remote(FunctionScorer).options(num_cpus=0).remote("my_reward:score")
     (found,) = ray.get(scorer.score.remote([request]))

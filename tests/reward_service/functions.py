@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import os
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -11,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from reward_service.samples import Sample, Score
 
 VALUE = 3
 CALLS: list[tuple[list[str], list[str]]] = []
@@ -97,6 +101,43 @@ async def coroutine(prompts: list[str], responses: list[str]) -> list[float]:
     return [1.0] * len(responses)
 
 
+def waiting(prompts: list[str], responses: list[str]) -> Any:
+    """Hands out a promise."""
+    return asyncio.Future(loop=asyncio.new_event_loop())
+
+
+def knowing(samples: list[Sample]) -> list[float]:
+    """1 for the answer that the data's column holds."""
+    return [float(sample.response == sample.columns["answer"]) for sample in samples]
+
+
+async def awaited(samples: list[Sample], patience: float = 0.0) -> list[Score]:
+    """Asks several at once, and says more than a number."""
+
+    async def one(sample: Sample) -> Score:
+        await asyncio.sleep(patience)
+        return Score(value=len(sample.response), parts={"group": sample.group}, reason="its length")
+
+    return list(await asyncio.gather(*map(one, samples)))
+
+
+def by_token(samples: list[Sample]) -> list[Score]:
+    """1 on the first token of each response, and 2 for having ended."""
+    return [
+        Score(value=2.0 * s.finished, tokens=(1.0, *[0.0] * (len(s.tokens) - 1))) for s in samples
+    ]
+
+
+def a_token_short(samples: list[Sample]) -> list[Score]:
+    """Forgot the token that ended it."""
+    return [Score(value=0.0, tokens=(0.0,) * (len(sample.tokens) - 1)) for sample in samples]
+
+
+def a_part_that_is_none(samples: list[Sample]) -> list[Score]:
+    """A part that is no number."""
+    return [Score(value=0.0, parts={"form": math.nan}) for _ in samples]
+
+
 async def async_generator(prompts: list[str], responses: list[str]) -> AsyncIterator[float]:
     """Async, and one at a time."""
     for _ in responses:
@@ -158,6 +199,11 @@ def late(prompts: list[str], responses: list[str]) -> Iterator[float]:
 def of_one(response: str) -> float:
     """Takes one response."""
     return 1.0
+
+
+def of_three(prompts: list[str], responses: list[str], answers: list[str]) -> list[float]:
+    """Wants a column of its own."""
+    return [1.0] * len(responses)
 
 
 def wrong_inside(prompts: list[str], responses: list[str]) -> list[float]:

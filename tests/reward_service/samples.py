@@ -9,7 +9,7 @@ import numpy as np
 from common.wire.trajectory import Rollout
 from reward_service.http_scorer import HttpScorer
 from reward_service.http_settings import HttpScorerSettings
-from reward_service.scorers import ScoreRequest
+from reward_service.samples import Sample
 
 
 def rollouts(count: int, *, seed: int = 0, vocab: int = 200, prefix: str = "0") -> list[Rollout]:
@@ -39,12 +39,9 @@ def rollouts(count: int, *, seed: int = 0, vocab: int = 200, prefix: str = "0") 
     return made
 
 
-def requests(count: int) -> list[ScoreRequest]:
+def requests(count: int) -> list[Sample]:
     """Requests r0, r1, ... whose responses spell their number."""
-    return [
-        ScoreRequest(rollout_id=f"r{i}", prompt_text=f"ask {i}", response_text=str(i))
-        for i in range(count)
-    ]
+    return [Sample(rollout_id=f"r{i}", prompt=f"ask {i}", response=str(i)) for i in range(count)]
 
 
 def scorer(url: str, **changes: Any) -> HttpScorer:

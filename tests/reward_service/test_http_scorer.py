@@ -11,7 +11,7 @@ import pytest
 
 from reward_service.http_scorer import HttpScorer
 from reward_service.http_settings import HttpScorerSettings
-from reward_service.scorers import ScoreRequest
+from reward_service.samples import Sample
 from tests.reward_service.endpoint import DOWN, Endpoint, Reply, Rows, always, fine, first, scores
 from tests.reward_service.samples import requests, scorer
 
@@ -27,7 +27,7 @@ def closed_port() -> str:
 
 def test_the_endpoint_gets_what_was_agreed_in_batches() -> None:
     asked = [
-        ScoreRequest(rollout_id="r0", prompt_text='ä "q"\n', response_text="7"),
+        Sample(rollout_id="r0", prompt='ä "q"\n', response="7"),
         *requests(5)[1:],
     ]
     with Endpoint(fine) as endpoint:

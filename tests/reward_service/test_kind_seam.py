@@ -12,7 +12,8 @@ from common.config.recipe import load_config
 from common.config.rewards import RewardComponent
 from common.config.run import RunConfig
 from common.wire.trajectory import ScoredTrajectory, from_table
-from reward_service.scorers import ScoreRequest, ScoreResult
+from reward_service.samples import Sample
+from reward_service.scorers import ScoreResult
 from reward_service.service import SCORERS
 from tests.reward_service.samples import rollouts
 from tests.reward_service.test_service import table, worker
@@ -22,8 +23,8 @@ class BrevityScorer:
     def __init__(self, settings: RewardComponent) -> None:
         self.letters: int = settings.model_dump()["letters"]
 
-    def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
-        scores = [float(self.letters - len(r.response_text)) for r in requests]
+    def score(self, requests: Sequence[Sample]) -> list[ScoreResult]:
+        scores = [float(self.letters - len(r.response)) for r in requests]
         return [
             ScoreResult(rollout_id=r.rollout_id, score=s)
             for r, s in zip(requests, scores, strict=True)

@@ -6,17 +6,15 @@ import re
 import pytest
 
 from common.errors import ConfigError, RewardError
-from reward_service.scorers import FunctionScorer, ScoreRequest
+from reward_service.samples import Sample
+from reward_service.scorers import FunctionScorer
 from tests.reward_service import functions
 
 MODULE = "tests.reward_service.functions"
 
 
-def requests(*responses: str) -> list[ScoreRequest]:
-    return [
-        ScoreRequest(rollout_id=f"r{i}", prompt_text="p" * i, response_text=r)
-        for i, r in enumerate(responses)
-    ]
+def requests(*responses: str) -> list[Sample]:
+    return [Sample(rollout_id=f"r{i}", prompt="p" * i, response=r) for i, r in enumerate(responses)]
 
 
 def test_scores_come_in_order_with_their_ids() -> None:
@@ -38,6 +36,48 @@ def test_the_function_is_called_once_for_the_batch() -> None:
     functions.CALLS.clear()
     FunctionScorer(f"{MODULE}:recorded").score(requests("a", "b"))
     assert functions.CALLS == [(["", "p"], ["a", "b"])]
+
+
+def test_a_function_of_one_argument_is_given_samples() -> None:
+    samples = [
+        Sample(prompt="6 x 7", response=said, columns={"answer": "42"}, rollout_id=said)
+        for said in ("42", "41")
+    ]
+    results = FunctionScorer(f"{MODULE}:knowing").score(samples)
+    assert [(r.rollout_id, r.score) for r in results] == [("42", 1.0), ("41", 0.0)]
+
+
+def test_a_function_may_be_async_and_say_more() -> None:
+    samples = [Sample(prompt="p", response="r" * n, group=n) for n in (3, 1)]
+    results = FunctionScorer(f"{MODULE}:awaited").score(samples)
+    assert [r.score for r in results] == [3.0, 1.0]
+    assert [dict(r.parts) for r in results] == [{"group": 3.0}, {"group": 1.0}]
+    assert {r.reason for r in results} == {"its length"}
+    judge = FunctionScorer(f"{MODULE}:awaited", role="evaluate.judge", command=True)
+    assert judge.numbers(["p"], ["four"]) == [4.0]
+
+
+def test_rewards_on_tokens_are_a_part_of_the_score() -> None:
+    samples = [
+        Sample(prompt="p", response="abc", tokens=(5, 6, 7), finished=finished)
+        for finished in (True, False)
+    ]
+    results = FunctionScorer(f"{MODULE}:by_token").score(samples)
+    assert [(r.score, r.tokens) for r in results] == [(3.0, (1, 0, 0)), (1.0, (1, 0, 0))]
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("a_token_short", "returned 2 rewards for the 3 tokens of rollout r0"),
+        ("a_part_that_is_none", "returned nan for part 'form' of rollout r0"),
+        ("knowing", "raised KeyError: 'answer'"),
+    ],
+)
+def test_a_broken_function_of_samples_is_named(name: str, named: str) -> None:
+    sample = Sample(prompt="p", response="abc", tokens=(5, 6, 7), rollout_id="r0")
+    with pytest.raises(RewardError, match=re.escape(named)):
+        FunctionScorer(f"{MODULE}:{name}").score([sample])
 
 
 def test_nothing_to_score_is_no_error() -> None:
@@ -79,7 +119,7 @@ def test_nothing_is_suggested_that_is_not_near() -> None:
     [
         ("one_short", "returned 2 scores for 3 responses"),
         ("nothing", "returned None for 3 responses; return a list of 3 numbers"),
-        ("coroutine", "returned a coroutine (take 'async' out"),
+        ("waiting", "returned a Future (wait for its result"),
         ("async_generator", "returned an async_generator (take 'async' out"),
         ("one_float", "returned one float for 3 responses; return a list of 3 numbers"),
         ("one_numpy_number", "returned one float64 for 3 responses; "),
@@ -91,7 +131,8 @@ def test_nothing_is_suggested_that_is_not_near() -> None:
         ("rows", "returned [0.5] for rollout r0; "),
         ("endless", "returned 4 scores for 3 responses; "),
         ("late", "raised ZeroDivisionError: "),
-        ("of_one", "takes other arguments ("),
+        ("of_one", "returned one float for 3 responses; return a list of 3 numbers"),
+        ("of_three", "takes other arguments ("),
         ("wrong_inside", "raised TypeError: object of type 'NoneType' has no len() (/"),
         ("exits", "raised SystemExit: 0 (/"),
         ("interrupts", "raised KeyboardInterrupt (/"),

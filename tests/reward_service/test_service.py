@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,35 @@ def test_several_tables_become_one_in_their_order(workspace: RunConfig, merge: b
         assert together.ref_logprobs == pytest.approx(single.ref_logprobs, rel=1e-4, abs=1e-5)
     if not merge:
         assert scored == alone, "to the last bit, whatever arrived together"
+
+
+def test_what_functions_say_of_tokens_and_parts_is_weighted_and_logged(
+    workspace: RunConfig,
+) -> None:
+    target = "tests.reward_service.functions"
+    made = worker(
+        workspace,
+        {
+            "steps": {"kind": "function", "target": f"{target}:by_token", "weight": 0.5},
+            "said": {"kind": "function", "target": f"{target}:awaited"},
+        },
+    )
+    records = [replace(r, columns=json.dumps({"answer": i})) for i, r in enumerate(rollouts(3))]
+    facts, out = made.score(table(records))
+    scored = from_table(out, ScoredTrajectory)
+    for trajectory, record in zip(scored, records, strict=True):
+        ended = 2.0 * (record.finish_reason != "length")
+        length = len(record.response_text)
+        assert trajectory.columns == record.columns
+        assert trajectory.token_scores == [0.5] + [0.0] * (len(record.response_ids) - 1)
+        assert trajectory.score == pytest.approx(0.5 * (1.0 + ended) + length)
+        assert trajectory.score_components == {
+            "steps": 1.0 + ended,
+            "said": length,
+            "said/group": record.group,
+        }
+        assert trajectory.score_reason == "said: its length"
+    assert facts.component_means["said/group"] == np.mean([r.group for r in records])
 
 
 def test_no_table_gives_an_empty_one(workspace: RunConfig) -> None:

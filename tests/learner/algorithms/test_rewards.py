@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from common.config.recipe import load_config
 from common.errors import ConfigError
+from learner.algorithms.gae import gae
 from learner.algorithms.rewards import AdaptiveKL, FixedKL, apply_eos_trick, reward_parts
 from tests import literal
 from tests.learner.batch.ragged import EXAMPLES, Ragged, raggeds, same, widen
@@ -216,3 +217,24 @@ def test_controllers_refuse_what_is_not_finite_and_stay(controller: FixedKL, bad
     with pytest.raises(ValueError, match=r"KL coefficient is -0\.032"):
         controller.load_state_dict({"coef": -0.032})
     assert controller.coef == 0.1
+
+
+def test_rewards_on_tokens_reach_their_tokens() -> None:
+    """What is left of the score is on the last response token; at lambda 1 a token's return is all
+    that follows it."""
+    mask = torch.tensor([[True, True, True, False], [True, False, False, False]])
+    zero = torch.zeros(2, 4, dtype=torch.float64)
+    nan = float("nan")
+    planted = torch.tensor([[0.0, 2.0, 0.5, nan], [1.0, nan, nan, nan]], dtype=torch.float64)
+    parts = reward_parts(
+        torch.tensor([3.0, -1.0], dtype=torch.float64),
+        zero,
+        zero,
+        mask,
+        kl_coef=0.1,
+        token_scores_BR=planted,
+    )
+    assert parts.scores_BR.tolist() == [[0.0, 2.0, 1.0, 0.0], [-1.0, 0.0, 0.0, 0.0]]
+    assert parts.per_sequence()[0].tolist() == [3.0, -1.0]
+    _, returns = gae(parts.total_BR, zero, mask, gamma=1.0, gae_lambda=1.0)
+    assert returns.tolist() == [[3.0, 3.0, 1.0, 0.0], [-1.0, 0.0, 0.0, 0.0]]
