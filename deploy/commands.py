@@ -37,9 +37,10 @@ def evaluate_run(config: RunConfig, console: Console) -> PolicyComparison:
     if not config.data.evaluation:
         raise ConfigError("data.evaluation is empty; evaluate needs held-out prompts")
     judge = _judge(config.evaluate.judge) if config.evaluate.judge else None
+    held_out = read_demonstrations(config.data.evaluation, columns=config.data.columns)
     with open_session(config, console) as session:
         prompts, fitting = encode_prompts(
-            [record.asked() for record in read_demonstrations(config.data.evaluation)],
+            [record.asked() for record in held_out],
             session.tokenizer(),
             max_tokens=config.max_prompt_tokens,
             too_long=config.data.too_long,

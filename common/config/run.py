@@ -56,6 +56,9 @@ class DataConfig(Section):
     """Files of prompts that the policy is trained on."""
     evaluation: tuple[PathText, ...] = ()
     """Files of held-out (prompt, response) for evaluation; the response is the human's."""
+    columns: tuple[str, ...] | None = None
+    """Further columns of prompts that scorers are given (`Sample.columns`), each of which every
+    line has to have; null is all that there are."""
     too_long: Literal["error", "skip", "truncate"] = "error"
     """What to do with a record that has more tokens than there is room for; how many were skipped
     or cut is said."""

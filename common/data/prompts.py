@@ -57,6 +57,9 @@ def encode_prompts(
                     text=whole.text,
                     ids=fitted[0],
                     conversation=conversation_of(prompt) if chat else None,
+                    columns=json.dumps(prompt.columns, ensure_ascii=False)
+                    if prompt.columns
+                    else None,
                 )
             )
     fitting.require(len(kept), 1, "sampling")

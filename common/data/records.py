@@ -28,7 +28,7 @@ from common.data.conversations import (
     text_of,
     tools_of,
 )
-from common.data.rows import Kind, Refused, Row, Source, sources, type_name
+from common.data.rows import Columns, Kind, Refused, Row, Source, sources, type_name
 from common.errors import DataError
 from common.files import write_atomic
 
@@ -59,6 +59,8 @@ class Prompt:
     """The conversation so far; empty for a plain text."""
     tools: Tools = ()
     """What the assistant may call, as the template takes it."""
+    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What else its line holds, for scorers; no part of its name."""
     place: str = field(default="", compare=False)
     """Where it was read, as ``file:line``; no part of the data."""
 
@@ -80,6 +82,8 @@ class Demonstration:
     `response` answers, which alone is learnt. Empty for plain texts."""
     tools: Tools = ()
     """What the assistant may call."""
+    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What else its line holds, for scorers; no part of its name."""
     place: str = field(default="", compare=False)
     """Where it was read, as ``file:line``; no part of the data."""
 
@@ -92,7 +96,11 @@ class Demonstration:
         """Return the prompt that it answers."""
         ends = len(self.messages) - (self.messages[-1:] != () and _speaks(self.messages[-1]))
         return Prompt(
-            prompt=self.prompt, messages=self.messages[:ends], tools=self.tools, place=self.place
+            prompt=self.prompt,
+            messages=self.messages[:ends],
+            tools=self.tools,
+            columns=self.columns,
+            place=self.place,
         )
 
 
@@ -137,16 +145,30 @@ def _speaks(message: Message) -> bool:
 Record = TypeVar("Record", Prompt, Demonstration, Comparison)
 
 
-def read_prompts(paths: Sequence[str], refused: Refused | None = None) -> Iterator[Prompt]:
-    """Stream the prompts of `paths` in order. Raises: DataError (see `_read`)."""
-    return _read(paths, Prompt, refused)
+def read_prompts(
+    paths: Sequence[str],
+    refused: Refused | None = None,
+    columns: tuple[str, ...] | None = (),
+) -> Iterator[Prompt]:
+    """Stream the prompts of `paths` in order, with these further columns (None: all of them).
+
+    Raises:
+        DataError: see `_read`.
+    """
+    return _read(paths, Prompt, refused, columns)
 
 
 def read_demonstrations(
-    paths: Sequence[str], refused: Refused | None = None
+    paths: Sequence[str],
+    refused: Refused | None = None,
+    columns: tuple[str, ...] | None = (),
 ) -> Iterator[Demonstration]:
-    """Stream the demonstrations of `paths` in order. Raises: DataError (see `_read`)."""
-    return _read(paths, Demonstration, refused)
+    """Stream the demonstrations of `paths` in order, with further columns as `read_prompts`.
+
+    Raises:
+        DataError: see `_read`.
+    """
+    return _read(paths, Demonstration, refused, columns)
 
 
 def read_comparisons(paths: Sequence[str], refused: Refused | None = None) -> Iterator[Comparison]:
@@ -169,7 +191,10 @@ def write_jsonl(
 
 
 def _read(
-    paths: Sequence[str], kind: type[Record], refused: Refused | None = None
+    paths: Sequence[str],
+    kind: type[Record],
+    refused: Refused | None = None,
+    further: tuple[str, ...] | None = (),
 ) -> Iterator[Record]:
     """Check at the call that every file is there, then stream records one by one.
 
@@ -178,23 +203,23 @@ def _read(
         kind: of the records.
         refused: told of each row that is not a `kind`; without it the first one ends the stream,
             and the rows after it are read for the places of others.
+        further: columns that go with a record as they are; None is all.
 
     Raises:
         DataError: at the call, a missing file or unknown extension; while streaming, rows that
             are not a `kind`, or a file without any.
     """
     checked = sources(paths)
-    wanted = [*(name for columns in _COLUMNS[kind] for name in columns), *_CHAT]
+    wanted = (*(name for columns in _COLUMNS[kind] for name in columns), *_CHAT)
+    columns = Columns(wanted=wanted, further=further)
     if refused is not None:
-        return _records(checked, wanted, kind, refused)
-    return _strictly(checked, wanted, kind)
+        return _records(checked, columns, kind, refused)
+    return _strictly(checked, columns, kind)
 
 
-def _strictly(
-    files: Sequence[Source], wanted: Sequence[str], kind: type[Record]
-) -> Iterator[Record]:
+def _strictly(files: Sequence[Source], columns: Columns, kind: type[Record]) -> Iterator[Record]:
     bad: list[DataError] = []
-    for record in _records(files, wanted, kind, bad.append):
+    for record in _records(files, columns, kind, bad.append):
         if not bad:
             yield record
         if len(bad) > MOST_REFUSED:
@@ -210,10 +235,10 @@ def _strictly(
 
 
 def _records(
-    files: Sequence[Source], wanted: Sequence[str], kind: type[Record], refused: Refused
+    files: Sequence[Source], columns: Columns, kind: type[Record], refused: Refused
 ) -> Iterator[Record]:
     for file in files:
-        for row in file.rows(wanted, refused):
+        for row in file.rows(columns, refused):
             try:
                 record = _build(kind, row)
             except DataError as error:
@@ -233,7 +258,8 @@ _CHAT: Final = ("messages", "tools")
 
 
 def _names(kind: type[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    own = [column for column in fields(kind) if column.name not in ("uid", "place", *_CHAT)]
+    apart = ("uid", "place", "columns", *_CHAT)
+    own = [column for column in fields(kind) if column.name not in apart]
     required = tuple(column.name for column in own if column.default is MISSING)
     return required, tuple(column.name for column in own if column.default is not MISSING)
 
@@ -332,7 +358,11 @@ def _build(kind: type[Record], row: Row) -> Record:
     if kind is Comparison:
         _require_different(values["chosen"], values["rejected"], row.place)
     # A uid in the file is not taken over: an edited line would keep the old one's name.
-    return kind(**values, place=row.place)
+    return kind(**values, **_further(row), place=row.place)
+
+
+def _further(row: Row) -> dict[str, Any]:
+    return {"columns": row.further} if row.further else {}
 
 
 def _is_chat(row: Row) -> bool:
@@ -350,7 +380,7 @@ def _build_chat(kind: type[Record], row: Row) -> Record:
     parts = {Prompt: _asked, Demonstration: _shown, Comparison: _compared}[kind]
     values = parts({k: v for k, v in row.values.items() if v is not None}, row.place)
     prompt = last_user(values["messages"])
-    return kind(prompt=prompt, tools=tools, place=row.place, **values)
+    return kind(prompt=prompt, tools=tools, place=row.place, **_further(row), **values)
 
 
 def _asked(row: Mapping[str, Any], place: str) -> dict[str, Any]:

@@ -12,10 +12,12 @@ or huge. JSON lines are streamed, packed ones too; a JSON array is read as a who
 from __future__ import annotations
 
 import codecs
+import datetime
 import io
 import json
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
@@ -45,6 +47,8 @@ class Row:
     """Of the columns that were asked for, those that the row has."""
     others: tuple[tuple[str, Kind], ...]
     """Name and kind of each other column."""
+    further: Mapping[str, object]
+    """What other columns hold, of those that were asked for, as JSON has it."""
     place: str
     """``file:line``, ``file:row N`` of a Parquet file, ``file:element N`` of an array; all count
     from 1."""
@@ -68,10 +72,33 @@ Refused = Callable[[DataError], None]
 """Told of a row that cannot be read; the next one follows when it returns."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """What is read of a row."""
+
+    wanted: tuple[str, ...]
+    """Columns that a record is made of, where they are there."""
+    further: tuple[str, ...] | None = ()
+    """Others, which go with it as they are: these, each of which has to be there; None is all."""
+
+    def are_further(self, name: str) -> bool:
+        """Whether a column goes with the record."""
+        return name not in self.wanted and (self.further is None or name in self.further)
+
+    def require(self, names: Collection[str], place: str) -> None:
+        """Refuse what lacks a column that was asked for by name. Raises: DataError."""
+        missing = [name for name in self.further or () if name not in names]
+        if missing:
+            raise DataError(
+                f"{place}: field {missing[0]!r}: missing; data.columns asks for it: add it, or "
+                "take it out there"
+            )
+
+
 class Source(Protocol):
     """A file of rows."""
 
-    def rows(self, wanted: Sequence[str], refused: Refused = ...) -> Iterator[Row]:
+    def rows(self, columns: Columns, refused: Refused = ...) -> Iterator[Row]:
         """Yield its rows, with these columns. Raises: DataError, of a row by way of `refused`."""
         ...
 
@@ -120,16 +147,16 @@ class JsonlSource:
         self._path, self._fs, self._inner = path, filesystem, inner
         self._compression = compression
 
-    def rows(self, wanted: Sequence[str], refused: Refused = _raise) -> Iterator[Row]:
+    def rows(self, columns: Columns, refused: Refused = _raise) -> Iterator[Row]:
         """Stream every row. Raises: DataError, of a row by way of `refused`."""
         for number, raw in self._lines():
             place = f"{self._path}:{number}"
             try:
-                parsed = _object(self._parse(raw, place), place)
+                row = _row(_object(self._parse(raw, place), place), columns, place)
             except DataError as error:
                 refused(error)
                 continue
-            yield _row(parsed, wanted, place)
+            yield row
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         """Yield line number, from 1, and bytes of every line that is not blank."""
@@ -184,19 +211,19 @@ class JsonlSource:
 class JsonSource(JsonlSource):
     """A JSON array of objects, whose elements count from 1; or JSON lines under that name."""
 
-    def rows(self, wanted: Sequence[str], refused: Refused = _raise) -> Iterator[Row]:
+    def rows(self, columns: Columns, refused: Refused = _raise) -> Iterator[Row]:
         """Yield every row. Raises: DataError, of an element by way of `refused`."""
         if not self._is_array():
-            yield from super().rows(wanted, refused)
+            yield from super().rows(columns, refused)
             return
         for number, element in enumerate(self._elements(), 1):
             place = f"{self._path}:element {number}"
             try:
-                parsed = _object(element, place)
+                row = _row(_object(element, place), columns, place)
             except DataError as error:
                 refused(error)
                 continue
-            yield _row(parsed, wanted, place)
+            yield row
 
     def _is_array(self) -> bool:
         with self._open() as stream:
@@ -236,36 +263,42 @@ class ParquetSource:
     def __init__(self, path: str, filesystem: fs.FileSystem, inner: str) -> None:
         self._path, self._fs, self._inner = path, filesystem, inner
 
-    def rows(self, wanted: Sequence[str], refused: Refused = _raise) -> Iterator[Row]:
-        """Stream every row; no other column than `wanted` is read.
+    def rows(self, columns: Columns, refused: Refused = _raise) -> Iterator[Row]:
+        """Stream every row; no other column is read.
 
         Raises:
-            DataError: of a row by way of `refused`.
+            DataError: of a row by way of `refused`; a column that was asked for by name is missing.
         """
         number = 0
         try:
             with self._fs.open_input_file(self._inner) as stream:
                 file = pq.ParquetFile(stream)
-                names = self._names(file.schema_arrow, wanted)
+                schema = file.schema_arrow
+                names = self._names(schema, columns.wanted)
+                further = self._further(schema, columns)
                 others = tuple(
                     (field.name, _arrow_kind(field.type))
-                    for field in file.schema_arrow
+                    for field in schema
                     if field.name not in names
                 )
-                for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=names):
-                    columns = {name: _storage(batch.column(name)) for name in names}
+                for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=[*names, *further]):
+                    stored = {name: _storage(batch.column(name)) for name in (*names, *further)}
                     for index in range(batch.num_rows):
                         number += 1
                         place = f"{self._path}:row {number}"
                         try:
                             values = {
-                                name: self._value(column, index, f"{place}: field {name!r}")
-                                for name, column in columns.items()
+                                name: self._value(stored[name], index, f"{place}: field {name!r}")
+                                for name in names
+                            }
+                            more = {
+                                name: _json(stored[name][index].as_py(), f"{place}: field {name!r}")
+                                for name in further
                             }
                         except DataError as error:
                             refused(error)
                             continue
-                        yield Row(values=values, others=others, place=place)
+                        yield Row(values=values, others=others, further=more, place=place)
         except pa.ArrowNotImplementedError as error:
             raise DataError(
                 f"{self._path}: cannot be read here ({one_line(error)}); write it without that"
@@ -283,6 +316,17 @@ class ParquetSource:
             if schema.names.count(name) > 1:
                 raise DataError(f"{self._path}: column {name!r} is there twice; keep one of them")
         return [name for name in wanted if name in schema.names]
+
+    def _further(self, schema: pa.Schema, columns: Columns) -> list[str]:
+        """Return the columns that go with a record; of all, those that JSON has a form for."""
+        columns.require(schema.names, self._path)
+        named = columns.further is not None
+        further = [
+            field.name
+            for field in schema
+            if columns.are_further(field.name) and (named or _has_json(field.type))
+        ]
+        return self._names(schema, further)
 
     def _value(self, column: pa.Array, index: int, field: str) -> object:
         plain = _is_plain(column.type) or pa.types.is_nested(column.type)
@@ -310,12 +354,52 @@ def _object(value: object, place: str) -> dict[str, object]:
     return value
 
 
-def _row(values: Mapping[str, object], wanted: Sequence[str], place: str) -> Row:
+def _row(values: Mapping[str, object], columns: Columns, place: str) -> Row:
+    wanted = columns.wanted
+    columns.require(values.keys(), place)
     return Row(
         values={name: values[name] for name in wanted if name in values},
         others=tuple((name, _kind(values[name])) for name in values if name not in wanted),
+        further={
+            name: _json(value, f"{place}: field {name!r}")
+            for name, value in values.items()
+            if columns.are_further(name)
+        },
         place=place,
     )
+
+
+def _json(value: object, field: str) -> object:
+    """Return a value as JSON has it. Raises: DataError, of what it has no form for."""
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case Decimal():
+            return float(value)
+        case float() if math.isfinite(value):
+            return value
+        case datetime.date() | datetime.time():
+            return value.isoformat()
+        case Mapping():
+            return {str(key): _json(of, field) for key, of in value.items()}
+        case list() | tuple():
+            return [_json(one, field) for one in value]
+    what = f"{value}" if isinstance(value, float) else type_name(value)
+    raise DataError(
+        f"{field}: is {what}, which JSON has no form for; write it otherwise, or leave the column "
+        "out of data.columns"
+    )
+
+
+def _has_json(stored: pa.DataType) -> bool:
+    """Whether the values of a column are no bytes, and nothing that holds bytes."""
+    is_, stored = pa.types, _stored(stored)
+    if is_.is_nested(stored):
+        inner = [stored.field(i).type for i in range(stored.num_fields)]
+        return all(_has_json(one) for one in inner)
+    known = is_.is_date(stored) or is_.is_time(stored) or is_.is_timestamp(stored)
+    binary = is_.is_binary(stored) or is_.is_large_binary(stored) or is_.is_binary_view(stored)
+    return known or (_is_plain(stored) and not binary)
 
 
 def _kind(value: object) -> Kind:

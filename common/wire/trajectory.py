@@ -205,8 +205,8 @@ def _check(record: RolloutRequest) -> None:
             raise ValueError(f"rollout {record.rollout_id}: behavior_logprobs differ in length")
         if len(record.policy_logprobs) != length:
             raise ValueError(f"rollout {record.rollout_id}: unfiltered_logprobs differ in length")
-    if isinstance(record, ScoredTrajectory) and record.token_scores is not None:
-        if len(record.token_scores) != len(record.response_ids):
-            raise ValueError(f"rollout {record.rollout_id}: token_scores differ in length")
-        if isinstance(record, ScoredTrajectory) and len(record.ref_logprobs) != length:
-            raise ValueError(f"rollout {record.rollout_id}: ref_logprobs differ in length")
+        if isinstance(record, ScoredTrajectory):
+            if len(record.ref_logprobs) != length:
+                raise ValueError(f"rollout {record.rollout_id}: ref_logprobs differ in length")
+            if record.token_scores is not None and len(record.token_scores) != length:
+                raise ValueError(f"rollout {record.rollout_id}: token_scores differ in length")

@@ -30,7 +30,7 @@ def read_encoded_prompts(
 ) -> tuple[list[EncodedPrompt], Fitting]:
     """Read prompts in tokens, and how many of them fitted."""
     return encode_prompts(
-        list(read_prompts(paths)),
+        list(read_prompts(paths, columns=config.data.columns)),
         tokenizer,
         max_tokens=config.max_prompt_tokens,
         too_long=config.data.too_long,

@@ -39,6 +39,7 @@ def trajectories(draw: st.DrawFn) -> ScoredTrajectory:
         prompt_text=draw(st.text(max_size=5)),
         prompt_ids=draw(IDS),
         seed=draw(st.integers(0, 2**64 - 1)),
+        columns=draw(st.none() | st.just('{"answer": 42}')),
         adapter=draw(st.sampled_from(["", "policy"])),
         response_ids=response,
         response_text=draw(st.text(max_size=5)),
@@ -50,6 +51,8 @@ def trajectories(draw: st.DrawFn) -> ScoredTrajectory:
         actor_id="a",
         score=draw(FLOATS),
         score_components=draw(st.dictionaries(st.text(max_size=3), FLOATS, max_size=2)),
+        token_scores=draw(st.none() | numbers),
+        score_reason=draw(st.none() | st.text(max_size=5)),
         ref_logprobs=draw(numbers),
         reward_version=0,
     )
@@ -62,7 +65,7 @@ def test_trajectories_come_back_from_arrow(rows: list[ScoredTrajectory]) -> None
 
 @given(trajectories())
 def test_lists_that_disagree_are_refused(row: ScoredTrajectory) -> None:
-    for name in ("behavior_logprobs", "unfiltered_logprobs", "ref_logprobs"):
+    for name in ("behavior_logprobs", "unfiltered_logprobs", "ref_logprobs", "token_scores"):
         bad = dataclasses.replace(row, **{name: [*(getattr(row, name) or row.response_ids), 0.0]})
         with pytest.raises(ValueError, match=name):
             to_table([bad], ScoredTrajectory)
