@@ -41,7 +41,8 @@ LAYERS: dict[str, list[set[str]]] = {
         {"rank"},
     ],
     "reward_service": [
-        {"http_answers", "http_settings", "proxies", "scorers"},
+        {"http_answers", "http_settings", "proxies", "samples"},
+        {"scorers"},
         {"http_scorer", "models"},
         {"service"},
     ],
