@@ -26,6 +26,11 @@ def says_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(w in str(error) for w in _TORCH_ON_PROCESSOR)
 
 
+def in_words(size: float) -> str:
+    """Return a number of bytes as one reads it: in MiB, from 1 GiB on in GiB."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
 def available_bytes() -> int | None:
     """Return the memory that a process here may still take; None where the system does not say."""
     limits = []
@@ -54,8 +59,7 @@ def require_memory(needed: float, what: str, remedy: str) -> None:
     have = available_bytes()
     if have is not None and needed > have:
         raise ClusterError(
-            f"{what} takes {needed / 2**30:.1f} GiB and {have / 2**30:.1f} GiB are free here: "
-            f"{remedy}"
+            f"{what} takes {in_words(needed)} and {in_words(have)} are free here: {remedy}"
         )
 
 

@@ -199,3 +199,10 @@ class RunFolder:
     def name_of(self, path: Path) -> str:
         """Return a path inside the folder as ``run.json`` names it: relative to the folder."""
         return str(path.relative_to(self.path))
+
+
+def writer_of(weights: Path) -> str:
+    """Say how weights that are not there are made, by the name of their folder."""
+    stages = {"sft": "sft", "reward_model": "reward", "policy": "train"}
+    stage = stages.get(weights.parent.name)
+    return f"run `talipot {stage}` first, which writes them" if stage else "check the path"

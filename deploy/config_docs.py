@@ -15,7 +15,7 @@ from common.config.base import Family, Section
 from common.config.draft import section_of
 from common.config.effects import RULES
 from common.config.model import PRESETS, PalmConfig
-from common.config.recipe import fields
+from common.config.names import fields
 from common.config.rewards import RewardComponent
 from common.config.run import RunConfig
 

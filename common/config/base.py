@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Annotated, Any, ClassVar, Self, get_args, get_origin
 
@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 
 def _number(value: Any) -> Any:
@@ -47,6 +48,30 @@ def is_list_of_texts(annotation: Any) -> bool:
     if get_origin(annotation) is not tuple or len(parts) != 2 or parts[1] is not Ellipsis:
         return False
     return parts[0] is str or get_args(parts[0])[:1] == (str,)
+
+
+CONFLICT = "conflict"
+"""Type of an error that names fields which cannot be together."""
+Conflict = tuple[Sequence[str], str]
+"""Fields of a section by their dotted names in it, and why they cannot be together."""
+
+
+def require_no_conflict(section: BaseModel, conflicts: Sequence[Conflict]) -> None:
+    """Refuse a section in which some fields cannot be together; all at once."""
+    if conflicts:
+        raise ValidationError.from_exception_data(
+            type(section).__name__,
+            [
+                {
+                    "type": PydanticCustomError(
+                        CONFLICT, "{text}", {"text": text, "fields": tuple(fields)}
+                    ),
+                    "loc": (),
+                    "input": section,
+                }
+                for fields, text in conflicts
+            ],
+        )
 
 
 class Section(BaseModel):

@@ -8,18 +8,16 @@ are refused with the nearest valid name, and so is a setting that changes nothin
 
 from __future__ import annotations
 
-import difflib
-import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
-from common.config.base import Family, Section, is_list_of_texts
+from common.config.base import is_list_of_texts
 from common.config.draft import (
     Draft,
     Place,
@@ -27,30 +25,30 @@ from common.config.draft import (
     is_text,
     may_be_null,
     of_other_kinds,
-    only_section_of,
-    section_of,
     without,
 )
-from common.config.earlier import RENAMED, as_of_now
+from common.config.earlier import as_of_now
 from common.config.effects import without_effect
+from common.config.mistakes import judged
 from common.config.model import ModelConfig
 from common.config.run import RunConfig
 from common.config.yaml_text import Key, Written, read_yaml
 from common.errors import ConfigError
 from common.files import is_utf8, write_atomic
 
-_SHOWN = reprlib.Repr()
-_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 60
+_YAML = "[{~&!|>'\"#"
+"""What only YAML begins with, in place of a list of texts."""
 _NULLS = ("~", "null", "Null", "NULL")
-_WORDS = {
-    "tuple_type": "should be a list",
-    "model_type": "should be a section",
-    "mapping_type": "should be a section",
-    "dict_type": "should be a mapping, as {a: b}",
-    "too_short": "has too few items",
-    "missing": "is missing",
-}
-"""Of pydantic's kinds of errors, where its own words are Python's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A recipe, and what is wrong with it."""
+
+    config: RunConfig | None
+    """What is left of it without what is wrong; None where that is nothing."""
+    mistakes: Sequence[str]
+    """Each with its place."""
 
 
 def load_config(
@@ -73,6 +71,24 @@ def load_config(
     Raises:
         ConfigError: naming file and line or the override, the dotted field and what to do.
     """
+    found = judge_recipe(path, overrides, given, saved=saved)
+    if found.mistakes or found.config is None:
+        raise ConfigError("; ".join(found.mistakes))
+    return found.config
+
+
+def judge_recipe(
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    given: Mapping[str, str] = MappingProxyType({}),
+    *,
+    saved: bool = False,
+) -> Judged:
+    """Do as `load_config`, and return what is wrong instead of raising it.
+
+    Raises:
+        ConfigError: the file cannot be read, is no YAML or no mapping; an override is none.
+    """
     draft = Draft(RunConfig, "overrides" if path is None else str(path))
     if path is not None:
         draft.add_file(read_yaml(_text(Path(path)), partial(_at, str(path))))
@@ -83,13 +99,19 @@ def load_config(
     asked = [(key, place) for key, place in draft.given() if not (saved and place.in_file)]
     other_kinds = of_other_kinds(RunConfig, draft.values)
     draft.values = without(draft.values, other_kinds)
-    config = _validate(draft)
-    _require_effects(asked, without_effect(config) | other_kinds | _idle_preset(draft.values))
-    if not given:
-        return config
+    config, mistakes = judged(draft)
+    # What is idle depends on other fields: of sections that are wrong nobody knows them.
+    wrong = {mistake.key[:1] for mistake in mistakes}
+    idle = other_kinds | _idle_preset(draft.values)
+    idle |= without_effect(config) if config else {}
+    said = [str(mistake) for mistake in mistakes]
+    said += _of_no_effect([each for each in asked if each[0][:1] not in wrong], idle)
+    if not given or config is None:
+        return Judged(config, said)
     for name, value in given.items():
         draft.override(tuple(name.split(".")), Written(values=value), name)
-    return _validate(draft)
+    config, mistakes = judged(draft)
+    return Judged(config, said + [text for text in map(str, mistakes) if text not in said])
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -104,22 +126,6 @@ def save_config(config: RunConfig, path: Path) -> None:
 def dump_config(config: RunConfig) -> str:
     """Return the resolved configuration as YAML."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def fields(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Yield every dotted field as (name, default, description), for the reference page.
-
-    A section in place of a plain value is one field, written on one line, and so is a mapping of
-    sections: its keys are the user's own names. So is a family that may be null, such as a second
-    model: its fields are those of the first.
-    """
-    for name, info in section.every_field().items():
-        inner = only_section_of(info.annotation)
-        default = info.get_default(call_default_factory=True)
-        if inner is None or default is None:
-            yield prefix + name, default, info.description or ""
-        if inner is not None and not (default is None and issubclass(inner, Family)):
-            yield from fields(inner, f"{prefix}{name}.")
 
 
 def _at(name: str, line: int | None) -> str:
@@ -146,7 +152,8 @@ def _apply_override(draft: Draft, override: str) -> None:
     if not is_utf8(override):
         raise ConfigError(f"{place}: is not UTF-8; rename what it names")
     annotation = annotation_of(RunConfig, key)
-    if is_list_of_texts(annotation) and text and text[0] not in "[~&!|>'\"#" and text not in _NULLS:
+    plain = bool(text) and text[0] not in _YAML and text not in _NULLS
+    if is_list_of_texts(annotation) and plain:
         written = Written(values=[text])  # `*.jsonl` is a pattern, and an alias to YAML
     elif not is_text(annotation):
         written = read_yaml(text, lambda _: place)
@@ -168,7 +175,7 @@ def _unquoted(text: str) -> str:
     return value if isinstance(value, str) else text
 
 
-def _require_effects(given: Iterable[tuple[Key, Place]], idle: Mapping[Key, str]) -> None:
+def _of_no_effect(given: Iterable[tuple[Key, Place]], idle: Mapping[Key, str]) -> list[str]:
     """Refuse what was given and changes nothing."""
     refused = [
         f"{place.text}: {'.'.join(key)} has no effect here: {idle[key]}"
@@ -176,8 +183,8 @@ def _require_effects(given: Iterable[tuple[Key, Place]], idle: Mapping[Key, str]
         if key in idle
     ]
     if refused:
-        it = "it" if len(refused) == 1 else "them"
-        raise ConfigError(f"{'; '.join(refused)}; leave {it} out")
+        refused[-1] += f"; leave {'it' if len(refused) == 1 else 'them'} out"
+    return refused
 
 
 def _idle_preset(values: Mapping[str, Any]) -> dict[Key, str]:
@@ -187,67 +194,3 @@ def _idle_preset(values: Mapping[str, Any]) -> dict[Key, str]:
     if values.get("preset") and {*model, "kind"} >= kind.model_fields.keys():
         return {("preset",): "every field of model is given, and goes before it"}
     return {}
-
-
-def _validate(draft: Draft) -> RunConfig:
-    try:
-        return RunConfig.model_validate(draft.values)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, draft)) from None
-    except RecursionError:
-        raise ConfigError(f"{draft.name}: nested too deep") from None
-
-
-def _explain(error: ValidationError, draft: Draft) -> str:
-    """Put all problems on one line: place, dotted field, what is wrong, the nearest valid name."""
-    problems: dict[Key, list[str]] = {}
-    shown: dict[Key, str] = {}
-    for item in error.errors():
-        kind, given = item["type"], item.get("input")
-        key = _key(item["loc"], kind == "extra_forbidden")
-        name = ".".join(key)
-        message = item["msg"].removeprefix("Value error, ").replace("Input should", "should")
-        message = _WORDS.get(kind, message)
-        if kind == "model_type" and may_be_null(annotation_of(RunConfig, key)):
-            message += " or null"
-        if kind == "extra_forbidden":
-            message = f"unknown key '{name}'{_meant(key)}"
-        elif given is None:
-            message = f"{name}: {message}, and not empty"
-        else:
-            message = f"{name}: {message}" if key else message
-            if not isinstance(given, Mapping | Section):
-                shown[key] = f", not {_SHOWN.repr(given)}"
-        known = problems.setdefault(key, [])
-        if message not in known:
-            known.append(message if not known else message.removeprefix(f"{name}: "))
-    return "; ".join(
-        f"{draft.place(key)}: {' or '.join(messages)}{shown.get(key, '')}"
-        for key, messages in problems.items()
-    )
-
-
-def _key(location: Sequence[int | str], unknown: bool) -> Key:
-    """Return a field's names, without those that pydantic gives to the members of a union."""
-    key: Key = ()
-    for at, part in enumerate(location):
-        longer = (*key, str(part))
-        last = unknown and at == len(location) - 1
-        if last or annotation_of(RunConfig, longer) is not None:
-            key = longer
-    return key
-
-
-def _meant(key: Key) -> str:
-    """Say what a field is called now, or which field may have been meant.
-
-    That is one of this section with a name like it, or one of this name anywhere.
-    """
-    if key in RENAMED:
-        return f"; it is called '{'.'.join(RENAMED[key])}' now"
-    *parents, name = key
-    section = section_of(annotation_of(RunConfig, tuple(parents)) if parents else RunConfig)
-    near = difflib.get_close_matches(name, section.every_field() if section else [], 1, 0.5)
-    meant = [".".join([*parents, *near])] if near else []
-    meant += [full for full, _, _ in fields() if full.endswith(f".{name}")]
-    return f"; did you mean '{meant[0]}'?" if meant else ""

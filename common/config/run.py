@@ -6,13 +6,14 @@ refused here, so that no stage meets an impossible configuration.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, SerializeAsAny, field_validator, model_validator
 
 from common.config.base import (
+    Conflict,
     NonNegativeFloat,
     NonNegativeInt,
     NoSwitch,
@@ -20,6 +21,7 @@ from common.config.base import (
     PositiveFloat,
     PositiveInt,
     Section,
+    require_no_conflict,
 )
 from common.config.model import (
     ALL_PROJECTIONS,
@@ -166,53 +168,59 @@ class RunConfig(Section):
         return name
 
     @model_validator(mode="after")
-    def _something_to_adapt(self) -> RunConfig:
+    def _possible(self) -> RunConfig:
+        conflicts = [*self._sizes_that_clash(), *self._unknown_projections()]
         random = self.sft.start is None and not isinstance(self.model, PretrainedConfig)
         if self.sft.lora is not None and random:
-            raise ValueError(
+            text = (
                 "sft.lora adapts weights that are there: set sft.start to a policy's weights, or "
                 "model.start to a checkpoint's folder"
             )
+            conflicts.append((("sft.lora", "sft.start", "model.start"), text))
+        require_no_conflict(self, conflicts)
         return self
 
-    @model_validator(mode="after")
-    def _possible(self) -> RunConfig:
-        if self.rollout.max_response_tokens >= self.model.context:
-            raise ValueError(
-                f"rollout.max_response_tokens={self.rollout.max_response_tokens} leaves no room "
+    def _sizes_that_clash(self) -> Iterator[Conflict]:
+        rollout, train, ranks = self.rollout, self.train, self.learner.ranks
+        batch = ("train.prompts_per_iteration", "train.samples_per_prompt")
+        if rollout.max_response_tokens >= self.model.context:
+            text = (
+                f"rollout.max_response_tokens={rollout.max_response_tokens} leaves no room "
                 f"for a prompt in model.context={self.model.context}"
             )
-        if self.train.batch_size % self.rollout.lease_size:
-            raise ValueError(
-                f"train: batch of {self.train.batch_size} rollouts is not divisible by "
-                f"rollout.lease_size={self.rollout.lease_size}"
+            yield ("rollout.max_response_tokens", "model.context", "preset"), text
+        if train.batch_size % rollout.lease_size:
+            text = (
+                f"train: batch of {train.batch_size} rollouts is not divisible by "
+                f"rollout.lease_size={rollout.lease_size}"
             )
-        if self.train.minibatches * self.learner.ranks > self.train.batch_size:
-            raise ValueError(
-                f"learner.ranks={self.learner.ranks} x train.minibatches="
-                f"{self.train.minibatches} exceeds the batch of {self.train.batch_size} rollouts"
+            yield (*batch, "rollout.lease_size"), text
+        if train.minibatches * ranks > train.batch_size:
+            text = (
+                f"learner.ranks={ranks} x train.minibatches={train.minibatches} exceeds the batch "
+                f"of {train.batch_size} rollouts"
             )
-        if self.rollout.lease_size % self.train.samples_per_prompt:
-            raise ValueError(
-                f"rollout.lease_size={self.rollout.lease_size} is not divisible by "
-                f"train.samples_per_prompt={self.train.samples_per_prompt}"
+            yield (*batch, "train.minibatches", "learner.ranks"), text
+        if rollout.lease_size % train.samples_per_prompt:
+            text = (
+                f"rollout.lease_size={rollout.lease_size} is not divisible by "
+                f"train.samples_per_prompt={train.samples_per_prompt}"
             )
-        return self
+            yield ("rollout.lease_size", "train.samples_per_prompt"), text
 
-    @model_validator(mode="after")
-    def _projections(self) -> RunConfig:
-        """Refuse targets that a PaLM does not have; a checkpoint's are known when it is read."""
+    def _unknown_projections(self) -> Iterator[Conflict]:
+        """Find targets that a PaLM does not have; a checkpoint's are known when it is read."""
         if not isinstance(self.model, PalmConfig):
-            return self
+            return
         for section in ("sft", "reward_model", "train"):
             lora = getattr(self, section).lora
             unknown = [t for t in lora.targets if t not in _TARGETS] if lora else []
             if unknown:
-                raise ValueError(
+                text = (
                     f"{section}.lora.targets: '{unknown[0]}' is no projection of a palm; there are "
                     f"{', '.join(_TARGETS)}"
                 )
-        return self
+                yield (f"{section}.lora.targets",), text
 
     @property
     def corrects_mismatch(self) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from common.config.algorithms import ALGORITHMS, AlgorithmName, Needs
 from common.config.base import (
+    Conflict,
     Family,
     Float,
     Fraction,
@@ -17,6 +19,7 @@ from common.config.base import (
     PositiveFloat,
     PositiveInt,
     Section,
+    require_no_conflict,
 )
 from common.config.model import LoraConfig, PretrainedConfig
 from common.config.objectives import ObjectiveConfig
@@ -169,7 +172,8 @@ class TrainConfig(Section):
     """What lies beyond the cap: weights as large as it, or none at all; a mask leaves out what is
     below 1 / cap too."""
     ppg: PpgConfig | None = PpgConfig()
-    """The auxiliary phase; null is plain PPO by the same code."""
+    """The auxiliary phase; null is plain PPO by the same code. Where it is left out, algorithms
+    without a value function have none."""
     max_grad_norm: PositiveFloat = 1.0
     """Largest global gradient norm."""
     weight_decay: NonNegativeFloat = 0.0
@@ -189,26 +193,44 @@ class TrainConfig(Section):
     both, instead of all weights. The value network takes over the reward model's adapter when that
     was trained with one."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_phase_without_values(cls, values: Any) -> Any:
+        """Leave the auxiliary phase out where the algorithm has no value function to learn."""
+        name = values.get("algorithm") if isinstance(values, Mapping) else None
+        needs = ALGORITHMS.get(name) if isinstance(name, str) else None
+        if needs is None or needs.values or "ppg" in values:
+            return values
+        return {**values, "ppg": None}
+
     @model_validator(mode="after")
     def _possible(self) -> TrainConfig:
+        conflicts: list[Conflict] = []
         if self.samples_per_prompt < self.least_responses:
-            raise ValueError(
+            text = (
                 f"{self.algorithm} compares responses of one prompt: "
                 f"set samples_per_prompt to {self.least_responses} or more"
             )
+            conflicts.append((("algorithm", "samples_per_prompt"), text))
         if self.ppg is not None and not self.needs.values:
-            raise ValueError(
-                f"{self.algorithm} has no value function for an auxiliary phase: set ppg to null"
+            text = (
+                f"{self.algorithm} has no value function for an auxiliary phase: leave ppg out, "
+                "or set it to null where the recipe has it"
             )
+            conflicts.append((("algorithm", "ppg"), text))
         if self.lora is not None and self.lora.dropout:
-            raise ValueError(
+            text = (
                 f"lora.dropout={self.lora.dropout} would make the ratio of PPO noise: set it to 0"
             )
+            conflicts.append((("lora.dropout",), text))
         if self.batch_size % self.minibatches:
-            raise ValueError(
+            text = (
                 f"batch of {self.batch_size} rollouts is not divisible by "
                 f"minibatches={self.minibatches}"
             )
+            fields = ("prompts_per_iteration", "samples_per_prompt", "minibatches")
+            conflicts.append((fields, text))
+        require_no_conflict(self, conflicts)
         return self
 
     @property

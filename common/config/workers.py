@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, SerializeAsAny, model_validator
 
 from common.config.base import (
+    Conflict,
     Float,
     Fraction,
     NonNegativeFloat,
@@ -15,6 +16,7 @@ from common.config.base import (
     PositiveFloat,
     PositiveInt,
     Section,
+    require_no_conflict,
 )
 from common.config.model import PretrainedConfig
 from common.config.rewards import ComponentName, ModelComponent, RewardComponent
@@ -103,18 +105,23 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _ends(self) -> RolloutConfig:
+        conflicts: list[Conflict] = []
         if self.min_response_tokens > self.max_response_tokens:
-            raise ValueError(
+            text = (
                 f"min_response_tokens={self.min_response_tokens} exceeds "
                 f"max_response_tokens={self.max_response_tokens}"
             )
+            conflicts.append((("min_response_tokens", "max_response_tokens"), text))
         if self.lora == "unmerged" and self.kernels == "native":
-            raise ValueError(
+            text = (
                 "kernels=native computes no adapter beside the weights: set lora to merged, or "
                 "kernels to auto or torch"
             )
+            conflicts.append((("lora", "kernels"), text))
         if "" in self.stop:
-            raise ValueError("stop: an empty text would end every response at once")
+            text = "stop: an empty text would end every response at once"
+            conflicts.append((("stop",), text))
+        require_no_conflict(self, conflicts)
         return self
 
 

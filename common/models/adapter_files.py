@@ -34,7 +34,7 @@ from common.models.lora import adapted
 from common.models.networks import ScalarNetwork
 from common.models.tensor_files import save_tensors
 from common.models.weight_files import load_weights, save_policy, save_weights
-from common.run_folder import PolicyFolder
+from common.run_folder import PolicyFolder, writer_of
 
 _PEFT = "base_model.model."
 
@@ -244,7 +244,7 @@ def load_peft(folder: Path, decoder: Decoder) -> Adapter:
 def _adapter_metadata(path: Path) -> dict[str, str] | None:
     """Metadata of a safetensors file that holds an adapter, else None."""
     if not path.exists():
-        raise CheckpointError(f"{path}: no such weights; run the stage that writes them first")
+        raise CheckpointError(f"{path}: no such weights; {writer_of(path)}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}

@@ -20,7 +20,7 @@ from common.models.pretrained.checkpoint import SCORE, Checkpoint
 from common.models.pretrained.names import HEAD
 from common.models.pretrained.writing import SCALAR_HEAD, VALUE_HEAD, write_like, written_whole
 from common.models.tensor_files import save_tensors
-from common.run_folder import PolicyFolder
+from common.run_folder import PolicyFolder, writer_of
 
 _SCALAR = "head."
 """Begins the names of a scalar network's head."""
@@ -132,7 +132,7 @@ def load_weights(module: nn.Module, path: Path, prefix: str = "") -> None:
         _load_folder(module, path)
         return
     if not path.exists():
-        raise CheckpointError(f"{path}: no such weights; run the stage that writes them first")
+        raise CheckpointError(f"{path}: no such weights; {writer_of(path)}")
     stored = _read(path)
     state = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
     ours: dict[str, Any] = dict(module.state_dict())

@@ -15,7 +15,7 @@ from common.config.run import RunConfig
 from common.devices import torch_dtype
 from common.models.adapters import adapter_size
 from common.models.build import build_decoder, count_parameters
-from common.out_of_memory import require_memory
+from common.out_of_memory import in_words, require_memory
 from deploy.workers.preflight import NetworkSizes, extra_bytes, learner_bytes
 
 _REMEDY = (
@@ -33,8 +33,8 @@ def require_room(config: RunConfig, stage: str) -> None:
     if config.cluster.address is not None or os.environ.get("RAY_ADDRESS"):
         return
     parts = {"sft": _supervised, "reward": _supervised, "train": _training}[stage](config, stage)
-    listed = ", ".join(f"{what} {size / 2**30:.1f}" for what, size in parts.items())
-    require_memory(sum(parts.values()), f"{stage} ({listed} GiB)", _REMEDY)
+    listed = ", ".join(f"{what} {in_words(size)}" for what, size in parts.items())
+    require_memory(sum(parts.values()), f"{stage} ({listed})", _REMEDY)
 
 
 def _supervised(config: RunConfig, stage: str) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.config.recipe import fields
+from common.config.names import fields
 from common.config.rewards import RewardComponent
 from deploy.config_docs import reference_page
 

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 
 from common import errors
 from common.config.draft import Draft
-from common.config.recipe import fields, load_config
+from common.config.names import fields
+from common.config.recipe import load_config
 from common.config.run import RunConfig
 from common.config.yaml_text import read_yaml
 from common.data.records import read_comparisons, read_demonstrations, read_prompts

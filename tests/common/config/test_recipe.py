@@ -108,7 +108,7 @@ def test_a_pattern_without_quotes_is_told_from_an_alias(tmp_path: Path) -> None:
 
 
 def test_null_is_never_a_name(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="name: should be a valid string"):
+    with pytest.raises(ConfigError, match="name: should be a text"):
         load_config(None, ["name=null"])
     assert load_config(None, ['name="null"']).name == "null"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 
 from common.config.base import Section
 from common.config.draft import named_section_of, section_of
-from common.config.recipe import fields
+from common.config.model import LoraConfig, PretrainedConfig
+from common.config.names import _OF_OTHER_SYSTEMS, fields
 from common.config.rewards import HttpComponent
 from common.config.run import RunConfig
 from common.config.yaml_text import read_yaml
@@ -131,8 +133,8 @@ def test_null_stays_a_value_where_it_is_one(folder: Path) -> None:
             "sft:\n  lora:",
             "r.yaml:2: sft.lora is empty: write null for none, or {} for its defaults",
         ),
-        ("preset: [tiny]", "r.yaml:1: preset: should be a valid string, not ['tiny']"),
-        ("name: x\npreset: {a: 1}", "r.yaml:2: preset: should be a valid string"),
+        ("preset: [tiny]", "r.yaml:1: preset: should be a text, not ['tiny']"),
+        ("name: x\npreset: {a: 1}", "r.yaml:2: preset: should be a text"),
         ("preset: 3", "r.yaml:1: preset: preset '3' is unknown; there are tiny, small"),
         ("preset: tiny\nmodel: [1]", "r.yaml:2: model: should be a section, not [1]"),
         ("preset: tiny\nmodel: big", "r.yaml:2: model: should be a section, not 'big'"),
@@ -144,21 +146,21 @@ def test_null_stays_a_value_where_it_is_one(folder: Path) -> None:
             "preset: tiny\nmodel: {start: folder}",
             "preset 'tiny' is a shape of kind palm, and model is of kind pretrained: leave one",
         ),
-        ("preset: tiny\nmodel: {dim: x}", "r.yaml:2: model.dim: should be a valid integer"),
+        ("preset: tiny\nmodel: {dim: x}", "r.yaml:2: model.dim: should be a whole number"),
         ("name: x\ntrain: 3", "r.yaml:2: train: should be a section, not 3"),
         ("train: [lr]", "r.yaml:1: train: should be a section, not ['lr']"),
         ("data: {prompts: {a: b}}", "data.prompts: should be a list"),
-        ("train:\n  lr:", "r.yaml:2: train.lr: should be a valid number, and not empty"),
+        ("train:\n  lr:", "r.yaml:2: train.lr: should be a number, and not empty"),
         ("train: {lr: yes}", "train.lr: should be a number, not True"),
         ("train: {iterations: true}", "train.iterations: should be a number, not True"),
         ("learner: {zero_stage: true}", "learner.zero_stage: should be a number, not True"),
         ("train: {ppg: false}", "train.ppg: should be a section or null, not False"),
         ("rollout: {labels: [a]}", "rollout.labels: should be a mapping, as {a: b}, not ['a']"),
         ("train: {lora: {targets: []}}", "train.lora.targets: has too few items, not []"),
-        ("train: {lr: 2024-11-28}", "train.lr: should be a valid number"),
-        ("train: {lr: 1" + "0" * 400 + "}", "train.lr: should be a valid number"),
-        ("train: {iterations: 1.5}", "train.iterations: should be a valid integer"),
-        ("rollout: {actors: many}", "rollout.actors: should be a valid integer"),
+        ("train: {lr: 2024-11-28}", "train.lr: should be a number"),
+        ("train: {lr: 1" + "0" * 400 + "}", "train.lr: should be a number"),
+        ("train: {iterations: 1.5}", "train.iterations: should be a whole number"),
+        ("rollout: {actors: many}", "rollout.actors: should be a whole number"),
         ("rollout: {actors: {min: 3, max: 2}}", "min=3 exceeds max=2"),
         ("rollout: {actors: {min: 3}}", "rollout.actors.max: is missing"),
         (
@@ -287,3 +289,76 @@ def test_every_field_is_named_once() -> None:
     assert "train.ppg.n_pi" in names
     assert {"train.lora", "train.lora.rank"} <= {*names}
     assert not any(name.startswith("reward_service.components.") for name in names)
+
+
+def test_all_mistakes_of_a_recipe_are_told_at_once_and_none_is_made_up() -> None:
+    """Fields that are nothing, fields that clash, idle ones: each by its own line."""
+    text = """
+        train:
+          lr: fast
+          learning_rat: 1
+          minibatches: 7
+          prompts_per_iteration: 100
+        rollout:
+          lease_size: many
+          stop: [""]
+          lora: unmerged
+          kernels: native
+        sft: {lr: -1, lora: {rank: 2}}
+        reward_model: {optimizer: adafactor, adam_eps: 1}
+        learner: {ranks: 50}
+        """
+    said = refusal(textwrap.dedent(text)).split("; r.yaml")
+    expected = [
+        "train.lr: should be a number, not 'fast'",
+        "unknown key 'train.learning_rat'",
+        "train: batch of 100 rollouts is not divisible by minibatches=7",
+        "rollout.lease_size: should be a whole number, not 'many'",
+        "rollout: kernels=native computes no adapter",
+        "stop: an empty text would end every response",
+        "sft.lr: should be greater than 0, not -1",
+        "reward_model.adam_eps has no effect here",
+        "sft.lora adapts weights that are there",
+    ]
+    for words in expected:
+        assert sum(words in line for line in said) == 1, (words, said)
+    # What was left out is blamed for nothing: nobody knows what 50 ranks would share.
+    assert not any("lease_size=" in line or "ranks=" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("train.learning_rate", "'train.lr'"),
+        ("sft.learning_rate", "'sft.lr'"),
+        ("train.cliprange", "'train.clip_range'"),
+        ("train.num_generations", "'train.samples_per_prompt'"),
+        ("rollout.max_new_tokens", "'rollout.max_response_tokens'"),
+        ("train.max_new_tokens", "'rollout.max_response_tokens'"),
+        ("model.num_hidden_layers", "'model.layers'"),
+        ("learning_rate", "'sft.lr', 'reward_model.lr' or 'train.lr'"),
+        ("data.train_files", "'data.prompts'"),
+        ("train.lora.lora_alpha", "'train.lora.alpha'"),
+        ("train.kl_koef", "'train.kl_coef'"),
+        ("train.lease_size", "'rollout.lease_size'"),
+    ],
+)
+def test_what_other_systems_call_a_field_is_known(key: str, meant: str) -> None:
+    assert f"unknown key '{key}'; did you mean {meant}?" in refusal("", f"{key}=1")
+
+
+def test_every_known_name_of_other_systems_leads_to_a_field() -> None:
+    ours = {name.rpartition(".")[2] for name, _, _ in fields()} | set(LoraConfig.model_fields)
+    ours |= set(PretrainedConfig.model_fields) | set(HttpComponent.model_fields)
+    assert _OF_OTHER_SYSTEMS.keys() <= ours
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo", "reinforce_pp"])
+def test_algorithms_without_values_have_no_auxiliary_phase(algorithm: str) -> None:
+    chosen = f"train:\n  algorithm: {algorithm}\n  samples_per_prompt: 2\n"
+    assert load(chosen).train.ppg is None
+    assert load(chosen + "  ppg: null\n").train.ppg is None
+    assert load("", f"train.algorithm={algorithm}", "train.samples_per_prompt=2").train.ppg is None
+    assert load(chosen, "train.algorithm=ppo").train.ppg is not None
+    says = f"{algorithm} has no value function for an auxiliary phase: leave ppg out"
+    assert says in refusal(chosen + "  ppg: {n_pi: 4}\n")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from common.config.recipe import fields, load_config
+from common.config.names import fields
+from common.config.recipe import load_config
 from common.config.rewards import RewardComponent
 from common.config.run import RunConfig
 from common.errors import ConfigError

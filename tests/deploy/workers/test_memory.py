@@ -56,7 +56,7 @@ def test_the_number_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     path = random_checkpoint(tmp_path / "model")
     monkeypatch.setattr(out_of_memory, "available_bytes", lambda: 2**20)
-    words = r"train \(learner .*, rollout actors .*, reward workers .* GiB\) takes .* GiB and 0.0"
+    words = r"train \(learner .*, rollout actors .*, reward workers .* MiB\) takes .* and 1.0 MiB"
     with pytest.raises(ClusterError, match=words):
         require_room(run_of(path), "train")
     elsewhere = run_of(path, cluster={"address": "auto"})
