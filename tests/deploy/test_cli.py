@@ -65,7 +65,7 @@ def refused(outcome: Outcome, code: int, *says: str) -> None:
     [
         ("train.kl_coeff=1", ["unknown key 'train.kl_coeff'", "did you mean 'train.kl_coef'"]),
         ("leaner.ranks=1", ["unknown key 'leaner'", "'learner'"]),
-        ("train.iterations=many", ["train.iterations", "integer", "'many'"]),
+        ("train.iterations=many", ["train.iterations", "whole number", "'many'"]),
         ("learner.zero_stage=4", ["learner.zero_stage", "0, 1, 2 or 3"]),
         ("train.minibatches=7", ["not divisible", "minibatches=7"]),
         ("rollout.max_response_tokens=128", ["leaves no room", "model.context=128"]),
