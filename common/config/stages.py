@@ -309,6 +309,9 @@ class InstructConfig(QuickstartConfig):
     kind: Literal["instruct"] = "instruct"
     prompts: PositiveInt = 2_000
     """Prompts that the policy is trained on."""
+    demonstrations: NonNegativeInt = 500
+    """Of these prompts, those whose answers by the model as it came are rewritten by a program to
+    keep to their instructions, and imitated before policy training; 0 leaves that stage out."""
     held_out_prompts: PositiveInt = 128
     """Prompts that only the judge sees: of held-out topics, of held-out kinds of instructions and
     of held-out combinations, so many each."""

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from actors.generation.decoder_generator import build_engine
+from common.config.model import PretrainedConfig
 from common.config.run import RunConfig
-from common.data.prompts import EncodedPrompt, evaluation_requests
-from common.devices import compute_of, torch_dtype
+from common.data.prompts import EncodedPrompt
 from common.files import write_atomic
-from common.models.build import build_decoder
-from common.models.weight_files import load_decoder
-from deploy.evaluation.compare import paired
 from deploy.evaluation.intervals import Interval, bootstrap_mean, wilson_interval
 from deploy.evaluation.sampling import Sampled, sample_both
-from deploy.instruct import elsewhere, judge
+from deploy.instruct import elsewhere, judge, reward
+from deploy.instruct.answering import answers
 from deploy.instruct.instructions import KINDS
 from deploy.instruct.outcome import Evaluation, Side, Verdict
 from deploy.instruct.task import SPLITS, Ask, Split, Task, write_prompts
@@ -27,6 +25,8 @@ from deploy.stages.encoding import read_encoded_prompts
 from deploy.stages.session import Session
 from deploy.workers.pool import Pool
 
+LABEL = "eval"
+"""Of the requests that all sides answer: from the same seeds."""
 Judged = Sequence[Sequence[bool]]
 """Of each answer, whether each instruction of its prompt is followed."""
 
@@ -34,28 +34,41 @@ Judged = Sequence[Sequence[bool]]
 def evaluate(
     session: Session, config: RunConfig, task: Task, pools: tuple[Pool, Pool]
 ) -> Evaluation:
-    """Judge both sides on the held-out prompts, and elsewhere; writes samples.jsonl."""
+    """Judge the model as it came, taught and trained, and look elsewhere; writes samples.jsonl."""
     held_out = [(split, ask) for split in SPLITS for ask in task.held_out[split]]
-    weights: dict[Side, Path] = {"before": policy_start(config), "after": final_policy(config)}
+    splits, asks = zip(*held_out, strict=True)
+    weights = _weights(config)
     with session.stage("evaluate", "asked the judge"):
-        prompts = encoded(session, config, "held-out", [ask.text for _, ask in held_out])
-        base, policy = weights["before"], weights["after"]
-        old, new = paired(*sample_both(config, base, policy, prompts, *pools, label="eval"))
-        sampled: dict[Side, Sampled] = {"before": old, "after": new}
-        splits, asks = zip(*(held_out[i] for i in old.prompts), strict=True)
-        judged = {side: _judged(asks, of_side.responses) for side, of_side in sampled.items()}
+        prompts = encoded(session, config, "held-out", [ask.text for ask in asks])
+        # Where nothing was taught, the model as it came is the base of the trained one.
+        base, policy = policy_start(config), weights["after"]
+        old, new = sample_both(config, base, policy, prompts, *pools, label=LABEL)
+        session.close()  # workers hold memory that this process is about to need
+        session.lock("quickstart")
+        sampled: dict[Side, Answered] = {"after": _answered(new, len(asks))}
+        if "taught" in weights:
+            sampled["taught"] = _answered(old, len(asks))
+            came = answers(config, session.tokenizer(), weights["before"], prompts, label=LABEL)
+            scores = reward.score([ask.text for ask in asks], came.texts)
+            sampled["before"] = Answered(texts=came.texts, lengths=came.lengths, scores=scores)
+        else:
+            sampled["before"] = _answered(old, len(asks))
+        judged = {side: _judged(asks, sampled[side].texts) for side in weights}
         _write_samples(session, asks, sampled, judged)
-    session.close()  # workers hold memory that this process is about to need
-    session.lock("quickstart")
     with session.stage("elsewhere", "looked at what it cost elsewhere"):
         topics, capitals = task.held_out["topics"], elsewhere.questions()
         asked = [*prompts[: len(topics)], *encoded(session, config, "capitals", capitals)]
-        greedy = {side: _greedy(session, config, path, asked) for side, path in weights.items()}
+        greedy = {
+            side: answers(
+                config, session.tokenizer(), path, asked, label="greedy", greedy=True
+            ).texts
+            for side, path in weights.items()
+        }
         texts = session.tokenizer().encode_batch(elsewhere.other_texts())
         pages = [ids[: elsewhere.TEXT_TOKENS] for ids in texts]
         text_nll = {side: elsewhere.text_nll(path, pages) for side, path in weights.items()}
     kept = {side: _kept(splits, of_side) for side, of_side in judged.items()}
-    differences = [b - a for a, b in zip(*(kept[side]["topics"] for side in weights), strict=True)]
+    rise = zip(kept["before"]["topics"], kept["after"]["topics"], strict=True)
     return Evaluation(
         verdicts={
             side: Verdict(
@@ -68,16 +81,38 @@ def evaluate(
                 instruction_accuracy=_of_instructions(splits, judged[side]),
                 score=fmean(sampled[side].scores),
                 response_length=fmean(sampled[side].lengths),
-                distinct=len({*sampled[side].responses}) / len(asks),
+                distinct=len({*sampled[side].texts}) / len(asks),
                 text_nll=text_nll[side],
                 capitals_known=share(elsewhere.known(greedy[side][len(topics) :])),
             )
             for side in weights
         },
         follows={side: _by_kind(asks, judged[side]) for side in weights},
-        judge_accuracy_rise=bootstrap_mean(differences, config.seed),
+        judge_accuracy_rise=bootstrap_mean([b - a for a, b in rise], config.seed),
         kl=fmean(new.kl),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """One side's answers to all held-out prompts."""
+
+    texts: list[str]
+    lengths: list[int]
+    scores: list[float]
+
+
+def _weights(config: RunConfig) -> dict[Side, Path]:
+    """Return the weights of each side; there is no taught one without a supervised stage."""
+    assert isinstance(config.model, PretrainedConfig)
+    came, start = Path(config.model.start), policy_start(config)
+    taught: dict[Side, Path] = {} if start.absolute() == came.absolute() else {"taught": start}
+    return {"before": came, **taught, "after": final_policy(config)}
+
+
+def _answered(sampled: Sampled, count: int) -> Answered:
+    assert sampled.prompts == list(range(count)), "the reward function gives nothing up"
+    return Answered(texts=sampled.responses, lengths=sampled.lengths, scores=sampled.scores)
 
 
 def encoded(
@@ -123,29 +158,15 @@ def _by_kind(asks: Sequence[Ask], judged: Judged) -> dict[str, Interval]:
     return {kind: share(of_kind[kind]) for kind in KINDS if kind in of_kind}
 
 
-def _greedy(
-    session: Session, config: RunConfig, weights: Path, prompts: Sequence[EncodedPrompt]
-) -> list[str]:
-    """Answer with the most probable tokens, in this process."""
-    rollout = config.rollout.model_copy(update={"temperature": 0.0})
-    compute_of(cpus=rollout.cpus_per_actor, threads=rollout.threads).apply()
-    decoder = build_decoder(config.model)
-    load_decoder(decoder, weights)
-    decoder = decoder.eval().requires_grad_(False).to(torch_dtype(rollout.precision))
-    engine = build_engine(decoder, session.tokenizer(), rollout)
-    requests = evaluation_requests(prompts, seed=config.seed, label="greedy")
-    return [engine.text(response) for response in engine.generate(requests)]
-
-
 def _write_samples(
     session: Session,
     asks: Sequence[Ask],
-    sampled: Mapping[Side, Sampled],
+    sampled: Mapping[Side, Answered],
     judged: Mapping[Side, Judged],
 ) -> None:
     rows = [
         {"prompt": ask.text}
-        | {side: of_side.responses[i] for side, of_side in sampled.items()}
+        | {side: of_side.texts[i] for side, of_side in sampled.items()}
         | {f"score_{side}": of_side.scores[i] for side, of_side in sampled.items()}
         | {f"conforms_{side}": all(of_side[i]) for side, of_side in judged.items()}
         for i, ask in enumerate(asks)

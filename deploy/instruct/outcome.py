@@ -16,8 +16,8 @@ from deploy.evaluation.results import figures_of, keyed
 from deploy.instruct.instructions import KINDS
 from deploy.screen import say
 
-Side = Literal["before", "after"]
-"""The model as it came, or the trained policy."""
+Side = Literal["before", "taught", "after"]
+"""The model as it came, after the supervised stage where there is one, and the trained policy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Both sides judged."""
+    """All sides judged."""
 
     verdicts: Mapping[Side, Verdict]
     follows: Mapping[Side, Mapping[str, Interval]]
@@ -59,7 +59,7 @@ class Evaluation:
     judge_accuracy_rise: Interval
     """After less before, prompt by prompt, on held-out topics."""
     kl: float
-    """Of the trained policy to the model as it came, nats per response."""
+    """Of the trained policy to what its training began with, nats per response."""
 
     def figures(self) -> dict[str, float]:
         """Return all figures by their keys in ``summary.json``."""
@@ -111,20 +111,20 @@ _KINDS = tuple(
     )
     for name, kind in KINDS.items()
 )
-_SIDES = {"before": "as it came", "after": "trained"}
+_SIDES = {"before": "as it came", "taught": "taught", "after": "trained"}
 IN_REPORT = Presentation(
     sides=_SIDES,
     rows=(*_JUDGED, *_KINDS, Measure("score", "score by the run's own reward", "{:.3f}")),
     tiles=(
         Measure("judge_accuracy_after", "prompts followed (IFEval's checkers)", "{:.1%}"),
         Measure("judge_accuracy_before", "before training", "{:.1%}"),
-        Measure("kl", "KL to the model as it came, nats", "{:.1f}"),
+        Measure("kl", "KL to where training began, nats", "{:.1f}"),
         Measure("rollouts_trained", "rollouts trained", "{:,}"),
         Measure("rollouts_dropped", "rollouts dropped", "{:,}"),
         Measure("resident_gb", "GB of memory at most", "{:.1f}"),
         Measure("seconds_pipeline", "seconds for everything", "{:.0f}"),
     ),
-    stages=("import", "data", "train", "evaluate", "elsewhere"),
+    stages=("import", "data", "answer", "sft", "train", "evaluate", "elsewhere"),
     samples_note=(
         "held-out prompts, evenly spaced over all of them; nothing was picked. ✓ and ✗: do "
         "IFEval's checkers find that every instruction is followed? The number is the run's own "
@@ -143,8 +143,8 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
     )
     for column in ("", *judged.columns):
         table.add_column(column, justify="right" if column else "left")
-    for title, (before, after) in judged.rows:
-        table.add_row(title, before.value, Text(after.value, "bold"))
+    for title, (*earlier, after) in judged.rows:
+        table.add_row(title, *(cell.value for cell in earlier), Text(after.value, "bold"))
     console.print(table)
     found, trained = outcome.evaluation, outcome.trained
     rise = found.judge_accuracy_rise

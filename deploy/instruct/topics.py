@@ -52,10 +52,10 @@ def split_things(seed: int, share: float) -> tuple[list[str], list[str]]:
     return [t for t in THINGS if t not in held_out], [t for t in THINGS if t in held_out]
 
 
-def draw_request(things: list[str], rng: np.random.Generator) -> str:
-    """Draw a request about one of the things."""
+def draw_request(things: list[str], rng: np.random.Generator) -> tuple[str, str]:
+    """Draw a request about one of the things; returns it, and what it is about."""
     form, thing, manner, place = (
         options[int(rng.integers(len(options)))] for options in (FORMS, things, MANNERS, PLACES)
     )
     article = "an" if manner[0] in "aeiou" else "a"
-    return form.format(f"{article} {manner} {thing}{place}")
+    return form.format(f"{article} {manner} {thing}{place}"), f"{manner} {thing}"

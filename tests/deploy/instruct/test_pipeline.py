@@ -19,6 +19,7 @@ from common.config.run import RunConfig
 from common.errors import ConfigError
 from deploy.cli import main
 from deploy.instruct import judge, pipeline
+from deploy.instruct.answering import Answers
 from deploy.instruct.pipeline import bring_model, run_instruct
 from deploy.stages.session import Session
 from deploy.tasks import task_of
@@ -32,6 +33,7 @@ TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+SAID = "The old boat came home late at night and everybody was glad to see it again."
 TEXT = "Write about a small boat by the sea. Use fewer than 20 words. What is the capital of x?"
 
 
@@ -86,10 +88,10 @@ def finished(
             "name=tiny",
             f"model.start={chat_model(folder / 'model')}",
             "model.context=320",
-            "rollout={lease_size: 8, max_response_tokens: 12, precision: fp32}",
+            "rollout={lease_size: 8, max_response_tokens: 70, precision: fp32}",
             "learner.precision=fp32",
             "train={iterations: 2, prompts_per_iteration: 4, samples_per_prompt: 4}",
-            "quickstart={prompts: 40, held_out_prompts: 21}",
+            "quickstart={prompts: 40, demonstrations: 20, held_out_prompts: 21}",
         ],
     )
     console = Console(file=io.StringIO(), width=160)
@@ -97,7 +99,10 @@ def finished(
     task.prepare(config, console)
     config.run_dir.mkdir()
     session = Session(config, console)
-    outcome = run_instruct(session)
+    with pytest.MonkeyPatch.context() as patch:
+        # A random model says nothing that could be rewritten.
+        patch.setattr(pipeline, "answers", lambda *_, **__: Answers(texts=[SAID] * 20, lengths=[]))
+        outcome = run_instruct(session)
     session.close()
     return config, outcome.figures()
 
@@ -113,6 +118,8 @@ def test_the_recipe_leaves_what_it_promises(finished: tuple[RunConfig, dict[str,
     assert written["rollouts_trained"] == written["rollouts_issued"] == 32
     assert written["rollouts_dropped"] == 0
     assert 0.1 < written["resident_gb"] < 10
+    assert 0.0 < written["score_taught"] < 1.0
+    assert (config.run_dir / "sft" / "config.json").exists()
     samples = (config.run_dir / "samples.jsonl").read_text(encoding="utf8").splitlines()
     assert len(samples) == 63
     page = (config.run_dir / "report.html").read_text(encoding="utf8")

@@ -1,0 +1,60 @@
+"""Answers of a model to the recipe's prompts, in this process: no worker holds other weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.generation.decoder_generator import build_engine
+from common.config.run import RunConfig
+from common.data.prompts import EncodedPrompt, evaluation_requests
+from common.data.tokenizer import Tokenizer
+from common.devices import compute_of, torch_dtype
+from common.models.build import build_decoder
+from common.models.weight_files import load_decoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """What a model answered, in the prompts' order."""
+
+    texts: list[str]
+    lengths: list[int]
+    """In tokens."""
+
+
+def answers(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    weights: Path,
+    prompts: Sequence[EncodedPrompt],
+    *,
+    label: str,
+    greedy: bool = False,
+) -> Answers:
+    """Answer each prompt once, from the same seeds as workers would under this label.
+
+    Args:
+        config: its rollouts say how tokens are sampled, and in which precision.
+        tokenizer: the model's.
+        weights: of the model.
+        prompts: in tokens.
+        label: of the requests.
+        greedy: take the most probable token each time.
+    """
+    rollout = config.rollout
+    if greedy:
+        rollout = rollout.model_copy(update={"temperature": 0.0})
+    compute_of(cpus=rollout.cpus_per_actor, threads=rollout.threads).apply()
+    decoder = build_decoder(config.model)
+    load_decoder(decoder, weights)
+    decoder = decoder.eval().requires_grad_(False).to(torch_dtype(rollout.precision))
+    engine = build_engine(decoder, tokenizer, rollout)
+    made: Answers = Answers(texts=[], lengths=[])
+    requests = evaluation_requests(prompts, seed=config.seed, label=label)
+    for at in range(0, len(requests), rollout.lease_size):  # as many at once as a worker has
+        for response in engine.generate(requests[at : at + rollout.lease_size]):
+            made.texts.append(engine.text(response))
+            made.lengths.append(len(response.response_ids))
+    return made
