@@ -157,6 +157,11 @@ class RunFolder:
         return self.path / "lock"
 
     @property
+    def status(self) -> Path:
+        """How far policy training is, written anew each second while it works."""
+        return self.path / "status.json"
+
+    @property
     def metrics(self) -> Path:
         """Metrics of every stage, a line for each step."""
         return self.path / "metrics.jsonl"

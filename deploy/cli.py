@@ -6,13 +6,15 @@ Exit codes: 0 success; 1 a bug of ours (with a traceback); 2 to 9 as in `common.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from importlib import resources
+from contextlib import suppress
+from dataclasses import asdict
+from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -21,19 +23,13 @@ import typer
 from common.config.effects import require_evaluated
 from common.config.recipe import load_config
 from common.config.run import RunConfig
-from common.errors import ClusterError, ConfigError, StorageError, TalipotError, WorkerError
-from deploy.screen import degrade_unprintable, make_console, say, show
+from common.errors import ClusterError, ConfigError, StorageError, TalipotError
+from deploy.screen import Part, degrade_unprintable, keep_shown, make_console, say, show
 
 if TYPE_CHECKING:
     from deploy.stages.session import Session
 
-app = typer.Typer(
-    name="talipot",
-    help="Train language models from human feedback on Ray and DeepSpeed.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(name="talipot", pretty_exceptions_enable=False, invoke_without_command=True)
 _INTERRUPTED, _TERMINATED = 130, 143
 
 console = make_console()
@@ -49,6 +45,21 @@ Stage = Callable[["Session", RunConfig], Mapping[str, Any]]
 """A stage of a run: trains something in a session, and returns numbers to print."""
 
 
+@app.callback()
+def talipot(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Train language models from human feedback on Ray and DeepSpeed."""
+    if version:
+        show(console, f"talipot {metadata.version('talipot')}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        context.get_help()  # which prints it
+
+
 @app.command()
 def quickstart(
     overrides: Overrides = None, config: ConfigOption = "quickstart", address: AddressOption = None
@@ -56,12 +67,13 @@ def quickstart(
     """Run a whole pipeline on data that it makes itself; takes some minutes."""
     from deploy.stages.session import open_session
     from deploy.tasks import task_of
-    from deploy.workers.preflight import require_trainable
+    from deploy.workers.preflight import require_scorers, require_trainable
 
     resolved = _load(config, overrides, address)
     task = task_of(resolved)
     task.prepare(resolved, console)
     require_trainable(resolved)
+    require_scorers(resolved)
     with open_session(resolved, console, writer="quickstart") as session:
         task.run(session)
         say(console, "report: ", (str(session.folder.report), "bold"))
@@ -98,16 +110,25 @@ def train(
     ] = None,
 ) -> None:
     """Train the policy from prompts and rewards; resumes where the run's checkpoint stands."""
-    from deploy.stages.policy import resumption_of, run_train, tell
+    from deploy.run_folder.lock import at_work
+    from deploy.stages.policy import outcome_of, resumption_of, run_train, tell
+    from deploy.workers.preflight import require_scorers
 
     if resume is not None and config:
         raise ConfigError("--resume takes its recipe from the run: leave --config out")
     resolved = _of_run(resume, overrides, address) if resume else _load(config, overrides, address)
     resumption = resumption_of(resolved)
-    tell(console, resolved, resumption)
+    if at_work(resolved.run_dir) is None:
+        require_scorers(resolved)
+        tell(console, resolved, resumption)
     if resumption.facts is None:
         # The command may only attach to a run that is at work, and then it writes nothing.
-        _stage("train", partial(run_train, stop_after=stop_after), resolved, writer="")
+
+        def train_it(session: Session, config: RunConfig) -> dict[str, Any]:
+            facts = run_train(session, config, stop_after=stop_after, resumption=resumption)
+            return outcome_of(session.config, facts)
+
+        _stage("train", train_it, resolved, attach=True, address=address)
 
 
 @app.command()
@@ -115,7 +136,9 @@ def replay(run: RunArgument, address: AddressOption = None) -> None:
     """Train again on a finished run's trajectory log; the weights must come out the same."""
     from deploy.stages.replay import replay_run
 
-    _print_numbers("replay", replay_run(_of_run(run, None, address), console))
+    found = replay_run(_of_run(run, None, address), console)
+    shown = {"weights": "the same as the run's, bit for bit", "iterations": found["iterations"]}
+    _print_numbers("replay", shown | {"hash": found["replayed_hash"]})
 
 
 @app.command()
@@ -164,17 +187,30 @@ def chat(
 
 
 @app.command()
-def status(run: RunArgument, address: AddressOption = None) -> None:
-    """Show how far a run is: live when it is running, else from its log."""
-    from deploy.commands import logged, status_of
+def status(
+    run: RunArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until the run ends.")] = False,
+) -> None:
+    """Show how far a run is, by its folder: live while it works. Asks no cluster."""
+    from deploy.standing import lines_of, standing_of
 
-    config = _of_run(run, None, address)
-    try:
-        _print_numbers(str(run), status_of(config))
-    except (ClusterError, WorkerError):
-        # Nobody can tell whether it is running, but its log tells how far it came.
-        _print_numbers(str(run), {"running": "unknown"} | logged(config.folder))
-        raise
+    config = _of_run(run, None, None)
+    if as_json and watch:
+        raise ConfigError("give --json or --watch, not both")
+    if as_json:
+        show(console, json.dumps(asdict(standing_of(config))))
+    elif watch:
+
+        def look() -> tuple[list[list[Part]], bool]:
+            standing = standing_of(config)
+            return lines_of(standing), standing.state != "running"
+
+        with suppress(KeyboardInterrupt):  # the way to leave it
+            keep_shown(console, look)
+    else:
+        for line in lines_of(standing_of(config)):
+            say(console, *line)
 
 
 @app.command()
@@ -187,7 +223,7 @@ def scale(
     """Change the number of workers of a run while it runs; returns at once."""
     from deploy.commands import scale_run
 
-    for change in scale_run(_of_run(run, None, address), actors, reward_replicas):
+    for change in scale_run(_of_run(run, None, None), actors, reward_replicas, address):
         say(console, f"{change.kind} workers: {change.was} -> {change.will_be}")
 
 
@@ -209,10 +245,11 @@ def preflight(
     import ray
 
     from deploy.workers.attach import cluster_of
-    from deploy.workers.preflight import explain, require_trainable
+    from deploy.workers.preflight import explain, require_scorers, require_trainable
 
     resolved = _load(config, overrides, address)
     require_trainable(resolved)
+    require_scorers(resolved)
     with cluster_of(resolved):
         resources_now: dict[str, float] = ray.cluster_resources()
         for line in explain(resolved, resources_now):
@@ -280,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except BaseException:
         # Inside a call of Ray's our exit comes back as another one, with a code of Ray's.
         if terminated.is_set():
-            _fail("terminated; carry on with `talipot train --resume RUN`", _TERMINATED)
+            _fail("terminated", _TERMINATED)
         raise
     sys.exit(0)
 
@@ -301,7 +338,7 @@ def _run(arguments: Sequence[str] | None) -> None:
             _fail(message, ConfigError.exit_code)
         raise
     if code == _INTERRUPTED:  # what typer makes of Ctrl-C
-        _fail("interrupted; carry on with `talipot train --resume RUN`", _INTERRUPTED)
+        _fail("interrupted", _INTERRUPTED)
     if isinstance(code, int) and code:
         sys.exit(code)
 
@@ -309,12 +346,12 @@ def _run(arguments: Sequence[str] | None) -> None:
 # -------------------------------------------------------------------------- helpers
 
 
-def _stage(name: str, run: Stage, config: RunConfig, *, writer: str) -> None:
-    """Run one stage in a session of its own, and print its numbers."""
+def _stage(name: str, run: Stage, config: RunConfig, **options: Any) -> None:
+    """Run one stage in a session of its own, which these options open, and print its numbers."""
     from deploy.stages.preparation import prepare_tokenizer
     from deploy.stages.session import open_session
 
-    with open_session(config, console, writer=writer) as session:
+    with open_session(config, console, **options) as session:
         with session.stage("tokenizer", "tokenizer"):
             resolved = prepare_tokenizer(session, session.config)
         with session.stage(name, name):
@@ -353,6 +390,11 @@ def _what_failed(error: OSError) -> str:
 def _fail(message: str, code: int) -> NoReturn:
     lines = (line.strip() for line in message.splitlines())
     say(errors, ("error", "bold red"), " " + " ".join(line for line in lines if line))
+    attach = sys.modules.get("deploy.workers.attach")
+    if attach is not None and attach.asks():
+        # Python would wait at its end for a call of Ray's that may never return.
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
 
 

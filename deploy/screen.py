@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -28,6 +30,7 @@ from rich.text import Text
 
 Part = str | tuple[str, str]
 
+_WATCH_S = 2.0
 _CONTROLS = {n: f"\\x{n:02x}" for n in (*range(0x20), *range(0x7F, 0xA0))}
 _IN_LINES = _CONTROLS | {ord("\n"): "\\n", ord("\r"): "\\r", ord("\t"): "\\t"}
 _IN_TEXTS = {n: shown for n, shown in _CONTROLS.items() if chr(n) not in "\n\t"}
@@ -40,9 +43,12 @@ def make_console(*, stderr: bool = False) -> Console:
 
 def say(console: Console, *parts: Part) -> None:
     """Print one line without breaking it; a part is text, or (text, style)."""
+    console.print(_assembled(parts), soft_wrap=True)
+
+
+def _assembled(parts: Sequence[Part]) -> Text:
     pairs = [(part, "") if isinstance(part, str) else part for part in parts]
-    line = [(text.translate(_IN_LINES), style) for text, style in pairs]
-    console.print(Text.assemble(*line), soft_wrap=True)
+    return Text.assemble(*((text.translate(_IN_LINES), style) for text, style in pairs))
 
 
 def show(console: Console, text: str, style: str = "") -> None:
@@ -63,9 +69,27 @@ def degrade_unprintable() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def keep_shown(console: Console, look: Callable[[], tuple[list[list[Part]], bool]]) -> None:
+    """Show lines anew every two seconds: what `look` returns, until it says that this is the last.
+
+    On a terminal they replace each other; elsewhere they follow each other after an empty line.
+    """
+    with Live(console=console, auto_refresh=False, transient=False) as live:
+        while True:
+            lines, last = look()
+            if console.is_terminal:
+                live.update(Text("\n").join(map(_assembled, lines)), refresh=True)
+            else:
+                for line in [*lines, []]:
+                    say(console, *line)
+            if last:
+                return
+            time.sleep(_WATCH_S)
+
+
 @contextmanager
-def progress_bar(console: Console, title: str, total: int) -> Iterator[Bar]:
-    """Show a live progress bar with metrics beside it."""
+def progress_bar(console: Console, title: str, total: int, done: int = 0) -> Iterator[Bar]:
+    """Show a live progress bar with metrics beside it; it begins where `done` steps are done."""
     with Progress(
         SpinnerColumn(),
         TextColumn("{task.description:<22}", style="bold", markup=False),
@@ -78,7 +102,8 @@ def progress_bar(console: Console, title: str, total: int) -> Iterator[Bar]:
         transient=True,
         disable=not console.is_terminal,  # in a log file it would be blank lines
     ) as progress:
-        yield Bar(progress, progress.add_task(title.translate(_IN_LINES), total=total, note=""))
+        name = title.translate(_IN_LINES)
+        yield Bar(progress, progress.add_task(name, total=total, completed=done, note=""))
 
 
 @dataclass(slots=True)

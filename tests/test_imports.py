@@ -43,7 +43,7 @@ LAYERS: dict[str, list[set[str]]] = {
     "reward_service": [
         {"http_answers", "http_settings", "proxies", "samples"},
         {"scorers"},
-        {"http_scorer", "models"},
+        {"http_scorer", "models", "targets"},
         {"service"},
     ],
     "deploy": [
@@ -52,7 +52,8 @@ LAYERS: dict[str, list[set[str]]] = {
         {"exchange", "workers"},
         {"control"},
         {"evaluation", "stages"},
-        {"commands", "config_docs", "instruct", "metric_docs", "quickstart", "recipes", "sampler"},
+        {"commands", "config_docs", "instruct", "metric_docs", "quickstart", "recipes", "sampler"}
+        | {"standing"},
         {"tasks"},
         {"cli"},
     ],

@@ -24,6 +24,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,13 @@ from deploy.control.issuing import Issuer
 from deploy.control.jobs import Scored, Weights
 from deploy.control.ledger import Ledger
 from deploy.control.own_workers import OwnWorkers
-from deploy.control.status import Status, record
+from deploy.control.status import Status
 from deploy.exchange.card import add_card
 from deploy.run_folder import checkpoints
 from deploy.run_folder.lock import writing
 from deploy.run_folder.metrics_log import RunLog
+from deploy.run_folder.progress import record, telling
+from deploy.workers.attach import own_address
 from deploy.workers.gang import LearnerGang, LearnerLost
 from deploy.workers.pool import Pool
 from deploy.workers.scaling import Elastic, Scaled
@@ -111,9 +114,11 @@ class Controller:
             StorageError: another one is writing into the run's folder.
             TalipotError: the run could not do its work; nothing committed is lost.
         """
-        # Its workers write too: a rank may be writing a checkpoint when the run ends.
-        with writing(self.run_dir, "train"), at_the_end(self.own_workers.end):
-            return self._run()
+        with writing(self.run_dir, "train", own_address()) as holder:
+            # Its workers write too: a rank may be writing a checkpoint when the run ends.
+            told = telling(self.config.folder.status, holder.token, lambda: asdict(self.status()))
+            with told, at_the_end(self.own_workers.end):
+                return self._run()
 
     def _run(self) -> dict[str, Any]:
         log = RunLog(self.run_dir)
@@ -207,7 +212,7 @@ class Controller:
             metrics=dict(self.metrics),
             issued=self.ledger.issued,
             trained=self.ledger.trained,
-            dropped=sum(self.ledger.dropped.values()),
+            dropped=sum(dict(self.ledger.dropped).values()),
             in_flight=self.ledger.in_flight,
             rollout_workers=len(rollout.workers),
             reward_workers=len(reward.workers) if reward else 0,

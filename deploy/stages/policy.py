@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,11 +13,14 @@ from rich.console import Console
 from common.config.earlier import saved_config
 from common.config.run import RunConfig
 from common.data.prompts import EncodedPrompt
+from common.errors import ClusterError, ConfigError
 from common.metric_catalogue import Logged
-from deploy.control.status import Status, recorded_facts
+from deploy.control.status import Status
 from deploy.run_folder import checkpoints
 from deploy.run_folder.inputs import RunInputs
+from deploy.run_folder.log_lines import read_lines
 from deploy.run_folder.paths import anchored, rebased
+from deploy.run_folder.progress import recorded_facts
 from deploy.run_folder.resume_rules import Change, require_resumable
 from deploy.run_folder.weights import policy_start, reward_weights
 from deploy.screen import say
@@ -35,6 +39,9 @@ from deploy.workers.placement import reward_pool, rollout_pool
 from deploy.workers.pool import Pool
 from deploy.workers.preflight import require_trainable
 
+_ENDS = 5
+"""So many iterations at either end of a run are its beginning and its outcome."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumption:
@@ -44,6 +51,10 @@ class Resumption:
     """How the recipe differs from the newest checkpoint's."""
     facts: dict[str, Any] | None
     """The controller's facts of a run that is finished; None where there is something to train."""
+    iteration: int = 0
+    """How many iterations its newest checkpoint has behind it."""
+    checkpoint: Path | None = None
+    """That checkpoint's folder; None where there is none."""
 
 
 def resumption_of(config: RunConfig) -> Resumption:
@@ -70,16 +81,24 @@ def resumption_of(config: RunConfig) -> Resumption:
     facts = recorded_facts(config.run_dir)
     if facts is not None and facts["iterations"] < config.train.iterations:
         facts = None
-    return Resumption(changed=changed, facts=facts)
+    return Resumption(
+        changed=changed, facts=facts, iteration=state["iteration"], checkpoint=checkpoint[0]
+    )
 
 
 def tell(console: Console, config: RunConfig, resumption: Resumption) -> None:
-    """Say that the run is finished, or what has changed since its newest checkpoint."""
+    """Say that the run is finished, or where it goes on and what has changed since then."""
     if resumption.facts is not None:
         say(console, f"{config.run_dir} is finished; nothing to train")
         return
     for change in resumption.changed:
         say(console, f"changed: {change}")
+    if resumption.checkpoint is not None:
+        say(
+            console,
+            f"goes on after iteration {resumption.iteration} of {config.train.iterations}, from "
+            f"{resumption.checkpoint}",
+        )
 
 
 def run_train(
@@ -87,6 +106,7 @@ def run_train(
     config: RunConfig,
     pools: tuple[Pool, Pool] | None = None,
     stop_after: int | None = None,
+    resumption: Resumption | None = None,
 ) -> dict[str, Any]:
     """Train the policy of an unfinished run; resumes from its newest checkpoint, if any.
 
@@ -96,6 +116,16 @@ def run_train(
     require_paths(config.data.prompts, "data.prompts", "train")
     config = anchored(config)
     controller = living_controller(config)
+    if controller is None and session.attached:
+        raise ClusterError(
+            f"{config.run_dir} is at work, and not in this cluster: leave --address out, or give "
+            "the command again if the run has just begun or ended"
+        )
+    if controller is not None and stop_after is not None:
+        raise ConfigError(
+            f"--stop-after has no effect on {config.run_dir}, which is at work already; Ctrl-C in "
+            "an attached command stops it with a checkpoint"
+        )
     if controller is not None:
         say(session.console, (f"attached to {controller_name(config)}", "dim"))
     else:
@@ -106,7 +136,8 @@ def run_train(
         record()
         session.unlock()  # from here on the controller writes
         controller = _start(session, config, prompts, pools, stop_after)
-    with session.progress("policy", config.train.iterations) as bar:
+    done = 0 if resumption is None else resumption.iteration
+    with session.progress("policy", config.train.iterations, done) as bar:
         return follow(controller, config, lambda status: _show(bar.update, status))
 
 
@@ -148,7 +179,36 @@ def make_pools(session: Session, config: RunConfig, name: str, *, start: bool) -
     )
 
 
+def outcome_of(config: RunConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what became of a run, as its command shows it: what the policy does, then counts.
+
+    The hash of the weights and the counts that are 0 stand in ``result.json`` alone.
+    """
+    lines = read_lines(config.folder.metrics).lines
+    # An iteration that was trained again after a failure is there twice: the later one counts.
+    steps = list({line.step: line.metrics for line in lines if line.stage == "train"}.values())
+    few = max(1, min(_ENDS, len(steps) // 2))
+    shown: dict[str, Any] = {}
+    for metric in (Logged.SCORE, Logged.KL, Logged.RESPONSE_LENGTH, Logged.ENTROPY):
+        values = [step[metric] for step in steps if metric in step]
+        if values:
+            first, last = (sum(part) / len(part) for part in (values[:few], values[-few:]))
+            shown[metric] = f"{first:.4g} -> {last:.4g}"
+    if shown:
+        shown["from -> to"] = f"means of {few} iterations at the beginning and at the end"
+    shown["iterations"] = f"{facts['iterations']} of {config.train.iterations}"
+    if facts["finished"]:
+        shown["policy"] = config.folder.policy.path
+    else:
+        shown["carry on"] = f"talipot train --resume {config.run_dir}"
+    shown["rollouts trained"] = facts["rollouts_trained"]
+    counts = ("rollouts_dropped", "worker_failures", "learner_restarts", "leases_reissued")
+    return shown | {name.replace("_", " "): facts[name] for name in counts if facts[name]}
+
+
 def _show(update: Callable[[int, str], None], status: Status) -> None:
+    if status.policy_version < 0:
+        return  # it has not read its checkpoint yet
     metrics = status.metrics
     note = "  ".join(
         f"{name} {metrics[name]:.2f}"

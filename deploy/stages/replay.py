@@ -18,10 +18,10 @@ from common.endings import at_the_end
 from common.errors import DataError, TrainingError
 from common.metric_catalogue import Logged
 from common.run_folder import RunFolder
-from deploy.control.status import recorded_facts
 from deploy.run_folder.inputs import RunInputs
 from deploy.run_folder.lock import writing
 from deploy.run_folder.paths import rebased
+from deploy.run_folder.progress import recorded_facts
 from deploy.run_folder.reads import reads_of
 from deploy.stages.session import open_session
 from deploy.workers.gang import LearnerGang

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from common.data.tokenizer import Tokenizer, load_tokenizer
 from common.endings import at_the_end, take_all
 from common.errors import StorageError
 from common.run_folder import RunFolder
-from deploy.run_folder.lock import RunLock
+from deploy.run_folder.lock import RunLock, at_work, remove_unused
 from deploy.run_folder.metrics_log import RunLog
 from deploy.run_folder.paths import anchored
 from deploy.screen import Bar, progress_bar, say
-from deploy.workers.attach import start_cluster
+from deploy.workers.attach import Way, own_address, sign_in, start_cluster, way_to
 from deploy.workers.gang import LearnerGang
 from deploy.workers.pool import Pool
 from deploy.workers.preflight import explain
@@ -33,6 +33,8 @@ class Session:
     config: RunConfig
     """Its paths are absolute."""
     console: Console
+    attached: bool = False
+    """Its cluster is the one that the run is at work on already."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time per stage."""
     _gang: LearnerGang | None = None
@@ -79,7 +81,7 @@ class Session:
             StorageError: another command is writing there (it is named), or nothing can be written.
         """
         if self._lock is None:
-            self._lock = RunLock(self.run_dir, stage)
+            self._lock = RunLock(self.run_dir, stage, cluster=own_address())
 
     def unlock(self) -> None:
         """Let others write: the controller that this session starts, or the next command."""
@@ -105,33 +107,83 @@ class Session:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
         say(self.console, ("✓", "green"), f" {title} ", (f"{self.seconds[name]:.0f} s", "dim"))
 
-    def progress(self, title: str, total: int) -> AbstractContextManager[Bar]:
-        """Show a live progress bar with metrics beside it."""
-        return progress_bar(self.console, title, total)
+    def progress(self, title: str, total: int, done: int = 0) -> AbstractContextManager[Bar]:
+        """Show a live progress bar with metrics beside it, from where `done` steps are done."""
+        return progress_bar(self.console, title, total, done)
 
 
 @contextmanager
-def open_session(config: RunConfig, console: Console, *, writer: str = "") -> Iterator[Session]:
+def open_session(
+    config: RunConfig,
+    console: Console,
+    *,
+    writer: str = "",
+    attach: bool = False,
+    address: str | None = None,
+) -> Iterator[Session]:
     """Create the run's folder, and join or start the cluster.
 
-    `writer` is the stage that writes into the folder from the beginning, so that another writer is
-    noticed before anything starts.
+    Args:
+        config: the recipe.
+        console: what is told goes there.
+        writer: the stage that writes into the folder from the beginning, so that another writer is
+            noticed before anything starts.
+        attach: join the cluster that the run is at work on, if it is.
+        address: another way to that cluster, as the user gave it.
 
     Raises:
         StorageError: the folder cannot be written, or another stage is writing there.
         ClusterError: no cluster answers, or it has no room for the recipe.
     """
     session = Session(config, console)
+    with _run_folder(session.run_dir):
+        if writer:
+            session.lock(writer)
+        joined = ray.is_initialized()  # by a program that uses this as a library: its own to end
+        with at_the_end(session.close, *(() if joined else (ray.shutdown,))):
+            way = _way_to_attach(session.run_dir, address) if attach else None
+            session.attached = way is not None
+            yield _in_cluster(session, way)
+
+
+def _in_cluster(session: Session, way: Way | None) -> Session:
+    """Join or start the session's cluster, and say where it is."""
+    url = start_cluster(session.config, way)
+    if not session.config.cluster.autoscales:
+        explain(session.config, ray.cluster_resources())
+    say(session.console, (f"run {session.run_dir} · dashboard {url or 'off'}", "dim"))
+    if url and (hint := sign_in()):
+        say(session.console, (hint, "dim"))
+    return session
+
+
+def _way_to_attach(run_dir: Path, address: str | None) -> Way | None:
+    """Return how to join the cluster that a run is trained on now; None where it is on none."""
+    holder = at_work(run_dir)
+    if holder is None or holder.stage != "train" or not holder.cluster:
+        return None
+    return way_to(run_dir, holder, address)
+
+
+@contextmanager
+def _run_folder(run_dir: Path) -> Iterator[None]:
+    """Make a run's folder. One that was not there before and has no recipe at the end goes again.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     try:
-        session.run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"{session.run_dir}: cannot be written: {error}") from None
-    if writer:
-        session.lock(writer)
-    joined = ray.is_initialized()  # by a program that uses this as a library: its own to end
-    with at_the_end(session.close, *(() if joined else (ray.shutdown,))):
-        url = start_cluster(session.config)
-        if not session.config.cluster.autoscales:
-            explain(session.config, ray.cluster_resources())
-        say(console, (f"run {session.run_dir} · dashboard {url or 'off'}", "dim"))
-        yield session
+        raise StorageError(f"{run_dir}: cannot be written: {error}") from None
+    try:
+        yield
+    finally:
+        folder = RunFolder(run_dir)
+        if made and not folder.config.exists():
+            begun = (folder.own_tokenizer, folder.pretrained_tokenizer, folder.inputs)
+            remove_unused(run_dir, [path.name for path in begun])
+            with suppress(OSError):  # another run lies there
+                for parent in made[1:]:
+                    parent.rmdir()

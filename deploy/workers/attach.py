@@ -4,6 +4,10 @@
                it a node on this machine?
             -> ray.init
 
+A run that is at work is found at the address that the note of its lock has (`way_to`). Ray's own
+"auto" finds the newest cluster of a machine, which may be another run's, so it is used only where a
+user names it.
+
 Ray itself tries for minutes where nobody answers, waits without end where something else does, and
 prints pages where a token is refused. So it is called only once a call of our own was answered. Ray
 has no public call for that: its protocol is spoken here and nowhere else.
@@ -16,15 +20,18 @@ import json
 import logging
 import os
 import platform
+import shutil
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import ray
@@ -46,12 +53,18 @@ from ray.core.generated import (
 from common.config.run import RunConfig
 from common.errors import ClusterError
 from common.files import one_line
+from deploy.run_folder.lock import Holder
 from deploy.workers.placement import NAMESPACE
 from talipot_first import strangers
 
+Answer = TypeVar("Answer")
+
 _ANSWER_S = 5.0
+_ASK_S = 30.0
+"""Longest time to join a cluster, ask something there and leave it: seconds where it is well."""
 _CLIENT = "ray://"
 _ADDRESSES = "HOST:PORT, ray://HOST:PORT, auto (what runs on this machine) or local"
+_ASKING = "asks a cluster"
 _SOCKET_BYTES = 107 if sys.platform == "linux" else 103
 """Longest path that the operating system allows a socket."""
 
@@ -74,36 +87,105 @@ def cluster_of(config: RunConfig) -> Iterator[str]:
             ray.shutdown()
 
 
-@contextmanager
-def cluster_at_work(config: RunConfig) -> Iterator[bool]:
-    """Join the cluster that a run may be at work on, and yield whether there is one.
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How to join a cluster."""
 
-    It is the one that is named, or what runs on this machine. None is ever started.
+    address: str
+    ours: bool = False
+    """It was started on this machine, and so knows this machine's token."""
+
+
+def way_to(run_dir: Path, holder: Holder, given: str | None = None) -> Way:
+    """Return how to join the cluster that a run is at work on.
+
+    Args:
+        run_dir: the run's folder.
+        holder: of its lock.
+        given: an address that the user gave: another way to the same cluster.
 
     Raises:
-        ClusterError: the cluster that is named does not answer.
+        ClusterError: only another machine reaches it.
     """
-    named, joined = _named(config), ray.is_initialized()
-    if not joined and not named and not _runs_here():
-        yield False
-        return
-    _join(named or "auto")
+    if given:
+        return _named_way(given)
+    here, host = holder.host == socket.gethostname(), holder.cluster.rpartition(":")[0].strip("[]")
+    if host in ("127.0.0.1", "localhost", "::1") and not here:
+        raise ClusterError(
+            f"{run_dir} is at work on host {holder.host}, in a cluster that only this host "
+            "reaches: run the command there"
+        )
+    return Way(holder.cluster, ours=here)
+
+
+def ask_cluster(way: Way, ask: Callable[[], Answer]) -> Answer:
+    """Join a cluster, ask something there and leave it; no other one is ever asked.
+
+    That is done in a thread, because Ray's calls at a cluster that is dying may last for minutes,
+    and neither a deadline nor SIGTERM ends them.
+
+    Raises:
+        ClusterError: the cluster does not answer, or not all of it is done in time.
+        Exception: whatever `ask` raises.
+    """
+    answer: Future[Answer] = Future()
+
+    def work() -> None:
+        try:
+            answer.set_result(_asked(way, ask))
+        except BaseException as error:  # raised again where it is waited for
+            answer.set_exception(error)
+
+    threading.Thread(target=work, name=_ASKING, daemon=True).start()
     try:
-        yield True
-    finally:
-        if not joined:
-            ray.shutdown()
+        return answer.result(_ASK_S)
+    except TimeoutError:
+        if answer.done():
+            raise  # by what was asked
+        raise ClusterError(
+            f"cluster at {way.address} answers and then no more for {_ASK_S:.0f} s: it is ending, "
+            "or overloaded; ask again"
+        ) from None
 
 
-def start_cluster(config: RunConfig) -> str:
+def asks() -> bool:
+    """Whether a cluster is still being asked, by a call that may never return."""
+    return any(thread.name == _ASKING for thread in threading.enumerate())
+
+
+def sign_in() -> str:
+    """Say how to sign in to the dashboard of this process's cluster; empty where nothing is asked.
+
+    The token itself is a password, and stays out of logs.
+    """
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":  # Ray sets it for a local cluster
+        return ""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        lies = "it is RAY_AUTH_TOKEN of this environment"
+    else:
+        lies = f"it lies in {os.environ.get('RAY_AUTH_TOKEN_PATH') or '~/.ray/auth_token'}"
+    program = "ray" if shutil.which("ray") else Path(sys.executable).with_name("ray")
+    return f"the dashboard asks for a token: `{program} get-auth-token` prints it ({lies})"
+
+
+def own_address() -> str:
+    """Return the address of the cluster that this process is in; empty where it is in none."""
+    return str(ray.get_runtime_context().gcs_address) if ray.is_initialized() else ""
+
+
+def start_cluster(config: RunConfig, way: Way | None = None) -> str:
     """Join the cluster that was named, or start one on this machine; returns its dashboard's URL.
+
+    Args:
+        config: the recipe.
+        way: goes before what recipe and environment name.
 
     Raises:
         ClusterError: the address does not answer, or the local cluster cannot start.
     """
-    named = _named(config)
-    if named is not None:
-        return _join(named)
+    named = named_address(config)
+    if way is not None or named is not None:
+        return _join(way or _named_way(named or ""))
     if not ray.is_initialized():
         _require_short_paths(config.cluster.dashboard)
     try:
@@ -113,15 +195,32 @@ def start_cluster(config: RunConfig) -> str:
         raise ClusterError(f"the local cluster cannot start: {one_line(error)}") from None
 
 
-def _named(config: RunConfig) -> str | None:
+def named_address(config: RunConfig) -> str | None:
     """Return the address that recipe or environment name; None for a cluster of our own."""
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     return None if address in (None, "", "local") else address
 
 
-def _join(address: str) -> str:
+def _named_way(address: str) -> Way:
+    return Way(address, ours=address == "auto")
+
+
+def _asked(way: Way, ask: Callable[[], Answer]) -> Answer:
+    joined = ray.is_initialized()
+    _join(way)
+    try:
+        return ask()
+    finally:
+        if not joined:
+            ray.shutdown()
+
+
+def _join(way: Way) -> str:
+    address = way.address
     if address != "auto" or not ray.is_initialized():
-        _require_joinable(address)
+        _require_joinable(way)
+    if ray.is_initialized() and address not in ("auto", own_address()):
+        raise ClusterError(f"cluster at {address}: this program is in another, {own_address()}")
     try:
         return _init(address=address)
     except Exception as error:  # Ray's own refusal, of many types
@@ -166,37 +265,25 @@ def _kept_signal_handlers() -> Iterator[None]:
 # ------------------------------------------------------------------ asking before joining
 
 
-def _runs_here() -> bool:
-    """Return whether Ray finds a cluster on this machine by itself, and something listens there.
-
-    The address of a cluster that was started here and has ended stays in a file.
-    """
-    try:
-        host, _, port = _address_here().rpartition(":")
-        socket.create_connection((host, int(port)), timeout=_ANSWER_S).close()
-    except OSError:  # ConnectionError, where Ray finds none
-        return False
-    return True
-
-
 def _address_here() -> str:
     """Return the address that Ray finds for "auto". Raises ConnectionError where it finds none."""
     return str(services.get_ray_address_from_environment("auto", None))
 
 
-def _require_joinable(address: str) -> None:
+def _require_joinable(way: Way) -> None:
     """Find out in seconds what would keep Ray from joining.
 
     Raises:
         ClusterError: nothing answers, something else does, it wants another token, has other
             versions, or has no node on this machine.
     """
+    address = way.address
     if "://" in address and not address.startswith(_CLIENT):
         raise ClusterError(f"cluster at {address}: an address is {_ADDRESSES}")
     deadline = time.monotonic() + _ANSWER_S
     logging.getLogger("ray").setLevel(logging.ERROR)
-    if address == "auto":
-        # Ray does so too: what runs on this machine has this machine's token.
+    if way.ours:
+        # Ray does so too for "auto": what runs on this machine has this machine's token.
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         if address.startswith(_CLIENT):

@@ -12,6 +12,8 @@ from common.devices import torch_dtype
 from common.errors import ClusterError, ConfigError
 from common.models.adapters import adapter_size
 from common.models.build import build_decoder, count_parameters
+from deploy.workers.attach import named_address
+from reward_service.targets import require_targets
 
 _BYTES_OF_A_NUMBER = 4.0
 """What is trained is fp32, with its gradient and each of AdamW's two moments."""
@@ -49,6 +51,16 @@ def require_trainable(config: RunConfig) -> None:
                 f"{given} always takes the most probable token, so there is nothing to learn from: "
                 f"set it {remedy} for training; `talipot evaluate RUN {given}` may have it"
             )
+
+
+def require_scorers(config: RunConfig) -> None:
+    """Refuse a score whose functions or endpoints no worker could ask; no worker is started.
+
+    Raises:
+        ConfigError: a function that is not there, a URL that is none, a token that is not set. What
+            workers of a cluster that is named find in their environment, only they can tell.
+    """
+    require_targets(config.reward_service.components, here=named_address(config) is None)
 
 
 def demands(config: RunConfig) -> list[Demand]:

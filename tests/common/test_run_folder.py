@@ -32,6 +32,7 @@ PATHS = {
     FOLDER.checkpoint(20): "checkpoints/step-000020",
     FOLDER.trajectories(3): "trajectories/iteration-000003.parquet",
     FOLDER.lock: "lock",
+    FOLDER.status: "status.json",
     FOLDER.metrics: "metrics.jsonl",
     FOLDER.tensorboard: "tensorboard",
     FOLDER.events: "events.jsonl",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -90,6 +91,16 @@ def test_recipe_files(run: Run, tmp_path: Path) -> None:
     broken.write_bytes(b"train: \xff\xfe")
     refused(run("config", "--config", str(broken)), 2, "broken.yaml")
     refused(run("config", "--config", str(tmp_path)), 2, str(tmp_path))
+
+
+def test_the_command_alone_helps_and_says_its_version(run: Run) -> None:
+    alone = run()
+    assert (alone.code, alone.error) == (0, "")
+    assert "Usage" in alone.out and "quickstart" in alone.out
+    version = run("--version")
+    assert (version.code, version.error) == (0, "")
+    assert re.fullmatch(r"talipot \d+\.\d+\.\d+\n", version.out)
+    assert "completion" in run("--help").out
 
 
 def test_unknown_commands_and_options(run: Run) -> None:
@@ -232,6 +243,8 @@ def test_what_changed_is_told_once(run: Run, recipe: Callable[..., str], tmp_pat
     outcome = run("train", "--resume", str(folder), "rollout.actors=3")
     assert outcome.code in (2, 3)  # prompts.jsonl is missing: it ends after the recipe was taken
     assert outcome.out.count("changed: rollout.actors: 2 -> 3") == 1, outcome.out
+    where = f"goes on after iteration 3 of 4, from {folder}/checkpoints/step-000003"
+    assert outcome.out.count(where) == 1, outcome.out
 
 
 def test_overrides_that_an_evaluation_does_not_look_at(
@@ -242,6 +255,55 @@ def test_overrides_that_an_evaluation_does_not_look_at(
     for override in ("train.lr=1", "evaluate.best_of=4", "data.prompts=[x]", "sft={epochs: 3}"):
         says = ["no effect on an evaluation", override.split("=")[0]]
         refused(run("evaluate", str(tmp_path / "run"), override), 2, *says)
+
+
+@pytest.mark.parametrize(
+    ("component", "says"),
+    [
+        (
+            {"kind": "function", "target": "tests.reward_service.functions:speled"},
+            ["did you mean 'spelled'?", "functions.py"],
+        ),
+        ({"kind": "function", "target": "rewrds:f"}, ["no module named 'rewrds'"]),
+        (
+            {"kind": "http", "target": "http://127.0.0.1:1/x", "token_env": "NO_SUCH_TOKEN"},
+            ["NO_SUCH_TOKEN is not set"],
+        ),
+        ({"kind": "http", "target": "localhost/x"}, ["http(s)://host/path"]),
+    ],
+)
+def test_a_score_that_cannot_be_is_refused_before_anything_starts(
+    run: Run, recipe: Callable[..., str], component: dict[str, str], says: list[str]
+) -> None:
+    path = recipe(reward_service={"components": {"mine": component}})
+    for command in ("train", "preflight"):
+        begin = time.monotonic()
+        refused(run(command, "--config", path), 2, "reward_service.components.mine: ", *says)
+        assert time.monotonic() - begin < 5
+
+
+def test_a_refused_command_leaves_no_folder(
+    run: Run, recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(GOOD + b"{")
+    path = recipe(data={"demonstrations": [str(bad)]})
+    new = ["--config", path, f"output={tmp_path / 'new' / 'runs'}"]
+    refused(run("sft", *new), 3, "bad.jsonl:2")
+    assert not (tmp_path / "new").exists()
+    # A tokenizer was made before the policy was missed.
+    refused(run("train", *new, f"data.demonstrations=[{good_file(tmp_path)}]"), 4, "policy.safe")
+    assert not (tmp_path / "new").exists()
+    # What is there was not made by the command that is refused.
+    (tmp_path / "new" / "runs").mkdir(parents=True)
+    refused(run("sft", *new), 3, "bad.jsonl:2")
+    assert list((tmp_path / "new" / "runs").iterdir()) == []
+
+
+def good_file(folder: Path) -> Path:
+    path = folder / "good.jsonl"
+    path.write_bytes(b"".join(line(prompt=f"open {i}:", response="file") for i in range(9)))
+    return path
 
 
 def test_the_quickstart_makes_its_own_data(run: Run, recipe: Callable[..., str]) -> None:
@@ -270,7 +332,8 @@ def test_status_before_the_first_step(run: Run, recipe: Callable[..., str], tmp_
     (tmp_path / "run" / "config.yaml").write_bytes(Path(path).read_bytes())
     outcome = run("status", str(tmp_path / "run"))
     assert outcome.code == 0
-    assert "nothing yet" in outcome.out
+    assert "not running" in outcome.out
+    assert "nothing is logged yet" in outcome.out
 
 
 # ------------------------------------------------------------------ cluster, disk, interruption

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,11 @@ import ray
 from common.config.recipe import save_config
 from common.config.run import RunConfig
 from deploy.control.status import Status
+from deploy.run_folder.lock import writing
+from deploy.screen import Part
 from deploy.stages.controller_actor import RemoteController, start_controller
+from deploy.standing import lines_of, standing_of
+from deploy.workers.attach import own_address
 from deploy.workers.gang import LearnerGang
 from deploy.workers.placement import reward_pool, rollout_pool
 from tests.conftest import run_copy
@@ -80,15 +85,7 @@ def test_a_run_is_scaled_while_it_works(
     assert status.counts["workers/rollout"] == 3
     assert 0 < status.counts["scale_seconds/rollout"] < 120
 
-    shown = " ".join(run("status", folder).out.split())
-    for said in (
-        "running True",
-        "rollout-2 working",
-        "reward-1",
-        "scale_seconds/rollout",
-        "process",
-    ):
-        assert said in shown, shown
+    told(config, lambda shown: "rollout-2 working" in shown and "reward-1" in shown)
 
     down = run("scale", folder, "--actors", "1")
     assert down.out.splitlines() == ["rollout workers: 3 -> 1"]
@@ -113,11 +110,82 @@ def test_what_cannot_be_is_refused(
     refused(run("scale", str(at_work[0].run_dir), *options), code, says)
 
 
+def told(config: RunConfig, condition: Callable[[str], bool]) -> str:
+    """What `talipot status` says, once that holds; a run tells its status each second."""
+    deadline = time.monotonic() + 30
+    while True:
+        shown = " ".join(" ".join(map(text_of, lines_of(standing_of(config)))).split())
+        if condition(shown):
+            return shown
+        assert time.monotonic() < deadline, shown
+        time.sleep(0.1)
+
+
+def text_of(line: list[Part]) -> str:
+    return "".join(part if isinstance(part, str) else part[0] for part in line)
+
+
+def test_status_is_told_by_the_folder_alone(
+    run: Run,
+    at_work: tuple[RunConfig, RemoteController],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, controller = at_work
+    until(controller, lambda status: status.iteration >= 1)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # of a cluster that is gone
+    shown = told(config, lambda shown: "time left about" in shown)
+    for said in (
+        "state running",
+        "stage train",
+        "/10000",
+        f"cluster {own_address()}",
+        "`talipot train` on host",
+        "issued",
+        "policy score",
+        "rollout-",
+        " working, ",
+        "process",
+    ):
+        assert said in shown, shown
+    assert "--resume" not in shown
+    # Groups and names come in the catalogue's order.
+    assert shown.index(" score ") < shown.index(" kl ") < shown.index(" entropy ")
+    outcome = run("status", str(config.run_dir), "--json")
+    found = json.loads(outcome.out)
+    assert (found["state"], found["stage"], found["steps"]) == ("running", "train", 10_000)
+    assert found["step"] >= 1 and found["seconds_left"] > 0 and found["told_seconds_ago"] < 15
+    assert found["metrics"]["score"] == pytest.approx(found["metrics"]["score"])
+    assert {worker["state"] for worker in found["workers"]} <= {"starting", "working", "draining"}
+
+
+def test_a_run_is_found_by_its_folder_whatever_cluster_is_newest(
+    run: Run, at_work: tuple[RunConfig, RemoteController], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, controller = at_work
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    before = controller.status().rollout_workers
+    scaled = run("scale", str(config.run_dir), "--actors", str(before))
+    assert (scaled.code, scaled.error) == (0, "")
+    refused(run("train", "--resume", str(config.run_dir), "--stop-after", "3"), 2, "--stop-after")
+    # One of the same name in another folder, of another cluster.
+    other = run_copy(config, config.run_dir.parent / "other")
+    save_config(other, other.run_dir / "config.yaml")
+    refused(run("scale", str(other.run_dir), "--actors", "2"), 5, "is not running", "--resume")
+    with writing(other.run_dir, "train", own_address()):
+        refused(
+            run("scale", str(other.run_dir), "--actors", "2"), 5, "is not at work in this cluster"
+        )
+
+
 def test_a_run_that_does_not_run_is_one_line(
     run: Run, workspace: RunConfig, tmp_path: Path
 ) -> None:
     idle = run_copy(workspace, tmp_path)
     folder = idle.run_dir.rename(tmp_path / "idle")
     save_config(idle, folder / "config.yaml")
-    refused(run("scale", str(folder), "--actors", "2"), 5, "is not running here", "--resume")
+    refused(run("scale", str(folder), "--actors", "2"), 5, "is not running", "--resume")
+    with writing(folder, "sft"):
+        outcome = run("scale", str(folder), "--actors", "2")
+        refused(outcome, 5, "`talipot sft` on host", "no workers to scale yet")
+        assert "--resume" not in outcome.error, "nobody resumes a run that works"
     refused(run("scale", str(tmp_path), "--actors", "2"), 3, "not a run")

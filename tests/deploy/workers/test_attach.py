@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from concurrent import futures
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -26,15 +27,15 @@ from ray.core.generated import gcs_service_pb2_grpc as services
 from common.config.recipe import save_config
 from common.config.run import RunConfig
 from common.errors import ClusterError, StorageError, WorkerError
-from common.run_folder import RunFolder
 from deploy.cli import main
-from deploy.commands import logged
 from deploy.evaluation.report import write_report
+from deploy.run_folder.lock import writing
 from deploy.run_folder.log_lines import read_metrics
 from deploy.run_folder.metrics_log import RunLog
 from deploy.stages.controller_actor import RemoteController
+from deploy.standing import standing_of
 from deploy.workers import attach
-from deploy.workers.attach import cluster_at_work, start_cluster
+from deploy.workers.attach import Way, ask_cluster, start_cluster
 from tests.conftest import run_copy
 
 ROOT = Path(__file__).parents[3]
@@ -93,9 +94,8 @@ def refusal(address: str) -> str:
     begin = time.monotonic()
     with pytest.raises(ClusterError) as found:
         start_cluster(at(address))
-    with pytest.raises(ClusterError) as again:  # noqa: SIM117
-        with cluster_at_work(at(address)):
-            pass
+    with pytest.raises(ClusterError) as again:
+        ask_cluster(Way(address), lambda: None)
     assert time.monotonic() - begin < 2 * 10
     assert str(again.value) == str(found.value)
     assert len(str(found.value).splitlines()) == 1
@@ -171,24 +171,26 @@ def folder(workspace: RunConfig, tmp_path: Path) -> Path:
 
 
 def test_a_command_ends_at_a_port_that_never_speaks(folder: Path) -> None:
-    with silence() as address:
-        code, error, out, seconds = command("status", str(folder), "--address", address)
+    with silence() as address, writing(folder, "train", address):
+        code, error, _, seconds = command("scale", str(folder), "--actors=2")
     assert (code, len(error)) == (5, 1), error
     assert error[0].startswith(f"error cluster at {address} does not answer")
-    assert "unknown" in out  # and how far it came
-    assert "step      7" in out
     assert seconds < 30  # five of waiting; the rest is Python's imports on a busy machine
 
 
 @pytest.mark.parametrize(
-    "arguments", [["status"], ["scale", "--actors", "2"], ["replay"], ["evaluate"]]
+    "arguments", [["scale", "--actors", "2"], ["replay"], ["evaluate"], ["train"]]
 )
 def test_every_command_of_a_run_says_that_its_cluster_is_gone(
     folder: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (folder / "result.json").write_text('{"iterations": 0, "weights_hash": ""}', encoding="utf8")
-    with pytest.raises(SystemExit) as ended:
-        main([arguments[0], str(folder), *arguments[1:]])
+    """The one that the run is at work on, or that its recipe names."""
+    trained = 0 if arguments == ["replay"] else -1
+    facts = {"iterations": trained, "weights_hash": ""}
+    (folder / "result.json").write_text(json.dumps(facts), encoding="utf8")
+    command = ["train", "--resume"] if arguments == ["train"] else [arguments[0]]
+    with writing(folder, "train", "127.0.0.1:1"), pytest.raises(SystemExit) as ended:
+        main([*command, str(folder), *arguments[1:]])
     assert ended.value.code == 5
     error = capsys.readouterr().err
     assert error.startswith("error cluster at 127.0.0.1:1 does not answer (connection refused)")
@@ -208,22 +210,68 @@ def test_a_command_that_waits_for_an_answer_can_be_stopped(
         listening.listen()
         listening.settimeout(60)
         port = listening.getsockname()[1]
-        arguments = ["scale", str(folder), "--actors=2", f"--address=127.0.0.1:{port}"]
-        started = subprocess.Popen(
-            [sys.executable, "-c", program, *arguments],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        connection, _ = listening.accept()
-        time.sleep(0.3)
-        started.send_signal(sent)
-        _, error = started.communicate(timeout=20)
-        connection.close()
+        with writing(folder, "train", f"127.0.0.1:{port}"):
+            started = subprocess.Popen(
+                [sys.executable, "-c", program, "scale", str(folder), "--actors=2"],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )
+            connection, _ = listening.accept()
+            time.sleep(0.3)
+            started.send_signal(sent)
+            _, error = started.communicate(timeout=20)
+            connection.close()
     assert started.returncode == code, error
-    assert len(error.splitlines()) == 1, error
+    assert error in ("error terminated\n", "error interrupted\n")
+
+
+def test_a_cluster_that_dies_while_it_is_asked_holds_nobody(
+    cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attach, "_ASK_S", 0.3)
+    over = threading.Event()
+    begin = time.monotonic()
+    with pytest.raises(ClusterError, match=r"answers and then no more for 0 s: it is ending"):
+        ask_cluster(Way(attach.own_address()), lambda: over.wait(60))
+    assert time.monotonic() - begin < 5
+    assert attach.asks()
+    over.set()
+    with pytest.raises(ray.exceptions.GetTimeoutError):  # its own, which is no cluster's silence
+        ask_cluster(Way(attach.own_address()), late)
+
+
+def late() -> None:
+    raise ray.exceptions.GetTimeoutError("late")
+
+
+def test_no_other_cluster_is_asked_than_the_runs_own(cluster: None) -> None:
+    with gcs(HERE) as address, pytest.raises(ClusterError, match="no node on this machine"):
+        ask_cluster(Way(address), lambda: pytest.fail("asked"))
+
+
+@pytest.mark.parametrize(
+    ("holder", "given", "way"),
+    [
+        ("127.0.0.1:7", None, Way("127.0.0.1:7", ours=True)),
+        ("10.0.0.1:7", None, Way("10.0.0.1:7", ours=True)),
+        ("127.0.0.1:7", "ray://h:1", Way("ray://h:1")),
+        ("127.0.0.1:7", "auto", Way("auto", ours=True)),
+    ],
+)
+def test_the_way_to_a_run_is_the_address_in_its_folder(
+    tmp_path: Path, holder: str, given: str | None, way: Way
+) -> None:
+    with writing(tmp_path, "train", holder) as here:
+        assert attach.way_to(tmp_path, here, given) == way
+    elsewhere = replace(here, host="node-7")
+    if given is None and holder.startswith("127"):
+        with pytest.raises(ClusterError, match="host node-7, in a cluster that only this host"):
+            attach.way_to(tmp_path, elsewhere, given)
+    elif given is None:
+        assert attach.way_to(tmp_path, elsewhere, given) == Way(holder, ours=False)
 
 
 def test_a_controller_that_does_not_answer(cluster: None) -> None:
@@ -343,21 +391,22 @@ WHOLE = json.dumps({"stage": "sft", "step": 7, "time": 0.0, "metrics": {"loss": 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", {"logged": "nothing yet"}),
-        ('{"stage": "sft", "st', {"logged": "nothing yet", "torn": "the log's last line"}),
+        ("", {"notes": "nothing is logged yet"}),
+        ('{"stage": "sft", "st', {"notes": "nothing is logged yet', 'the log's last line"}),
         (f"{WHOLE}\n", {"step": 7}),
-        (f'{WHOLE}\n{{"stage": "s', {"step": 7, "torn": "the log's last line"}),
-        (f"{{}}\n{WHOLE}\n", {"step": 7, "damaged": ":1: not a line"}),
-        ("\0\0\0\0", {"logged": "nothing yet"}),
-        ('{"stage": 1, "step": "x", "metrics": []}\n', {"damaged": ":1: not a line"}),
-        ('{"stage": "a", "step": 1, "metrics": []}\n', {"damaged": ":1: not a line"}),
-        ("[]\n\n3\n", {"damaged": ":3: not a line"}),
+        (f'{WHOLE}\n{{"stage": "s', {"step": 7, "notes": "the log's last line"}),
+        (f"{{}}\n{WHOLE}\n", {"step": 7, "notes": ":1: not a line"}),
+        ("\0\0\0\0", {"notes": "nothing is logged yet"}),
+        ('{"stage": 1, "step": "x", "metrics": []}\n', {"notes": ":1: not a line"}),
+        ('{"stage": "a", "step": 1, "metrics": []}\n', {"notes": ":1: not a line"}),
+        ("[]\n\n3\n", {"notes": ":3: not a line"}),
     ],
 )
 def test_status_reads_what_is_left_of_a_log(
     tmp_path: Path, text: str, expected: dict[str, object]
 ) -> None:
     (tmp_path / "metrics.jsonl").write_text(text, encoding="utf8")
-    found = logged(RunFolder(tmp_path))
+    found = standing_of(RunConfig(output=str(tmp_path.parent), name=tmp_path.name))
     for name, value in expected.items():
-        assert str(value) in str(found[name])
+        held = getattr(found, name)
+        assert str(value) in ("', '".join(held) if name == "notes" else str(held))

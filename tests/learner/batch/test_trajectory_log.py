@@ -48,6 +48,19 @@ def written(run_dir: Path, adapter: str) -> Path:
     return path
 
 
+def test_a_log_names_its_iteration_in_every_row(tmp_path: Path) -> None:
+    path = RunFolder(tmp_path).trajectories(7)
+    path.parent.mkdir(parents=True)
+    write_log(path, to_table(trajectories(""), ScoredTrajectory), 7, RunConfig())
+    whole = pq.read_table(path)
+    assert whole.column_names[:2] == ["iteration", "rollout_id"]
+    assert whole["iteration"].to_pylist() == [7, 7, 7]
+    # One of an earlier version has no such column, and is read as the same.
+    assert read_log(tmp_path, 7)[0].column_names[0] == "rollout_id"
+    pq.write_table(whole.drop_columns(["iteration"]), path)
+    assert from_table(read_log(tmp_path, 7)[0], ScoredTrajectory) == trajectories("")
+
+
 def test_a_log_says_which_adapter_sampled(tmp_path: Path) -> None:
     written(tmp_path, "policy")
     table, _ = read_log(tmp_path, 0)

@@ -1,0 +1,134 @@
+"""What can be told of a reward's target before any worker starts: a typo, a token that is not set.
+
+A user's module is read and not imported: importing it may load a model, or take what is only there
+in a worker. What reading does not tell (an import that fails, a name that is made by a call), the
+first worker tells, and its refusal ends the run (`deploy.workers.hosted`).
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import sys
+import tokenize
+from collections.abc import Iterator, Mapping
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+from common.config.rewards import FunctionComponent, HttpComponent, RewardComponent
+from common.errors import ConfigError
+from reward_service.http_settings import require_url, token_of
+
+
+def require_targets(components: Mapping[str, RewardComponent], *, here: bool) -> None:
+    """Refuse components that no worker could start with.
+
+    Args:
+        components: of the score, by name.
+        here: workers will have this process's environment, as those of a local cluster have.
+
+    Raises:
+        ConfigError: of the first such component.
+    """
+    for name, component in components.items():
+        try:
+            if isinstance(component, HttpComponent):
+                require_url(component.target)
+                if here and component.token_env:
+                    token_of(component.token_env)
+            elif isinstance(component, FunctionComponent) and here:
+                require_function(component.target)
+        except ConfigError as error:
+            raise ConfigError(f"reward_service.components.{name}: {error}") from None
+
+
+def require_function(target: str, role: str = "reward function") -> None:
+    """Refuse ``package.module:function`` where it can be read that there is no such function.
+
+    Raises:
+        ConfigError: no such module or name, or the module is no Python.
+    """
+    module_name, colon, name = target.partition(":")
+    if not colon or not module_name or not name:
+        raise ConfigError(f"{role} '{target}': write it as package.module:function")
+    source = _source_of(module_name, f"{role} '{target}'")
+    if source is None:
+        return
+    try:
+        with tokenize.open(source) as file:
+            tree = ast.parse(file.read(), str(source))
+    except SyntaxError as error:
+        place = f"{source}:{error.lineno or 1}"
+        raise ConfigError(f"{role} '{target}': {place}: {error.msg}") from None
+    except OSError:
+        return  # a worker says why it cannot be read
+    names = set(_bound(tree.body))
+    if name not in names and not names & {"*", "__getattr__"} and not _makes_names(tree):
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise ConfigError(f"{role} '{target}': {module_name} ({source}) has no '{name}'{hint}")
+
+
+def _source_of(module_name: str, title: str) -> Path | None:
+    """Find a module's file without importing it or its package; None where it is no Python text.
+
+    Raises:
+        ConfigError: there is no such module.
+    """
+    path: list[str] | None = None
+    spec: ModuleSpec | None = None
+    parts = module_name.split(".")
+    for depth in range(1, len(parts) + 1):
+        name = ".".join(parts[:depth])
+        spec = _spec(name, path)
+        if spec is None:
+            raise ConfigError(
+                f"{title}: no module named '{name}' in the working folder or on Python's path"
+            )
+        path = list(spec.submodule_search_locations or [])
+    origin = Path((spec.origin if spec else None) or "")
+    return origin if origin.suffix == ".py" else None
+
+
+def _spec(name: str, path: list[str] | None) -> ModuleSpec | None:
+    importlib.invalidate_caches()
+    for finder in sys.meta_path:
+        spec = finder.find_spec(name, path)
+        if spec is not None:
+            return spec
+    return None
+
+
+def _bound(body: list[ast.stmt]) -> Iterator[str]:
+    """Yield every name that a module's statements bind, inside `if`, `try`, `with` and loops too.
+
+    ``*`` stands for whatever another module has.
+    """
+    for statement in body:
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield statement.name
+        elif isinstance(statement, ast.Import | ast.ImportFrom):
+            for alias in statement.names:
+                yield (alias.asname or alias.name).partition(".")[0]
+        else:
+            for node in ast.walk(statement):
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                    yield node.id
+            for inner in ast.iter_child_nodes(statement):
+                yield from _bound_in(inner)
+            for field in ("body", "orelse", "finalbody"):
+                yield from _bound(getattr(statement, field, []))
+
+
+def _bound_in(node: ast.AST) -> Iterator[str]:
+    """Yield what the handlers of a `try` and the cases of a `match` bind."""
+    if isinstance(node, ast.ExceptHandler | ast.match_case):
+        yield from _bound(node.body)
+
+
+def _makes_names(tree: ast.Module) -> bool:
+    """Whether a module may bind names that are nowhere written in it."""
+    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    made = {"globals", "exec", "setattr", "vars", "eval"}
+    return any(isinstance(called, ast.Name) and called.id in made for called in calls)
