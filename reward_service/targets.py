@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import ast
 import difflib
-import importlib.util
 import sys
 import tokenize
-from collections.abc import Iterator, Mapping
-from importlib.machinery import ModuleSpec
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from common.config.rewards import FunctionComponent, HttpComponent, RewardComponent
@@ -52,8 +50,11 @@ def require_function(target: str, role: str = "reward function") -> None:
     module_name, colon, name = target.partition(":")
     if not colon or not module_name or not name:
         raise ConfigError(f"{role} '{target}': write it as package.module:function")
-    source = _source_of(module_name, f"{role} '{target}'")
-    if source is None:
+    try:
+        source = source_of(module_name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{role} '{target}': {error}") from None
+    if source is None or source.suffix != ".py":
         return
     try:
         with tokenize.open(source) as file:
@@ -70,34 +71,25 @@ def require_function(target: str, role: str = "reward function") -> None:
         raise ConfigError(f"{role} '{target}': {module_name} ({source}) has no '{name}'{hint}")
 
 
-def _source_of(module_name: str, title: str) -> Path | None:
-    """Find a module's file without importing it or its package; None where it is no Python text.
+def source_of(module: str) -> Path | None:
+    """Find a module's file without importing it or its packages; None where it has none.
 
     Raises:
-        ConfigError: there is no such module.
+        ModuleNotFoundError: there is no such module.
     """
-    path: list[str] | None = None
-    spec: ModuleSpec | None = None
-    parts = module_name.split(".")
-    for depth in range(1, len(parts) + 1):
-        name = ".".join(parts[:depth])
-        spec = _spec(name, path)
+    places: Sequence[str] | None = None
+    origin: str | None = None
+    names = module.split(".")
+    for depth in range(len(names)):
+        name = ".".join(names[: depth + 1])
+        found = (finder.find_spec(name, places) for finder in sys.meta_path)
+        spec = next(filter(None, found), None)
         if spec is None:
-            raise ConfigError(
-                f"{title}: no module named '{name}' in the working folder or on Python's path"
+            raise ModuleNotFoundError(
+                f"no module named '{name}' in the working folder or on Python's path"
             )
-        path = list(spec.submodule_search_locations or [])
-    origin = Path((spec.origin if spec else None) or "")
-    return origin if origin.suffix == ".py" else None
-
-
-def _spec(name: str, path: list[str] | None) -> ModuleSpec | None:
-    importlib.invalidate_caches()
-    for finder in sys.meta_path:
-        spec = finder.find_spec(name, path)
-        if spec is not None:
-            return spec
-    return None
+        places, origin = spec.submodule_search_locations or [], spec.origin
+    return Path(origin) if origin and Path(origin).is_file() else None
 
 
 def _bound(body: list[ast.stmt]) -> Iterator[str]:

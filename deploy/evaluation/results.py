@@ -39,10 +39,6 @@ class PolicyFigures:
 class PolicyComparison:
     """The trained policy against the supervised one, on the same prompts."""
 
-    pairs_judged: int
-    """Prompts of which both responses have a score and the judge's opinion."""
-    pairs_asked: int
-    """All prompts."""
     win_rate: Interval
     """How often the trained policy's response is the better one, ties left out."""
     ties_share: float
@@ -50,6 +46,10 @@ class PolicyComparison:
     """Of the trained policy to the supervised one, nats per response."""
     sft: PolicyFigures
     policy: PolicyFigures
+    pairs_judged: int
+    """Prompts of which both responses have a score and the judge's opinion."""
+    pairs_asked: int
+    """All prompts."""
 
 
 def figures_of(record: DataclassInstance, side: str = "") -> dict[str, float]:

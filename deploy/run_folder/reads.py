@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.machinery import PathFinder
+from contextlib import suppress
 from pathlib import Path
 
 from common.config.rewards import FunctionComponent
@@ -12,6 +12,7 @@ from common.data.file_lists import files_at
 from common.models.weight_files import checkpoint_of
 from deploy.run_folder.fingerprints import files_in
 from deploy.run_folder.weights import files_of, policy_start, reward_start, reward_weights
+from reward_service.targets import source_of
 
 Reads = Mapping[str, Sequence[str | Path]]
 """Files by their names in ``run.json``: ``data.prompts``, ``sft/policy.safetensors``."""
@@ -62,19 +63,7 @@ def _functions(config: RunConfig) -> dict[str, Sequence[str | Path]]:
     files: dict[str, Sequence[str | Path]] = {}
     for component in config.reward_service.components.values():
         if isinstance(component, FunctionComponent):
-            file = _source(component.target.split(":")[0])
-            files |= {FUNCTION + component.target: [file]} if file else {}
+            with suppress(ModuleNotFoundError):
+                file = source_of(component.target.split(":")[0])
+                files |= {FUNCTION + component.target: [file]} if file else {}
     return files
-
-
-def _source(module: str) -> Path | None:
-    """Find a module's source. `importlib.util.find_spec` would run its packages."""
-    places: Sequence[str] | None = None
-    origin: str | None = None
-    names = module.split(".")
-    for depth in range(len(names)):
-        spec = PathFinder.find_spec(".".join(names[: depth + 1]), places)
-        if spec is None:
-            return None
-        places, origin = spec.submodule_search_locations, spec.origin
-    return Path(origin) if origin and Path(origin).is_file() else None

@@ -38,11 +38,10 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "my_rewards.py"
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["score", "inside", "other", "fallback", "Judge", "system", "sqrt", "json"]
-    + ["first", "second", "rest", "opened"],
-)
+BOUND = "score inside other fallback Judge system sqrt json first second rest opened"
+
+
+@pytest.mark.parametrize("name", BOUND.split())
 def test_what_a_module_binds_is_found(module: Path, name: str) -> None:
     require_function(f"my_rewards:{name}")
     assert "my_rewards" not in sys.modules

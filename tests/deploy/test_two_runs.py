@@ -1,0 +1,80 @@
+"""Two runs at once on one machine, each in a cluster of its own, and each found by its folder."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.config.recipe import save_config
+from common.config.run import RunConfig
+from deploy.standing import Standing, standing_of
+from tests.conftest import run_copy
+from tests.deploy.test_cli import start, until_logged
+from tests.deploy.workers.test_attach import command
+
+pytestmark = pytest.mark.chaos
+Started = tuple[RunConfig, subprocess.Popen[str]]
+
+
+@pytest.fixture
+def two(workspace: RunConfig, tmp_path: Path) -> Iterator[tuple[Started, Started]]:
+    """Two commands that train in local clusters of their own until they are stopped."""
+    started: list[Started] = []
+    for name in ("older", "newer"):
+        config = run_copy(
+            workspace,
+            tmp_path / name,
+            train={"iterations": 10_000, "checkpoint_every": 5, "ppg": None},
+            rollout={"actors": 1, "cpus_per_actor": 0.1},
+            reward_service={"cpus_per_replica": 0.1},
+            learner={"ranks": 1},
+            cluster={"dashboard": False},
+        )
+        recipe = tmp_path / f"{name}.yaml"
+        save_config(config, recipe)
+        started.append((config, start("train", str(recipe))))
+    for config, driver in started:
+        until_logged(driver, config.folder.metrics)
+    yield started[0], started[1]
+    for _, driver in started:
+        driver.kill()
+        driver.communicate(timeout=60)
+
+
+def until(config: RunConfig, state: str) -> Standing:
+    deadline = time.monotonic() + 30
+    while (found := standing_of(config)).state != state:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
+    return found
+
+
+def test_each_run_is_found_by_its_own_folder(two: tuple[Started, Started], tmp_path: Path) -> None:
+    (older, first), (newer, second) = two
+    found = [until(config, "running") for config in (older, newer)]
+    assert found[0].cluster != found[1].cluster
+    # Ray's "auto" is the newest cluster; the older run is scaled in its own, by its folder alone.
+    folder = str(older.run_dir)
+    for config in (older, newer):
+        code, error, out, _ = command("scale", str(config.run_dir), "--actors=2")
+        assert (code, error, out) == (0, [], "rollout workers: 1 -> 2\n")
+    wrong = command("scale", folder, "--actors=3", "--address", found[1].cluster)
+    assert wrong[0] == 5
+    assert "not at work in this cluster" in wrong[1][0]
+    # A second command attaches there, too, and stops the run for the first one.
+    attached = start("train", str(tmp_path / "older.yaml"))
+    assert attached.stdout is not None
+    assert any("attached to run:controller" in line for line in attached.stdout)
+    attached.send_signal(signal.SIGINT)
+    assert attached.wait(timeout=90) == 130
+    first.communicate(timeout=90)
+    assert until(older, "not running").notes[0].startswith("`talipot train --resume")
+    # The newer one does not notice; its cluster dies with its driver, and status says so at once.
+    assert until(newer, "running").notes == ()
+    second.kill()
+    assert until(newer, "not running").step > 0
