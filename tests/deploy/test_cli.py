@@ -277,9 +277,9 @@ def test_a_score_that_cannot_be_is_refused_before_anything_starts(
 ) -> None:
     path = recipe(reward_service={"components": {"mine": component}})
     for command in ("train", "preflight"):
-        begin = time.monotonic()
-        refused(run(command, "--config", path), 2, "reward_service.components.mine: ", *says)
-        assert time.monotonic() - begin < 5
+        outcome = run(command, "--config", path)
+        refused(outcome, 2, "reward_service.components.mine: ", *says)
+        assert outcome.out == "", "no cluster, no folder"
 
 
 def test_a_refused_command_leaves_no_folder(
@@ -287,7 +287,7 @@ def test_a_refused_command_leaves_no_folder(
 ) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(GOOD + b"{")
-    path = recipe(data={"demonstrations": [str(bad)]})
+    path = recipe(data={"demonstrations": [str(bad)]}, model={"vocab_size": 0})
     new = ["--config", path, f"output={tmp_path / 'new' / 'runs'}"]
     refused(run("sft", *new), 3, "bad.jsonl:2")
     assert not (tmp_path / "new").exists()
