@@ -346,12 +346,21 @@ def _run(arguments: Sequence[str] | None) -> None:
 # -------------------------------------------------------------------------- helpers
 
 
-def _stage(name: str, run: Stage, config: RunConfig, **options: Any) -> None:
-    """Run one stage in a session of its own, which these options open, and print its numbers."""
+def _stage(
+    name: str,
+    run: Stage,
+    config: RunConfig,
+    *,
+    writer: str = "",
+    attach: bool = False,
+    address: str | None = None,
+) -> None:
+    """Run one stage in a session of its own, opened by these options, and print its numbers."""
     from deploy.stages.preparation import prepare_tokenizer
     from deploy.stages.session import open_session
 
-    with open_session(config, console, **options) as session:
+    opened = open_session(config, console, writer=writer, attach=attach, address=address)
+    with opened as session:
         with session.stage("tokenizer", "tokenizer"):
             resolved = prepare_tokenizer(session, session.config)
         with session.stage(name, name):

@@ -194,9 +194,9 @@ def outcome_of(config: RunConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
         if values:
             first, last = (sum(part) / len(part) for part in (values[:few], values[-few:]))
             shown[metric] = f"{first:.4g} -> {last:.4g}"
-    if shown:
-        shown["from -> to"] = f"means of {few} iterations at the beginning and at the end"
     shown["iterations"] = f"{facts['iterations']} of {config.train.iterations}"
+    if shown:
+        shown["iterations"] += f"; a -> b: means of the first {few} and of the last {few}"
     if facts["finished"]:
         shown["policy"] = config.folder.policy.path
     else:

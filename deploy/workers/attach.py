@@ -208,6 +208,8 @@ def _named_way(address: str) -> Way:
 def _asked(way: Way, ask: Callable[[], Answer]) -> Answer:
     joined = ray.is_initialized()
     _join(way)
+    if joined and way.address not in ("auto", own_address()):
+        raise ClusterError(f"cluster at {way.address}: this program is in another, {own_address()}")
     try:
         return ask()
     finally:
@@ -219,8 +221,6 @@ def _join(way: Way) -> str:
     address = way.address
     if address != "auto" or not ray.is_initialized():
         _require_joinable(way)
-    if ray.is_initialized() and address not in ("auto", own_address()):
-        raise ClusterError(f"cluster at {address}: this program is in another, {own_address()}")
     try:
         return _init(address=address)
     except Exception as error:  # Ray's own refusal, of many types
