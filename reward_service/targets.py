@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import difflib
 import sys
-import tokenize
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -57,8 +56,7 @@ def require_function(target: str, role: str = "reward function") -> None:
     if source is None or source.suffix != ".py":
         return
     try:
-        with tokenize.open(source) as file:
-            tree = ast.parse(file.read(), str(source))
+        tree = ast.parse(source.read_bytes(), str(source))
     except SyntaxError as error:
         place = f"{source}:{error.lineno or 1}"
         raise ConfigError(f"{role} '{target}': {place}: {error.msg}") from None

@@ -291,8 +291,9 @@ def test_a_refused_command_leaves_no_folder(
     new = ["--config", path, f"output={tmp_path / 'new' / 'runs'}"]
     refused(run("sft", *new), 3, "bad.jsonl:2")
     assert not (tmp_path / "new").exists()
-    # A tokenizer was made before the policy was missed.
-    refused(run("train", *new, f"data.demonstrations=[{good_file(tmp_path)}]"), 4, "policy.safe")
+    # A tokenizer was made before a response was found to be too long.
+    long = [f"data.demonstrations=[{good_file(tmp_path)}]", "data.too_long=error"]
+    refused(run("sft", *new, *long), 3, "good.jsonl:10", "too_long")
     assert not (tmp_path / "new").exists()
     # What is there was not made by the command that is refused.
     (tmp_path / "new" / "runs").mkdir(parents=True)
@@ -302,7 +303,8 @@ def test_a_refused_command_leaves_no_folder(
 
 def good_file(folder: Path) -> Path:
     path = folder / "good.jsonl"
-    path.write_bytes(b"".join(line(prompt=f"open {i}:", response="file") for i in range(9)))
+    rows = [line(prompt=f"open {i}:", response="file") for i in range(9)]
+    path.write_bytes(b"".join([*rows, line(prompt="open:", response="read the list " * 30)]))
     return path
 
 
