@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.config.model import ModelConfig
 from common.config.run import RunConfig
-from common.errors import ConfigError
+from common.errors import CheckpointError, ConfigError
 from common.models.pretrained.checkpoint import Checkpoint
 from common.models.pretrained.config_files import CONFIG
 from common.models.weight_files import checkpoint_of
@@ -41,6 +41,22 @@ def reward_weights(config: RunConfig) -> Path:
     if (folder.path / CONFIG).exists():
         return folder.path
     return folder.weights if own is None or folder.weights.exists() else own
+
+
+def require_earlier_stages(stage: str, config: RunConfig) -> None:
+    """Refuse a stage that begins with weights which an earlier one has not left in the run yet.
+
+    Raises:
+        CheckpointError: names the weights and the command that writes them.
+    """
+    needed = {"sft": policy_start(config)} if stage != "sft" else {}
+    if stage == "train" and config.reward_service.needs_model:
+        needed["reward"] = reward_weights(config)
+    for earlier, path in needed.items():
+        if path.is_relative_to(config.run_dir) and not path.exists():
+            raise CheckpointError(
+                f"{path}: no such weights; `talipot {earlier}` with the same recipe writes them"
+            )
 
 
 def require_checkpoints(config: RunConfig) -> None:

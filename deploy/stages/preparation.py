@@ -15,7 +15,11 @@ from deploy.run_folder.inputs import RunInputs
 from deploy.run_folder.paths import anchored
 from deploy.run_folder.reads import reads_of
 from deploy.run_folder.tokenizer import run_tokenizer
-from deploy.run_folder.weights import require_checkpoints, require_embedded
+from deploy.run_folder.weights import (
+    require_checkpoints,
+    require_earlier_stages,
+    require_embedded,
+)
 from deploy.screen import say
 from deploy.stages.session import Session
 from deploy.workers.memory import require_room
@@ -76,7 +80,9 @@ def check_inputs(session: Session, config: RunConfig, stage: str) -> Callable[[]
         DataError: an input is missing, or has changed since results of this run were made from it.
         ConfigError: the stage would replace what policy training began from.
         ClusterError: its weights do not fit into this machine.
+        CheckpointError: an earlier stage has not left the weights that it begins with.
     """
+    require_earlier_stages(stage, config)
     require_room(config, stage)
     session.lock(stage)
     inputs = RunInputs(session.run_dir)

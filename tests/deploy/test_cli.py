@@ -295,6 +295,11 @@ def test_a_refused_command_leaves_no_folder(
     long = [f"data.demonstrations=[{good_file(tmp_path)}]", "data.too_long=error"]
     refused(run("sft", *new, *long), 3, "good.jsonl:10", "too_long")
     assert not (tmp_path / "new").exists()
+    # The stage before has not been run.
+    rows = f"data.demonstrations=[{good_file(tmp_path)}]"
+    for stage in ("train", "reward"):
+        refused(run(stage, *new, rows), 4, "policy.safetensors", "`talipot sft`")
+        assert not (tmp_path / "new").exists()
     # What is there was not made by the command that is refused.
     (tmp_path / "new" / "runs").mkdir(parents=True)
     refused(run("sft", *new), 3, "bad.jsonl:2")
