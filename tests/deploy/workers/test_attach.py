@@ -286,6 +286,28 @@ def test_a_controller_that_does_not_answer(cluster: None) -> None:
     ray.kill(silent)
 
 
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({}, "~/.ray/auth_token"),
+        ({"RAY_AUTH_TOKEN_PATH": "/secrets/token"}, "/secrets/token"),
+        ({"RAY_AUTH_TOKEN": "s3cret"}, "RAY_AUTH_TOKEN of this environment"),
+    ],
+)
+def test_how_to_sign_in_to_the_dashboard_is_said_without_the_token(
+    environment: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert attach.sign_in() == "", "nothing is asked"
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    hint = attach.sign_in()
+    assert "get-auth-token" in hint and says in hint
+    assert "s3cret" not in hint
+
+
 # ------------------------------------------------------------------ the local cluster
 
 
