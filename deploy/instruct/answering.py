@@ -1,18 +1,31 @@
-"""Answers of a model to the recipe's prompts, in this process: no worker holds other weights."""
+"""Answers of a model to the recipe's prompts, beside the workers, which hold other weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import ray
 
 from actors.generation.decoder_generator import build_engine
 from common.config.run import RunConfig
 from common.data.prompts import EncodedPrompt, evaluation_requests
-from common.data.tokenizer import Tokenizer
+from common.data.tokenizer import load_tokenizer
 from common.devices import compute_of, torch_dtype
 from common.models.build import build_decoder
 from common.models.weight_files import load_decoder
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def apart(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run a function in a process of its own, whose memory is free again when it has answered."""
+    task = ray.remote(num_cpus=0, max_calls=1)(function)
+    result: T = ray.get(task.remote(*args, **kwargs))
+    return result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +39,6 @@ class Answers:
 
 def answers(
     config: RunConfig,
-    tokenizer: Tokenizer,
     weights: Path,
     prompts: Sequence[EncodedPrompt],
     *,
@@ -37,7 +49,6 @@ def answers(
 
     Args:
         config: its rollouts say how tokens are sampled, and in which precision.
-        tokenizer: the model's.
         weights: of the model.
         prompts: in tokens.
         label: of the requests.
@@ -50,7 +61,7 @@ def answers(
     decoder = build_decoder(config.model)
     load_decoder(decoder, weights)
     decoder = decoder.eval().requires_grad_(False).to(torch_dtype(rollout.precision))
-    engine = build_engine(decoder, tokenizer, rollout)
+    engine = build_engine(decoder, load_tokenizer(config.folder.tokenizer), rollout)
     made: Answers = Answers(texts=[], lengths=[])
     requests = evaluation_requests(prompts, seed=config.seed, label=label)
     for at in range(0, len(requests), rollout.lease_size):  # as many at once as a worker has

@@ -16,7 +16,7 @@ from common.files import write_atomic
 from deploy.evaluation.intervals import Interval, bootstrap_mean, wilson_interval
 from deploy.evaluation.sampling import Sampled, sample_both
 from deploy.instruct import elsewhere, judge, reward
-from deploy.instruct.answering import answers
+from deploy.instruct.answering import answers, apart
 from deploy.instruct.instructions import KINDS
 from deploy.instruct.outcome import Evaluation, Side, Verdict
 from deploy.instruct.task import SPLITS, Ask, Split, Task, write_prompts
@@ -48,7 +48,7 @@ def evaluate(
         sampled: dict[Side, Answered] = {"after": _answered(new, len(asks))}
         if "taught" in weights:
             sampled["taught"] = _answered(old, len(asks))
-            came = answers(config, session.tokenizer(), weights["before"], prompts, label=LABEL)
+            came = apart(answers, config, weights["before"], prompts, label=LABEL)
             scores = reward.score([ask.text for ask in asks], came.texts)
             sampled["before"] = Answered(texts=came.texts, lengths=came.lengths, scores=scores)
         else:
@@ -59,14 +59,12 @@ def evaluate(
         topics, capitals = task.held_out["topics"], elsewhere.questions()
         asked = [*prompts[: len(topics)], *encoded(session, config, "capitals", capitals)]
         greedy = {
-            side: answers(
-                config, session.tokenizer(), path, asked, label="greedy", greedy=True
-            ).texts
+            side: apart(answers, config, path, asked, label="greedy", greedy=True).texts
             for side, path in weights.items()
         }
         texts = session.tokenizer().encode_batch(elsewhere.other_texts())
         pages = [ids[: elsewhere.TEXT_TOKENS] for ids in texts]
-        text_nll = {side: elsewhere.text_nll(path, pages) for side, path in weights.items()}
+        text_nll = {side: apart(elsewhere.text_nll, path, pages) for side, path in weights.items()}
     kept = {side: _kept(splits, of_side) for side, of_side in judged.items()}
     rise = zip(kept["before"]["topics"], kept["after"]["topics"], strict=True)
     return Evaluation(

@@ -24,7 +24,7 @@ from common.run_folder import DataFolder
 from deploy.evaluation.report import write_report
 from deploy.exchange.importing import import_model
 from deploy.instruct import judge
-from deploy.instruct.answering import answers
+from deploy.instruct.answering import answers, apart
 from deploy.instruct.demonstrations import write_demonstrations
 from deploy.instruct.evaluation import encoded, evaluate
 from deploy.instruct.memory import Resident
@@ -112,8 +112,7 @@ def _teach(session: Session, config: RunConfig, task: Task) -> None:
     with session.stage("answer", "made demonstrations of the model's own answers"):
         if not path.exists():
             prompts = encoded(session, config, "asked", [ask.text for ask in asks])
-            start, tokenizer = Path(config.model.start), session.tokenizer()
-            said = answers(config, tokenizer, start, prompts, label="answer")
+            said = apart(answers, config, Path(config.model.start), prompts, label="answer")
             count = write_demonstrations(path, asks, said.texts)
             say(session.console, f"  {count} of {len(asks)} answers")
     data = DataConfig(demonstrations=(str(path),), too_long="skip")

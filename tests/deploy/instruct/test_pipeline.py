@@ -101,7 +101,7 @@ def finished(
     session = Session(config, console)
     with pytest.MonkeyPatch.context() as patch:
         # A random model says nothing that could be rewritten.
-        patch.setattr(pipeline, "answers", lambda *_, **__: Answers(texts=[SAID] * 20, lengths=[]))
+        patch.setattr(pipeline, "apart", lambda *_, **__: Answers(texts=[SAID] * 20, lengths=[]))
         outcome = run_instruct(session)
     session.close()
     return config, outcome.figures()
