@@ -183,8 +183,12 @@ class RunFolder:
 
     @property
     def evaluation(self) -> Path:
-        """Results of `talipot evaluate`."""
+        """Results of the last `talipot evaluate`."""
         return self.path / "evaluation.json"
+
+    def evaluation_of(self, iteration: int) -> Path:
+        """Return the results of evaluating the policy of an iteration."""
+        return self.path / "evaluations" / f"iteration-{iteration:06d}.json"
 
     @property
     def summary(self) -> Path:

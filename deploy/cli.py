@@ -41,6 +41,13 @@ ConfigOption = Annotated[
 AddressOption = Annotated[str | None, typer.Option(help="Ray cluster to join.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value ...")]
 RunArgument = Annotated[Path, typer.Argument(help="A run's folder.")]
+CheckpointOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Which policy: a checkpoint's iteration, latest, best or final; left out, the final "
+        "one or else the latest."
+    ),
+]
 Stage = Callable[["Session", RunConfig], Mapping[str, Any]]
 """A stage of a run: trains something in a session, and returns numbers to print."""
 
@@ -142,43 +149,73 @@ def replay(run: RunArgument, address: AddressOption = None) -> None:
 
 
 @app.command()
-def evaluate(run: RunArgument, overrides: Overrides = None, address: AddressOption = None) -> None:
+def evaluate(
+    run: RunArgument,
+    overrides: Overrides = None,
+    address: AddressOption = None,
+    checkpoint: CheckpointOption = None,
+) -> None:
     """Compare a run's trained policy with its supervised one on held-out prompts."""
     from deploy.commands import evaluate_run
     from deploy.evaluation.results import figures_of
 
     require_evaluated(overrides or [])
     config = _of_run(run, overrides, address)
-    _print_numbers("evaluation", figures_of(evaluate_run(config, console)))
+    _print_numbers("evaluation", figures_of(evaluate_run(config, console, checkpoint)))
 
 
 @app.command()
 def sample(
     run: RunArgument,
-    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="Prompt text; repeatable.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="Prompt text; repeatable.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file of prompts, as for train.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write JSON lines to this file.")
+    ] = None,
+    checkpoint: CheckpointOption = None,
     sft: Annotated[bool, typer.Option("--sft", help="Sample the supervised policy.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    number: Annotated[int, typer.Option(min=1, help="Responses to each prompt.")] = 1,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sampling temperature; left out, the recipe's.")
+    ] = None,
 ) -> None:
     """Sample a run's policy in this process; no cluster needed."""
-    from deploy.sampler import Sampler
+    from common.data.records import read_prompts
+    from deploy.sampler import Sampler, prompts_of, write_answers
 
-    sampler = Sampler(_of_run(run, None, None), sft=sft)
-    for text, answer in zip(prompt, sampler.responses(prompt, seed), strict=True):
-        show(console, text, "dim")
-        show(console, answer)
+    if bool(prompt) == (prompts is not None):
+        raise ConfigError("give --prompt TEXT, as often as you like, or --prompts FILE")
+    overrides = [] if temperature is None else [f"rollout.temperature={temperature}"]
+    asked = list(read_prompts([str(prompts)])) if prompts else prompts_of(prompt or [])
+    sampler = Sampler(_of_run(run, overrides, None), sft=sft, checkpoint=checkpoint)
+    _note(sampler.note)
+    answers = sampler.answers(asked, seed, number)
+    if output is not None:
+        say(console, f"{output}: {write_answers(answers, output)} responses")
+        return
+    for answer in answers:
+        if answer.sample == 0:
+            show(console, answer.prompt.text, "dim")
+        show(console, answer.response)
 
 
 @app.command()
 def chat(
     run: RunArgument,
     system: Annotated[str, typer.Option(help="Begin with these instructions.")] = "",
+    checkpoint: CheckpointOption = None,
     sft: Annotated[bool, typer.Option("--sft", help="Talk to the supervised policy.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the answers.")] = 0,
 ) -> None:
     """Talk to a run's policy, a line each; an empty line or Ctrl-D ends."""
     from deploy.sampler import Conversation, Sampler
 
-    conversation = Conversation(Sampler(_of_run(run, None, None), sft=sft), system, seed)
+    sampler = Sampler(_of_run(run, None, None), sft=sft, checkpoint=checkpoint)
+    _note(sampler.note)
+    conversation = Conversation(sampler, system, seed)
     say(console, ("an empty line or Ctrl-D ends", "dim"))
     for line in sys.stdin:
         if not line.strip():
@@ -277,9 +314,7 @@ def import_model(
 def export(
     run: RunArgument,
     target: Annotated[Path, typer.Argument(help="The folder to make.")],
-    checkpoint: Annotated[
-        str, typer.Option(help="Iteration of a checkpoint, latest, or final.")
-    ] = "final",
+    checkpoint: CheckpointOption = None,
     to: Annotated[
         str, typer.Option(help="folder: as policy/; merged: all weights alone; adapter: PEFT's.")
     ] = "folder",
@@ -381,6 +416,12 @@ def _of_run(run: Path, overrides: list[str] | None, address: str | None) -> RunC
     from deploy.run_folder.folder import config_of
 
     return config_of(run, overrides or [], _place(address))
+
+
+def _note(text: str) -> None:
+    """Tell the user something beside the output, which stays what was asked for."""
+    if text:
+        say(errors, (text, "yellow"))
 
 
 def _place(address: str | None) -> dict[str, str]:

@@ -17,8 +17,10 @@ from common.files import write_atomic
 from deploy.evaluation.compare import Judge, compare
 from deploy.evaluation.results import PolicyComparison, figures_of
 from deploy.evaluation.sampling import sample_both
+from deploy.exchange.policies import policy_of
 from deploy.run_folder.lock import Holder, at_work
-from deploy.run_folder.weights import final_policy, policy_start
+from deploy.run_folder.weights import policy_start
+from deploy.screen import say
 from deploy.stages.controller_actor import RemoteController
 from deploy.stages.policy import start_pools
 from deploy.stages.preparation import say_fitting
@@ -29,13 +31,24 @@ from deploy.workers.scaling import Scaled
 from reward_service.scorers import FunctionScorer
 
 
-def evaluate_run(config: RunConfig, console: Console) -> PolicyComparison:
-    """Compare trained and supervised policy on the evaluation prompts; writes evaluation.json."""
+def evaluate_run(
+    config: RunConfig, console: Console, checkpoint: str | None = None
+) -> PolicyComparison:
+    """Compare a trained policy with the supervised one on the evaluation prompts.
+
+    Writes ``evaluation.json``, and the same as that policy's own file.
+    """
     if not config.data.evaluation:
         raise ConfigError("data.evaluation is empty; evaluate needs held-out prompts")
     judge = _judge(config.evaluate.judge) if config.evaluate.judge else None
     held_out = read_demonstrations(config.data.evaluation, columns=config.data.columns)
-    with open_session(config, console) as session:
+    # Before anything starts: a word that names no policy is told at once.
+    with (
+        policy_of(config, checkpoint) as (chosen, weights),
+        open_session(config, console) as session,
+    ):
+        if chosen.note:
+            say(console, (chosen.note, "yellow"))
         prompts, fitting = encode_prompts(
             [record.asked() for record in held_out],
             session.tokenizer(),
@@ -45,11 +58,12 @@ def evaluate_run(config: RunConfig, console: Console) -> PolicyComparison:
         )
         say_fitting(console, fitting)
         pools = start_pools(session, config)
-        policies = policy_start(config), final_policy(config)
+        policies = policy_start(config), weights
         before, after = sample_both(config, *policies, prompts, *pools, label="eval")
     comparison = compare([p.text for p in prompts], before, after, judge)
-    figures = json.dumps(figures_of(comparison), indent=1).encode()
-    write_atomic(config.folder.evaluation, [figures])
+    figures = figures_of(comparison) | {"iteration": chosen.iteration}
+    for path in (config.folder.evaluation_of(chosen.iteration), config.folder.evaluation):
+        write_atomic(path, [json.dumps(figures, indent=1).encode()])
     return comparison
 
 

@@ -1,8 +1,12 @@
-"""A run's policy in this process: single samples, and a conversation in the terminal."""
+"""A run's policy in this process: samples of prompts, and a conversation in the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from actors.generation.decoder_generator import build_engine
 from common.config.run import RunConfig
@@ -12,36 +16,98 @@ from common.data.records import Prompt
 from common.data.tokenizer import load_tokenizer
 from common.devices import compute_of, torch_dtype
 from common.errors import ConfigError, DataError
-from common.files import is_utf8
+from common.files import is_utf8, write_atomic
 from common.models.build import build_policy
 from common.models.weight_files import load_weights
-from deploy.run_folder.weights import final_policy, policy_start
+from common.wire.trajectory import FinishReason
+from deploy.exchange.policies import policy_of
+from deploy.run_folder.weights import policy_start
+
+_AT_ONCE = 256
+"""Prompts of a file that are sampled before their answers are written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One response to a prompt."""
+
+    prompt: EncodedPrompt
+    sample: int
+    """Which of the prompt's responses it is, from 0."""
+    response: str
+    tokens: int
+    finish_reason: FinishReason
+
+    def row(self) -> dict[str, Any]:
+        """Return it as a line of JSON lines; of a conversation with its messages."""
+        asked: dict[str, Any] = {"prompt": self.prompt.text}
+        if self.prompt.conversation is not None:
+            asked["messages"] = json.loads(self.prompt.conversation)["messages"]
+        return {
+            "uid": self.prompt.uid,
+            **asked,
+            "sample": self.sample,
+            "response": self.response,
+            "tokens": self.tokens,
+            "finish_reason": self.finish_reason,
+        }
 
 
 class Sampler:
     """Samples a run's policy by `rollout.threads` threads."""
 
-    def __init__(self, config: RunConfig, *, sft: bool) -> None:
-        """Load the trained policy, or what its training began with."""
+    def __init__(self, config: RunConfig, *, sft: bool, checkpoint: str | None = None) -> None:
+        """Load a policy of the run, or what its training began with.
+
+        Args:
+            config: the run's.
+            sft: take what training began with.
+            checkpoint: which policy else, by its word (`deploy.exchange.policies`).
+
+        Raises:
+            ConfigError: the word is none, or both are asked for.
+            CheckpointError: no such checkpoint.
+            DataError: no such policy.
+        """
+        if sft and checkpoint is not None:
+            raise ConfigError(
+                "--sft is the policy that training began with: leave --checkpoint out, or --sft"
+            )
         rollout = config.rollout
         compute_of(cpus=rollout.cpus_per_actor, threads=rollout.threads).apply()
         self._config, self._tokenizer = config, load_tokenizer(config.folder.tokenizer)
         network = build_policy(config.model)
-        load_weights(network, policy_start(config) if sft else final_policy(config))
+        self.note = ""
+        """Which policy it is, in one line; empty where the user said so."""
+        if sft:
+            load_weights(network, policy_start(config))
+        else:
+            with policy_of(config, checkpoint) as (chosen, weights):
+                load_weights(network, weights)
+            self.note = chosen.note
         network.eval().requires_grad_(False).to(torch_dtype(rollout.precision))
         self._engine = build_engine(network.decoder, self._tokenizer, rollout)
 
     def responses(self, texts: Sequence[str], seed: int) -> list[str]:
         """Sample one response to each text."""
-        for index, text in enumerate(texts):
-            _require_text(text, f"prompt {index + 1}")
-        prompts, _ = encode_prompts(
-            [Prompt(uid=str(i), prompt=text) for i, text in enumerate(texts)],
+        return [answer.response for answer in self.answers(prompts_of(texts), seed)]
+
+    def answers(self, prompts: Sequence[Prompt], seed: int, number: int = 1) -> Iterator[Answer]:
+        """Sample `number` responses to each prompt, in their order, some prompts at a time.
+
+        A response depends on the seed, the prompt's uid and its own number, not on its neighbours.
+
+        Raises:
+            DataError: a prompt does not fit into the context, or its template refuses it.
+        """
+        encoded, _ = encode_prompts(
+            prompts,
             self._tokenizer,
             max_tokens=self._config.max_prompt_tokens,
             too_long="error",
         )
-        return self._sample(prompts, seed)
+        for first in range(0, len(encoded), _AT_ONCE):
+            yield from self._sample(encoded[first : first + _AT_ONCE], seed, number)
 
     def reply(self, messages: Sequence[Message], seed: int) -> str:
         """Sample the assistant's turn that follows a conversation.
@@ -59,11 +125,22 @@ class Sampler:
             raise DataError(
                 f"the conversation has {len(whole.ids)} tokens, and {room} fit; begin a new one"
             )
-        return self._sample([EncodedPrompt(uid="chat", text=whole.text, ids=whole.ids)], seed)[0]
+        prompt = EncodedPrompt(uid="chat", text=whole.text, ids=whole.ids)
+        [answer] = self._sample([prompt], seed, 1)
+        return answer.response
 
-    def _sample(self, prompts: Sequence[EncodedPrompt], seed: int) -> list[str]:
-        requests = evaluation_requests(prompts, seed=seed, label="sample")
-        return [self._engine.text(found).strip() for found in self._engine.generate(requests)]
+    def _sample(self, prompts: Sequence[EncodedPrompt], seed: int, number: int) -> list[Answer]:
+        requests = evaluation_requests(prompts, seed=seed, label="sample", samples=number)
+        return [
+            Answer(
+                prompt=prompts[index // number],
+                sample=index % number,
+                response=self._engine.text(found).strip(),
+                tokens=len(found.response_ids),
+                finish_reason=found.finish_reason,
+            )
+            for index, found in enumerate(self._engine.generate(requests))
+        ]
 
 
 class Conversation:
@@ -83,6 +160,34 @@ class Conversation:
         answer = self._sampler.reply(asked, self._seed)
         self._messages, self._seed = [*asked, _turn(answer)], self._seed + 1
         return answer
+
+
+def prompts_of(texts: Sequence[str]) -> list[Prompt]:
+    """Return texts as prompts that are known by their place.
+
+    Raises:
+        DataError: one is empty, or no UTF-8.
+    """
+    for index, text in enumerate(texts):
+        _require_text(text, f"prompt {index + 1}")
+    return [Prompt(uid=str(index), prompt=text) for index, text in enumerate(texts)]
+
+
+def write_answers(answers: Iterator[Answer], path: Path) -> int:
+    """Write answers as JSON lines, whole or not at all; returns how many there were.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    written = 0
+
+    def lines() -> Iterator[bytes]:
+        nonlocal written
+        for written, answer in enumerate(answers, 1):  # noqa: B007 counts
+            yield (json.dumps(answer.row(), ensure_ascii=False) + "\n").encode()
+
+    write_atomic(path, lines())
+    return written
 
 
 def _turn(answer: str) -> Message:

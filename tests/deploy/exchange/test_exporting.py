@@ -91,8 +91,8 @@ def test_what_cannot_be_exported_is_refused_in_a_line(
         ("there", "1", "folder", None, ConfigError, "exists already"),
         ("out", "1", "zip", None, ConfigError, "--to zip: should be folder, merged, adapter"),
         ("out", "1", "adapter", None, ConfigError, r"trained without adapters \(train.lora\)"),
-        ("out", "first", "folder", None, ConfigError, "should be a number, latest or final"),
-        ("out", "7", "folder", None, CheckpointError, "no such checkpoint; there are step-000001"),
+        ("out", "first", "folder", None, ConfigError, "should be a number, latest, best or final"),
+        ("out", "7", "folder", None, CheckpointError, "no such checkpoint; there are 1"),
         ("out", "1", "folder", "bf16", ConfigError, "weights of a PaLM are exported in fp32"),
     ):
         with pytest.raises(error, match=words):
