@@ -112,6 +112,26 @@ class Logged(StrEnum):
         "reward",
         when=_SUPERVISED_END,
     )
+    HELDOUT_LOSS_BEFORE = _gauge(
+        "heldout_loss_before",
+        "nats",
+        "the same before the first step",
+        "sft",
+        "reward",
+        look_for="well above `heldout_loss`, or the stage has learnt little",
+        when=_SUPERVISED_END,
+    )
+    TOKENS = _gauge(
+        "tokens",
+        "tokens",
+        "tokens of the data that was trained on, all passes together",
+        "sft",
+        "reward",
+        when=_SUPERVISED_END,
+    )
+    EPOCHS = _gauge(
+        "epochs", "passes", "passes over the data", "sft", "reward", when=_SUPERVISED_END
+    )
     ACCURACY = _gauge("accuracy", "share", "comparisons whose chosen side scores higher", "reward")
     ACCURACY_HELDOUT = _gauge(
         "accuracy_heldout",

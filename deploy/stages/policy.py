@@ -34,6 +34,7 @@ from deploy.stages.driver import follow
 from deploy.stages.encoding import read_encoded_prompts
 from deploy.stages.preparation import check_inputs, require_paths, say_fitting
 from deploy.stages.session import Session
+from deploy.stages.sizing import say_trained
 from deploy.workers.gang import LearnerGang
 from deploy.workers.placement import reward_pool, rollout_pool
 from deploy.workers.pool import Pool
@@ -115,7 +116,7 @@ def run_train(
     """
     require_paths(config.data.prompts, "data.prompts", "train")
     config = anchored(config)
-    controller = living_controller(config)
+    controller, known = living_controller(config), 0
     if controller is None and session.attached:
         raise ClusterError(
             f"{config.run_dir} is at work, and not in this cluster: leave --address out, or give "
@@ -135,10 +136,16 @@ def run_train(
         say_fitting(session.console, fitting)
         record()
         session.unlock()  # from here on the controller writes
+        known = len(prompts)
         controller = _start(session, config, prompts, pools, stop_after)
     done = 0 if resumption is None else resumption.iteration
     with session.progress("policy", config.train.iterations, done) as bar:
-        return follow(controller, config, lambda status: _show(bar.update, status))
+        facts = follow(controller, config, lambda status: _show(bar.update, status))
+    if known:  # who attached to a run has not read its prompts
+        lines = read_lines(session.folder.metrics).lines
+        logged = {line.step: line.metrics for line in lines if line.stage == "train"}
+        say_trained(session.console, logged, known, config.train.prompts_per_iteration)
+    return facts
 
 
 def _start(

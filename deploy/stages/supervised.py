@@ -21,6 +21,7 @@ from deploy.stages.encoding import (
 )
 from deploy.stages.preparation import check_inputs, log_metrics, require_paths, say_fitting
 from deploy.stages.session import Session
+from deploy.stages.sizing import say_moved
 from learner.supervised.examples import EncodedComparison, EncodedPair
 
 _SFT_HELD_OUT = 0.02
@@ -43,11 +44,15 @@ def run_sft(session: Session, config: RunConfig) -> dict[str, float]:
     record()
     gang = session.gang()
     total = gang.begin_sft(config, train, held_out)
+    before = gang.evaluate()
     metrics = _advance(session, "sft", "supervised policy", total)
     metrics |= gang.evaluate()
     gang.export_stage(session.folder.sft.path)
+    tokens = sum(len(pair.prompt) + len(pair.response) for pair in train)
+    metrics |= _size(before, config.sft.epochs, tokens)
     log_metrics(session, "sft", total, metrics)
     add_card(session.folder.sft.path, config, "sft")
+    say_moved(session.console, "sft", total, metrics)
     return metrics
 
 
@@ -81,16 +86,29 @@ def run_reward(session: Session, config: RunConfig) -> dict[str, float]:
     reference = reference_pairs(seen, tokenizer)
     record()
     gang = session.gang()
+    epochs = config.reward_model.epochs
     best: dict[str, float] = {Logged.ACCURACY_HELDOUT: -math.inf}
+    tokens = sum(2 * len(c.prompt) + len(c.chosen) + len(c.rejected) for c in train)
     for seed in range(config.reward_model.seeds):
         total = gang.begin_reward(config, train, held_out, reward_start(config), seed)
+        before = gang.evaluate()
         metrics = _advance(session, "reward", f"reward model {seed + 1}", total)
         metrics |= gang.evaluate()
         if metrics[Logged.ACCURACY_HELDOUT] > best[Logged.ACCURACY_HELDOUT]:
-            best = metrics | gang.shift(reference)
+            best = metrics | gang.shift(reference) | _size(before, epochs, tokens)
             gang.export_stage(session.folder.reward_model.path)
     log_metrics(session, "reward", total, best)
+    say_moved(session.console, "reward", total, best)
     return best
+
+
+def _size(before: dict[str, float], epochs: float, tokens: int) -> dict[str, float]:
+    """Return how much a stage was trained on, and its held-out loss before the first step."""
+    return {
+        Logged.HELDOUT_LOSS_BEFORE: before[Logged.HELDOUT_LOSS],
+        Logged.EPOCHS: epochs,
+        Logged.TOKENS: round(epochs * tokens),
+    }
 
 
 def _advance(session: Session, stage: str, title: str, total: int) -> dict[str, float]:
