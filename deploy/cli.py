@@ -271,7 +271,7 @@ def report(run: RunArgument) -> None:
     from deploy.tasks import task_of
 
     config = _of_run(run, None, None)
-    say(console, f"report: {write_report(config.run_dir, summary=task_of(config).report)}")
+    say(console, f"report: {write_report(config.run_dir, task_of(config).report, config)}")
 
 
 @app.command()

@@ -8,15 +8,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import matplotlib
+import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 _TEXT = "#010203"
 """Stands for the page's own text colour; no chart uses it for data."""
-_LINE = "#1f7a63"
-_MARK = "#c05621"
+_LINES = ("#010211", "#010212", "#010213", "#010214", "#010215", "#010216")
+"""Stand for the page's colours of lines, ``--line-1`` and so on."""
+_MARK = "#010221"
+MOST_LINES = len(_LINES)
+"""Lines that one chart can tell apart."""
+_FEW = 40
+"""Values up to which each is a dot."""
+_NOISY = 20
+"""Values from which a running mean is drawn."""
+_DENSE = 400
+"""Values from which the line is a band between the least and the largest of its neighbours."""
+_BINS = 160
+_TICKS = 300
+"""Places on an axis that ticks can be told apart at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,40 +41,106 @@ class Series:
     steps: Sequence[float]
     values: Sequence[float]
     marks: Sequence[float] = ()
-    """Steps to mark: where an auxiliary phase ran."""
+    """Steps to mark on the axis: where an auxiliary phase ran."""
+
+    @property
+    def finite(self) -> list[tuple[float, float]]:
+        """The points that can be drawn."""
+        return [(x, y) for x, y in zip(self.steps, self.values, strict=True) if math.isfinite(y)]
+
+    @property
+    def says_something(self) -> bool:
+        """Whether there are two values that differ."""
+        return len({y for _, y in self.finite}) > 1
 
 
 def line_chart(series: Series) -> Markup:
-    """Draw the series as an SVG element; values that are not finite are left out."""
-    points = [(x, y) for x, y in zip(series.steps, series.values, strict=True) if math.isfinite(y)]
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": series.title}):
+    """Draw one series; values that are not finite are left out."""
+    return lines_chart(series.title, [series])
+
+
+def lines_chart(title: str, lines: Sequence[Series]) -> Markup:
+    """Draw some series of one metric as an SVG element, in the colours of the page.
+
+    Of many values the line is their running mean, with themselves, or the band that they lie in,
+    faint behind it.
+    """
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         figure = Figure(figsize=(3.7, 2.1), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
-        for step in series.marks:
-            axes.axvline(step, color=_MARK, linewidth=0.8, linestyle=(0, (2, 2)), alpha=0.8)
-        axes.plot(
-            [x for x, _ in points],
-            [y for _, y in points],
-            color=_LINE,
-            linewidth=1.6,
-            marker="o" if len(points) < 40 else "",
-            markersize=2.4,
-        )
+        for series, colour in zip(lines, _LINES, strict=False):
+            _draw(axes, series, colour)
+        _tick(axes, [step for series in lines for step in series.marks])
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.tick_params(labelsize=8, length=0, colors=_TEXT)
+        axes.tick_params(labelsize=8, length=0, pad=5, colors=_TEXT)
+        axes.yaxis.offsetText.set(color=_TEXT, size=8)
         axes.grid(axis="y", color=_TEXT, alpha=0.15, linewidth=0.6)
         axes.set_axisbelow(True)
         for side in axes.spines.values():
             side.set_visible(False)
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
-    return _inline(drawn.getvalue(), series.title)
+    return _inline(drawn.getvalue(), title)
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Return the mean of each value and its neighbours, a fifteenth of all around it.
+
+    At the ends there are fewer neighbours, as many on either side.
+    """
+    half, count = max(1, len(values) // 30), len(values)
+    sums = np.concatenate(([0.0], np.cumsum(np.asarray(values, dtype=np.float64))))
+    means = []
+    for index in range(count):
+        reach = min(half, index, count - 1 - index)
+        first, last = index - reach, index + reach + 1
+        means.append(float((sums[last] - sums[first]) / (last - first)))
+    return means
+
+
+def _draw(axes: Axes, series: Series, colour: str) -> None:
+    points = series.finite
+    steps, values = [x for x, _ in points], [y for _, y in points]
+    if len(values) < _NOISY:
+        dots = "o" if len(values) < _FEW else ""
+        axes.plot(steps, values, color=colour, linewidth=1.6, marker=dots, markersize=2.4)
+        return
+    means = running_mean(values)
+    if len(values) < _DENSE:
+        axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
+        axes.plot(steps, means, color=colour, linewidth=1.7)
+        return
+    bins = [part for part in np.array_split(np.arange(len(values)), _BINS) if len(part)]
+    at = [steps[part[len(part) // 2]] for part in bins]
+    low, high = ([end(values[i] for i in part) for part in bins] for end in (min, max))
+    axes.fill_between(at, low, high, color=colour, alpha=0.22, linewidth=0)
+    axes.plot(at, [means[part[len(part) // 2]] for part in bins], color=colour, linewidth=1.6)
+
+
+def _tick(axes: Axes, marks: Sequence[float]) -> None:
+    """Draw a tick on the axis at each mark, as one path; of ticks at one place one is drawn."""
+    if not marks:
+        return
+    width = max(marks) - min(marks) or 1.0
+    places = sorted({round((mark - min(marks)) / width * _TICKS): mark for mark in marks}.values())
+    axes.plot(
+        np.repeat(places, 3),
+        [0.0, 0.05, math.nan] * len(places),
+        transform=axes.get_xaxis_transform(),
+        color=_MARK,
+        linewidth=1.2 if len(places) < 60 else 0.6,
+        solid_capstyle="butt",
+        zorder=5,
+    )
 
 
 def _inline(document: str, title: str) -> Markup:
-    """Cut out the svg element, named for screen readers, with the page's own text colour."""
+    """Cut out the svg element, named for screen readers, with the page's own colours."""
     svg = document[document.index("<svg") :].replace(_TEXT, "currentColor")
+    svg = svg.replace(_MARK, "var(--mark)")
+    for number, colour in enumerate(_LINES, 1):
+        svg = svg.replace(colour, f"var(--line-{number})")
     name = Markup.escape(title)
     return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{name}"', 1))

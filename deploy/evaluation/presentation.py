@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from deploy.evaluation.intervals import Interval
 from deploy.evaluation.results import figure
+
+Tone = Literal["", "good", "bad"]
+"""How an outcome is coloured: only where its interval leaves no doubt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +21,8 @@ class Measure:
     title: str
     form: str
     """As ``str.format`` takes it."""
+    better: Literal["", "higher", "lower"] = ""
+    """Which value is the better one, where that can be said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,7 @@ class Cell:
 
     value: str = ""
     interval: str = ""
+    tone: Tone = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +61,7 @@ class Presentation:
 
     def table(self, figures: Mapping[str, Any]) -> Table:
         """Arrange figures; sides and measures of which there are none are left out."""
-        rows = [(m.title, [_cell(figures, m, side) for side in self.sides]) for m in self.rows]
+        rows = [(m.title, _cells(figures, m, list(self.sides))) for m in self.rows]
         rows = [(title, cells) for title, cells in rows if any(cell.value for cell in cells)]
         kept = [i for i in range(len(self.sides)) if any(cells[i].value for _, cells in rows)]
         columns = list(self.sides.values())
@@ -64,10 +70,39 @@ class Presentation:
             [(title, [cells[i] for i in kept]) for title, cells in rows],
         )
 
+    def naming(self, reference: str) -> Presentation:
+        """Call what the trained policy is compared with by its name."""
+        sides = {side: reference if side == "sft" else title for side, title in self.sides.items()}
+        return replace(self, sides=sides)
+
+    def without(self, name: str) -> Presentation:
+        """Leave one measure of the sides out."""
+        return replace(self, rows=tuple(m for m in self.rows if m.name != name))
+
     def tiles_of(self, figures: Mapping[str, Any]) -> list[tuple[str, str]]:
         """Write out (value, title) of each figure of the whole run."""
         known = [m for m in self.tiles if m.name in figures]
         return [(m.form.format(figures[m.name]), m.title) for m in known]
+
+
+def tone_of(low: float, high: float, of: float, better: str) -> Tone:
+    """Return how an interval compares with a value: not at all where it holds that."""
+    if not better or low <= of <= high:
+        return ""
+    return "good" if (low > of) == (better == "higher") else "bad"
+
+
+def _cells(figures: Mapping[str, Any], measure: Measure, sides: Sequence[str]) -> list[Cell]:
+    """Write one measure out; the last side is coloured where its interval leaves the other's."""
+    cells = [_cell(figures, measure, side) for side in sides]
+    values = [figure(figures, measure.name, side) for side in sides[-2:]]
+    if len(values) == 2 and all(isinstance(value, Interval) for value in values):
+        old, new = (value for value in values if isinstance(value, Interval))
+        # Two intervals that meet are no difference: neither end of the old lies in the new.
+        near = old.high if new.low > old.high else old.low
+        if new.low > old.high or new.high < old.low:
+            cells[-1] = replace(cells[-1], tone=tone_of(new.low, new.high, near, measure.better))
+    return cells
 
 
 def _cell(figures: Mapping[str, Any], measure: Measure, side: str) -> Cell:
@@ -82,8 +117,8 @@ def _cell(figures: Mapping[str, Any], measure: Measure, side: str) -> Cell:
 
 SCORE = Measure("score", "score by the run's own reward", "{:.3f}")
 RESPONSE_LENGTH = Measure("response_length", "response length (tokens)", "{:.1f}")
-NLL = Measure("nll", "NLL under the supervised policy (nats per token)", "{:.2f}")
-KL = Measure("kl", "KL to the supervised policy, nats", "{:.1f}")
+NLL = Measure("nll", "NLL under the reference policy (nats per token)", "{:.2f}")
+KL = Measure("kl", "KL to the reference policy, nats", "{:.1f}")
 
 EVALUATION = Presentation(
     sides={"sft": "supervised", "policy": "trained policy"},

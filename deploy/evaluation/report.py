@@ -8,116 +8,152 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from common.config.run import RunConfig
 from common.errors import DataError
 from common.files import one_line, write_atomic
 from common.metric_catalogue import Logged
 from common.run_folder import RunFolder
-from deploy.evaluation.charts import Series, line_chart
+from deploy.evaluation.curves import sections, steps_of
+from deploy.evaluation.facts import facts_of, reference_of
 from deploy.evaluation.intervals import Interval
-from deploy.evaluation.presentation import EVALUATION, Presentation
+from deploy.evaluation.logged_samples import logged_samples
+from deploy.evaluation.presentation import EVALUATION, Presentation, tone_of
 from deploy.evaluation.results import figure
 from deploy.run_folder.log_lines import Line, read_metrics
 
 SAMPLES = 24
 """Samples shown, evenly spaced over all that there are: a rule, not a choice."""
 
-_CURVES: dict[str, tuple[tuple[Logged, str], ...]] = {
-    "sft": ((Logged.LOSS, "Loss, nats per token"), (Logged.TOKENS_PER_SECOND, "Tokens per second")),
-    "reward": ((Logged.LOSS, "Loss"), (Logged.ACCURACY, "Accuracy on training batches")),
-    "train": (
-        (Logged.SCORE, "Score per response"),
-        (Logged.KL, "KL to the supervised policy, nats per response"),
-        (Logged.ENTROPY, "Entropy, nats per token"),
-        (Logged.RESPONSE_LENGTH, "Response length, tokens"),
-        (Logged.EOS_SHARE, "Share of responses that end"),
-        (Logged.EXPLAINED_VARIANCE, "Explained variance of the value network"),
-        (Logged.VALUE_LOSS, "Value loss"),
-        (Logged.CLIP_FRACTION, "Share of clipped tokens"),
-        (Logged.UPDATE_KL, "KL of one update, nats per token"),
-        (Logged.AUXILIARY_VALUE_LOSS, "Auxiliary value loss"),
-        (Logged.AUXILIARY_CLONE_KL, "KL that cloning allowed"),
-        (Logged.STALENESS, "Staleness, versions"),
-        (Logged.TOKENS_PER_SECOND, "Sampled tokens per second and actor"),
-        (Logged.SECONDS, "Seconds per iteration"),
-    ),
-}
-_TITLES = {"sft": "Supervised policy", "reward": "Reward model", "train": "Policy"}
 
-
-def write_report(run_dir: Path, summary: Presentation = EVALUATION) -> Path:
+def write_report(
+    run_dir: Path, summary: Presentation = EVALUATION, config: RunConfig | None = None
+) -> Path:
     """Write ``report.html`` of a run, finished or not; return its path.
 
     `summary` says how to show what ``summary.json`` holds; without that file the report shows
-    ``evaluation.json``.
+    ``evaluation.json``. `config` is the run's recipe, which the head of the page is made of.
 
     Raises:
         DataError: the run has no metrics, or a file that the page is made of is damaged.
     """
     folder = RunFolder(run_dir)
     lines = read_metrics(folder.metrics)
-    shown, figures = summary, _json(folder.summary)
+    shown, figures, note = summary, _json(folder.summary), ""
+    tiles = shown.tiles_of(figures)
     if not figures:
-        shown, figures = EVALUATION, _json(folder.evaluation)
-    environment = Environment(
-        loader=PackageLoader("deploy.evaluation", "."), autoescape=True, undefined=StrictUndefined
-    )
-    page = environment.get_template("report.html.j2").render(
-        name=run_dir.absolute().name,
-        tiles=shown.tiles_of(figures),
-        win=_win(figures),
-        table=shown.table(figures),
-        stages=_stage_times(figures, shown.stages),
-        sections=_sections(lines),
-        samples=_samples(folder.samples),
-        samples_note=summary.samples_note,
-        sample_titles=dict(zip(("before", "after"), summary.sample_titles, strict=True)),
-        config=_text(folder.config),
-        versions=_versions(),
+        figures = _json(folder.evaluation)
+        shown, note = _evaluation(figures, config)
+        tiles = [*shown.tiles_of(figures), *_tiles(lines, config)]
+    table = shown.table(figures)
+    samples = _samples(folder.samples)
+    page = (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            name=run_dir.absolute().name,
+            facts=facts_of(config, lines) if config else {},
+            tiles=tiles,
+            win=_win(figures, config, judged=shown is summary or "judge_score" in _names(shown)),
+            table=table,
+            table_note=note,
+            intervals=any(cell.interval for _, cells in table.rows for cell in cells),
+            stages=_stage_times(figures, shown.stages),
+            sections=sections(lines),
+            samples=samples,
+            samples_note=summary.samples_note,
+            sample_titles=dict(zip(("before", "after"), summary.sample_titles, strict=True)),
+            logged=None if samples else logged_samples(folder),
+            config=_text(folder.config),
+            versions=_versions(),
+        )
     )
     write_atomic(folder.report, [page.encode()])
     return folder.report
 
 
+def environment() -> Environment:
+    """Return the templates of our pages; what they are given is text, never markup."""
+    return Environment(
+        loader=PackageLoader("deploy.evaluation", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+
+
 # ------------------------------------------------------------------ parts of the page
 
 
-def _sections(lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """Draw the curves of each stage; of a step that a resumed run logged twice, the later one."""
-    sections = []
-    for stage, curves in _CURVES.items():
-        steps = {line.step: line.metrics for line in lines if line.stage == stage}
-        marks = [s for s in sorted(steps) if Logged.AUXILIARY_SECONDS in steps[s]]
-        charts = []
-        for key, title in curves:
-            at = [s for s in sorted(steps) if key in steps[s]]
-            if at:
-                series = Series(
-                    title=title, steps=at, values=[float(steps[s][key]) for s in at], marks=marks
-                )
-                charts.append({"title": title, "svg": line_chart(series)})
-        if charts:
-            sections.append({"title": _TITLES[stage], "charts": charts, "marked": bool(marks)})
-    return sections
+def _evaluation(figures: Mapping[str, Any], config: RunConfig | None) -> tuple[Presentation, str]:
+    """Return how to show ``evaluation.json``, and by whom and of which policy it is.
+
+    Without a judge its score is the run's own reward a second time, which is left out.
+    """
+    shown, note = EVALUATION, ""
+    if config is not None:
+        shown = shown.naming(reference_of(config))
+    if all(figures.get(f"judge_score_{s}") == figures.get(f"score_{s}") for s in shown.sides):
+        shown = shown.without("judge_score")
+    elif config is not None and config.evaluate.judge:
+        note = f", by {config.evaluate.judge}"
+    if config is not None and figures.get("iteration", 0) not in (0, config.train.iterations):
+        note += f"; of the checkpoint of iteration {figures['iteration']}"
+    return shown, note
 
 
-def _win(figures: Mapping[str, Any]) -> dict[str, str] | None:
-    """Write out the win rate with its interval and what it is of."""
+def _names(shown: Presentation) -> set[str]:
+    return {measure.name for measure in shown.rows}
+
+
+def _tiles(lines: Sequence[Line], config: RunConfig | None) -> list[tuple[str, str]]:
+    """Write out how far the stages of a run came, by its log."""
+    tiles = []
+    if train := steps_of(lines, "train"):
+        scores = [m[Logged.SCORE] for m in train.values() if Logged.SCORE in m]
+        if some := max(1, len(scores) // 10) if scores else 0:
+            ends = f"{fmean(scores[:some]):.3g} → {fmean(scores[-some:]):.3g}"
+            means = "iteration" if some == 1 else f"{some} iterations"
+            tiles.append((ends, f"score per response, first and last {means}"))
+        if (kl := train[max(train)].get(Logged.KL)) is not None:
+            tiles.append((f"{kl:.3g}", "KL to the reference policy in training, nats"))
+        planned = f" of {config.train.iterations:,}" if config else ""
+        tiles.append((f"{max(train):,}{planned}", "iterations"))
+    reward, sft = (steps_of(lines, stage) for stage in ("reward", "sft"))
+    if reward and (accuracy := reward[max(reward)].get(Logged.ACCURACY_HELDOUT)) is not None:
+        tiles.append((f"{accuracy:.1%}", "reward model, held-out accuracy"))
+    if sft and (loss := sft[max(sft)].get(Logged.HELDOUT_LOSS)) is not None:
+        before = sft[max(sft)].get(Logged.HELDOUT_LOSS_BEFORE)
+        since = "" if before is None else f"{before:.2f} → "
+        tiles.append((f"{since}{loss:.2f}", "supervised policy, held-out loss"))
+    return tiles
+
+
+def _win(
+    figures: Mapping[str, Any], config: RunConfig | None, *, judged: bool
+) -> dict[str, str] | None:
+    """Write out the win rate with its interval, its colour and what it is of."""
     rate = figure(figures, "win_rate")
     if not isinstance(rate, Interval):
         return None
-    judged = ""
+    by = "" if judged else ", by the run's own reward"
+    pairs = ""
     if "pairs_judged" in figures:  # not in evaluations of earlier versions
-        judged = f"{figures['pairs_judged']} of {figures['pairs_asked']} prompts judged"
+        pairs = f"{figures['pairs_judged']} of {figures['pairs_asked']} prompts judged{by}"
+    tone = tone_of(rate.low, rate.high, 0.5, "higher")
     return {
+        "over": "supervised policy" if config is None else reference_of(config),
         "rate": f"{rate.mean:.1%}",
         "low": f"{rate.low:.1%}",
         "high": f"{rate.high:.1%}",
+        "tone": tone,
+        "verdict": "" if tone else ", which holds 50 %: no difference is shown",
         "ties": f"{figures['ties_share']:.1%}",
-        "judged": judged,
+        "judged": pairs,
     }
 
 

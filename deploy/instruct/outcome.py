@@ -94,12 +94,12 @@ class Outcome:
 
 
 _JUDGED = (
-    Measure("judge_accuracy", "prompts followed, held-out topics", "{:.1%}"),
-    Measure("instruction_accuracy", "instructions followed, held-out topics", "{:.1%}"),
-    Measure("judge_accuracy_greedy", "prompts followed, greedy", "{:.1%}"),
-    Measure("judge_accuracy_combinations", "held-out combinations", "{:.1%}"),
-    Measure("judge_accuracy_kinds", "held-out kinds", "{:.1%}"),
-    Measure("capitals_known", "capitals of countries known", "{:.1%}"),
+    Measure("judge_accuracy", "prompts followed, held-out topics", "{:.1%}", "higher"),
+    Measure("instruction_accuracy", "instructions followed, held-out topics", "{:.1%}", "higher"),
+    Measure("judge_accuracy_greedy", "prompts followed, greedy", "{:.1%}", "higher"),
+    Measure("judge_accuracy_combinations", "held-out combinations", "{:.1%}", "higher"),
+    Measure("judge_accuracy_kinds", "held-out kinds", "{:.1%}", "higher"),
+    Measure("capitals_known", "capitals of countries known", "{:.1%}", "higher"),
     Measure("text_nll", "NLL of other text, nats per token", "{:.3f}"),
     Measure("response_length", "answer, tokens", "{:.1f}"),
 )
@@ -108,6 +108,7 @@ _KINDS = tuple(
         f"follows_{name}",
         f"{name.replace('_', ' ')}{'' if kind.trained else ' (held out)'}",
         "{:.0%}",
+        "higher",
     )
     for name, kind in KINDS.items()
 )

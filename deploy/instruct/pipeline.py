@@ -96,7 +96,7 @@ def run_instruct(session: Session) -> Outcome:
         seconds={**session.seconds, "pipeline": time.perf_counter() - begin},
     )
     write_atomic(session.folder.summary, [json.dumps(outcome.figures(), indent=1).encode()])
-    write_report(session.run_dir, IN_REPORT)
+    write_report(session.run_dir, IN_REPORT, config)
     return outcome
 
 

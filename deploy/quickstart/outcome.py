@@ -87,8 +87,8 @@ class Outcome:
 
 
 _JUDGED = (
-    Measure("judge_conformance", "PEP 257 conformance (ruff)", "{:.1%}"),
-    Measure("rouge_l", "ROUGE-L to the human line", "{:.3f}"),
+    Measure("judge_conformance", "PEP 257 conformance (ruff)", "{:.1%}", "higher"),
+    Measure("rouge_l", "ROUGE-L to the human line", "{:.3f}", "higher"),
     Measure("quality", "labeler's quality", "{:.3f}"),
     Measure("distinct", "distinct lines", "{:.1%}"),
     RESPONSE_LENGTH,

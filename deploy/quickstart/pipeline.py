@@ -81,7 +81,7 @@ def run_quickstart(session: Session) -> Outcome:
     )
     summary = json.dumps(outcome.figures(), indent=1).encode()
     write_atomic(session.folder.summary, [summary])
-    write_report(session.run_dir, IN_REPORT)
+    write_report(session.run_dir, IN_REPORT, config)
     return outcome
 
 

@@ -21,6 +21,8 @@ class Line:
     stage: str
     step: int
     metrics: Mapping[str, float]
+    time: float = 0.0
+    """When it was written, in seconds since 1970; 0 where the line does not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,4 +80,4 @@ def _line(text: bytes) -> Line:
     if not isinstance(stage, str) or not isinstance(step, int):
         raise TypeError(f"stage {stage!r}, step {step!r}")
     numbers = {str(name): float(value) for name, value in metrics.items()}
-    return Line(stage=stage, step=step, metrics=numbers)
+    return Line(stage=stage, step=step, metrics=numbers, time=float(values.get("time", 0.0)))

@@ -104,7 +104,7 @@ def test_a_zero_is_shown_and_what_nobody_measured_is_not() -> None:
         "score by the run's own reward": [Cell("0.000")]
     }
     assert EVALUATION.table({}).rows == []
-    assert EVALUATION.tiles_of({"kl": 2.0}) == [("2.0", "KL to the supervised policy, nats")]
+    assert EVALUATION.tiles_of({"kl": 2.0}) == [("2.0", "KL to the reference policy, nats")]
 
 
 def test_a_task_shows_a_measure_of_its_own() -> None:

@@ -149,7 +149,7 @@ def test_sampling_while_it_trains_and_from_a_file_to_a_file(
     stopped: RunConfig, tmp_path: Path, run: Run
 ) -> None:
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out" / "answers.jsonl"
-    prompts.write_text('{"prompt": "open the file 7:"}\n{"prompt": "close 3:", "uid": "b"}\n')
+    prompts.write_text('{"prompt": "open the file 7:"}\n{"prompt": "close 3:"}\n')
     folder = str(stopped.run_dir)
     options = ["--number", "2", "--temperature", "0.8", "--checkpoint", "best"]
     done = run("sample", folder, "--prompts", str(prompts), "--output", str(output), *options)
@@ -163,7 +163,6 @@ def test_sampling_while_it_trains_and_from_a_file_to_a_file(
         ("close 3:", 0),
         ("close 3:", 1),
     ]
-    assert rows[2]["uid"] == "b"
     assert all(row["tokens"] > 0 and row["finish_reason"] in ("eos", "length") for row in rows)
     assert len({row["response"] for row in rows}) > 1
     shown = run("sample", folder, "-p", "close 3:")
