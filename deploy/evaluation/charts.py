@@ -29,8 +29,8 @@ _NOISY = 20
 _DENSE = 400
 """Values from which the line is a band between the least and the largest of its neighbours."""
 _BINS = 160
-_TICKS = 300
-"""Places on an axis that ticks can be told apart at."""
+MOST_MARKS = 80
+"""Ticks on an axis that can be told apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,16 +88,13 @@ def lines_chart(title: str, lines: Sequence[Series]) -> Markup:
 def running_mean(values: Sequence[float]) -> list[float]:
     """Return the mean of each value and its neighbours, a fifteenth of all around it.
 
-    At the ends there are fewer neighbours, as many on either side.
+    At the ends there are fewer neighbours, on one side.
     """
     half, count = max(1, len(values) // 30), len(values)
     sums = np.concatenate(([0.0], np.cumsum(np.asarray(values, dtype=np.float64))))
-    means = []
-    for index in range(count):
-        reach = min(half, index, count - 1 - index)
-        first, last = index - reach, index + reach + 1
-        means.append(float((sums[last] - sums[first]) / (last - first)))
-    return means
+    first = np.maximum(np.arange(count) - half, 0)
+    last = np.minimum(np.arange(count) + half + 1, count)
+    return [float(mean) for mean in (sums[last] - sums[first]) / (last - first)]
 
 
 def _draw(axes: Axes, series: Series, colour: str) -> None:
@@ -109,7 +106,7 @@ def _draw(axes: Axes, series: Series, colour: str) -> None:
         return
     means = running_mean(values)
     if len(values) < _DENSE:
-        axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
+        axes.plot(steps, values, color=colour, linewidth=0.9, alpha=0.45)
         axes.plot(steps, means, color=colour, linewidth=1.7)
         return
     bins = [part for part in np.array_split(np.arange(len(values)), _BINS) if len(part)]
@@ -120,17 +117,15 @@ def _draw(axes: Axes, series: Series, colour: str) -> None:
 
 
 def _tick(axes: Axes, marks: Sequence[float]) -> None:
-    """Draw a tick on the axis at each mark, as one path; of ticks at one place one is drawn."""
-    if not marks:
+    """Draw a tick on the axis at each mark, as one path; too many to be told apart are none."""
+    if not marks or len(marks) > MOST_MARKS:
         return
-    width = max(marks) - min(marks) or 1.0
-    places = sorted({round((mark - min(marks)) / width * _TICKS): mark for mark in marks}.values())
     axes.plot(
-        np.repeat(places, 3),
-        [0.0, 0.05, math.nan] * len(places),
+        np.repeat(marks, 3),
+        [0.0, 0.05, math.nan] * len(marks),
         transform=axes.get_xaxis_transform(),
         color=_MARK,
-        linewidth=1.2 if len(places) < 60 else 0.6,
+        linewidth=1.2,
         solid_capstyle="butt",
         zorder=5,
     )

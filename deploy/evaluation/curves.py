@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from markupsafe import Markup
 
 from common.metric_catalogue import Logged
-from deploy.evaluation.charts import Series, line_chart
+from deploy.evaluation.charts import MOST_MARKS, Series, line_chart
 from deploy.run_folder.log_lines import Line
 
 _CURVES: dict[str, tuple[tuple[Logged, str], ...]] = {
@@ -57,8 +57,8 @@ class Section:
     charts: list[Chart] = field(default_factory=list)
     still: list[str] = field(default_factory=list)
     """What was left out, as its values did not differ, with the value."""
-    marked: bool = False
-    """Ticks on the axis say where an auxiliary phase ran."""
+    marks: str = ""
+    """What the ticks on the axis say, or why there are none."""
 
 
 def steps_of(lines: Sequence[Line], stage: str) -> Steps:
@@ -81,7 +81,7 @@ def sections(lines: Sequence[Line]) -> list[Section]:
             continue
         marks = [s for s in steps if Logged.AUXILIARY_SECONDS in steps[s]]
         section = Section(
-            stage=stage, title=_TITLES[stage], note=_note(stage, steps), marked=bool(marks)
+            stage=stage, title=_TITLES[stage], note=_note(stage, steps), marks=_marks(marks)
         )
         for name, title, at, values in _series(stage, steps):
             if name == Logged.STALENESS and not any(values):
@@ -113,6 +113,17 @@ def _series(stage: str, steps: Steps) -> Iterator[tuple[str, str, list[int], lis
                 yield name, text, at, [float(steps[step][name]) for step in at]
 
 
+def plural(number: float, what: str) -> str:
+    """Write a number of things."""
+    return f"{number:g} {what}" if number == 1 else f"{number:g} {what}s"
+
+
+def _marks(marks: Sequence[int]) -> str:
+    if len(marks) > MOST_MARKS:
+        return f"An auxiliary phase ran {len(marks)} times."
+    return "Ticks on the axis: an auxiliary phase ran." if marks else ""
+
+
 def _note(stage: str, steps: Steps) -> str:
     """Say what a supervised stage was trained on and how far it came, as it logged that."""
     if stage == "train":
@@ -121,7 +132,7 @@ def _note(stage: str, steps: Steps) -> str:
     if Logged.TOKENS in last:
         facts.append(f"{last[Logged.TOKENS]:,.0f} tokens")
     if Logged.EPOCHS in last:
-        facts.append(f"{last[Logged.EPOCHS]:g} epochs")
+        facts.append(plural(last[Logged.EPOCHS], "epoch"))
     if Logged.HELDOUT_LOSS in last:
         before = last.get(Logged.HELDOUT_LOSS_BEFORE)
         since = "" if before is None else f"{before:.3f} → "

@@ -26,6 +26,7 @@ def facts_of(config: RunConfig, lines: Sequence[Line]) -> dict[str, str]:
         "reward": reward_of(config),
         "model": model_of(config),
         "data": data_of(config),
+        "trained": trained_of(config, lines),
     }
     return {name: text for name, text in facts.items() if text}
 
@@ -92,6 +93,12 @@ def data_of(config: RunConfig) -> str:
         elif files:
             found.append(f"{kind} of {len(files)} files")
     return " · ".join(found)
+
+
+def trained_of(config: RunConfig, lines: Sequence[Line]) -> str:
+    """Return how many iterations are done."""
+    done = max((line.step for line in lines if line.stage == "train"), default=0)
+    return f"{done:,} of {config.train.iterations:,} iterations" if done else ""
 
 
 def reference_of(config: RunConfig) -> str:

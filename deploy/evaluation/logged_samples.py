@@ -57,7 +57,9 @@ def logged_samples(folder: RunFolder) -> LoggedSamples | None:
     first, last = (_rows(folder.trajectories(end(numbers))) for end in (min, max))
     if not first or not last:
         return None
-    titles = [f"iteration {end(numbers)}" for end in (min, max)]
+    ends = min(numbers), max(numbers)
+    titles = [f"iteration {number}" for number in ends]
+    named = f"iterations {ends[0]} and {ends[1]}"
     earlier = {row["prompt_uid"]: row for row in first}
     both = [(earlier[row["prompt_uid"]], row) for row in last if row["prompt_uid"] in earlier]
     if len(both) >= SHOWN // 2:
@@ -65,7 +67,7 @@ def logged_samples(folder: RunFolder) -> LoggedSamples | None:
             (old["prompt_text"], [_side(titles[0], old), _side(titles[1], new)])
             for old, new in _spaced(both)
         ]
-        note = f"prompts that iterations {numbers[0]} and {numbers[-1]} both asked, evenly spaced"
+        note = f"prompts that {named} both asked, evenly spaced"
     else:
         ranked = [_spaced(sorted(rows, key=lambda row: row["score"])) for rows in (first, last)]
         pairs = [
@@ -73,7 +75,7 @@ def logged_samples(folder: RunFolder) -> LoggedSamples | None:
             for old, new in zip(*ranked, strict=False)
         ]
         note = (
-            f"responses of iterations {numbers[0]} and {numbers[-1]}, which asked other prompts: "
+            f"responses each of {named}, of different prompts: "
             "at evenly spaced ranks by score, from the lowest to the highest"
         )
     return LoggedSamples(

@@ -48,7 +48,7 @@ def write_report(
     if not figures:
         figures = _json(folder.evaluation)
         shown, note = _evaluation(figures, config)
-        tiles = [*shown.tiles_of(figures), *_tiles(lines, config)]
+        tiles = [*shown.tiles_of(figures), *_tiles(lines, evaluated=bool(figures))]
     table = shown.table(figures)
     samples = _samples(folder.samples)
     page = (
@@ -110,7 +110,7 @@ def _names(shown: Presentation) -> set[str]:
     return {measure.name for measure in shown.rows}
 
 
-def _tiles(lines: Sequence[Line], config: RunConfig | None) -> list[tuple[str, str]]:
+def _tiles(lines: Sequence[Line], *, evaluated: bool) -> list[tuple[str, str]]:
     """Write out how far the stages of a run came, by its log."""
     tiles = []
     if train := steps_of(lines, "train"):
@@ -119,10 +119,9 @@ def _tiles(lines: Sequence[Line], config: RunConfig | None) -> list[tuple[str, s
             ends = f"{fmean(scores[:some]):.3g} → {fmean(scores[-some:]):.3g}"
             means = "iteration" if some == 1 else f"{some} iterations"
             tiles.append((ends, f"score per response, first and last {means}"))
-        if (kl := train[max(train)].get(Logged.KL)) is not None:
-            tiles.append((f"{kl:.3g}", "KL to the reference policy in training, nats"))
-        planned = f" of {config.train.iterations:,}" if config else ""
-        tiles.append((f"{max(train):,}{planned}", "iterations"))
+        kl = train[max(train)].get(Logged.KL)
+        if kl is not None and not evaluated:
+            tiles.append((f"{kl:.3g}", "KL to the reference policy at the end, nats"))
     reward, sft = (steps_of(lines, stage) for stage in ("reward", "sft"))
     if reward and (accuracy := reward[max(reward)].get(Logged.ACCURACY_HELDOUT)) is not None:
         tiles.append((f"{accuracy:.1%}", "reward model, held-out accuracy"))

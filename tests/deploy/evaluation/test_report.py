@@ -221,7 +221,7 @@ def test_colours_follow_the_outcome(tmp_path: Path, low: float, high: float, ton
         tmp_path, metrics__jsonl=metrics("train", 2, score=1.0), summary__json=json.dumps(figures)
     )
     page = write_report(run, IN_REPORT).read_text(encoding="utf8")
-    assert f'<div class="card tile {tone}">' in page
+    assert f'<div class="card tile win {tone}">' in page
     assert ("no difference is shown" in page) == (tone == "")
     clear = tone == "bad"  # two intervals that meet leave a doubt
     assert ('<b class="bad">' in page) == clear
@@ -295,7 +295,7 @@ def test_samples_come_from_the_trajectory_log(tmp_path: Path) -> None:
     assert "Samples" not in shown(tmp_path, run)
     log(9, [f"b{i}" for i in range(40)])
     text = shown(tmp_path, run)
-    assert "responses of iterations 1 and 9, which asked other prompts" in text
+    assert "responses each of iterations 1 and 9, of different prompts" in text
     assert "question a0 answer <0> of 1" in text
     assert "question b39 answer <39> of 9" in text
     assert "brief 0.25, reward_model 3.9" in text
@@ -317,11 +317,10 @@ def test_two_thousand_iterations_are_a_small_page(tmp_path: Path) -> None:
 
 def test_a_running_mean_is_of_neighbours_on_either_side() -> None:
     values = [float(v) for v in range(60)]
-    assert running_mean(values) == pytest.approx(values)
+    assert running_mean(values)[2:-2] == pytest.approx(values[2:-2])
     noisy = [0.0, 3.0] * 45
     means = running_mean(noisy)
-    assert (means[0], means[-1]) == (0.0, 3.0)
-    assert all(1.2 < mean < 1.8 for mean in means[4:-4])
+    assert all(1.0 < mean < 2.0 for mean in means)
 
 
 def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_steps_tokens_epochs_and_loss_are_told() -> None:
     screen = console()
     say_moved(screen, "sft", 600, supervised(7.6, 3.1))
     told = text_of(screen)
-    for fact in ("600 optimizer steps", "52,000 tokens", "1.5 epochs", "7.600 -> 3.100"):
+    for fact in ("600 optimizer steps", "52,000 tokens", "1.5 passes", "7.600 -> 3.100"):
         assert fact in told
     assert "warning" not in told
 
