@@ -161,7 +161,7 @@ def _whatever_is_there(config: RunConfig) -> Chosen:
     if newest is None or newest[1]["iteration"] <= final:
         if final < 0:
             raise DataError(
-                f"{config.run_dir}: neither a final policy nor a checkpoint yet; `talipot train "
+                f"{config.run_dir}: not finished, and no checkpoint is there yet; `talipot train "
                 "--resume RUN` goes on with it, and train.checkpoint_every says how often it "
                 "writes one"
             )

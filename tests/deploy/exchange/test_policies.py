@@ -118,7 +118,7 @@ def test_what_is_not_there_is_one_line(
 def test_a_run_without_any_policy_says_so(workspace: RunConfig, tmp_path: Path) -> None:
     config = run_copy(workspace, tmp_path)
     for word, error, words in (
-        (None, DataError, "neither a final policy nor a checkpoint yet"),
+        (None, DataError, "not finished, and no checkpoint is there yet"),
         ("latest", CheckpointError, "no checkpoint yet"),
         ("best", CheckpointError, "no checkpoint yet"),
     ):
