@@ -81,10 +81,20 @@ class DataFolder:
 
 
 @dataclass(frozen=True, slots=True)
+class Reused:
+    """Results of another run, where they lie; None: the run has its own."""
+
+    tokenizer: Path | None = None
+    sft: Path | None = None
+    reward_model: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Every path in a run's folder."""
+    """Every path in a run's folder, and what stands in for it in another run's."""
 
     path: Path
+    reused: Reused = Reused()
 
     # What the run is made from.
 
@@ -96,6 +106,8 @@ class RunFolder:
     @property
     def tokenizer(self) -> Path:
         """The tokenizer that every stage reads: a file, or a folder of a pretrained model's."""
+        if self.reused.tokenizer is not None:
+            return self.reused.tokenizer
         folder = self.pretrained_tokenizer
         return folder if folder.is_dir() else self.own_tokenizer
 
@@ -124,12 +136,12 @@ class RunFolder:
     @property
     def sft(self) -> PolicyFolder:
         """The supervised policy."""
-        return PolicyFolder(self.path / "sft")
+        return PolicyFolder(self.reused.sft or self.path / "sft")
 
     @property
     def reward_model(self) -> RewardModelFolder:
         """The reward model."""
-        return RewardModelFolder(self.path / "reward_model")
+        return RewardModelFolder(self.reused.reward_model or self.path / "reward_model")
 
     @property
     def policy(self) -> PolicyFolder:
@@ -206,8 +218,8 @@ class RunFolder:
         return self.path / "report.html"
 
     def name_of(self, path: Path) -> str:
-        """Return a path inside the folder as ``run.json`` names it: relative to the folder."""
-        return str(path.relative_to(self.path))
+        """Return a path as ``run.json`` names it: inside the folder relative to that."""
+        return str(path.relative_to(self.path) if path.is_relative_to(self.path) else path)
 
 
 def writer_of(weights: Path) -> str:

@@ -112,18 +112,32 @@ def train(
     config: ConfigOption = None,
     address: AddressOption = None,
     resume: Annotated[Path | None, typer.Option(help="Carry on with this run's folder.")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Begin with this run's tokenizer, supervised policy and reward model, and, "
+            "without --config, its recipe; name=NAME is the new run's.",
+        ),
+    ] = None,
     stop_after: Annotated[
         int | None, typer.Option(help="Stop after this iteration, with a checkpoint.")
     ] = None,
 ) -> None:
     """Train the policy from prompts and rewards; resumes where the run's checkpoint stands."""
     from deploy.run_folder.lock import at_work
+    from deploy.run_folder.reuse import reused_from
     from deploy.stages.policy import outcome_of, resumption_of, run_train, tell
     from deploy.workers.preflight import require_scorers
 
-    if resume is not None and config:
-        raise ConfigError("--resume takes its recipe from the run: leave --config out")
-    resolved = _of_run(resume, overrides, address) if resume else _load(config, overrides, address)
+    if resume is not None and (config or source):
+        raise ConfigError("--resume takes all from the run itself: leave --config and --from out")
+    if source is not None:
+        resolved = reused_from(source, _recipe(config), overrides or [], _place(address))
+    elif resume is not None:
+        resolved = _of_run(resume, overrides, address)
+    else:
+        resolved = _load(config, overrides, address)
     resumption = resumption_of(resolved)
     if at_work(resolved.run_dir) is None:
         require_scorers(resolved)
@@ -405,11 +419,16 @@ def _stage(
 
 def _load(config: str | None, overrides: list[str] | None, address: str | None) -> RunConfig:
     """Load a recipe, a path or a built-in's name, and apply overrides and the address."""
+    return load_config(_recipe(config), overrides or [], _place(address))
+
+
+def _recipe(config: str | None) -> Path | None:
+    """Return the file of a recipe; of a built-in one by its name."""
     path = None if config is None else Path(os.path.expanduser(config))
     if path is not None and not path.exists():
         built_in = resources.files("deploy.recipes") / f"{config}.yaml"
         path = Path(str(built_in)) if built_in.is_file() else path
-    return load_config(path, overrides or [], _place(address))
+    return path
 
 
 def _of_run(run: Path, overrides: list[str] | None, address: str | None) -> RunConfig:

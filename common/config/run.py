@@ -41,7 +41,7 @@ from common.config.stages import (
     TrainConfig,
 )
 from common.config.workers import Labels, RewardServiceConfig, RolloutConfig
-from common.run_folder import RunFolder
+from common.run_folder import Reused, RunFolder
 
 _TARGETS = (*PROJECTIONS, ALL_PROJECTIONS)
 
@@ -64,6 +64,21 @@ class DataConfig(Section):
     too_long: Literal["error", "skip", "truncate"] = "error"
     """What to do with a record that has more tokens than there is room for; how many were skipped
     or cut is said."""
+
+
+class ReuseConfig(Section):
+    """Results of another run that this one takes by reference; nothing is copied.
+
+    `talipot train --from RUN` sets them. What lies there is compared by content with what the
+    run began with.
+    """
+
+    tokenizer: PathText | None = None
+    """Its tokenizer, a file or a folder; null: the run makes or brings its own."""
+    sft: PathText | None = None
+    """Folder of its supervised policy, ``sft/`` of that run; null: the run trains its own."""
+    reward_model: PathText | None = None
+    """Folder of its reward model, ``reward_model/`` of that run; null: the run trains its own."""
 
 
 class LearnerConfig(Section):
@@ -133,6 +148,7 @@ class RunConfig(Section):
     given too go before it."""
     model: SerializeAsAny[ModelConfig] = PalmConfig()
     data: DataConfig = DataConfig()
+    reuse: ReuseConfig = ReuseConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     learner: LearnerConfig = LearnerConfig()
     sft: SftConfig = SftConfig()
@@ -245,7 +261,8 @@ class RunConfig(Section):
     @property
     def folder(self) -> RunFolder:
         """Every path in the run's folder."""
-        return RunFolder(self.run_dir)
+        paths = {name: path and Path(path) for name, path in self.reuse.model_dump().items()}
+        return RunFolder(self.run_dir, Reused(**paths))
 
     @property
     def max_prompt_tokens(self) -> int:

@@ -107,4 +107,6 @@ def reference_of(config: RunConfig) -> str:
 
 
 def _has_sft(config: RunConfig) -> bool:
+    if config.reuse.sft is not None:
+        return True
     return policy_start(config).is_relative_to(config.folder.sft.path)

@@ -29,7 +29,7 @@ from common.errors import ConfigError, DataError
 from common.files import one_line, write_atomic
 from common.run_folder import RunFolder
 from deploy.run_folder.fingerprints import Facts, FileFacts, difference, fingerprint
-from deploy.run_folder.reads import FUNCTION, Reads, is_given
+from deploy.run_folder.reads import FUNCTION, REUSED, Reads, is_given
 from deploy.run_folder.resume_rules import flat, within
 from deploy.run_folder.weights import weights_in
 
@@ -111,6 +111,9 @@ class RunInputs:
         told: list[str] = []
         for other in self.standing():
             before = self.stages.get(other, StageFacts()).reads
+            if other == stage:
+                for name in sorted(n for n in before.keys() - facts.keys() if n.startswith(REUSED)):
+                    changed.setdefault(f"{name} is not taken any more", []).append(other)
             for name in sorted(before.keys() & facts.keys()):
                 # What the run made itself may be made again, until training depends on it.
                 if other == stage != "train" and not is_given(name):

@@ -62,6 +62,7 @@ def _with_paths(config: RunConfig, change: Callable[[str], str]) -> RunConfig:
     lists = ("demonstrations", "comparisons", "prompts", "evaluation")
     data = {name: tuple(map(change, getattr(config.data, name))) for name in lists}
     tokenizer = {n: maybe(getattr(config.tokenizer, n)) for n in ("path", "chat_template")}
+    reuse = {name: maybe(path) for name, path in config.reuse.model_dump().items()}
     service = config.reward_service
     components = {
         name: component.model_copy(update={"dead_letters": maybe(component.dead_letters)})
@@ -73,6 +74,7 @@ def _with_paths(config: RunConfig, change: Callable[[str], str]) -> RunConfig:
         update={
             "model": started(config.model),
             "data": config.data.model_copy(update=data),
+            "reuse": config.reuse.model_copy(update=reuse),
             "tokenizer": config.tokenizer.model_copy(update=tokenizer),
             "sft": config.sft.model_copy(update={"start": maybe(config.sft.start)}),
             "reward_model": config.reward_model.model_copy(

@@ -16,6 +16,8 @@ from reward_service.targets import source_of
 
 Reads = Mapping[str, Sequence[str | Path]]
 """Files by their names in ``run.json``: ``data.prompts``, ``sft/policy.safetensors``."""
+REUSED = "reuse."
+"""Begins the name of what is taken from another run."""
 FUNCTION = "function "
 """Begins the name of a user's reward function. Its file may be corrected while a run waits (exit
 code 7 asks for that), so a change of it is told, not refused."""
@@ -25,7 +27,9 @@ def reads_of(stage: str, config: RunConfig) -> Reads:
     """Return the files that a stage (or `replay`) reads; what earlier stages left if it exists."""
     reads: dict[str, Sequence[str | Path]] = {}
     data, folder = config.data, config.folder
-    own = files_in(folder.tokenizer)
+    own = [] if config.reuse.tokenizer else files_in(folder.tokenizer)
+    if config.reuse.tokenizer:
+        reads[f"{REUSED}tokenizer"] = files_in(folder.tokenizer)
     weights: dict[str, Path | None] = {}
     if stage == "sft":
         reads["data.demonstrations"] = files_at(data.demonstrations)
@@ -49,13 +53,21 @@ def reads_of(stage: str, config: RunConfig) -> Reads:
         if path is not None and path.is_relative_to(folder.path):
             own += files_of(path)
         elif path is not None:
-            reads["model.start" if path == checkpoint_of(config.model) else name] = files_of(path)
+            reads[_name_of(config, path, name)] = files_of(path)
     return reads | {folder.name_of(path): [path] for path in own if path.exists()}
+
+
+def _name_of(config: RunConfig, path: Path, name: str) -> str:
+    """Return what weights outside of the run's folder are called."""
+    for field, folder in config.reuse.model_dump().items():
+        if folder is not None and path.is_relative_to(folder):
+            return REUSED + field
+    return "model.start" if path == checkpoint_of(config.model) else name
 
 
 def is_given(name: str) -> bool:
     """Whether what a stage reads comes from outside, not from an earlier stage of the run."""
-    return name.startswith(("data.", "tokenizer.path", FUNCTION)) or name.endswith(".start")
+    return name.startswith(("data.", "tokenizer.path", FUNCTION, REUSED)) or name.endswith(".start")
 
 
 def _functions(config: RunConfig) -> dict[str, Sequence[str | Path]]:

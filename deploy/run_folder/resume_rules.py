@@ -83,6 +83,7 @@ RULES: dict[str, tuple[Kind, str]] = {
     "seed": ("fixed", "every random number of the run derives from it"),
     "preset": ("fixed", "the checkpoint holds a network of another shape"),
     "model": ("fixed", "the checkpoint holds a network of another shape"),
+    "reuse": ("free", "a run may be moved; what is in it is compared"),
     "data.prompts": ("fixed", "the run goes through the prompts that it began with"),
     "data.too_long": ("fixed", "it decides which prompts there are"),
     "tokenizer": ("fixed", "the networks know the tokens that the run began with"),

@@ -34,6 +34,8 @@ def run_tokenizer(run_dir: Path, config: RunConfig, lock: Callable[[], None]) ->
         ConfigError: the recipe asks for another one than results of this run depend on.
         DataError: it was exchanged beneath them, or what it is made from cannot be read.
     """
+    if config.reuse.tokenizer is not None:
+        return _of_another_run(config)
     inputs = RunInputs(run_dir)
     path = inputs.folder.tokenizer
     if not path.exists():
@@ -56,6 +58,27 @@ def run_tokenizer(run_dir: Path, config: RunConfig, lock: Callable[[], None]) ->
     if recorded is None:  # a run of an earlier version, or one that was given its tokenizer
         lock()
         _record(inputs, config, {})
+    return tokenizer
+
+
+def _of_another_run(config: RunConfig) -> Tokenizer:
+    """Load the tokenizer that is taken from another run; one that is given must be the same."""
+    path = config.folder.tokenizer
+    if not path.exists():
+        raise DataError(
+            f"reuse.tokenizer: {path}: no such tokenizer; put that run back where it was, or say "
+            "where it is now with reuse.tokenizer=PATH"
+        )
+    tokenizer, given = load_tokenizer(path), _given(config)
+    if given is not None:
+        field, wanted = given
+        if load_tokenizer(wanted, config.tokenizer.chat_template).fingerprint() != (
+            tokenizer.fingerprint()
+        ):
+            raise ConfigError(
+                f"{field} {wanted}: another tokenizer than that of reuse.tokenizer {path}; leave "
+                "one of them out"
+            )
     return tokenizer
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.config.model import ModelConfig
 from common.config.run import RunConfig
-from common.errors import CheckpointError, ConfigError
+from common.errors import CheckpointError, ConfigError, DataError
 from common.models.pretrained.checkpoint import Checkpoint
 from common.models.pretrained.config_files import CONFIG
 from common.models.weight_files import checkpoint_of
@@ -17,8 +17,12 @@ def policy_start(config: RunConfig) -> Path:
     """Return the weights that policy training begins with, and measures the KL against.
 
     They are the supervised stage's; a pretrained model without one begins as its checkpoint.
+
+    Raises:
+        DataError: they are another run's (`reuse.sft`), and not there.
     """
     start, sft = checkpoint_of(config.model), config.folder.sft
+    _require_reused("sft", config.reuse.sft)
     if start is None:
         return sft.weights
     return sft.path if (sft.path / CONFIG).exists() else start
@@ -36,7 +40,12 @@ def reward_start(config: RunConfig) -> Path:
 
 
 def reward_weights(config: RunConfig) -> Path:
-    """Return the weights of the trained reward model, or those of a checkpoint that is one."""
+    """Return the weights of the trained reward model, or those of a checkpoint that is one.
+
+    Raises:
+        DataError: they are another run's (`reuse.reward_model`), and not there.
+    """
+    _require_reused("reward_model", config.reuse.reward_model)
     folder, own = config.folder.reward_model, checkpoint_of(config.reward_model.model)
     if (folder.path / CONFIG).exists():
         return folder.path
@@ -57,6 +66,14 @@ def require_earlier_stages(stage: str, config: RunConfig) -> None:
             raise CheckpointError(
                 f"{path}: no such weights; `talipot {earlier}` with the same recipe writes them"
             )
+
+
+def _require_reused(name: str, folder: str | None) -> None:
+    if folder is not None and not any(path.exists() for path in weights_in(Path(folder))):
+        raise DataError(
+            f"reuse.{name}: {folder}: no such results; put that run back where it was, or say "
+            f"where they are now with reuse.{name}=PATH"
+        )
 
 
 def require_checkpoints(config: RunConfig) -> None:

@@ -102,3 +102,11 @@ def require_paths(paths: Sequence[str], field: str, stage: str) -> None:
     """Raise ConfigError where a field that a stage reads names no file."""
     if not paths:
         raise ConfigError(f"{field} is empty; {stage} needs at least one file")
+
+
+def require_own(name: str, reused: str | None) -> None:
+    """Raise ConfigError where a stage would write into the run that its result is taken from."""
+    if reused is not None:
+        raise ConfigError(
+            f"reuse.{name}: this run takes it from {reused}; set reuse.{name} to null to train it"
+        )

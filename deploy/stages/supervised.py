@@ -19,7 +19,13 @@ from deploy.stages.encoding import (
     same_comparison,
     same_pair,
 )
-from deploy.stages.preparation import check_inputs, log_metrics, require_paths, say_fitting
+from deploy.stages.preparation import (
+    check_inputs,
+    log_metrics,
+    require_own,
+    require_paths,
+    say_fitting,
+)
 from deploy.stages.session import Session
 from deploy.stages.sizing import say_moved
 from learner.supervised.examples import EncodedComparison, EncodedPair
@@ -34,6 +40,7 @@ _LOGGED_PORTIONS = 20
 
 def run_sft(session: Session, config: RunConfig) -> dict[str, float]:
     """Train the supervised policy; writes ``sft/``, returns metrics."""
+    require_own("sft", config.reuse.sft)
     require_paths(config.data.demonstrations, "data.demonstrations", "sft")
     record = check_inputs(session, config, "sft")
     records = read_demonstrations(config.data.demonstrations)
@@ -60,6 +67,7 @@ def encoded_comparisons(
     session: Session, config: RunConfig
 ) -> tuple[list[EncodedComparison], list[EncodedComparison]]:
     """Read the comparisons in tokens: those to train on, and those held out."""
+    require_own("reward_model", config.reuse.reward_model)
     require_paths(config.data.comparisons, "data.comparisons", "reward")
     records = read_comparisons(config.data.comparisons)
     tokenizer, seen = _as_the_reward_model_reads(session, config)
@@ -79,6 +87,7 @@ def _as_the_reward_model_reads(session: Session, config: RunConfig) -> tuple[Tok
 
 def run_reward(session: Session, config: RunConfig) -> dict[str, float]:
     """Train reward models and keep the most accurate; writes ``reward_model/``, returns metrics."""
+    require_own("reward_model", config.reuse.reward_model)
     require_paths(config.data.comparisons, "data.comparisons", "reward")
     record = check_inputs(session, config, "reward")
     train, held_out = encoded_comparisons(session, config)
