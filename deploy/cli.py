@@ -289,6 +289,25 @@ def report(run: RunArgument) -> None:
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="RUN RUN...")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The page; compare.html beside the runs.")
+    ] = None,
+) -> None:
+    """Compare runs: outcome, seconds, KL, and what differs; also as a page with curves."""
+    from deploy.evaluation.several import COLUMNS, compare_runs, write_comparison
+    from deploy.screen import fields_of_runs, table
+
+    comparison = compare_runs([_of_run(run, None, None) for run in runs])
+    table(console, COLUMNS, list(comparison.rows()))
+    fields_of_runs(console, comparison.names, comparison.differences)
+    page = output or Path(os.path.expanduser(runs[0])).absolute().parent / "compare.html"
+    write_comparison(comparison, page)
+    say(console, "curves: ", (str(page), "bold"))
+
+
+@app.command()
 def preflight(
     overrides: Overrides = None, config: ConfigOption = None, address: AddressOption = None
 ) -> None:

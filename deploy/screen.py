@@ -26,6 +26,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from rich.text import Text
 
 Part = str | tuple[str, str]
@@ -60,6 +61,37 @@ def show(console: Console, text: str, style: str = "") -> None:
         console.print(Text(text.translate(_IN_TEXTS), style=style), soft_wrap=True)
     elif not console.quiet:
         console.file.write(text + "\n")
+
+
+def table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table whose first column is text and whose others are numbers, cut to the width."""
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for number, column in enumerate(columns):
+        shown.add_column(
+            column,
+            justify="left" if number == 0 else "right",
+            no_wrap=number > 0,
+            overflow="fold",
+            header_style="dim",
+        )
+    for row in rows:
+        shown.add_row(*(cell.translate(_IN_LINES) for cell in row))
+    console.print(shown, soft_wrap=False)
+
+
+def fields_of_runs(
+    console: Console, names: Sequence[str], fields: Sequence[tuple[str, Sequence[str]]]
+) -> None:
+    """Print fields with a value for each of some runs, a line each where that fits."""
+    say(console, ("what differs" if fields else "nothing differs but the run itself", "italic"))
+    for field, values in fields:
+        line = f" {field}  " + " · ".join(values)
+        if len(line) <= console.width:
+            say(console, f" {field}  ", (" · ".join(values), "bold"))
+            continue
+        say(console, f" {field}")
+        for name, value in zip(names, values, strict=True):
+            say(console, f"   {name}  ", (value, "bold"))
 
 
 def degrade_unprintable() -> None:
