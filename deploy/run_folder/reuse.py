@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from common.config.algorithms import ALGORITHMS
 from common.config.recipe import load_config
 from common.config.run import ReuseConfig, RunConfig
 from common.errors import ConfigError, DataError
 from common.models.weight_files import checkpoint_of
 from deploy.run_folder.folder import config_of
 from deploy.run_folder.paths import anchored
+from deploy.run_folder.resume_rules import within
 from deploy.run_folder.weights import weights_in
 
 _PLACE = ("name", "output")
@@ -49,7 +51,8 @@ def reused_from(
         said = {o.partition("=")[0].strip() for o in placed}
         here = {"name": place.name if "name" in said else source.name}
         here |= {"output": anchored(place).output if "output" in said else source.output}
-        config = config_of(run, others, given).model_copy(update=here)
+        following = _following(others, source)
+        config = config_of(run, [*others, *following], given).model_copy(update=here)
     if config.run_dir == source.run_dir:
         raise ConfigError(f"--from {run}: give the new run a name of its own, as name=NAME")
     return config.model_copy(update={"reuse": reuse})
@@ -71,6 +74,15 @@ def _results(source: RunConfig) -> ReuseConfig:
         sft=str(sft) if there[sft] else None,
         reward_model=str(reward) if there[reward] else None,
     )
+
+
+def _following(overrides: Sequence[str], source: RunConfig) -> list[str]:
+    """Return what another algorithm implies: without a value function there is no phase for it."""
+    said = dict(override.partition("=")[::2] for override in overrides)
+    needs = ALGORITHMS.get(said.get("train.algorithm", ""))
+    if needs is None or needs.values or source.train.ppg is None:
+        return []
+    return [] if any(within(name, "train.ppg") for name in said) else ["train.ppg=null"]
 
 
 def _require_effects(overrides: Sequence[str], reuse: ReuseConfig, source: RunConfig) -> None:

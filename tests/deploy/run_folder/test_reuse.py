@@ -20,7 +20,7 @@ from deploy.stages.preparation import require_own
 from tests.conftest import run_copy
 from tests.deploy.commands import Run
 
-GRPO = ["train.algorithm=grpo", "train.ppg=null", "train.samples_per_prompt=4"]
+GRPO = ["train.algorithm=grpo", "train.samples_per_prompt=4"]
 
 
 @pytest.fixture
