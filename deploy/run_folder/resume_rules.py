@@ -85,6 +85,7 @@ RULES: dict[str, tuple[Kind, str]] = {
     "model": ("fixed", "the checkpoint holds a network of another shape"),
     "reuse": ("free", "a run may be moved; what is in it is compared"),
     "data.prompts": ("fixed", "the run goes through the prompts that it began with"),
+    "data.columns": ("fixed", "it decides what scorers are given"),
     "data.too_long": ("fixed", "it decides which prompts there are"),
     "tokenizer": ("fixed", "the networks know the tokens that the run began with"),
     "learner.precision": ("fixed", "the checkpoint was trained under it"),
