@@ -6,8 +6,10 @@ plain RuntimeError.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +18,8 @@ import torch
 from common.errors import ClusterError
 from common.files import one_line
 
+_MUCH: Final = 128 * 2**20
+"""Bytes that are worth a return to the system."""
 _TORCH_ON_PROCESSOR: Final = ("DefaultCPUAllocator", "not enough memory")
 
 
@@ -63,15 +67,56 @@ def require_memory(needed: float, what: str, remedy: str) -> None:
         )
 
 
+class _HeapFacts(ctypes.Structure):
+    """glibc's ``struct mallinfo2``."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
+
+
+@lru_cache(maxsize=1)
+def _heap() -> tuple[Callable[[], int], Callable[[], object]] | None:
+    """Return what tells the freed bytes of the heap, and what returns them; None without glibc."""
+    library = ctypes.CDLL(None)
+    try:
+        facts, trim = library.mallinfo2, library.malloc_trim
+    except AttributeError:
+        return None
+    facts.restype = _HeapFacts
+    return lambda: int(facts().fordblks), lambda: trim(ctypes.c_size_t(0))
+
+
+def return_freed() -> None:
+    """Return to the system what this process has freed and keeps for itself, where that is much.
+
+    Tensors of ever other sizes leave holes in the heap: of a model of 135M parameters 0.7 GB after
+    a few micro-batches, beside 0.5 GB that are in use. It takes some 0.1 s a GB.
+    """
+    heap = _heap()
+    if heap is not None:
+        freed, trim = heap
+        if freed() > _MUCH:
+            trim()
+
+
 @contextmanager
 def memory_for(what: str, remedy: str) -> Iterator[None]:
     """Turn an error of memory in the body into one that names what needed it, and the remedy.
+
+    What the body allocated and freed is the system's again afterwards, for the next one of the
+    processes that take turns.
 
     Raises:
         ClusterError: memory ran out in the body.
     """
     try:
         yield
+        return_freed()
     except Exception as error:
         if not says_out_of_memory(error):
             raise
