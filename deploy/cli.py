@@ -24,7 +24,15 @@ from common.config.effects import require_evaluated
 from common.config.recipe import load_config
 from common.config.run import RunConfig
 from common.errors import ClusterError, ConfigError, StorageError, TalipotError
-from deploy.screen import Part, degrade_unprintable, keep_shown, make_console, say, show
+from deploy.screen import (
+    Part,
+    at_work,
+    degrade_unprintable,
+    keep_shown,
+    make_console,
+    say,
+    show,
+)
 
 if TYPE_CHECKING:
     from deploy.stages.session import Session
@@ -314,16 +322,23 @@ def preflight(
     """Explain what a recipe needs against what the cluster has."""
     import ray
 
+    from deploy.tasks import task_of
     from deploy.workers.attach import cluster_of
+    from deploy.workers.memory import needs
     from deploy.workers.preflight import explain, require_scorers, require_trainable
 
     resolved = _load(config, overrides, address)
     require_trainable(resolved)
     require_scorers(resolved)
+    missing = task_of(resolved).missing(resolved)
     with cluster_of(resolved):
         resources_now: dict[str, float] = ray.cluster_resources()
-        for line in explain(resolved, resources_now):
+        for line in explain(resolved, resources_now, sized=not missing):
             say(console, ("✓", "green"), f" {line}")
+    for need in [] if missing else needs(resolved, "train"):
+        say(console, ("✓", "green"), f" memory of {need}")
+    if missing:
+        say(console, ("!", "yellow"), f" {missing}")
 
 
 @app.command("import")
@@ -339,7 +354,8 @@ def import_model(
     """Make a folder that `model.start` takes out of a pretrained model; fetches nothing."""
     from deploy.exchange.importing import import_model as make
 
-    facts = make(source, target, precision)
+    with at_work(console, f"importing {source}"):
+        facts = make(source, target, precision)
     _print_numbers(str(target), facts)
 
 
@@ -364,10 +380,14 @@ def export(
 
 @app.command("config")
 def show_config(overrides: Overrides = None, config: ConfigOption = None) -> None:
-    """Print a recipe with every default filled in."""
+    """Print a recipe with every default filled in, and what its checkpoints say as comments."""
     from common.config.recipe import dump_config
+    from deploy.exchange.checkpoint_facts import lines_of
 
-    show(console, dump_config(_load(config, overrides, None)).rstrip("\n"))
+    resolved = _load(config, overrides, None)
+    show(console, dump_config(resolved).rstrip("\n"))
+    for line in lines_of(resolved):
+        show(console, f"# {line}")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -60,7 +60,8 @@ with file and line, are
   whether it is the default. Only in a file with every section there is, which was printed or saved
   for you, a default is not taken for a wish.
 
-`talipot config --config recipe.yaml` prints a recipe with every default filled in; the same text,
+`talipot config --config recipe.yaml` prints a recipe with every default filled in, and as comments
+what its checkpoints say ([generation defaults](models.md#generation-defaults)); the same recipe,
 with absolute paths, is saved as `config.yaml` in the run's folder.
 
 Defaults stand on this page and in no other.

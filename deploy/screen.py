@@ -120,6 +120,21 @@ def keep_shown(console: Console, look: Callable[[], tuple[list[list[Part]], bool
 
 
 @contextmanager
+def at_work(console: Console, title: str) -> Iterator[None]:
+    """Show what takes its time while the block runs: a line with a clock, gone at the end."""
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", style="bold", markup=False),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
+        progress.add_task(title.translate(_IN_LINES), total=None)
+        yield
+
+
+@contextmanager
 def progress_bar(console: Console, title: str, total: int, done: int = 0) -> Iterator[Bar]:
     """Show a live progress bar with metrics beside it; it begins where `done` steps are done."""
     with Progress(

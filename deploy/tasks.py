@@ -12,7 +12,7 @@ from common.config.run import RunConfig
 from deploy.evaluation.presentation import Presentation
 from deploy.instruct.outcome import IN_REPORT as INSTRUCT_REPORT
 from deploy.instruct.outcome import show_outcome as show_instruct
-from deploy.instruct.pipeline import bring_model, run_instruct
+from deploy.instruct.pipeline import bring_model, run_instruct, to_import
 from deploy.quickstart.outcome import IN_REPORT as DOCSTRINGS_REPORT
 from deploy.quickstart.outcome import show_outcome as show_docstrings
 from deploy.quickstart.pipeline import run_quickstart
@@ -25,6 +25,8 @@ class Task:
 
     prepare: Callable[[RunConfig, Console], None]
     """Makes what has to be there before a session opens."""
+    missing: Callable[[RunConfig], str]
+    """Says what of that it will make, in one line; empty where all is there."""
     run: Callable[[Session], None]
     """Takes it from its data to its results, and shows these."""
     report: Presentation
@@ -33,6 +35,10 @@ class Task:
 
 def _nothing(config: RunConfig, console: Console) -> None:
     """Make nothing."""
+
+
+def _nothing_missing(config: RunConfig) -> str:
+    return ""
 
 
 def _run_docstrings(session: Session) -> None:
@@ -44,8 +50,8 @@ def _run_instruct(session: Session) -> None:
 
 
 TASKS: Final = {
-    "docstrings": Task(_nothing, _run_docstrings, DOCSTRINGS_REPORT),
-    "instruct": Task(bring_model, _run_instruct, INSTRUCT_REPORT),
+    "docstrings": Task(_nothing, _nothing_missing, _run_docstrings, DOCSTRINGS_REPORT),
+    "instruct": Task(bring_model, to_import, _run_instruct, INSTRUCT_REPORT),
 }
 """By `quickstart.kind`."""
 

@@ -21,8 +21,45 @@ from torch import Tensor
 from actors.generation.forward import Chunk, Step
 from common.logprobs import Sampling, draw, sampling_logits
 from common.models.attention import PLAIN, Mixing, capped, masked_attention
-from common.models.decoder import Decoder
+from common.models.decoder import Decoder, Sizes
 from common.models.inference import inference_copy
+
+_BLOCK = 64
+"""Positions by which what is attended to grows and shrinks."""
+
+
+class _Cache:
+    """Keys or values of all layers and slots, in as many positions as a step attends to.
+
+    A product of many small bf16 matrices first copies those that do not lie one right behind the
+    other, which takes longer than the product. So slots are as long as the step needs, and not as
+    the context; they are laid out anew when that changes. It is a function of the step alone, for
+    it may show in the last bits of what is sampled.
+    """
+
+    def __init__(self, sizes: Sizes, slots: int, like: Tensor) -> None:
+        """Take the memory of `slots` whole contexts, in the dtype and on the device of `like`."""
+        self._context, self._shape = sizes.context, (slots, sizes.kv_heads, sizes.head_dim)
+        numbers = slots * sizes.kv_heads * sizes.context * sizes.head_dim
+        shape = sizes.layers, numbers
+        self._flat = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self._length = min(_BLOCK, sizes.context)
+
+    def fit(self, positions: int, used: int) -> None:
+        """Make room for so many positions of each slot; the first `used` keep what they hold."""
+        length = min(self._context, -(-positions // _BLOCK) * _BLOCK)
+        if length == self._length:
+            return
+        before, self._length, kept = self.view(), length, min(length, self._length)
+        for old, new in zip(before, self.view(), strict=True):
+            new[:used, :, :kept] = old[:used, :, :kept].clone()
+
+    def view(self) -> Tensor:
+        """``[layers, slots, G, L, K]``, until the next `fit`."""
+        slots, groups, width = self._shape
+        numbers = slots * groups * self._length * width
+        held: Tensor = self._flat[:, :numbers].unflatten(1, (slots, groups, self._length, width))
+        return held
 
 
 class TorchForward:
@@ -30,10 +67,9 @@ class TorchForward:
 
     def __init__(self, decoder: Decoder, slots: int) -> None:
         """Products and cache in the dtype of `decoder`'s parameters."""
-        sizes, weight = decoder.sizes, next(decoder.parameters())
-        shape = (sizes.layers, slots, sizes.kv_heads, sizes.context, sizes.head_dim)
-        self._keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-        self._values = torch.zeros_like(self._keys)
+        weight = next(decoder.parameters())
+        self._caches = [_Cache(decoder.sizes, slots, weight) for _ in ("keys", "values")]
+        self._device = weight.device
         self._decoder = decoder
 
     def take(self, decoder: Decoder, adapters: Sequence[str]) -> None:
@@ -43,19 +79,21 @@ class TorchForward:
     @torch.no_grad()
     def run(self, step: Step) -> Tensor:
         """fp32 logits ``[S, V]`` after the newest token of each slot."""
-        tokens_N, slots_N, positions_N, adapters_N = torch.from_numpy(step.rows).to(
-            self._keys.device
-        )
+        tokens_N, slots_N, positions_N, adapters_N = torch.from_numpy(step.rows).to(self._device)
+        for cache in self._caches:
+            cache.fit(int(step.rows[2].max()) + 1, step.used)
+        keys, values = (cache.view() for cache in self._caches)
         attention = _CachedAttention(
-            self._keys, self._values, slots_N, positions_N, step, self._decoder.sizes.heads
+            keys, values, slots_N, positions_N, step, self._decoder.sizes.heads
         )
         hidden = self._decoder.states(tokens_N, positions_N, attention, adapters_N)
         return self._decoder.logits(hidden[: step.used])
 
     def move(self, source: int, target: int, positions: int) -> None:
         """Give a slot another slot's keys and values."""
-        for cache in (self._keys, self._values):
-            cache[:, target, :, :positions] = cache[:, source, :, :positions]
+        for cache in self._caches:
+            held = cache.view()
+            held[:, target, :, :positions] = held[:, source, :, :positions]
 
     def draw(
         self, logits: Tensor, sampling: Sampling, uniforms: np.ndarray
@@ -78,7 +116,7 @@ class _CachedAttention:
         step: Step,
         heads: int,
     ) -> None:
-        """`keys` and `values` are the cache ``[layers, slots, G, context, K]``."""
+        """`keys` and `values` are the caches ``[layers, slots, G, L, K]``."""
         self._caches = keys, values
         self._slots_N, self._positions_N = slots_N, positions_N
         self._step, self._heads = step, heads
@@ -112,7 +150,7 @@ class _CachedAttention:
         groups = keys.shape[1]
         bias = self._bias_of(mixing.window, keys)
         q = rearrange(q_SHK, "s (g h) k -> (s g) h k", g=groups)
-        near, kept = (t[: len(q_SHK), :, : bias.shape[-1]].flatten(0, 1) for t in (keys, values))
+        near, kept = (t[: len(q_SHK)].flatten(0, 1) for t in (keys, values))
         scale = q.shape[-1] ** -0.5 if mixing.scale is None else mixing.scale
         if mixing.softcap is None:
             scores = torch.baddbmm(bias, q, near.transpose(1, 2), alpha=scale)
@@ -124,7 +162,7 @@ class _CachedAttention:
     def _bias_of(self, window: int | None, keys: Tensor) -> Tensor:
         if window not in self._bias:
             newest = self._positions_N[: self._step.used]
-            self._bias[window] = _bias(newest, window, keys.shape[1], self._heads, keys.dtype)
+            self._bias[window] = _bias(newest, window, keys, self._heads)
         return self._bias[window]
 
 
@@ -154,16 +192,14 @@ def _attend_prompts(
     return out.transpose(1, 2)[prefill.rows, prefill.columns]
 
 
-def _bias(
-    positions_S: Tensor, window: int | None, kv_heads: int, heads: int, dtype: torch.dtype
-) -> Tensor:
+def _bias(positions_S: Tensor, window: int | None, keys: Tensor, heads: int) -> Tensor:
     """``[S G, H / G, L]`` of the newest tokens: 0, or -inf where there is nothing to attend to."""
-    reach = int(positions_S.max()) + 1
-    places = torch.arange(reach, device=positions_S.device)
+    _, kv_heads, length, _ = keys.shape
+    places = torch.arange(length, device=positions_S.device)
     absent = places > positions_S[:, None]
     if window is not None:
         absent |= places <= positions_S[:, None] - window
-    bias = torch.zeros(absent.shape, dtype=dtype, device=positions_S.device)
+    bias = torch.zeros(absent.shape, dtype=keys.dtype, device=positions_S.device)
     bias = bias.masked_fill_(absent, float("-inf"))[:, None, None]
     return bias.expand(-1, kv_heads, heads // kv_heads, -1).flatten(0, 1)
 

@@ -59,7 +59,7 @@ class PretrainedTokenizer:
                 f"{files.folder}: no token ends a response; name it as eos_token in {SETTINGS}"
             )
         if self.chat is not None:
-            spelled = {token: place for place in self._eos if (token := self._spelling(place))}
+            spelled = {token: place for place in self._eos if (token := self.spelling(place))}
             self.chat.ends_with(spelled, self.eos_id)
 
     @classmethod
@@ -133,6 +133,11 @@ class PretrainedTokenizer:
         """The largest id and one, without rows that a model has beyond them."""
         return 1 + max(self._vocabulary.values())
 
+    def spelling(self, place: int) -> str:
+        """Return a token as the tokenizer's file spells it; empty where there is none."""
+        token: str | None = self._rust.id_to_token(place)
+        return token or ""
+
     def fingerprint(self) -> str:
         """Return 32 hex digits of all files' names and contents."""
         digest = blake2b(digest_size=16)
@@ -172,7 +177,7 @@ class PretrainedTokenizer:
         """Tell control tokens: special ones, those that end a response, and the template's."""
         added = values["added_tokens"]
         special = {token["content"] for token in added if token["special"]} | (more or set())
-        special |= {token for place in self._eos if (token := self._spelling(place))}
+        special |= {token for place in self._eos if (token := self.spelling(place))}
         # Runs of blanks are added tokens too, and any text may have them.
         plain = {token["content"] for token in added} - special
         plain = {token for token in plain if token.strip()}
@@ -181,13 +186,9 @@ class PretrainedTokenizer:
             shared = written_by(files.template, files.template_name, files.named, plain)
         return ControlTokens(special=frozenset(special), shared=frozenset(shared))
 
-    def _spelling(self, place: int) -> str:
-        token: str | None = self._rust.id_to_token(place)
-        return token or ""
-
     def _endings(self, files: TokenizerFiles) -> tuple[int, ...]:
         places = [self._rust.token_to_id(e) if isinstance(e, str) else e for e in files.eos]
-        known = [place for place in places if place is not None and self._spelling(place)]
+        known = [place for place in places if place is not None and self.spelling(place)]
         return tuple(dict.fromkeys(known))
 
     def _prefix_of(self, files: TokenizerFiles) -> tuple[int, ...]:

@@ -49,7 +49,7 @@ class _Pieces(torch.autograd.Function):
         total_VD = torch.zeros_like(wide(weight_VD)) if ctx.needs_input_grad[1] else None
         total_V = torch.zeros_like(wide(bias_V)) if ctx.needs_input_grad[2] else None
         for part in ctx.parts:
-            logits = F.linear(states_ND[part], rounded_VD, rounded_V).float().requires_grad_()
+            logits = _piece(states_ND[part], rounded_VD, rounded_V).float().requires_grad_()
             with torch.enable_grad():
                 values = ctx.read(logits, part)
             (inner,) = torch.autograd.grad(values, logits, gradient_NC[part])
@@ -87,11 +87,17 @@ def _read_pieces(
     """
     out_NC = torch.empty(0)
     for part in parts:
-        values = read(F.linear(states_ND[part], weight_VD, bias_V).float(), part)
+        values = read(_piece(states_ND[part], weight_VD, bias_V).float(), part)
         if not out_NC.numel():
             out_NC = values.new_empty(len(states_ND), values.shape[-1])
         out_NC[part] = values
     return out_NC
+
+
+def _piece(states: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    """Return logits that are rounded as those of `_logits`, to the last bit."""
+    logits = F.linear(states, weight_VD)
+    return logits if bias_V is None else logits.add_(bias_V)
 
 
 def _parts(length: int, rows: int) -> list[slice]:
@@ -177,6 +183,12 @@ class TiedEmbedding(nn.Embedding):
             return super().forward(x).to(dtype)
         x, weight = x.to(dtype), _first(self.weight, vocabulary)
         return product(x, weight) if read is None else read_logits(x, weight, None, read, rows)
+
+
+def output_head(decoder: nn.Module) -> OutputHead | TiedEmbedding:
+    """Return the module whose products become a decoder's logits."""
+    found = [m for m in decoder.modules() if isinstance(m, OutputHead | TiedEmbedding)]
+    return next((head for head in found if isinstance(head, OutputHead)), found[0])
 
 
 @overload

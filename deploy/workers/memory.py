@@ -1,12 +1,16 @@
-"""Whether a stage's workers fit into this machine, asked before any of them loads weights.
+"""What each process of a stage takes at its peak, and whether that fits into this machine.
 
-Only of runs that start a cluster of their own: what the nodes of another one have, its scheduler
-knows (`deploy.workers.preflight`).
+Asked before any of them loads weights, and only of runs that start a cluster of their own: what the
+nodes of another one have, its scheduler knows (`deploy.workers.preflight`). The numbers follow from
+the recipe alone; nothing is allocated for them.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
 
 import torch
 
@@ -14,68 +18,210 @@ from common.config.model import LoraConfig, ModelConfig
 from common.config.run import RunConfig
 from common.devices import torch_dtype
 from common.models.adapters import adapter_size
-from common.models.build import build_decoder, count_parameters
+from common.models.build import build_decoder
+from common.models.footprint import kept_per_token
+from common.models.lora import adapted
 from common.out_of_memory import in_words, require_memory
 from deploy.workers.preflight import NetworkSizes, extra_bytes, learner_bytes
 
-_REMEDY = (
-    "train adapters (lora), lower rollout.actors or learner.ranks, raise learner.zero_stage, set "
-    "precision to bf16, or take a smaller model"
+_REMEDY: Final = (
+    "train adapters (lora), lower rollout.actors, rollout.slots or learner.ranks, lower "
+    "micro_batch_tokens, raise learner.zero_stage, set precision to bf16, or take a smaller model"
 )
+_PROCESS: Final = 0.3 * 2**30
+"""Of a worker's process before it holds anything: Python, torch, Ray and what they load. What
+processes share counts once, and is taken by the command itself already."""
+_CONTROL: Final = 2
+"""Processes beside the workers: the controller, and Ray's own of a run."""
+_PIECES: Final = 5
+"""Blocks of `logits_mb` that one piece of the logits takes with what is computed from it."""
+_DRAWN: Final = 4
+"""Numbers of fp32 for each logit that a token is drawn from."""
+_LOADED: Final = 4
+"""Bytes of a number while weights are loaded: rounding comes after."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """Memory of the processes of one role, each at its peak."""
+
+    what: str
+    """As in "rollout actors"."""
+    count: int
+    parts: Mapping[str, float]
+    """Bytes of one of them, by what takes them."""
+
+    @property
+    def each(self) -> float:
+        """Bytes of one process."""
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        """Say what one takes, in a line."""
+        listed = ", ".join(f"{what} {in_words(size)}" for what, size in self.parts.items() if size)
+        return f"{self.count} {self.what}: {in_words(self.each)} each at most ({listed})"
 
 
 def require_room(config: RunConfig, stage: str) -> None:
-    """Refuse a stage (sft, reward or train) whose weights alone will not fit.
+    """Refuse a stage (sft, reward or train) that will not fit.
 
     Raises:
         ClusterError: with the bytes that it needs and those that there are.
     """
     if config.cluster.address is not None or os.environ.get("RAY_ADDRESS"):
         return
-    parts = {"sft": _supervised, "reward": _supervised, "train": _training}[stage](config, stage)
-    listed = ", ".join(f"{what} {in_words(size)}" for what, size in parts.items())
-    require_memory(sum(parts.values()), f"{stage} ({listed})", _REMEDY)
+    needed = needs(config, stage)
+    listed = ", ".join(f"{need.what} {in_words(need.count * need.each)}" for need in needed)
+    total = sum(need.count * need.each for need in needed) + _CONTROL * _PROCESS
+    require_memory(total, f"{stage} ({listed})", _REMEDY)
 
 
-def _supervised(config: RunConfig, stage: str) -> dict[str, float]:
+def needs(config: RunConfig, stage: str) -> list[Need]:
+    """Return what every role of a stage (sft, reward or train) takes."""
+    if stage == "train":
+        return [_policy_learner(config), _actors(config), _reward_workers(config)]
     settings = config.sft if stage == "sft" else config.reward_model
     model = config.model
     if stage == "reward" and config.reward_model.model is not None:
         model = config.reward_model.model
-    sizes = _sizes(config, model, settings.lora, settings.precision == "bf16")
-    return {"learner": learner_bytes(config, sizes) * config.learner.ranks}
+    shape = _Shape(config, model)
+    states = learner_bytes(config, _sizes(shape, settings.lora, settings.precision == "bf16"))
+    return [
+        _learner(
+            config,
+            shape,
+            lora=settings.lora,
+            dtype=torch_dtype(settings.precision),
+            states={"weights, gradients, moments": states},
+            loaded=shape.whole,
+            reads_logits=stage == "sft",
+        )
+    ]
 
 
-def _training(config: RunConfig, stage: str) -> dict[str, float]:
-    rollout, service = config.rollout, config.reward_service
-    whole = _parameters(config, config.model)
-    merged = config.train.lora is not None and rollout.lora == "merged"
-    actor = whole * torch_dtype(rollout.precision).itemsize * (1 + merged)
-    frozen = _parameters(config, service.reference or config.model)
-    if service.needs_model and config.reward_model.lora is None:
-        frozen += _parameters(config, config.reward_model.model or config.model)
-    worker = frozen * torch_dtype(config.reward_precision).itemsize
-    return {
-        "learner": (learner_bytes(config) + extra_bytes(config)) * config.learner.ranks,
-        "rollout actors": actor * rollout.actors_at_start,
-        "reward workers": worker * service.replicas,
-    }
+# ------------------------------------------------------------------ roles
 
 
-def _sizes(
-    config: RunConfig, model: ModelConfig, lora: LoraConfig | None, rounded: bool
-) -> NetworkSizes:
-    whole = _parameters(config, model)
-    if lora is None:
-        return NetworkSizes(trained=whole, policy=whole, frozen=0, frozen_bytes=0.0)
-    with torch.device("meta"):
-        decoder = build_decoder(model)
-    trained = adapter_size(decoder, lora)
-    return NetworkSizes(
-        trained=trained, policy=trained, frozen=whole, frozen_bytes=2.0 if rounded else 4.0
+def _policy_learner(config: RunConfig) -> Need:
+    train = config.train
+    shape = _Shape(config, config.model)
+    loaded = shape.whole
+    if train.separate_values:
+        loaded += shape.whole if train.critic is None else _Shape(config, train.critic).whole
+    return _learner(
+        config,
+        shape,
+        lora=train.lora,
+        dtype=torch_dtype(config.learner.precision),
+        states={
+            "weights, gradients, moments": learner_bytes(config),
+            "copies and auxiliary phase": extra_bytes(config),
+        },
+        loaded=loaded,
+        reads_logits=True,
     )
 
 
-def _parameters(config: RunConfig, model: ModelConfig) -> int:
-    vocabulary = model.vocab_size or config.model.vocab_size or config.tokenizer.vocab_size
-    return count_parameters(model.model_copy(update={"vocab_size": vocabulary})).total
+def _learner(
+    config: RunConfig,
+    shape: _Shape,
+    *,
+    lora: LoraConfig | None,
+    dtype: torch.dtype,
+    states: Mapping[str, float],
+    loaded: int,
+    reads_logits: bool,
+) -> Need:
+    tokens = max(config.learner.micro_batch_tokens, shape.model.context)
+    kept = kept_per_token(shape.model, lora, dtype)
+    work = {
+        "activations": tokens * (kept + kept / shape.layers),
+        "logits": reads_logits * shape.pieces(trained=lora is None, dtype=dtype),
+    }
+    return _need("learner ranks", config.learner.ranks, {**states, **work}, loaded)
+
+
+def _actors(config: RunConfig) -> Need:
+    rollout, lora = config.rollout, config.train.lora
+    shape, dtype = _Shape(config, config.model), torch_dtype(rollout.precision)
+    weights = shape.whole * dtype.itemsize
+    merged = 0
+    if lora is not None and rollout.lora == "merged":  # a new version beside the one before
+        merged = 2 * shape.merged(lora) * dtype.itemsize
+    each = 2 * shape.layers * shape.kv_numbers * shape.model.context * dtype.itemsize
+    slots = max(1, min(rollout.slots, rollout.lease_size, int(rollout.cache_mb * 2**20 / each)))
+    parts = {
+        "weights": weights + merged,
+        "keys and values": slots * each,
+        "activations": (slots + rollout.prefill_tokens) * shape.layer(dtype),
+        "logits": _DRAWN * 4.0 * slots * shape.vocabulary,
+    }
+    return _need("rollout actors", rollout.actors_at_start, parts, shape.whole)
+
+
+def _reward_workers(config: RunConfig) -> Need:
+    service, dtype = config.reward_service, torch_dtype(config.reward_precision)
+    reference = _Shape(config, service.reference or config.model)
+    shapes = [reference]
+    if service.needs_model and config.reward_model.lora is None:
+        shapes.append(_Shape(config, config.reward_model.model or config.model))
+    loaded = sum(shape.whole for shape in shapes)
+    tokens = max(service.micro_batch_tokens, reference.model.context)
+    parts = {
+        "weights": loaded * dtype.itemsize,
+        "activations": tokens * max(shape.layer(dtype) for shape in shapes),
+        "logits": reference.pieces(trained=False, dtype=dtype),
+    }
+    return _need("reward workers", service.replicas, parts, loaded)
+
+
+def _need(what: str, count: int, parts: Mapping[str, float], loaded: int) -> Need:
+    """Add the process, and what loading takes beyond what comes after it."""
+    loading = max(0.0, _LOADED * loaded - sum(parts.values()))
+    return Need(what=what, count=count, parts={**parts, "loading": loading, "process": _PROCESS})
+
+
+# ------------------------------------------------------------------ models
+
+
+class _Shape:
+    """A model's sizes, counted on the meta device."""
+
+    def __init__(self, config: RunConfig, model: ModelConfig) -> None:
+        """Count; a vocabulary that is not known yet is the policy's, or the tokenizer's."""
+        self.vocabulary = model.vocab_size or config.model.vocab_size or config.tokenizer.vocab_size
+        self.model = model.model_copy(update={"vocab_size": self.vocabulary})
+        with torch.device("meta"):
+            self.decoder = build_decoder(self.model)
+        sizes = self.decoder.sizes
+        self.whole = sum(parameter.numel() for parameter in self.decoder.parameters())
+        self.layers, self.kv_numbers, self.dim = (
+            sizes.layers,
+            sizes.kv_heads * sizes.head_dim,
+            sizes.dim,
+        )
+
+    def merged(self, lora: LoraConfig) -> int:
+        """Count the weights that an adapter is merged into."""
+        modules = [module for _, module in adapted(self.decoder) if module.reached(lora)]
+        return sum(module.weight.numel() for module in modules)
+
+    def layer(self, dtype: torch.dtype) -> float:
+        """Bytes of a token in one block of a pass without gradients."""
+        return kept_per_token(self.model, None, dtype) / self.layers
+
+    def pieces(self, *, trained: bool, dtype: torch.dtype) -> float:
+        """Bytes of logits in pieces, with the head's rounded copy and gradient."""
+        head = self.vocabulary * self.dim
+        rounded = 2 * head if trained and dtype != torch.float32 else 0
+        return _PIECES * self.model.logits_mb * 2**20 + rounded + (4 * head if trained else 0)
+
+
+def _sizes(shape: _Shape, lora: LoraConfig | None, rounded: bool) -> NetworkSizes:
+    whole = shape.whole
+    if lora is None:
+        return NetworkSizes(trained=whole, policy=whole, frozen=0, frozen_bytes=0.0)
+    trained = adapter_size(shape.decoder, lora)
+    return NetworkSizes(
+        trained=trained, policy=trained, frozen=whole, frozen_bytes=2.0 if rounded else 4.0
+    )

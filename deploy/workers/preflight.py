@@ -174,8 +174,13 @@ def extra_bytes(config: RunConfig) -> float:
     return copies + moments + sizes.policy * each
 
 
-def explain(config: RunConfig, resources: Mapping[str, float]) -> list[str]:
+def explain(config: RunConfig, resources: Mapping[str, float], *, sized: bool = True) -> list[str]:
     """Explain each demand in a line, and the totals; pure, for any cluster's resources.
+
+    Args:
+        config: the run's.
+        resources: of the cluster.
+        sized: False leaves memory out, of a model that is not there yet.
 
     Raises:
         ClusterError: the cluster cannot hold the recipe; says what is short and what to change.
@@ -189,13 +194,15 @@ def explain(config: RunConfig, resources: Mapping[str, float]) -> list[str]:
         gpus = f" and {gpu:g} GPU" if gpu else ""
         lines.append(f"{demand.count} {demand.what}: {cpu:g} CPU{gpus}{together}")
     have_cpu, have_gpu = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    states, extra = learner_bytes(config) / 2**30, extra_bytes(config) / 2**30
-    memory = states + extra
-    lines.append(
-        f"each learner rank holds {states:.2f} GiB of weights, gradients and optimizer states "
-        f"(ZeRO {config.learner.zero_stage}) and {extra:.2f} GiB of copies and of the auxiliary "
-        "phase, activations not counted"
-    )
+    memory = 0.0
+    if sized:
+        states, extra = learner_bytes(config) / 2**30, extra_bytes(config) / 2**30
+        memory = states + extra
+        lines.append(
+            f"each learner rank holds {states:.2f} GiB of weights, gradients and optimizer states "
+            f"(ZeRO {config.learner.zero_stage}) and {extra:.2f} GiB of copies and of the "
+            "auxiliary phase"
+        )
     lines.append(
         f"needed {need_cpu:g} CPU and {need_gpu:g} GPU; the cluster has {have_cpu:g} and "
         f"{have_gpu:g}"
@@ -204,7 +211,7 @@ def explain(config: RunConfig, resources: Mapping[str, float]) -> list[str]:
         if need > have + _EPSILON:
             raise ClusterError(
                 f"the recipe needs {need:g} {kind} and the cluster has {have:g}: "
-                + "; ".join(lines[:-2])
+                + "; ".join(lines[: len(demands(config))])
                 + f"; lower rollout.actors, or a {kind.lower()}s_per_* setting, or add nodes"
             )
     memory_have = resources.get("memory", 0.0) / 2**30

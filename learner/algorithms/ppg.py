@@ -4,7 +4,7 @@
 distribution: all of the vocabulary, no filter, temperature 1. Departure: the unit u, for the paper
 normalises rewards, and beta_clone would weigh otherwise for every scale of scores. Sums over the
 mask divided by `normalizer`, as in `learner.algorithms.ppo`.
-Shape suffixes: B sequences, R response positions, V vocabulary.
+Shape suffixes: B sequences, R response positions. Logits ``[..., V]`` may have any leading axes.
 """
 
 from __future__ import annotations
@@ -27,22 +27,17 @@ class JointLoss(NamedTuple):
     """KL(pi_old || pi), before its weight, detached."""
 
 
-def clone_kl(
-    old_logits_BRV: Tensor, logits_BRV: Tensor, mask_BR: Tensor, *, normalizer: float
-) -> Tensor:
-    """Return KL(pi_old || pi) over the full distribution; exactly 0 for identical logits.
+def clone_kl(old_logits: Tensor, logits: Tensor) -> Tensor:
+    """Return KL(pi_old || pi) at each position ``[...]``; exactly 0 for identical logits.
 
     Args:
-        old_logits_BRV: of pi_old.
-        logits_BRV: of pi, at the same positions.
-        mask_BR: bool, True = a response token.
-        normalizer: response tokens of the whole minibatch.
+        old_logits: ``[..., V]`` of pi_old.
+        logits: ``[..., V]`` of pi, at the same positions.
     """
-    require_shape(3, old_logits_BRV, logits_BRV)
-    old_BRV = old_logits_BRV.float().log_softmax(dim=-1)
-    new_BRV = logits_BRV.float().log_softmax(dim=-1)
-    kl_BR = (old_BRV.exp() * (old_BRV - new_BRV)).sum(dim=-1)
-    return kl_BR.masked_fill(~mask_BR, 0.0).sum() / normalizer
+    require_shape(old_logits.dim(), old_logits, logits)
+    old = old_logits.float().log_softmax(dim=-1)
+    new = logits.float().log_softmax(dim=-1)
+    return (old.exp() * (old - new)).sum(dim=-1)
 
 
 def auxiliary_value_loss(
@@ -63,8 +58,7 @@ def auxiliary_value_loss(
 def joint_loss(
     v_aux_BR: Tensor,
     v_targ_BR: Tensor,
-    old_logits_BRV: Tensor,
-    logits_BRV: Tensor,
+    kl_BR: Tensor,
     mask_BR: Tensor,
     *,
     beta_clone: float,
@@ -76,13 +70,13 @@ def joint_loss(
     Args:
         v_aux_BR: values by the policy's auxiliary head.
         v_targ_BR: value targets of the policy phase.
-        old_logits_BRV: of pi_old, a frozen copy of the policy as the phase began.
-        logits_BRV: of pi, at the same positions.
+        kl_BR: `clone_kl` from a frozen copy of the policy as the phase began.
         mask_BR: bool, True = a response token.
         beta_clone: weight of the KL.
         normalizer: response tokens of the whole minibatch.
         value_unit: u, what values are measured in.
     """
     value = auxiliary_value_loss(v_aux_BR, v_targ_BR, mask_BR, normalizer=normalizer)
-    kl = clone_kl(old_logits_BRV, logits_BRV, mask_BR, normalizer=normalizer)
+    require_shape(2, kl_BR, mask_BR)
+    kl = kl_BR.masked_fill(~mask_BR, 0.0).sum() / normalizer
     return JointLoss(value / value_unit**2 + beta_clone * kl, value.detach(), kl.detach())

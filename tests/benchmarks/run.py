@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import control_plane, decode, learner_step, lora, sync, timeline
+from tests.benchmarks import control_plane, decode, learner_step, lora, pretrained, sync, timeline
 from tests.benchmarks.measure import PROMPT, RESPONSE, SHAPE, THREADS, Result, product_rate
 
 _PAGE = Path(__file__).with_name("performance.md")
@@ -44,6 +44,8 @@ def main(arguments: Sequence[str]) -> None:
         results += learner_step.run()
     with console.status("adapters"):
         results += lora.run()
+    with console.status("a pretrained model's shape"):
+        results += pretrained.run()
     with console.status("weights"):
         results += sync.run()
     with console.status("control plane"):

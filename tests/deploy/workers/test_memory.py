@@ -1,7 +1,8 @@
-"""Whether a stage fits into this machine, by hand-counted bytes."""
+"""What a stage takes and whether it fits into this machine, by hand-counted bytes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from common import out_of_memory
 from common.config.run import RunConfig
 from common.errors import ClusterError
 from common.models.pretrained.checkpoint import Checkpoint
-from deploy.workers.memory import require_room
+from deploy.workers.memory import needs, require_room
 from tests.common.models.pretrained.checkpoints import random_checkpoint
 
 FUNCTION = {"components": {"length": {"kind": "function", "target": "a:b"}}}
@@ -24,32 +25,83 @@ def run_of(path: Path, **sections: Any) -> RunConfig:
     return RunConfig.model_validate(values)
 
 
-def least(monkeypatch: pytest.MonkeyPatch, config: RunConfig, stage: str) -> int:
-    """The fewest bytes free with which a stage may begin, by bisection."""
-    low, high = 0, 1 << 34
-    while low < high:
-        middle = (low + high) // 2
-        monkeypatch.setattr(out_of_memory, "available_bytes", lambda free=middle: free)
-        try:
-            require_room(config, stage)
-            high = middle
-        except ClusterError:
-            low = middle + 1
-    return low
+def parts(config: RunConfig, stage: str, role: int = 0) -> Mapping[str, float]:
+    return needs(config, stage)[role].parts
 
 
-def test_bytes_of_each_role_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+GRPO = {"algorithm": "grpo", "samples_per_prompt": 2, "ppg": None}
+
+
+def test_weights_and_optimizer_states_by_hand(tmp_path: Path) -> None:
     path = random_checkpoint(tmp_path / "model")
     size = Checkpoint.open(path).parameters
-    assert least(monkeypatch, run_of(path), "sft") == 16 * size
-    grpo = {"algorithm": "grpo", "samples_per_prompt": 2, "ppg": None}
-    train = run_of(path, train=grpo, rollout={"actors": 3, "precision": "bf16"})
-    assert least(monkeypatch, train, "train") == 16 * size + 3 * 2 * size + 4 * size
-    ppo = run_of(path, train={"ppg": None}, rollout={"actors": 1})
-    assert least(monkeypatch, ppo, "train") == 2 * 16 * size + 4 * size + 4 * size
+    states = "weights, gradients, moments"
+    assert parts(run_of(path), "sft")[states] == 16 * size
+    assert parts(run_of(path, train=GRPO), "train")[states] == 16 * size
+    ppo = run_of(path, train={"ppg": None})
+    assert parts(ppo, "train")[states] == 2 * 16 * size
     lora = run_of(path, sft={"lora": {"rank": 2}, "precision": "bf16"})
-    assert 2 * size < least(monkeypatch, lora, "sft") < 4 * size
+    assert 2 * size < parts(lora, "sft")[states] < 4 * size
+    phased = run_of(path)
+    extra = parts(phased, "train")["copies and auxiliary phase"]
+    assert extra == 2 * 8 * size + 4 * size, "moments of its own, and the frozen policy"
+
+
+def test_an_actor_holds_weights_keys_and_values_by_hand(tmp_path: Path) -> None:
+    path = random_checkpoint(tmp_path / "model")
+    size = Checkpoint.open(path).parameters
+    rollout = {"actors": 3, "precision": "bf16", "lease_size": 5}
+    config = run_of(path, train=GRPO, rollout=rollout)
+    found = parts(config, "train", 1)
+    assert needs(config, "train")[1].count == 3
+    assert found["weights"] == 2 * size
+    layers, kv_heads, head_dim, context = 2, 2, 8, 64
+    assert found["keys and values"] == 5 * 2 * layers * kv_heads * head_dim * context * 2
+    few = run_of(path, train=GRPO, rollout=rollout | {"cache_mb": 0.04})
+    assert parts(few, "train", 1)["keys and values"] < 0.04 * 2**20
+    adapters = run_of(path, train={**GRPO, "lora": {"rank": 2}}, rollout=rollout)
+    block = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48  # q and o, k and v, the MLP's three
+    # A new version is merged before the one that is held goes.
+    assert parts(adapters, "train", 1)["weights"] == 2 * size + 2 * 2 * (2 * block)
+    beside = run_of(
+        path, train={**GRPO, "lora": {"rank": 2}}, rollout=rollout | {"lora": "unmerged"}
+    )
+    assert parts(beside, "train", 1)["weights"] == 2 * size
+
+
+def test_a_reward_worker_holds_the_models_of_its_own(tmp_path: Path) -> None:
+    path, other = (random_checkpoint(tmp_path / name) for name in ("model", "other"))
+    size = Checkpoint.open(path).parameters
+    assert parts(run_of(path, train=GRPO), "train", 2)["weights"] == 4 * size
+    judged = {"precision": "bf16", "reference": {"start": str(other), "context": 64}}
+    own = run_of(path, train=GRPO, reward_service=judged, reward_model={"lora": None})
+    assert parts(own, "train", 2)["weights"] == 2 * 2 * size, "reference and reward model"
+
+
+def test_activations_follow_tokens_and_logits_their_pieces(tmp_path: Path) -> None:
+    path = random_checkpoint(tmp_path / "model")
+    few, many = (
+        parts(run_of(path, learner={**ONE, "micro_batch_tokens": n}), "sft") for n in (100, 300)
+    )
+    assert many["activations"] == pytest.approx(3 * few["activations"])
+    model = {"start": str(path), "context": 64, "logits_mb": 128.0}
+    wide = parts(run_of(path, model=model), "sft")["logits"] - few["logits"]
+    assert 3 * 64 * 2**20 <= wide <= 6 * 64 * 2**20
+
+
+def test_a_stage_begins_where_all_of_it_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = run_of(random_checkpoint(tmp_path / "model"), rollout={"actors": 3})
+    total = sum(need.count * need.each for need in needs(config, "train"))
+    for free, fits in ((1.5 * total, True), (0.99 * total, False)):
+        monkeypatch.setattr(out_of_memory, "available_bytes", lambda free=free: int(free))
+        if fits:
+            require_room(config, "train")
+        else:
+            with pytest.raises(ClusterError):
+                require_room(config, "train")
 
 
 def test_the_number_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -250,13 +250,23 @@ def test_a_damaged_folder_is_refused(
         ),
         ({"quantization_config": {"quant_method": "awq"}}, "quantized weights cannot be trained"),
         ({"num_attention_heads": 5}, "config.json cannot be used"),
+        ({"model_type": "falcon", "alibi": True}, "'alibi': Falcon with ALiBi positions is not"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "'rope_scaling': dynamic rotary positions change with the length",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0}}},
+            "'rope_parameters': dynamic rotary positions change with the length",
+        ),
     ],
 )
 def test_an_unknown_model_is_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     path = random_checkpoint(tmp_path / "model")
     change_config(path, **changes)
-    with pytest.raises((CheckpointError, ConfigError), match=words):
+    with pytest.raises((CheckpointError, ConfigError), match=words) as refused:
         Checkpoint.open(path)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

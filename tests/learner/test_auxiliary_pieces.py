@@ -1,0 +1,123 @@
+"""The auxiliary loss in pieces of the logits: the numbers of the whole, and no logits in memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from common.batching import sequence_batch
+from common.config.model import ModelConfig, PalmConfig, PretrainedConfig
+from common.models.build import build_policy
+from common.models.networks import PolicyNetwork, compute_in
+from learner.batch.shards import MicroBatch
+from learner.objectives.auxiliary import FrozenPolicy, JointObjective
+from learner.zero.engine import ZeroEngine
+from tests.common.models.pretrained.tiny import reference, saved
+
+VOCABULARY = 4000
+PROMPTS, RESPONSES = [[3, 4, 5], [6]], [[7, 8, 9, 10, 11], [12, 13]]
+
+
+def palm(logits_mb: float, _: Path) -> ModelConfig:
+    return PalmConfig(
+        vocab_size=VOCABULARY, dim=8, layers=1, heads=1, head_dim=8, logits_mb=logits_mb
+    )
+
+
+def phi(logits_mb: float, folder: Path) -> ModelConfig:
+    """With a head of its own, and a bias on it."""
+    if not folder.exists():
+        saved(reference("phi", vocab_size=VOCABULARY), folder)
+    return PretrainedConfig(start=str(folder), context=32, logits_mb=logits_mb)
+
+
+def pair(model: ModelConfig, precision: str) -> tuple[PolicyNetwork, PolicyNetwork]:
+    """A policy that has moved, and what it was before."""
+    policy = build_policy(model)
+    policy.initialise(0)
+    old = copy.deepcopy(policy).eval().requires_grad_(False)
+    for network in (policy, old):
+        if precision == "bf16":
+            compute_in(network, torch.bfloat16)
+    return policy, old
+
+
+def moved(policy: PolicyNetwork) -> PolicyNetwork:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.3 * noise * parameter.abs().mean())
+    return policy
+
+
+def objective(policy: PolicyNetwork, old: PolicyNetwork) -> JointObjective:
+    return JointObjective(
+        engine=cast(ZeroEngine, policy),
+        old=FrozenPolicy(run=old, logits=old.decoder.logits),
+        targets_NR=torch.arange(10.0).view(2, 5),
+        value_unit=2.0,
+        beta_clone=0.7,
+    )
+
+
+def micro() -> MicroBatch:
+    data = sequence_batch(PROMPTS, RESPONSES)
+    return MicroBatch(data=data, rows=[0, 1], mask_BR=data.response_mask_BR, last=True)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most rows of a whole vocabulary that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if not isinstance(leaf, Tensor) or not leaf.dim() or not leaf.is_contiguous():
+                continue  # a weight that is seen transposed
+            if leaf.shape[-1] == VOCABULARY:
+                self.rows = max(self.rows, leaf.numel() // VOCABULARY)
+        return out
+
+
+@pytest.mark.parametrize("model", [palm, phi])
+def test_pieces_are_the_whole(model: Callable[..., ModelConfig], tmp_path: Path) -> None:
+    found: list[tuple[float, float, list[Tensor]]] = []
+    for logits_mb, most in ((1e3, 10), (2 * 4 * VOCABULARY / 2**20, 2)):
+        policy, old = pair(model(logits_mb, tmp_path / "model"), "fp32")
+        with Largest() as largest:
+            loss = objective(moved(policy), old).loss(micro(), 7.0)
+            loss.total.backward()
+        assert largest.rows == most, "rows of logits at once"
+        gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+        found.append((float(loss.total.detach()), float(loss.sums["clone_kl"]), gradients))
+    (whole, whole_kl, expected), (total, kl, gradients) = found
+    assert whole_kl > 0.01, "the policies must differ for the comparison to mean much"
+    assert total == pytest.approx(whole, abs=1e-6, rel=1e-6)
+    assert kl == pytest.approx(whole_kl, abs=1e-6, rel=1e-6)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", [palm, phi])
+def test_in_pieces_the_kl_to_itself_is_exactly_zero(
+    model: Callable[..., ModelConfig], precision: str, tmp_path: Path
+) -> None:
+    for logits_mb in (1e3, 1e-6):
+        policy, old = pair(model(logits_mb, tmp_path / "model"), precision)
+        loss = objective(policy, old).loss(micro(), 7.0)
+        assert float(loss.sums["clone_kl"]) == 0.0, "invariant I8"
