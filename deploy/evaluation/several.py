@@ -1,7 +1,7 @@
 """`talipot compare RUN RUN...`: outcomes, curves, and what differs between the runs.
 
 Runs are sorted by their outcome, best first: the held-out score of `talipot evaluate` where every
-run has one, else the mean score of the last tenth of its iterations.
+run has one by the same judge, else the mean score of the last tenth of its iterations.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Comparison:
 COLUMNS = ("run", "algorithm", "score", "held-out", "win rate", "KL", "seconds", "iterations")
 TITLES = {
     "score": "mean score per response, last tenth of the iterations",
-    "held-out": "score on held-out prompts, by `talipot evaluate`",
+    "held-out": "score on held-out prompts, by talipot evaluate",
     "win rate": "over what training began with",
     "KL": "to the reference policy in the last iteration, nats per response",
     "seconds": "of all iterations",
@@ -138,7 +138,9 @@ def compare_runs(configs: Sequence[RunConfig]) -> Comparison:
     if len(set(folders)) < len(folders):
         raise ConfigError("compare: a run is given twice; give each once")
     runs = [_read(config) for config in configs]
-    held_out = all(run.held_out is not None for run in runs)
+    # Scores of different judges say nothing about each other.
+    judges = {run.config.evaluate.judge for run in runs}
+    held_out = len(judges) == 1 and all(run.held_out is not None for run in runs)
     runs.sort(key=lambda run: (run.held_out or 0.0) if held_out else run.score, reverse=True)
     names = [run.config.name for run in runs]
     if len(set(names)) < len(names):
@@ -234,4 +236,6 @@ def _fields_that_differ(runs: Sequence[Compared]) -> Iterator[tuple[str, list[st
 
 
 def _shown(value: Any) -> str:
-    return "null" if value is None else str(value)
+    if value is None:
+        return "null"
+    return '""' if value == "" else str(value)

@@ -92,6 +92,16 @@ def test_held_out_scores_decide_where_every_run_has_one(tmp_path: Path) -> None:
     assert page.count('<b class="good">') == 1
 
 
+def test_scores_of_different_judges_decide_nothing(tmp_path: Path) -> None:
+    first = trained(tmp_path, "a", 0.9)
+    second = trained(tmp_path, "b", 0.5, evaluate={"judge": "judges:strict"})
+    for config, score in ((first, 0.1), (second, 0.2)):
+        evaluated(config, score, 0.4, 0.6)
+    comparison = compare_runs([first, second])
+    assert (comparison.names, comparison.by) == (["a", "b"], "score")
+    assert comparison.differences == [("evaluate.judge", ['""', "judges:strict"])]
+
+
 def test_runs_of_one_name_are_called_by_their_folders(tmp_path: Path) -> None:
     configs = [trained(tmp_path / place, "run", 0.5) for place in ("one", "two")]
     assert compare_runs(configs).names == [str(config.run_dir) for config in configs]
