@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import ray
 import torch
 from hypothesis import settings
+from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 
 from common.config.run import RunConfig
 from common.data.own_tokenizer import OwnTokenizer
 from common.data.records import Comparison, Demonstration, Prompt, write_jsonl
 from common.models.build import build_policy, build_scalar
 from common.models.weight_files import save_weights
+from tests import worker_coverage
+from tests.forked_workers import forking
 
 torch.set_num_threads(1)
 # Two noisy cores: how long an example takes says nothing; the same commit tests the same examples.
@@ -37,22 +43,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    """A local Ray cluster of more logical than real cores."""
-    ray.init(
-        address="local",
-        num_cpus=32,
-        include_dashboard=False,
-        namespace="talipot",
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=200 * 2**20,
-        runtime_env={
-            "worker_process_setup_hook": "tests.worker_coverage.start",
-            "env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])},
-        },
-    )
-    yield
-    ray.shutdown()
+    """A local Ray cluster of more logical than real cores.
+
+    Its workers inherit the environment: a `runtime_env` that says the same would have Ray start
+    each of them twice. They are measured from our first line on, not from Ray's.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+        patch.setenv(WORKER_PROCESS_SETUP_HOOK_ENV_VAR, "tests.worker_coverage.start")
+        worker_coverage.hand_over(patch)
+        with forking() as python:
+            patch.setattr(sys, "executable", python)
+            ray.init(
+                address="local",
+                num_cpus=32,
+                include_dashboard=False,
+                namespace="talipot",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=200 * 2**20,
+                _system_config={"prestart_worker_first_driver": False},
+            )
+            patch.undo()
+            yield
+            ray.shutdown()
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +105,9 @@ def make_workspace(root: Path) -> RunConfig:
         ],
     )
     tokenizer = OwnTokenizer.train((p + r for p, r in pairs), 290)
-    config = _recipe(root, tokenizer.vocab_size)
+    values = tiny_recipe(root)
+    values["model"]["vocab_size"] = tokenizer.vocab_size
+    config = RunConfig.model_validate(values)
     run = config.run_dir
     run.mkdir()
     tokenizer.save(run / "tokenizer.json")
@@ -99,45 +115,42 @@ def make_workspace(root: Path) -> RunConfig:
     return config
 
 
-def _recipe(root: Path, vocab_size: int) -> RunConfig:
-    """A tiny run over the data in `root/data`."""
+def tiny_recipe(root: Path) -> dict[str, Any]:
+    """A tiny run over the data in `root/data`, but for the size of the vocabulary."""
     data = root / "data"
-    return RunConfig.model_validate(
-        {
-            "name": "base",
-            "output": str(root),
-            "model": {
-                "vocab_size": vocab_size,
-                "dim": 32,
-                "layers": 2,
-                "heads": 2,
-                "head_dim": 16,
-                "context": 64,
-            },
-            "data": {
-                "demonstrations": [str(data / "demonstrations.jsonl")],
-                "comparisons": [str(data / "comparisons.jsonl")],
-                "prompts": [str(data / "prompts.jsonl")],
-                "evaluation": [str(data / "demonstrations.jsonl")],
-                "too_long": "skip",
-            },
-            "learner": {"ranks": 2, "zero_stage": 2, "cpus_per_rank": 0.5, "deadline_s": 120},
-            "rollout": {
-                "actors": 2,
-                "cpus_per_actor": 0.5,
-                "lease_size": 4,
-                "max_response_tokens": 8,
-                "lease_deadline_s": 120,
-            },
-            "reward_service": {"cpus_per_replica": 0.5},
-            "train": {
-                "iterations": 4,
-                "prompts_per_iteration": 16,
-                "minibatches": 2,
-                "ppg": {"n_pi": 2, "e_aux": 1, "minibatches": 1},
-            },
-        }
-    )
+    return {
+        "name": "base",
+        "output": str(root),
+        "model": {
+            "dim": 32,
+            "layers": 2,
+            "heads": 2,
+            "head_dim": 16,
+            "context": 64,
+        },
+        "data": {
+            "demonstrations": [str(data / "demonstrations.jsonl")],
+            "comparisons": [str(data / "comparisons.jsonl")],
+            "prompts": [str(data / "prompts.jsonl")],
+            "evaluation": [str(data / "demonstrations.jsonl")],
+            "too_long": "skip",
+        },
+        "learner": {"ranks": 2, "zero_stage": 2, "cpus_per_rank": 0.5, "deadline_s": 120},
+        "rollout": {
+            "actors": 2,
+            "cpus_per_actor": 0.5,
+            "lease_size": 4,
+            "max_response_tokens": 8,
+            "lease_deadline_s": 120,
+        },
+        "reward_service": {"cpus_per_replica": 0.5},
+        "train": {
+            "iterations": 4,
+            "prompts_per_iteration": 16,
+            "minibatches": 2,
+            "ppg": {"n_pi": 2, "e_aux": 1, "minibatches": 1},
+        },
+    }
 
 
 def write_networks(config: RunConfig) -> None:
@@ -160,6 +173,9 @@ def run_copy(config: RunConfig, folder: Path, **sections: dict[str, object]) -> 
         values[name] = {**values[name], **changes}
     copied = RunConfig.model_validate({**values, "output": str(folder), "name": "run"})
     copied.run_dir.mkdir(parents=True)
+    if config.folder.pretrained_tokenizer.exists():  # a pretrained model begins as it is
+        shutil.copytree(config.folder.pretrained_tokenizer, copied.folder.pretrained_tokenizer)
+        return copied
     for part in ("tokenizer.json", "sft/policy.safetensors", "reward_model/reward.safetensors"):
         target = copied.run_dir / part
         target.parent.mkdir(exist_ok=True)

@@ -15,6 +15,12 @@ def one(prompts: list[str], responses: list[str]) -> list[float]:
     return [1.0] * len(responses)
 
 
+def letters(prompts: list[str], responses: list[str]) -> list[float]:
+    """How often a response has the letter that its prompt asks for in quotes."""
+    wanted = [prompt.partition("'")[2][:1] for prompt in prompts]
+    return [float(r.count(w)) if w else -1.0 for w, r in zip(wanted, responses, strict=True)]
+
+
 def not_a_number(prompts: list[str], responses: list[str]) -> list[float]:
     """Broken."""
     return [math.nan] * len(responses)

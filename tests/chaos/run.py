@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +40,7 @@ from tests.chaos.faults import (
     node,
     slow,
 )
+from tests.chat_runs import make_chat_workspace
 from tests.conftest import make_workspace
 
 DEADLINES: dict[str, dict[str, object]] = {
@@ -105,6 +106,8 @@ class Plan:
     """Enough that every fault strikes before the end."""
     alone: bool = False
     """Equal to its own replay, not to a run that nothing happened to."""
+    workspace: Callable[[Path], RunConfig] = make_workspace
+    """What it is a run of."""
 
 
 def plans() -> list[Plan]:
@@ -120,6 +123,10 @@ def plans() -> list[Plan]:
         *("node killed", "disk full", "checkpoint corrupted"),
     ]
     adapted = [*POINTS, "rollout actor killed", "slice of weights corrupted"]
+    instruct = [
+        *(*POINTS, "rollout actor killed", "reward worker killed", "slice of weights corrupted"),
+        *("rollout actor hangs", "checkpoint corrupted", "learner rank hangs"),
+    ]
     everything = [
         *("rollout actor killed", "learner rank killed", "reward worker killed"),
         *("controller killed", "learner rank killed in an auxiliary phase", "driver killed"),
@@ -133,6 +140,7 @@ def plans() -> list[Plan]:
             for stage in (1, 2, 3)
         ),
         Plan("LoRA", adapted, {"train": {"lora": {"rank": 4}}, "learner": {"zero_stage": 3}}, 60),
+        Plan("instruct", instruct, {}, 80, workspace=make_chat_workspace),
     ]
 
 
@@ -146,21 +154,30 @@ class Session:
         self.hung = 0
         self.ended: list[str] = []
         self._hashes: dict[str, str] = {}
+        self._workspaces: dict[Callable[[Path], RunConfig], RunConfig] = {}
 
-    def run(self, arena: Arena, workspace: RunConfig, root: Path, names: Sequence[str]) -> None:
+    def run(self, arena: Arena, root: Path, names: Sequence[str]) -> None:
         """All plans, or those of these names, one after another."""
         for number, plan in enumerate(p for p in plans() if not names or p.name in names):
             with ExitStack() as stack:
                 disk = root / f"disk-{number}"
                 if "disk full" in plan.faults:
                     stack.enter_context(small_disk(disk, 64))
+                workspace = self._workspace(root, plan)
                 campaign = Campaign(arena, workspace, disk, **_sections(plan))
                 whole = "" if plan.alone else self._undisturbed(arena, workspace, root, plan)
                 self._one(plan, campaign, whole)
 
+    def _workspace(self, root: Path, plan: Plan) -> RunConfig:
+        if plan.workspace not in self._workspaces:
+            folder = root / f"workspace-{len(self._workspaces)}"
+            folder.mkdir()
+            self._workspaces[plan.workspace] = plan.workspace(folder)
+        return self._workspaces[plan.workspace]
+
     def _undisturbed(self, arena: Arena, workspace: RunConfig, root: Path, plan: Plan) -> str:
         """The weights' hash of the same run without a fault."""
-        key = f"{plan.sections} {plan.iterations}"
+        key = f"{workspace.output} {plan.sections} {plan.iterations}"
         if key not in self._hashes:
             folder = root / f"whole-{len(self._hashes)}"
             campaign = Campaign(arena, workspace, folder, **_sections(plan))
@@ -252,9 +269,7 @@ def main(arguments: Sequence[str]) -> int:
     arena = Arena()
     whole = False
     try:
-        workspace = root / "workspace"
-        workspace.mkdir()
-        session.run(arena, make_workspace(workspace), root, arguments[1:])
+        session.run(arena, root, arguments[1:])
         whole = True
     except (Hung, Unattributed, AssertionError, LookupError) as error:
         console.print(f"ended early: {error}", highlight=False)

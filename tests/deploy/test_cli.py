@@ -422,9 +422,8 @@ def test_interruption(
     recipe: Callable[..., str], tmp_path: Path, command: str, sent: signal.Signals, code: int
 ) -> None:
     path = recipe(sft={"epochs": 1000}, train={"iterations": 1000, "checkpoint_every": 0})
-    options = ["cluster.dashboard=false", "learner.ranks=1"]
-    options += ["rollout.cpus_per_actor=0.1", "reward_service.cpus_per_replica=0.1"]
-    started = start(command, path, *options)
+    options = ["learner.ranks=1", "rollout.actors=1"]
+    started = start(command, path, *options, address=ray.get_runtime_context().gcs_address)
     log = tmp_path / "run" / "metrics.jsonl"
     until_logged(started, log)
     started.send_signal(sent)

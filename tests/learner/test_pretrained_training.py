@@ -44,12 +44,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_of(
-    workspace: RunConfig, folder: Path, checkpoint: Path, *, zero: int = 0, **changes: Any
+    workspace: RunConfig,
+    folder: Path,
+    checkpoint: Path,
+    *,
+    zero: int = 0,
+    budget: int = 60,
+    **changes: Any,
 ) -> RunConfig:
     config = run_copy(
         workspace,
         folder,
-        learner={"zero_stage": zero, "micro_batch_tokens": 60},
+        learner={"zero_stage": zero, "micro_batch_tokens": budget},
         reward_service={"components": {"length": {"kind": "function", "target": "a:b"}}},
     )
     (config.run_dir / "sft" / "policy.safetensors").unlink()
@@ -81,11 +87,13 @@ def test_ranks_and_zero_stages_agree(
     tmp_path: Path,
     lora: dict[str, Any] | None,
 ) -> None:
+    """Invariants I3 and I8; micro-batches of all rows, of a few and of one."""
     before = load_file(checkpoint / "model.safetensors")
     expected: dict[str, Tensor] = {}
     first: list[Mapping[str, float]] = []
-    for name, (ranks, zero) in {"one": (1, 0), "1": (2, 1), "2": (2, 2), "3": (2, 3)}.items():
-        config = run_of(workspace, tmp_path / name, checkpoint, zero=zero, lora=lora)
+    for ranks, zero, budget in ((1, 0, 4096), (2, 1, 60), (2, 2, 60), (2, 3, 1)):
+        name = f"{ranks} ranks, ZeRO {zero}, micro-batches of {budget} tokens"
+        config = run_of(workspace, tmp_path / name, checkpoint, zero=zero, budget=budget, lora=lora)
         policy, metrics = trained(gangs[ranks], config)
         weights = load_file(policy / "model.safetensors")
         assert weights.keys() == before.keys()

@@ -15,6 +15,7 @@ from common.config.run import RunConfig
 from common.data.prompts import EncodedPrompt
 from common.data.tokenizer import load_tokenizer
 from deploy.control.controller import Controller
+from deploy.run_folder.weights import policy_start, reward_weights
 from deploy.stages.encoding import read_encoded_prompts
 from deploy.workers.gang import LearnerGang
 from deploy.workers.placement import reward_pool, rollout_pool
@@ -22,7 +23,7 @@ from deploy.workers.pool import Pool
 
 
 def prompts_of(config: RunConfig) -> list[EncodedPrompt]:
-    tokenizer = load_tokenizer(config.run_dir / "tokenizer.json")
+    tokenizer = load_tokenizer(config.folder.tokenizer)
     return read_encoded_prompts(config.data.prompts, tokenizer, config)[0]
 
 
@@ -44,30 +45,32 @@ class Run:
         start: bool = True,
     ) -> None:
         Run.count += 1
-        folder = config.run_dir.absolute()
-        sft = folder / "sft" / "policy.safetensors"
-        reward = folder / "reward_model" / "reward.safetensors"
-        kinds = {c.kind for c in config.reward_service.components.values()}
-        model = reward if "model" in kinds else None
+        tokenizer, begins = config.folder.tokenizer.absolute(), policy_start(config).absolute()
+        needed = config.reward_service.needs_model
+        model = reward_weights(config).absolute() if needed else None
         self.key = (
             f"{config.rollout.actors} {config.train.max_staleness > 0} {config.train.lora} "
-            f"{config.rollout.lora} "
+            f"{config.rollout.lora} {config.model} "
             f"{config.reward_service.model_dump_json()}"
         )
         name = f"run{Run.count}"
         self.pools = (_IDLE.pop(self.key, None) if start else None) or (
-            rollout_pool(config, name, folder / "tokenizer.json", sft, start=start),
-            reward_pool(config, name, folder / "tokenizer.json", sft, model, start=start),
+            rollout_pool(config, name, tokenizer, begins, start=start),
+            reward_pool(config, name, tokenizer, begins, model, start=start),
         )
-        self.failures = sum(pool.failures for pool in self.pools)
+        self.begins = self.count_pools()
         self.controller = Controller(config, prompts_of(config), gang, *self.pools, stop_after)
+
+    def count_pools(self) -> list[tuple[int, int]]:
+        """Failures and wanted sizes: pools in which something changed are not used again."""
+        return [(pool.failures, pool.target) for pool in self.pools]
 
     def __enter__(self) -> Controller:
         return self.controller
 
     def __exit__(self, *_: object) -> None:
         busy = [w.busy for pool in self.pools for w in pool.workers.values()]
-        if busy and not any(busy) and sum(pool.failures for pool in self.pools) == self.failures:
+        if busy and not any(busy) and self.count_pools() == self.begins:
             _IDLE[self.key] = self.pools
             return
         for pool in self.pools:

@@ -82,7 +82,7 @@ def test_a_flipped_byte_is_read_again_and_counted(
     config = run_copy(workspace, tmp_path)
     with Run(config, gang) as controller:
         victim = next(iter(controller.collector.rollout.workers.values()))
-        ray.get(victim.handle.__ray_call__.remote(_flip, times))
+        ray.get(victim.handle.__ray_call__.remote(flip, times))
         facts = controller.run()
         assert controller.collector.rollout.losses["corrupt"] == (times > 1)
     assert facts["weights_hash"] == reference[1]["weights_hash"]
@@ -95,14 +95,14 @@ def test_a_slice_that_is_corrupt_wherever_it_arrives_is_named(
 ) -> None:
     with Run(run_copy(workspace, tmp_path), gang) as controller:
         for worker in controller.collector.rollout.workers.values():
-            ray.get(worker.handle.__ray_call__.remote(_flip, 3))
+            ray.get(worker.handle.__ray_call__.remote(flip, 3))
         with pytest.raises(
             TrainingError, match=r"version 0: slice of rank 1 arrived corrupted at rollout-\d, 3"
         ):
             controller.run()
 
 
-def _flip(actor: Any, times: int) -> None:
+def flip(actor: Any, times: int) -> None:
     """Flip a byte of what an actor receives from rank 1, so many times."""
     load, left = actor.generator.buffer.load, times
 
