@@ -53,7 +53,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"control"},
         {"evaluation", "stages"},
         {"commands", "config_docs", "instruct", "metric_docs", "quickstart", "recipes", "sampler"}
-        | {"standing"},
+        | {"scorer", "standing"},
         {"tasks"},
         {"cli"},
     ],

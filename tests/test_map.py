@@ -23,7 +23,7 @@ def sources() -> set[str]:
         for path in files
         if path.is_file() and path.name != "__init__.py" and "__pycache__" not in path.parts
     }
-    return named | {"talipot_first.py"}
+    return named | {"talipot.py", "talipot_first.py"}
 
 
 def listed(text: str) -> list[tuple[str, str]]:

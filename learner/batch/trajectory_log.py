@@ -47,6 +47,12 @@ def write_log(path: Path, table: pa.Table, iteration: int, config: RunConfig) ->
     write_atomic(path, [memoryview(sink.getvalue())])
 
 
+def logged_iterations(run_dir: Path) -> list[int]:
+    """Return the iterations of which there is a log, in their order."""
+    logs = RunFolder(run_dir).trajectories(0).parent.glob("iteration-*.parquet")
+    return sorted(int(log.stem.partition("-")[2]) for log in logs)
+
+
 def read_log(run_dir: Path, iteration: int) -> tuple[pa.Table, RunConfig]:
     """Read an iteration's trajectories and the settings they were trained under.
 

@@ -1,0 +1,105 @@
+"""A run's reward in this process: scores of any responses, without a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from common.config.run import RunConfig
+from common.data.encoding import rows_in_ids
+from common.data.prompts import conversation_of
+from common.data.records import Demonstration, Prompt
+from common.data.tokenizer import load_tokenizer
+from common.devices import compute_of
+from common.errors import DataError
+from common.logprobs import sampling_of
+from common.wire.trajectory import Rollout, ScoredTrajectory, from_table, to_table
+from deploy.run_folder.weights import policy_start, reward_weights
+from reward_service.service import RewardWorker
+
+Scored = tuple[float | None, Mapping[str, float], str]
+"""Total, components by name, and why there is no total."""
+
+
+class RunScorer:
+    """Scores by the components of a run's `reward_service`, one worker of it in this process."""
+
+    def __init__(self, config: RunConfig) -> None:
+        """Load what the components score with; raises as a reward worker's start does."""
+        settings = config.reward_service
+        self._config, self._tokenizer = config, load_tokenizer(config.folder.tokenizer)
+        reward = reward_weights(config) if settings.needs_model else None
+        self._worker = RewardWorker(
+            settings,
+            config.model,
+            str(policy_start(config)),
+            None if reward is None else str(reward),
+            sampling_of(config.rollout, self._tokenizer.stop_ids),
+            compute_of(cpus=settings.cpus_per_replica, threads=settings.threads),
+            merge=True,
+            judge=config.reward_model.model,
+            precision=config.reward_precision,
+        )
+
+    def scores(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Scored]:
+        """Score each response to its prompt.
+
+        Raises:
+            DataError: there are not as many of both, or a pair does not fit into the context.
+            RewardError: a component cannot score.
+        """
+        if len(prompts) != len(responses):
+            raise DataError(f"{len(prompts)} prompts and {len(responses)} responses; give as many")
+        if not prompts:
+            return []
+        rollouts = self._rollouts(prompts, responses)
+        facts, table = self._worker.score(to_table(rollouts, Rollout))
+        scored = {row.rollout_id: row for row in from_table(table, ScoredTrajectory)}
+        found: list[Scored] = []
+        for rollout in rollouts:
+            row = scored.get(rollout.rollout_id)
+            if row is None:
+                found.append((None, {}, facts.dead_letters[rollout.rollout_id]))
+            else:
+                found.append((row.score, row.score_components, ""))
+        return found
+
+    def _rollouts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Rollout]:
+        """Lay prompts and responses out as rollouts that ended; nobody sampled them."""
+        pairs = [
+            Demonstration(
+                prompt=prompt.prompt,
+                response=response,
+                messages=prompt.messages,
+                tools=prompt.tools,
+                place=prompt.place,
+            )
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        made = []
+        for index, (prompt, response, [[turn]]) in enumerate(
+            zip(prompts, responses, rows_in_ids(pairs, self._tokenizer), strict=True)
+        ):
+            length, room = len(turn.before) + len(turn.learnt), self._config.model.context
+            if length > room:
+                raise DataError(
+                    f"{prompt.place}: prompt and response have {length} tokens, and {room} fit"
+                )
+            made.append(
+                Rollout(
+                    rollout_id=f"score-{index:06d}",
+                    group=index,
+                    prompt_uid=prompt.uid,
+                    prompt_text=prompt.prompt,
+                    prompt_ids=turn.before,
+                    seed=0,
+                    conversation=conversation_of(prompt) if prompt.messages else None,
+                    response_ids=turn.learnt,
+                    response_text=response,
+                    behavior_logprobs=[0.0] * len(turn.learnt),
+                    finish_reason="eos",
+                    policy_version=0,
+                    weights_fingerprint="",
+                    actor_id="",
+                )
+            )
+        return made
