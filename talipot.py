@@ -53,6 +53,8 @@ try:
 except PackageNotFoundError:  # a checkout that nobody installed
     __version__ = "unknown"
 
+_INTERRUPTED = 130
+"""What a command returns after Ctrl-C."""
 Message = Mapping[str, Any]
 """A turn of a conversation, as ``{"role": "user", "content": "..."}``."""
 Prompt = str | Sequence[Message]
@@ -77,6 +79,11 @@ class Policy:
     def __init__(self, sampler: Sampler) -> None:
         self._sampler = sampler
 
+    @property
+    def note(self) -> str:
+        """Which policy it is, in one line, where `Run.policy` chose; else empty."""
+        return self._sampler.note
+
     def sample(self, prompts: Sequence[Prompt], *, seed: int = 0) -> list[str]:
         """Sample one response to each prompt.
 
@@ -94,12 +101,10 @@ class Policy:
         self, prompts: Sequence[Prompt], number: int, *, seed: int = 0
     ) -> list[list[str]]:
         """Sample `number` responses to each prompt; otherwise as `sample`."""
-        from deploy.sampler import prompts_of
+        from deploy.scorer import asked
 
-        if isinstance(prompts, str):
-            raise TypeError("prompts is a list of prompts, not one text: write [text]")
-        records = prompts_of(prompts)
-        found = [answer.response for answer in self._sampler.answers(records, seed, number)]
+        answers = self._sampler.answers(asked(prompts), seed, number)
+        found = [answer.response for answer in answers]
         return [found[at : at + number] for at in range(0, len(found), number)]
 
 
@@ -128,12 +133,13 @@ class Run:
         """The recipe with every default filled in: ``run.config.train.kl_coef``."""
         return self._config
 
-    def policy(self, which: str = "final") -> Policy:
+    def policy(self, which: str | int | None = None) -> Policy:
         """Load a policy of the run.
 
         Args:
             which: ``final``; ``sft``, what training began with; ``latest``, ``best`` or the number
-                of an iteration for a checkpoint, also of a run that is at work.
+                of an iteration for a checkpoint, also of a run that is at work. None takes the
+                final one, or the newest checkpoint of a run that has not finished.
 
         Raises:
             ConfigError: no such word.
@@ -143,7 +149,8 @@ class Run:
         from deploy.sampler import Sampler
 
         sft = which == "sft"
-        return Policy(Sampler(self._config, sft=sft, checkpoint=None if sft else which))
+        word = None if sft or which is None else str(which)
+        return Policy(Sampler(self._config, sft=sft, checkpoint=word))
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Score]:
         """Score responses by the run's own reward: its model, functions and endpoints.
@@ -159,14 +166,13 @@ class Run:
             CheckpointError: the reward model is not there.
             RewardError: a component cannot score.
         """
-        from deploy.sampler import prompts_of
-        from deploy.scorer import RunScorer
+        from deploy.scorer import RunScorer, asked
 
         if self._scorer is None:
             self._scorer = RunScorer(self._config)
         return [
             Score(total=total, components=components, reason=reason)
-            for total, components, reason in self._scorer.scores(prompts_of(prompts), responses)
+            for total, components, reason in self._scorer.scores(asked(prompts), responses)
         ]
 
     def trajectories(self, iterations: Sequence[int] | None = None) -> Iterator[ScoredTrajectory]:
@@ -274,7 +280,8 @@ def run(
         folder = anchored(load_config(path, overrides)).run_dir
         before, cli.console.quiet = cli.console.quiet, quiet
         try:
-            cli.app(args=[stage, *given, *overrides], standalone_mode=False)
+            if cli.app(args=[stage, *given, *overrides], standalone_mode=False) == _INTERRUPTED:
+                raise KeyboardInterrupt
         finally:
             cli.console.quiet = before
     return load_run(folder)

@@ -131,6 +131,11 @@ class RunFolder:
         """Data that the quickstart makes."""
         return DataFolder(self.path / "data")
 
+    @property
+    def code(self) -> Path:
+        """Copies of the reward functions' sources, as modules."""
+        return self.path / "code"
+
     # What its stages leave.
 
     @property

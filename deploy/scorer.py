@@ -1,16 +1,22 @@
-"""A run's reward in this process: scores of any responses, without a cluster."""
+"""What a program asks of a run: prompts as it writes them, and scores of any responses.
+
+In this process, by what a reward worker computes; no cluster is needed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from common.config.run import RunConfig
+from common.data.chat import Message
+from common.data.conversations import last_user, prompt_of
 from common.data.encoding import rows_in_ids
 from common.data.prompts import conversation_of
 from common.data.records import Demonstration, Prompt
 from common.data.tokenizer import load_tokenizer
 from common.devices import compute_of
 from common.errors import DataError
+from common.files import is_utf8
 from common.logprobs import sampling_of
 from common.wire.trajectory import Rollout, ScoredTrajectory, from_table, to_table
 from deploy.run_folder.weights import policy_start, reward_weights
@@ -18,6 +24,29 @@ from reward_service.service import RewardWorker
 
 Scored = tuple[float | None, Mapping[str, float], str]
 """Total, components by name, and why there is no total."""
+
+
+def asked(prompts: Sequence[str | Sequence[Message]]) -> list[Prompt]:
+    """Return texts and conversations as prompts that are known by their place.
+
+    Raises:
+        DataError: one is empty, or no conversation that the assistant could answer.
+    """
+    if isinstance(prompts, str):
+        raise TypeError("prompts is a list of prompts, not one text: write [text]")
+    return [_prompt(index, given) for index, given in enumerate(prompts)]
+
+
+def _prompt(index: int, given: str | Sequence[Message]) -> Prompt:
+    uid, place = str(index), f"prompt {index + 1}"
+    if not isinstance(given, str):
+        messages = prompt_of(given, place)
+        return Prompt(uid=uid, prompt=last_user(messages), messages=messages, place=place)
+    if not given:
+        raise DataError(f"{place} is empty; give it at least one character")
+    if not is_utf8(given):
+        raise DataError(f"{place} is not UTF-8: {given!r}; give it as UTF-8")
+    return Prompt(uid=uid, prompt=given, place=place)
 
 
 class RunScorer:

@@ -11,6 +11,7 @@ from common.config.run import RunConfig
 from common.data.fitting import Fitting
 from common.endings import at_the_end
 from common.errors import ConfigError
+from deploy.run_folder.code import keep_functions
 from deploy.run_folder.inputs import RunInputs
 from deploy.run_folder.paths import anchored
 from deploy.run_folder.reads import reads_of
@@ -87,12 +88,14 @@ def check_inputs(session: Session, config: RunConfig, stage: str) -> Callable[[]
     session.lock(stage)
     inputs = RunInputs(session.run_dir)
     inputs.require_repeat(stage, config)
-    prints, changes = inputs.check(stage, reads_of(stage, config))
+    reads = reads_of(stage, config)
+    prints, changes = inputs.check(stage, reads)
     for change in changes:
         say(session.console, f"changed: {change}")
 
     def record() -> None:
         save_config(config, session.folder.config)
+        keep_functions(session.folder, reads)
         inputs.begin(stage, config, prints)
 
     return record

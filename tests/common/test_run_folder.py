@@ -16,6 +16,7 @@ PATHS = {
     FOLDER.config: "config.yaml",
     FOLDER.tokenizer: "tokenizer.json",
     FOLDER.inputs: "run.json",
+    FOLDER.code: "code",
     FOLDER.data.path: "data",
     FOLDER.data.demonstrations: "data/demonstrations.jsonl",
     FOLDER.data.comparisons: "data/comparisons.jsonl",
