@@ -39,7 +39,7 @@ def test_each_lies_where_its_module_is_found(
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        assert module.NAME == name
+        assert name == module.NAME
 
 
 def test_a_run_of_a_reward_model_keeps_none(tmp_path: Path) -> None:
