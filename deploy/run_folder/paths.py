@@ -9,6 +9,7 @@ it each time: what a recipe names inside the folder is found in it wherever it w
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -41,8 +42,8 @@ def rebased(config: RunConfig, new: Path) -> RunConfig:
             return path
         if Path(path).is_relative_to(old):
             return str(new / Path(path).relative_to(old))
-        beside = Path(os.path.normpath(new / os.path.relpath(path, old)))
-        return str(beside) if not Path(path).exists() and beside.exists() else path
+        beside = os.path.normpath(new / os.path.relpath(path, old))
+        return beside if not _is_there(path) and _is_there(beside) else path
 
     here = {"output": str(new.parent), "name": new.name}
     return _with_paths(config, follow).model_copy(update=here)
@@ -86,6 +87,12 @@ def _with_paths(config: RunConfig, change: Callable[[str], str]) -> RunConfig:
             ),
         }
     )
+
+
+def _is_there(path: str) -> bool:
+    """Whether there is what a path means; of a pattern, the folder that it is looked for in."""
+    begins = re.split(r"[*?\[]", path, maxsplit=1)[0]
+    return os.path.exists(path) or (begins != path and os.path.isdir(os.path.dirname(begins)))
 
 
 def _absolute(path: str) -> str:

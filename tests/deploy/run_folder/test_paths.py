@@ -57,7 +57,8 @@ def test_every_path_of_a_recipe_is_absolute_once_taken(
 
 def test_what_a_recipe_names_is_found_where_it_is_now(tmp_path: Path) -> None:
     project = tmp_path / "project"
-    outside = [f"{project}/{name}" for name in ("other/inside.jsonl", "gone.jsonl")]
+    names = ("other/inside.jsonl", "other/*.jsonl", "gone.jsonl", "gone/*.jsonl")
+    outside = [f"{project}/{name}" for name in names]
     config = RunConfig.model_validate(
         {
             "output": str(project / "runs"),
@@ -77,13 +78,15 @@ def test_what_a_recipe_names_is_found_where_it_is_now(tmp_path: Path) -> None:
     assert checkpoint_of(found.model) == new / "start"
     assert found.data.demonstrations == (
         f"{tmp_path}/copy/other/inside.jsonl",
+        f"{tmp_path}/copy/other/*.jsonl",
         f"{project}/gone.jsonl",
+        f"{project}/gone/*.jsonl",
         "s3://bucket/c.jsonl",
         "/d.jsonl",
     )
     (project / "other").mkdir(parents=True)
     (project / "other" / "inside.jsonl").touch()
-    assert rebased(config, new).data.demonstrations[0] == f"{project}/other/inside.jsonl"
+    assert rebased(config, new).data.demonstrations == (*outside, "s3://bucket/c.jsonl", "/d.jsonl")
 
 
 @pytest.mark.usefixtures("cluster")
