@@ -110,7 +110,7 @@ def check(folder: Path, said: dict[str, str]) -> None:
     runs = folder / "runs" / "titles", folder / "elsewhere" / "moved"
     for run in runs:
         facts = json.loads((run / "result.json").read_text(encoding="utf8"))
-        assert facts["issued"] == facts["trained"] + facts["dropped"], facts
+        assert facts["rollouts_issued"] == facts["rollouts_trained"], facts
         assert (run / "report.html").stat().st_size > 10_000
     assert "brand: Ardo" in told(said, "talipot sample")
     hashes = re.findall(r"hash +(\S+)", told(said, "talipot replay"))
