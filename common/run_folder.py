@@ -35,6 +35,11 @@ class PolicyFolder:
         """The shape of a model of our own, as `model` in a recipe."""
         return self.path / "model.json"
 
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer of a model of our own; only of an exported policy."""
+        return self.path / "tokenizer.json"
+
 
 @dataclass(frozen=True, slots=True)
 class RewardModelFolder:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.generation.decoder_generator import build_engine
+from common.config.model import PretrainedConfig
 from common.config.run import RunConfig
 from common.data.chat import Message
 from common.data.prompts import EncodedPrompt, encode_prompts, evaluation_requests
@@ -18,6 +19,7 @@ from common.devices import compute_of, torch_dtype
 from common.errors import ConfigError, DataError
 from common.files import is_utf8, write_atomic
 from common.models.build import build_policy
+from common.models.networks import PolicyNetwork
 from common.models.weight_files import load_weights
 from common.wire.trajectory import FinishReason
 from deploy.exchange.policies import policy_of
@@ -76,14 +78,13 @@ class Sampler:
         rollout = config.rollout
         compute_of(cpus=rollout.cpus_per_actor, threads=rollout.threads).apply()
         self._config, self._tokenizer = config, load_tokenizer(config.folder.tokenizer)
-        network = build_policy(config.model)
         self.note = ""
         """Which policy it is, in one line; empty where the user said so."""
         if sft:
-            load_weights(network, policy_start(config))
+            network = _loaded(config, policy_start(config))
         else:
             with policy_of(config, checkpoint) as (chosen, weights):
-                load_weights(network, weights)
+                network = _loaded(config, weights)
             self.note = chosen.note
         network.eval().requires_grad_(False).to(torch_dtype(rollout.precision))
         self._engine = build_engine(network.decoder, self._tokenizer, rollout)
@@ -141,6 +142,20 @@ class Sampler:
             )
             for index, found in enumerate(self._engine.generate(requests))
         ]
+
+
+def _loaded(config: RunConfig, weights: Path) -> PolicyNetwork:
+    """Return the network that weights are of.
+
+    A folder like a checkpoint's says itself what it is, so a policy that was handed over needs no
+    other checkpoint to be there.
+    """
+    model = config.model
+    if isinstance(model, PretrainedConfig) and weights.is_dir():
+        model = model.model_copy(update={"start": str(weights)})
+    network = build_policy(model)
+    load_weights(network, weights)
+    return network
 
 
 class Conversation:

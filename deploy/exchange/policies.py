@@ -138,6 +138,8 @@ def _write(config: RunConfig, chosen: Chosen, folder: Path) -> None:
     if chosen.checkpoint is None:
         for path in config.folder.policy.path.iterdir():
             copy_any(path, folder / path.name)
+        if checkpoint_of(config.model) is None:
+            _add_tokenizer(config, folder)
         return
     weights = dict(masters(chosen.checkpoint / "policy"))
     weights.setdefault("value.offset", torch.zeros(1))
@@ -152,6 +154,12 @@ def _write(config: RunConfig, chosen: Chosen, folder: Path) -> None:
     else:
         text = json.dumps(model.model_dump(), indent=1)
         PolicyFolder(folder).shape.write_text(text, encoding="utf8")
+        _add_tokenizer(config, folder)
+
+
+def _add_tokenizer(config: RunConfig, folder: Path) -> None:
+    """Put the run's own tokenizer beside a policy of our own, which is text to nobody without."""
+    shutil.copyfile(config.folder.own_tokenizer, PolicyFolder(folder).tokenizer)
 
 
 def _whatever_is_there(config: RunConfig) -> Chosen:
