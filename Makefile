@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OUT ?= build
 SEED ?= 0
 
-.PHONY: run run-instruct test test-fast test-checkpoint check bench chaos soak results clean help
+.PHONY: run run-instruct test test-fast test-checkpoint test-journey check bench chaos soak results clean help
 
 help:            ## Show the targets.
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -31,6 +31,9 @@ check: $(VENV)/.tested   ## Lint, format and type checks.
 
 test-checkpoint: $(VENV)/.tested $(VENV)/.instruct   ## Tests on a real checkpoint, SmolLM2 (some minutes).
 	@$(BIN)/python -m pytest -m checkpoint
+
+test-journey: $(VENV)/.tested   ## Walk docs/own-task.md as it stands (some minutes).
+	@$(BIN)/python -m pytest -m journey
 
 bench: $(VENV)/.tested   ## Run the benchmarks; figures go to docs/performance.md and OUT=build.
 	@$(BIN)/python -m tests.benchmarks.run $(OUT)

@@ -94,7 +94,8 @@ def test_the_page_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     exec(compile(example, "docs", "exec"), {})
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
+@pytest.mark.journey
 @pytest.mark.timeout(3600)
 def test_the_page_as_it_stands(tmp_path: Path) -> None:
     """Some minutes: the policy learns what it is meant to."""
