@@ -159,7 +159,7 @@ def _write(config: RunConfig, chosen: Chosen, folder: Path) -> None:
 
 def _add_tokenizer(config: RunConfig, folder: Path) -> None:
     """Put the run's own tokenizer beside a policy of our own, which is text to nobody without."""
-    shutil.copyfile(config.folder.own_tokenizer, PolicyFolder(folder).tokenizer)
+    shutil.copyfile(config.folder.tokenizer, PolicyFolder(folder).tokenizer)
 
 
 def _whatever_is_there(config: RunConfig) -> Chosen:
