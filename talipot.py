@@ -68,9 +68,9 @@ class Score:
     total: float | None
     """The weighted sum of the components; None where one of them gave the response up."""
     components: Mapping[str, float]
-    """Each component's own value, by its name in the recipe."""
+    """Each component's own value by its name in the recipe, and that of each part of one."""
     reason: str = ""
-    """Why there is no total."""
+    """What the components say of it, or why there is no total."""
 
 
 class Policy:

@@ -23,7 +23,7 @@ from deploy.run_folder.weights import policy_start, reward_weights
 from reward_service.service import RewardWorker
 
 Scored = tuple[float | None, Mapping[str, float], str]
-"""Total, components by name, and why there is no total."""
+"""Total, components by name, and why: what a component says, or why there is no total."""
 
 
 def asked(prompts: Sequence[str | Sequence[Message]]) -> list[Prompt]:
@@ -89,7 +89,7 @@ class RunScorer:
             if row is None:
                 found.append((None, {}, facts.dead_letters[rollout.rollout_id]))
             else:
-                found.append((row.score, row.score_components, ""))
+                found.append((row.score, row.score_components, row.score_reason or ""))
         return found
 
     def _rollouts(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Rollout]:
