@@ -14,7 +14,7 @@ import talipot
 from common.config.recipe import load_config, save_config
 from common.data.tokenizer import load_tokenizer
 from common.models.pretrained.checkpoint import Checkpoint
-from common.models.pretrained.writing import VALUE_HEAD, write_like, written_whole
+from common.models.pretrained.writing import write_like, written_whole
 from tests.common.data.tokenizers import byte_level
 from tests.common.models.pretrained.tiny import reference
 from tests.deploy.commands import Run
@@ -38,7 +38,7 @@ def finished(tmp_path: Path) -> Path:
     save_config(config, config.folder.config)
     checkpoint = Checkpoint.open(base)
     with written_whole(config.folder.policy.path) as folder:
-        write_like(checkpoint, dict(checkpoint.tensors()), folder, beside={VALUE_HEAD: {}})
+        write_like(checkpoint, dict(checkpoint.tensors()), folder)
     config.folder.result.write_text(json.dumps({"iterations": 20}), encoding="utf8")
     return config.run_dir
 
