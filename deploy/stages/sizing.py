@@ -36,7 +36,7 @@ def say_moved(console: Console, stage: str, steps: int, metrics: Mapping[str, fl
     facts = [
         f"{steps:,} optimizer steps",
         f"{metrics[Logged.TOKENS]:,.0f} tokens",
-        f"{metrics[Logged.EPOCHS]:g} passes",
+        f"{metrics[Logged.EPOCHS]:g} {'pass' if metrics[Logged.EPOCHS] == 1 else 'passes'}",
         f"held-out loss {before:.3f} -> {after:.3f}",
     ]
     reasons = _short(stage, steps)
