@@ -140,7 +140,7 @@ def plans() -> list[Plan]:
             for stage in (1, 2, 3)
         ),
         Plan("LoRA", adapted, {"train": {"lora": {"rank": 4}}, "learner": {"zero_stage": 3}}, 60),
-        Plan("instruct", instruct, {}, 80, workspace=make_chat_workspace),
+        Plan("instruct", instruct, {}, 60, workspace=make_chat_workspace),
     ]
 
 

@@ -71,6 +71,8 @@ class SleepingScorer:
         constant = {
             "score": 1.0,
             "score_components": [("constant", 1.0)],
+            "token_scores": None,
+            "score_reason": None,
             "ref_logprobs": [-1.0] * TOKENS,
             "reward_version": 0,
         }

