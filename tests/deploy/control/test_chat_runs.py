@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import ray
 
 from common.config.run import RunConfig
 from common.wire.trajectory import ScoredTrajectory, from_table
 from deploy.workers.gang import LearnerGang
+from learner.batch.trajectory_log import read_log
 from tests.chat_runs import LORA, make_chat_workspace
 from tests.conftest import run_copy
 from tests.deploy.control.runs import Run, finish, kill_worker, when
@@ -32,8 +32,8 @@ def metrics_of(config: RunConfig) -> list[dict[str, Any]]:
 
 
 def rows_of(config: RunConfig) -> list[ScoredTrajectory]:
-    logs = sorted((config.run_dir / "trajectories").glob("*.parquet"))
-    return [row for log in logs for row in from_table(pq.read_table(log), ScoredTrajectory)]
+    logs = [read_log(config.run_dir, i)[0] for i in range(config.train.iterations)]
+    return [row for log in logs for row in from_table(log, ScoredTrajectory)]
 
 
 # I3 is in tests/learner/test_pretrained_training.py.

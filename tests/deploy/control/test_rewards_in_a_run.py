@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from common.config.run import RunConfig
 from common.errors import RewardError
 from common.wire.trajectory import ScoredTrajectory, from_table
 from deploy.workers.gang import LearnerGang
+from learner.batch.trajectory_log import read_log
 from tests.conftest import run_copy
 from tests.deploy.control.runs import finish
 
@@ -27,10 +27,7 @@ def test_function_rewards_need_no_reward_model(
     }
     config = run_copy(workspace, tmp_path, reward_service={"components": components})
     finish(config, gang)
-    rows = from_table(
-        pq.read_table(config.run_dir / "trajectories" / "iteration-000000.parquet"),
-        ScoredTrajectory,
-    )
+    rows = from_table(read_log(config.run_dir, 0)[0], ScoredTrajectory)
     for row in rows:
         assert row.score_components == {"length": len(row.response_text), "constant": 1.0}
         assert row.score == pytest.approx(0.5 * len(row.response_text) + 1.0)
