@@ -17,13 +17,17 @@ from tests.conftest import run_copy
 from tests.deploy.test_cli import start, until_logged
 from tests.deploy.workers.test_attach import command
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 Started = tuple[RunConfig, subprocess.Popen[str]]
 
 
 @pytest.fixture
-def two(workspace: RunConfig, tmp_path: Path) -> Iterator[tuple[Started, Started]]:
+def two(
+    workspace: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Started, Started]]:
     """Two commands that train in local clusters of their own until they are stopped."""
+    # Two object stores of Ray's own choice may be more than the machine's shared memory.
+    monkeypatch.setenv("RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES", str(200 * 2**20))
     started: list[Started] = []
     for name in ("older", "newer"):
         config = run_copy(
@@ -38,8 +42,7 @@ def two(workspace: RunConfig, tmp_path: Path) -> Iterator[tuple[Started, Started
         recipe = tmp_path / f"{name}.yaml"
         save_config(config, recipe)
         started.append((config, start("train", str(recipe))))
-    for config, driver in started:
-        until_logged(driver, config.folder.metrics)
+        until_logged(started[-1][1], config.folder.metrics)
     yield started[0], started[1]
     for _, driver in started:
         driver.kill()
