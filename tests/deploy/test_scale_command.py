@@ -14,6 +14,7 @@ from common.config.recipe import save_config
 from common.config.run import RunConfig
 from deploy.control.status import Status
 from deploy.run_folder.lock import writing
+from deploy.run_folder.tokenizer import run_tokenizer
 from deploy.screen import Part
 from deploy.stages.controller_actor import RemoteController, start_controller
 from deploy.standing import lines_of, standing_of
@@ -37,6 +38,7 @@ def at_work(
     config = run_copy(workspace, tmp_path_factory.mktemp("work"), train=endless)
     save_config(config, config.run_dir / "config.yaml")
     folder = config.run_dir
+    run_tokenizer(folder, config, lambda: None)  # the command that began it made a note of it
     tokenizer, sft = folder / "tokenizer.json", folder / "sft" / "policy.safetensors"
     reward = folder / "reward_model" / "reward.safetensors"
     controller = start_controller(
