@@ -104,6 +104,9 @@ class ScoredTrajectory(Rollout):
     """Which reward model scored."""
 
 
+LOGGED_ITERATION = pa.field("iteration", pa.int64(), nullable=False)
+"""First column of a trajectory log: the iteration that a row was trained in, which nothing on the
+wire knows yet. Logs of earlier versions lack it."""
 _CONVERSATION = pa.field("conversation", pa.string())
 _COLUMNS = pa.field("columns", pa.string())
 _TOKEN_SCORES = pa.field("token_scores", pa.list_(pa.float32()))
@@ -167,8 +170,8 @@ def to_table(records: Sequence[RolloutRequest], kind: type[RolloutRequest]) -> p
 
 
 def from_table(table: pa.Table, kind: type[Record]) -> list[Record]:
-    """Read records back. Raises ValueError when the table is not of this kind."""
-    schema = SCHEMAS[kind]
+    """Read records back, of a log too. Raises ValueError when the table is not of this kind."""
+    schema, table = SCHEMAS[kind], without_iteration(table)
     for added in _ADDED:
         place = schema.get_field_index(added.name)
         if place >= 0 and added.name not in table.schema.names:
@@ -180,6 +183,12 @@ def from_table(table: pa.Table, kind: type[Record]) -> list[Record]:
         for row in rows:
             row["score_components"] = dict(row["score_components"])
     return [kind(**row) for row in rows]
+
+
+def without_iteration(table: pa.Table) -> pa.Table:
+    """Return a log's table without the column that it has beside its records."""
+    logged = LOGGED_ITERATION.name in table.column_names
+    return table.drop_columns([LOGGED_ITERATION.name]) if logged else table
 
 
 def rows_without(table: pa.Table, rollout_ids: Collection[str]) -> pa.Table:

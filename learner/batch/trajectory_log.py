@@ -21,12 +21,14 @@ from common.config.run import RunConfig
 from common.errors import DataError
 from common.files import one_line, write_atomic
 from common.run_folder import RunFolder
-from common.wire.trajectory import SCHEMAS, ScoredTrajectory
+from common.wire.trajectory import (
+    LOGGED_ITERATION,
+    SCHEMAS,
+    ScoredTrajectory,
+    without_iteration,
+)
 
 _KEY = b"talipot"
-_ITERATION = pa.field("iteration", pa.int64(), nullable=False)
-"""First column of a log, so that one can tell iterations apart that are read together. Logs of
-earlier versions lack it; a trajectory on the wire has none, as it does not know yet."""
 _ADDED = {"adapter": "", "unfiltered_logprobs": None}
 """Columns that logs of earlier versions lack, and what they stood for there: whole weights, and a
 KL from `behavior_logprobs`."""
@@ -40,7 +42,8 @@ def write_log(path: Path, table: pa.Table, iteration: int, config: RunConfig) ->
     """
     note = {"iteration": iteration, "config": config.model_dump(mode="json")}
     table = table.sort_by("rollout_id")
-    table = table.add_column(0, _ITERATION, pa.array([iteration] * len(table), _ITERATION.type))
+    column = pa.array([iteration] * len(table), LOGGED_ITERATION.type)
+    table = table.add_column(0, LOGGED_ITERATION, column)
     table = table.replace_schema_metadata({_KEY: json.dumps(note)})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, write_page_checksum=True)
@@ -66,9 +69,8 @@ def read_log(run_dir: Path, iteration: int) -> tuple[pa.Table, RunConfig]:
         config = saved_config(note["config"])
         if note["iteration"] != iteration:
             raise DataError(f"{path}: is the log of iteration {note['iteration']}")
-        schema, table = SCHEMAS[ScoredTrajectory], table.replace_schema_metadata(None)
-        if _ITERATION.name in table.column_names:
-            table = table.drop_columns([_ITERATION.name])
+        schema = SCHEMAS[ScoredTrajectory]
+        table = without_iteration(table.replace_schema_metadata(None))
         for name, value in _ADDED.items():
             if name not in table.column_names:
                 at = schema.get_field_index(name)

@@ -55,6 +55,7 @@ def test_a_log_names_its_iteration_in_every_row(tmp_path: Path) -> None:
     whole = pq.read_table(path)
     assert whole.column_names[:2] == ["iteration", "rollout_id"]
     assert whole["iteration"].to_pylist() == [7, 7, 7]
+    assert from_table(whole, ScoredTrajectory) == trajectories("")
     # One of an earlier version has no such column, and is read as the same.
     assert read_log(tmp_path, 7)[0].column_names[0] == "rollout_id"
     pq.write_table(whole.drop_columns(["iteration"]), path)
