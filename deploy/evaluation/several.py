@@ -34,6 +34,12 @@ _NOT_COMPARED = (
     *("train.checkpoint_every", "train.keep_checkpoints"),
 )
 """Prefixes of fields that say where a run is, or name files, which are compared by content."""
+_PARTS = (
+    *(("reuse.tokenizer", "tokenizer"), ("tokenizer", "tokenizer")),
+    *(("reuse.sft", "supervised policy"), ("sft/", "supervised policy")),
+    *(("reuse.reward_model", "reward model"), ("reward_model/", "reward model")),
+)
+"""Beginnings of names in ``run.json``, and the part of a run that the file belongs to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,11 +223,20 @@ def _charts(comparison: Comparison) -> Iterator[tuple[str, Any]]:
 
 def _files_that_differ(runs: Sequence[Compared]) -> Iterator[tuple[str, list[str]]]:
     """Yield what policy training read where not all runs read the same contents."""
-    for name in sorted({name for run in runs for name in run.files}):
-        read = [run.files.get(name) for run in runs]
-        prints = {tuple(f.xxh3_128 for f in files) if files else () for files in read}
-        if len(prints) > 1:
-            yield name, [" + ".join(map(str, files)) if files else "-" for files in read]
+    read = [_by_part(run.files) for run in runs]
+    for name in sorted({name for files in read for name in files}):
+        each = [files.get(name, []) for files in read]
+        if len({tuple(sorted(f.xxh3_128 for f in files)) for files in each}) > 1:
+            yield name, [" + ".join(map(str, files)) or "-" for files in each]
+
+
+def _by_part(files: Mapping[str, Sequence[FileFacts]]) -> dict[str, list[FileFacts]]:
+    """Group files by what they are to a run, whether its own or those of the run it is made from."""
+    parts: dict[str, list[FileFacts]] = {}
+    for name, facts in files.items():
+        part = next((part for start, part in _PARTS if name.startswith(start)), name)
+        parts.setdefault(part, []).extend(facts)
+    return parts
 
 
 def _fields_that_differ(runs: Sequence[Compared]) -> Iterator[tuple[str, list[str]]]:
@@ -231,7 +246,7 @@ def _fields_that_differ(runs: Sequence[Compared]) -> Iterator[tuple[str, list[st
         if any(within(name, prefix) for prefix in _NOT_COMPARED):
             continue
         shown = ["-" if name not in values else _shown(values[name]) for values in flats]
-        if len(set(shown)) > 1:
+        if len(set(shown)) > 1 and not set(shown) <= {"null", "-"}:
             yield name, shown
 
 

@@ -92,6 +92,22 @@ def test_held_out_scores_decide_where_every_run_has_one(tmp_path: Path) -> None:
     assert page.count('<b class="good">') == 1
 
 
+def test_weights_of_another_run_are_the_same_as_ones_own(tmp_path: Path) -> None:
+    """What `--from` takes by reference does not differ from what the other run made itself."""
+    first, second = trained(tmp_path, "a", 0.5), trained(tmp_path, "b", 0.4)
+    names = {"sft/policy.safetensors": "reuse.sft", "tokenizer.json": "reuse.tokenizer"}
+    manifest = json.loads(first.folder.inputs.read_text())
+    reads = manifest["stages"]["train"]["reads"]
+    for config, called in ((first, list(names)), (second, list(names.values()))):
+        for number, name in enumerate(called):
+            file = {"path": name, "bytes": 9, "lines": None, "xxh3_128": f"{number}f"}
+            reads[name] = [file]
+        config.folder.inputs.write_text(json.dumps(manifest))
+        for name in called:
+            del reads[name]
+    assert compare_runs([first, second]).differences == []
+
+
 def test_scores_of_different_judges_decide_nothing(tmp_path: Path) -> None:
     first = trained(tmp_path, "a", 0.9)
     second = trained(tmp_path, "b", 0.5, evaluate={"judge": "judges:strict"})
