@@ -231,7 +231,7 @@ def _files_that_differ(runs: Sequence[Compared]) -> Iterator[tuple[str, list[str
 
 
 def _by_part(files: Mapping[str, Sequence[FileFacts]]) -> dict[str, list[FileFacts]]:
-    """Group files by what they are to a run, whether its own or those of the run it is made from."""
+    """Group files by what they are to a run, its own or those of the run that it is made from."""
     parts: dict[str, list[FileFacts]] = {}
     for name, facts in files.items():
         part = next((part for start, part in _PARTS if name.startswith(start)), name)
