@@ -75,8 +75,11 @@ def test_each_run_is_found_by_its_own_folder(two: tuple[Started, Started], tmp_p
     attached = start("train", str(tmp_path / "older.yaml"))
     assert attached.stdout is not None
     assert any("attached to run:controller" in line for line in attached.stdout)
+    time.sleep(5)  # the line comes just before it begins to follow the run
     attached.send_signal(signal.SIGINT)
-    assert attached.wait(timeout=90) == 130
+    _, error = attached.communicate(timeout=90)
+    assert attached.returncode == 130
+    assert "stopped after iteration" in error
     first.communicate(timeout=90)
     assert until(older, "not running").notes[0].startswith("`talipot train --resume")
     # The newer one does not notice; its cluster dies with its driver, and status says so at once.
