@@ -205,7 +205,7 @@ class Run:
         for iteration in self._logged(iterations):
             table = read_log(self.path, iteration)[0]
             if "iteration" not in table.column_names:
-                numbers = pa.array([iteration] * len(table), pa.int32())
+                numbers = pa.array([iteration] * len(table), pa.int64())
                 table = table.add_column(0, "iteration", numbers)
             tables.append(table)
         if not tables:
