@@ -26,5 +26,7 @@ def keep_functions(folder: RunFolder, reads: Reads) -> None:
         for source in map(Path, paths):
             package = [source.stem] if source.stem == "__init__" else []
             target = folder.code.joinpath(*module, *package).with_suffix(".py")
+            if target.exists() and target.samefile(source):
+                continue  # the run goes on by its own copy
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)

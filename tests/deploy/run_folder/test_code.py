@@ -42,6 +42,15 @@ def test_each_lies_where_its_module_is_found(
         assert name == module.NAME
 
 
+def test_a_run_goes_on_by_its_own_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.code.mkdir(parents=True)
+    (folder.code / "own_copy.py").write_text("A = 1\n", encoding="utf8")
+    monkeypatch.syspath_prepend(folder.code)
+    keep_functions(folder, reads_of("train", config("own_copy:score")))
+    assert (folder.code / "own_copy.py").read_text(encoding="utf8") == "A = 1\n"
+
+
 def test_a_run_of_a_reward_model_keeps_none(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     keep_functions(folder, {"data.prompts": ["prompts.jsonl"]})
