@@ -341,6 +341,24 @@ def preflight(
         say(console, ("!", "yellow"), f" {missing}")
 
 
+@app.command()
+def validate(
+    overrides: Overrides = None, config: ConfigOption = None, address: AddressOption = None
+) -> None:
+    """Check a recipe, its data and all that it names, in seconds and without a cluster."""
+    from deploy.validation.validate import validate as look
+
+    findings = look(_recipe(config), overrides or [], _place(address))
+    for fact in findings.facts:
+        say(console, ("✓", "green"), f" {fact}")
+    for finding in findings.found:
+        color = "bold red" if finding.severity == "error" else "yellow"
+        say(console, (finding.severity, color), f" {finding}")
+    if wrong := len(findings.errors()):
+        raise ConfigError(f"{wrong} thing{'s' if wrong > 1 else ''} to mend before this can run")
+    say(console, ("✓", "green"), " nothing stands in the way")
+
+
 @app.command("import")
 def import_model(
     source: Annotated[
@@ -444,9 +462,13 @@ def _stage(
     address: str | None = None,
 ) -> None:
     """Run one stage in a session of its own, opened by these options, and print its numbers."""
+    from deploy.run_folder.lock import at_work
     from deploy.stages.preparation import prepare_tokenizer
     from deploy.stages.session import open_session
+    from deploy.validation.validate import require_stage
 
+    if at_work(config.run_dir) is None:
+        require_stage(config, name)
     opened = open_session(config, console, writer=writer, attach=attach, address=address)
     with opened as session:
         with session.stage("tokenizer", "tokenizer"):

@@ -76,7 +76,7 @@ class Sampler:
                 "--sft is the policy that training began with: leave --checkpoint out, or --sft"
             )
         rollout = config.rollout
-        compute_of(cpus=rollout.cpus_per_actor, threads=rollout.threads).apply()
+        compute_of(cpus=rollout.cpus_per_actor or 1.0, threads=rollout.threads).apply()
         self._config, self._tokenizer = config, load_tokenizer(config.folder.tokenizer)
         self.note = ""
         """Which policy it is, in one line; empty where the user said so."""

@@ -69,6 +69,20 @@ class FunctionScorer:
         self._passes = KeyboardInterrupt if command else _Nothing
         self._function = _resolve(target, role, self._passes)
 
+    def require_callable(self) -> None:
+        """Raise RewardError where the function takes other arguments than it will be given."""
+        arguments: tuple[list[Any], ...] = ([], [])
+        try:
+            function = inspect.signature(self._function)
+            function.bind(*(arguments[:1] if _takes_samples(self._function) else arguments))
+        except ValueError:
+            pass  # a function written in C may not tell its arguments
+        except TypeError as error:
+            raise RewardError(
+                f"{self._title} takes other arguments ({one_line(error)}); it is called as "
+                "f(samples) or f(prompts, responses)"
+            ) from None
+
     def score(self, samples: Sequence[Sample]) -> list[ScoreResult]:
         """Call the function once for the batch.
 
@@ -129,15 +143,7 @@ class FunctionScorer:
         )
         if _takes_samples(self._function):
             arguments = (list(samples),)
-        try:
-            inspect.signature(self._function).bind(*arguments)
-        except ValueError:
-            pass  # a function written in C may not tell its arguments
-        except TypeError as error:
-            raise RewardError(
-                f"{self._title} takes other arguments ({one_line(error)}); it is called as "
-                "f(samples) or f(prompts, responses)"
-            ) from None
+        self.require_callable()
         try:
             returned = self._function(*arguments)
             if inspect.iscoroutine(returned):

@@ -50,7 +50,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"screen"},
         {"run_folder"},
         {"exchange", "workers"},
-        {"control"},
+        {"control", "validation"},
         {"evaluation", "stages"},
         {"commands", "config_docs", "instruct", "metric_docs", "quickstart", "recipes", "sampler"}
         | {"scorer", "standing"},

@@ -93,8 +93,8 @@ class LearnerConfig(Section):
     norms and scalar heads in fp32."""
     micro_batch_tokens: PositiveInt = 4096
     """Padded tokens that one forward pass of one rank may hold."""
-    cpus_per_rank: PositiveFloat = 1.0
-    """Cores each rank asks Ray for."""
+    cpus_per_rank: PositiveFloat | None = None
+    """Cores each rank asks Ray for, as in `rollout`."""
     threads: PositiveInt | None = None
     """Threads that each rank computes with, as in `rollout`."""
     gpus_per_rank: NonNegativeFloat = 0.0

@@ -51,8 +51,9 @@ class RolloutConfig(Section):
     between these, by who waits for whom."""
     labels: Labels = Field(default_factory=dict)
     """Labels of the nodes that actors may be on, as ``ray.io/market-type: spot``; none = any."""
-    cpus_per_actor: PositiveFloat = 1.0
-    """Cores each actor asks Ray for."""
+    cpus_per_actor: PositiveFloat | None = None
+    """Cores each actor asks Ray for; null: one, or a fraction of one where a recipe has more
+    workers than the cluster has cores."""
     threads: PositiveInt | None = None
     """Threads that each actor computes with, as does whatever samples in its own process; null: the
     whole cores that it asks for, at least one. More are worth it where cores are idle, and cost
@@ -130,8 +131,8 @@ class RewardServiceConfig(Section):
 
     replicas: PositiveInt = 1
     """Reward workers."""
-    cpus_per_replica: PositiveFloat = 1.0
-    """Cores each worker asks Ray for."""
+    cpus_per_replica: PositiveFloat | None = None
+    """Cores each worker asks Ray for, as in `rollout`."""
     threads: PositiveInt | None = None
     """Threads of frozen passes, as in `rollout`."""
     precision: Literal["fp32", "bf16"] | None = None

@@ -57,7 +57,7 @@ def answers(
     rollout = config.rollout
     if greedy:
         rollout = rollout.model_copy(update={"temperature": 0.0})
-    compute_of(cpus=rollout.cpus_per_actor, threads=rollout.threads).apply()
+    compute_of(cpus=rollout.cpus_per_actor or 1.0, threads=rollout.threads).apply()
     decoder = build_decoder(config.model)
     load_decoder(decoder, weights)
     decoder = decoder.eval().requires_grad_(False).to(torch_dtype(rollout.precision))

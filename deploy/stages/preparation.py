@@ -23,6 +23,7 @@ from deploy.run_folder.weights import (
 )
 from deploy.screen import say
 from deploy.stages.session import Session
+from deploy.validation.parts import misfits
 from deploy.workers.memory import require_room
 
 
@@ -41,18 +42,8 @@ def prepare_tokenizer(session: Session, config: RunConfig) -> RunConfig:
     # Where the run is at work already, its tokenizer is there and nothing is written.
     tokenizer = run_tokenizer(session.run_dir, config, lambda: session.lock("train"))
     require_embedded(config, tokenizer.vocab_size)
-    size = config.model.vocab_size
-    if size not in (0, tokenizer.vocab_size):
-        raise ConfigError(
-            f"model.vocab_size={size}, but the tokenizer has {tokenizer.vocab_size} tokens; "
-            "set it to 0 to take the tokenizer's"
-        )
-    unknown = [token for token in config.rollout.stop_ids if token >= tokenizer.vocab_size]
-    if unknown:
-        raise ConfigError(
-            f"rollout.stop_ids: {unknown[0]} is no token; the tokenizer has "
-            f"{tokenizer.vocab_size}, from 0"
-        )
+    if wrong := misfits(config, tokenizer.vocab_size):
+        raise ConfigError("; ".join(wrong))
     model = config.model.model_copy(update={"vocab_size": tokenizer.vocab_size})
     return config.model_copy(update={"model": model})
 

@@ -23,7 +23,7 @@ from deploy.screen import Bar, progress_bar, say
 from deploy.workers.attach import Way, own_address, sign_in, start_cluster, way_to
 from deploy.workers.gang import LearnerGang
 from deploy.workers.pool import Pool
-from deploy.workers.preflight import explain
+from deploy.workers.preflight import explain, sharing
 
 
 @dataclass(slots=True)
@@ -151,6 +151,8 @@ def _in_cluster(session: Session, way: Way | None) -> Session:
     url = start_cluster(session.config, way)
     if not session.config.cluster.autoscales:
         explain(session.config, ray.cluster_resources())
+        if told := sharing(session.config, ray.cluster_resources().get("CPU", 0.0)):
+            say(session.console, (told, "dim"))
     say(session.console, (f"run {session.run_dir} · dashboard {url or 'off'}", "dim"))
     if url and (hint := sign_in()):
         say(session.console, (hint, "dim"))

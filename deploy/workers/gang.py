@@ -42,6 +42,7 @@ from deploy.workers.calls import (
     start_pair,
     summary,
 )
+from deploy.workers.reservations import reserved
 from learner.rank import LearnerRank
 from learner.supervised.examples import EncodedComparison, EncodedPair
 
@@ -98,17 +99,16 @@ class LearnerGang:
         if self.started:
             return
         settings = self.config.learner
-        compute = compute_of(
-            cpus=settings.cpus_per_rank, gpus=settings.gpus_per_rank, threads=settings.threads
-        )
-        group = self._place()
+        cpus = reserved(self.config).rank
+        compute = compute_of(cpus=cpus, gpus=settings.gpus_per_rank, threads=settings.threads)
+        group = self._place(cpus)
         # Ray frees a name some time after its holder's death, so a successor gets another name.
         suffix = f".{self._generation}" if self._generation else ""
         self.ranks = [
             ray.remote(LearnerRank)
             .options(
                 name=f"{self.run}:learner-{rank}{suffix}",
-                num_cpus=settings.cpus_per_rank,
+                num_cpus=cpus,
                 num_gpus=settings.gpus_per_rank,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     group, placement_group_bundle_index=rank
@@ -232,9 +232,9 @@ class LearnerGang:
 
     # ------------------------------------------------------------------ parts
 
-    def _place(self) -> PlacementGroup:
+    def _place(self, cpus: float) -> PlacementGroup:
         settings, timeout_s = self.config.learner, self.config.cluster.start_timeout_s
-        bundle = {"CPU": settings.cpus_per_rank}
+        bundle = {"CPU": cpus}
         if settings.gpus_per_rank:
             bundle["GPU"] = settings.gpus_per_rank
         group: PlacementGroup = placement_group(

@@ -6,6 +6,7 @@ here and nowhere else.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -27,6 +28,7 @@ from common.logprobs import sampling_of
 from deploy.workers.calls import Handle
 from deploy.workers.hosted import RewardWorker, RolloutActor
 from deploy.workers.pool import Pool
+from deploy.workers.reservations import reservations, reserved
 from deploy.workers.worker import ClusterQueries, MakeWorker
 
 NAMESPACE = "talipot"
@@ -42,13 +44,12 @@ def rollout_pool(
     """
     settings, lora = config.rollout, config.train.lora
     adapted = AdapterOnWire(name=config.train.adapter, lora=lora, base=str(base)) if lora else None
-    compute = compute_of(
-        cpus=settings.cpus_per_actor, gpus=settings.gpus_per_actor, threads=settings.threads
-    )
+    cpus = reserved(config).actor
+    compute = compute_of(cpus=cpus, gpus=settings.gpus_per_actor, threads=settings.threads)
     build: Callable[[Compute], Generator] = partial(
         DecoderGenerator, config.model, str(tokenizer), settings, adapted
     )
-    options = _options(settings.cpus_per_actor, settings.gpus_per_actor, settings.labels)
+    options = _options(cpus, settings.gpus_per_actor, settings.labels)
 
     def make(name: str) -> Handle:
         return (
@@ -72,10 +73,9 @@ def reward_pool(
     """Return a pool of reward workers, as `rollout_pool` does of actors."""
     settings = config.reward_service
     sampling = sampling_of(config.rollout, load_tokenizer(tokenizer).stop_ids)
-    compute = compute_of(
-        cpus=settings.cpus_per_replica, gpus=settings.gpus_per_replica, threads=settings.threads
-    )
-    options = _options(settings.cpus_per_replica, settings.gpus_per_replica, settings.labels)
+    cpus = reserved(config).replica
+    compute = compute_of(cpus=cpus, gpus=settings.gpus_per_replica, threads=settings.threads)
+    options = _options(cpus, settings.gpus_per_replica, settings.labels)
 
     def make(name: str) -> Handle:
         return (
@@ -124,12 +124,13 @@ def room(
 ) -> tuple[list[dict[str, float]], list[dict[str, str]]]:
     """Return resources and labels of every worker, one bundle each."""
     learner, rollout, reward = config.learner, config.rollout, config.reward_service
+    each = reservations(config, math.inf)  # of a cluster that grows
     bundles: list[dict[str, float]] = []
     selectors: list[dict[str, str]] = []
     for count, cpus, gpus, labels in (
-        (learner.ranks, learner.cpus_per_rank, learner.gpus_per_rank, learner.labels),
-        (actors, rollout.cpus_per_actor, rollout.gpus_per_actor, rollout.labels),
-        (replicas, reward.cpus_per_replica, reward.gpus_per_replica, reward.labels),
+        (learner.ranks, each.rank, learner.gpus_per_rank, learner.labels),
+        (actors, each.actor, rollout.gpus_per_actor, rollout.labels),
+        (replicas, each.replica, reward.gpus_per_replica, reward.labels),
     ):
         bundles += [{"CPU": cpus} | ({"GPU": gpus} if gpus else {}) for _ in range(count)]
         selectors += [dict(labels) for _ in range(count)]

@@ -12,7 +12,9 @@ from common.devices import torch_dtype
 from common.errors import ClusterError, ConfigError
 from common.models.adapters import adapter_size
 from common.models.build import build_decoder, count_parameters
+from common.out_of_memory import in_words
 from deploy.workers.attach import named_address
+from deploy.workers.reservations import reservations
 from reward_service.targets import require_targets
 
 _BYTES_OF_A_NUMBER = 4.0
@@ -63,28 +65,29 @@ def require_scorers(config: RunConfig) -> None:
     require_targets(config.reward_service.components, here=named_address(config) is None)
 
 
-def demands(config: RunConfig) -> list[Demand]:
-    """Return all that the recipe places."""
+def demands(config: RunConfig, cores: float) -> list[Demand]:
+    """Return all that the recipe places on a cluster of so many cores."""
+    each = reservations(config, cores)
     learner, rollout, reward = config.learner, config.rollout, config.reward_service
     return [
         Demand(
             what="learner ranks",
             count=learner.ranks,
-            cpus=learner.cpus_per_rank,
+            cpus=each.rank,
             gpus=learner.gpus_per_rank,
             gang=True,
         ),
         Demand(
             what="rollout actors",
             count=rollout.actors_at_start,
-            cpus=rollout.cpus_per_actor,
+            cpus=each.actor,
             gpus=rollout.gpus_per_actor,
             gang=False,
         ),
         Demand(
             what="reward workers",
             count=reward.replicas,
-            cpus=reward.cpus_per_replica,
+            cpus=each.replica,
             gpus=reward.gpus_per_replica,
             gang=False,
         ),
@@ -187,20 +190,20 @@ def explain(config: RunConfig, resources: Mapping[str, float], *, sized: bool = 
     """
     lines = []
     need_cpu = need_gpu = 0.0
-    for demand in demands(config):
+    for demand in demands(config, resources.get("CPU", 0.0)):
         cpu, gpu = demand.count * demand.cpus, demand.count * demand.gpus
         need_cpu, need_gpu = need_cpu + cpu, need_gpu + gpu
         together = ", all placed together" if demand.gang else ", placed one by one"
         gpus = f" and {gpu:g} GPU" if gpu else ""
         lines.append(f"{demand.count} {demand.what}: {cpu:g} CPU{gpus}{together}")
     have_cpu, have_gpu = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    memory = 0.0
+    held = 0.0
     if sized:
-        states, extra = learner_bytes(config) / 2**30, extra_bytes(config) / 2**30
-        memory = states + extra
+        states, extra = learner_bytes(config), extra_bytes(config)
+        held = (states + extra) * config.learner.ranks
         lines.append(
-            f"each learner rank holds {states:.2f} GiB of weights, gradients and optimizer states "
-            f"(ZeRO {config.learner.zero_stage}) and {extra:.2f} GiB of copies and of the "
+            f"each learner rank holds {in_words(states)} of weights, gradients and optimizer "
+            f"states (ZeRO {config.learner.zero_stage}) and {in_words(extra)} of copies and of the "
             "auxiliary phase"
         )
     lines.append(
@@ -211,14 +214,25 @@ def explain(config: RunConfig, resources: Mapping[str, float], *, sized: bool = 
         if need > have + _EPSILON:
             raise ClusterError(
                 f"the recipe needs {need:g} {kind} and the cluster has {have:g}: "
-                + "; ".join(lines[: len(demands(config))])
+                + "; ".join(lines[: len(demands(config, have_cpu))])
                 + f"; lower rollout.actors, or a {kind.lower()}s_per_* setting, or add nodes"
             )
-    memory_have = resources.get("memory", 0.0) / 2**30
-    total = memory * config.learner.ranks
-    if memory_have and not need_gpu and total > memory_have:
+    memory = resources.get("memory", 0.0)
+    if memory and not need_gpu and held > memory:
         raise ClusterError(
-            f"the learner needs {total:.1f} GiB and the cluster has {memory_have:.1f} GiB: raise "
+            f"the learner needs {in_words(held)} and the cluster has {in_words(memory)}: raise "
             "learner.zero_stage or learner.ranks, train adapters (train.lora), or add nodes"
         )
     return lines
+
+
+def sharing(config: RunConfig, cores: float) -> str:
+    """Say that workers take turns on the cluster's cores; empty where each has its own."""
+    share = reservations(config, cores).shared
+    if share is None:
+        return ""
+    workers = sum(demand.count for demand in demands(config, cores))
+    return (
+        f"{workers} workers take turns on {cores:g} cores and reserve {share:g} of one each "
+        "(cpus_per_* say otherwise)"
+    )

@@ -17,12 +17,14 @@ from pydantic import ValidationError
 
 from common import errors
 from common.config.draft import Draft
+from common.config.model import PretrainedConfig
 from common.config.names import fields
 from common.config.recipe import load_config
 from common.config.run import RunConfig
 from common.config.yaml_text import read_yaml
 from common.data.records import read_comparisons, read_demonstrations, read_prompts
 from common.errors import TalipotError
+from deploy.workers.preflight import explain
 from tests.deploy.commands import parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +87,16 @@ def test_recipes_load(path: Path, tmp_path: Path) -> None:
     for index, block in enumerate(blocks(path, "yaml recipe")):
         recipe = tmp_path / f"{index}.yaml"
         recipe.write_text(block, encoding="utf8")
-        assert load_config(recipe) != RunConfig()
+        config = load_config(recipe)
+        assert config != RunConfig()
+        on_nodes = config.cluster.address or config.rollout.labels or config.learner.labels
+        if not on_nodes and not isinstance(config.model, PretrainedConfig):
+            explain(config, {"CPU": 2.0})  # room on a small machine, or ClusterError
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "quickstart-lora"])
+def test_built_in_recipes_have_room_on_two_cores(recipe: str) -> None:
+    explain(load_config(ROOT / "deploy" / "recipes" / f"{recipe}.yaml"), {"CPU": 2.0})
 
 
 @page

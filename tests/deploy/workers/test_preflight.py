@@ -8,11 +8,25 @@ from common.config.recipe import load_config
 from common.config.run import RunConfig
 from common.errors import ClusterError, ConfigError
 from common.models.build import count_parameters
-from deploy.workers.preflight import explain, extra_bytes, learner_bytes, require_trainable
+from deploy.workers.preflight import (
+    explain,
+    extra_bytes,
+    learner_bytes,
+    require_trainable,
+    sharing,
+)
+from deploy.workers.reservations import reservations
 
 
 def recipe(*overrides: str) -> RunConfig:
     return load_config(None, ["model.vocab_size=512", *overrides])
+
+
+WHOLE = (
+    "learner.cpus_per_rank=1",
+    "rollout.cpus_per_actor=1",
+    "reward_service.cpus_per_replica=1",
+)
 
 
 def test_what_fits_is_explained() -> None:
@@ -26,7 +40,7 @@ def test_what_fits_is_explained() -> None:
 @pytest.mark.parametrize(
     ("overrides", "resources", "says"),
     [
-        ((), {"CPU": 4.0}, "needs 5 CPU and the cluster has 4"),
+        (WHOLE, {"CPU": 4.0}, "needs 5 CPU and the cluster has 4"),
         ((), {}, "needs 5 CPU and the cluster has 0"),
         (("preset=palm-8b",), {"CPU": 9.0, "memory": 2.0**30}, "raise learner.zero_stage"),
     ],
@@ -120,3 +134,37 @@ def test_an_auxiliary_phase_has_moments_and_a_frozen_policy() -> None:
     assert extra_bytes(base) == pytest.approx(copies + moments + frozen)
     without = recipe("learner.ranks=4", "learner.zero_stage=2", "train.ppg=null")
     assert extra_bytes(without) == pytest.approx(copies)
+
+
+# ------------------------------------------------------------------ reservations
+
+
+def test_workers_that_outnumber_the_cores_reserve_fractions_and_leave_room_for_as_many() -> None:
+    small = reservations(recipe(), 2.0)
+    assert (small.rank, small.actor, small.replica) == (0.2, 0.2, 0.2)
+    text = "\n".join(explain(recipe(), {"CPU": 2.0}))
+    assert "needed 1 CPU and 0 GPU; the cluster has 2 and 0" in text
+    explain(recipe("rollout.actors=2"), {"CPU": 2.0})
+    assert sharing(recipe(), 2.0) == (
+        "5 workers take turns on 2 cores and reserve 0.2 of one each (cpus_per_* say otherwise)"
+    )
+    assert sharing(recipe(), 5.0) == sharing(recipe(*WHOLE), 2.0) == ""
+    assert reservations(recipe(), 5.0).rank == 1.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cores", "expected"),
+    [
+        (("learner.cpus_per_rank=0.5",), 2.0, (0.5, 0.166, 0.166)),
+        (("learner.cpus_per_rank=1",), 2.0, (1.0, 1.0, 1.0)),  # full: refused as it was
+        (("rollout.actors={min: 1, max: 17}",), 2.0, (0.05, 0.05, 0.05)),
+        (("rollout.actors=4000",), 2.0, (0.001, 0.001, 0.001)),
+        (("cluster.autoscales=true",), 2.0, (1.0, 1.0, 1.0)),
+        (("learner.cpus_per_rank=4",), 64.0, (4.0, 1.0, 1.0)),
+    ],
+)
+def test_explicit_reservations_are_kept_and_the_others_share_the_rest(
+    overrides: tuple[str, ...], cores: float, expected: tuple[float, float, float]
+) -> None:
+    each = reservations(recipe(*overrides), cores)
+    assert (each.rank, each.actor, each.replica) == expected
