@@ -27,6 +27,7 @@ from deploy.stages.preparation import say_fitting
 from deploy.stages.session import open_session
 from deploy.workers.attach import ask_cluster, way_to
 from deploy.workers.preflight import explain
+from deploy.workers.reservations import reserved
 from deploy.workers.scaling import Scaled
 from reward_service.scorers import FunctionScorer
 
@@ -111,10 +112,14 @@ def _scale(
             f"{holder.cluster}; leave --address out, or ask again if it has just begun or ended"
         )
     if not config.cluster.autoscales:
+        each = reserved(config)  # by the workers that are there, and by new ones like them
         rollout: dict[str, Any] = {"actors": actors} if actors else {}
         reward: dict[str, Any] = {"replicas": replicas} if replicas else {}
+        rollout["cpus_per_actor"], reward["cpus_per_replica"] = each.actor, each.replica
+        learner = config.learner.model_copy(update={"cpus_per_rank": each.rank})
         wanted = config.model_copy(
             update={
+                "learner": learner,
                 "rollout": config.rollout.model_copy(update=rollout),
                 "reward_service": config.reward_service.model_copy(update=reward),
             }
