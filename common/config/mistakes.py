@@ -118,8 +118,9 @@ class _Found:
         """Take what a section says of some of its fields together."""
         names = item.get("ctx", {}).get("fields", ())
         about = [(*key, *name.split(".")) for name in names] or [key]
+        given = [each for each in about if self._deepest(each) == each]
         # One of them is enough for the others to be judged.
-        self.given |= set([given for each in about if (given := self._deepest(each))][-1:])
+        self.given |= {each for each in given[-1:] if each}
         if not any(_overlap(each, other) for each in about for other in self._refused):
             self._say(key, item["msg"].removeprefix("Value error, "), item)
 

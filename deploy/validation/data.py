@@ -1,7 +1,7 @@
 """The files that a recipe names: every bad row, lengths in tokens, what is there twice.
 
-Files are read once and whole; the first records of each field are tokenised. All of it happens in
-this process, in memory that grows with 16 bytes for each record.
+Files are read once and whole, and the first records of each field are tokenised. Of the others only
+names are kept, and the place where each prompt first stands: some hundred bytes for a record.
 """
 
 from __future__ import annotations
@@ -49,6 +49,19 @@ READERS: Mapping[str, Callable[..., Iterator[AnyRecord]]] = {
 
 
 @dataclass(slots=True)
+class _Refused:
+    """Rows of a file that are refused: the first of them, and how many."""
+
+    first: list[DataError] = field(default_factory=list)
+    count: int = 0
+
+    def __call__(self, error: DataError) -> None:
+        self.count += 1
+        if self.count <= MOST_REFUSED:
+            self.first.append(error)
+
+
+@dataclass(slots=True)
 class FieldFacts:
     """What the files of one field hold."""
 
@@ -79,14 +92,13 @@ def read_field(
         facts.files += 1
         if limit is not None and _is_large_array(file):
             continue
-        refused: list[DataError] = []
+        refused = _Refused()
         with findings.attempt():
-            for record in islice(READERS[name]([file], refused=refused.append), limit):
+            for record in islice(READERS[name]([file], refused=refused), limit):
                 _add(facts, record, uids)
-        for error in refused[:MOST_REFUSED]:
+        for error in refused.first:
             findings.error(str(error), DataError)
-        if len(refused) > MOST_REFUSED:
-            rest = len(refused) - MOST_REFUSED
+        if rest := refused.count - len(refused.first):
             findings.error(f"{file}: {rest} more rows are refused; mend these first", DataError)
     if facts.again:
         findings.warning(
