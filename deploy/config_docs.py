@@ -49,11 +49,13 @@ Of two overrides of one field the last counts. One that names a section sets the
 names and leaves the others as they are: `train={lr: 1e-4}` is `train.lr=1e-4`.
 
 A section, list or mapping under which nothing stands, or only comments, means its defaults;
-`train.ppg: null` switches the auxiliary phase off, because null is a value of that field. Refused,
-with file and line, are
+`train.ppg: null` switches the auxiliary phase off, because null is a value of that field. A list
+of texts that has one may be written as the text: `prompts: data/*.jsonl`. Refused, all of them at
+once, with file and line, are
 
 - a key that is given twice in a section, as YAML would silently forget the first;
-- an unknown key, with the nearest valid name;
+- an unknown key, with the nearest valid name, or what we call that which other systems call so
+  (`learning_rate` is `lr`);
 - a number that is not finite, or is `yes` or `no`;
 - **a setting that changes nothing under the others**, as `train.gae_lambda` under
   `train.algorithm: grpo`, with where it would. What is asked for is whether it was written, not
