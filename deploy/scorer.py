@@ -63,7 +63,7 @@ class RunScorer:
             str(policy_start(config)),
             None if reward is None else str(reward),
             sampling_of(config.rollout, self._tokenizer.stop_ids),
-            compute_of(cpus=settings.cpus_per_replica, threads=settings.threads),
+            compute_of(cpus=settings.cpus_per_replica or 1.0, threads=settings.threads),
             merge=True,
             judge=config.reward_model.model,
             precision=config.reward_precision,
