@@ -218,7 +218,8 @@ def test_a_resumed_run_keeps_what_cannot_change(
     )
     refused(run("train", "--config", path, "model.dim=48"), 2, "model.dim: 32 -> 48")
     refused(run("train", "--config", path, "train.iterations=2"), 2, "3 are trained already")
-    refused(run("train", "--resume", str(folder), "--config", path), 2, "leave --config out")
+    both = run("train", "--resume", str(folder), "--config", path)
+    refused(both, 2, "leave --config and --from out")
     assert (folder / "config.yaml").read_bytes() == kept
 
 

@@ -7,5 +7,5 @@ def good(prompts: list[str], responses: list[str]) -> list[float]:
     return [0.0 for _ in responses]
 
 
-def other_arguments(responses: list[str]) -> list[float]:
+def other_arguments(prompts: list[str], responses: list[str], more: int) -> list[float]:
     return [0.0 for _ in responses]

@@ -81,7 +81,7 @@ FAULTS = [
     ("sft.start", "no-weights.safetensors: no such weights"),
     ("train.critic.start", "no-critic is no folder"),
     ("data.demonstrations", "gone.jsonl: no such file"),
-    ("data.comparisons", "c.csv: extension '.csv' is unknown"),
+    ("c.csv", "c.csv: extension '.csv' is unknown"),
     ("data.evaluation", "held-out/*.jsonl: no file fits this pattern"),
     ("d.jsonl:41", "field 'response': "),
     ("d.jsonl:42", " tokens, EOS included, room for 32"),

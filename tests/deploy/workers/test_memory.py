@@ -50,13 +50,13 @@ def test_weights_and_optimizer_states_by_hand(tmp_path: Path) -> None:
 def test_an_actor_holds_weights_keys_and_values_by_hand(tmp_path: Path) -> None:
     path = random_checkpoint(tmp_path / "model")
     size = Checkpoint.open(path).parameters
-    rollout = {"actors": 3, "precision": "bf16", "lease_size": 5}
+    rollout = {"actors": 3, "precision": "bf16", "lease_size": 4}
     config = run_of(path, train=GRPO, rollout=rollout)
     found = parts(config, "train", 1)
     assert needs(config, "train")[1].count == 3
     assert found["weights"] == 2 * size
     layers, kv_heads, head_dim, context = 2, 2, 8, 64
-    assert found["keys and values"] == 5 * 2 * layers * kv_heads * head_dim * context * 2
+    assert found["keys and values"] == 4 * 2 * layers * kv_heads * head_dim * context * 2
     few = run_of(path, train=GRPO, rollout=rollout | {"cache_mb": 0.04})
     assert parts(few, "train", 1)["keys and values"] < 0.04 * 2**20
     adapters = run_of(path, train={**GRPO, "lora": {"rank": 2}}, rollout=rollout)
