@@ -82,7 +82,8 @@ def test_each_run_is_found_by_its_own_folder(two: tuple[Started, Started], tmp_p
     assert "stopped after iteration" in error
     first.communicate(timeout=90)
     assert until(older, "not running").notes[0].startswith("`talipot train --resume")
-    # The newer one does not notice; its cluster dies with its driver, and status says so at once.
+    # The newer one does not notice, until it is stopped too.
     assert until(newer, "running").notes == ()
-    second.kill()
+    second.send_signal(signal.SIGTERM)
+    second.communicate(timeout=90)
     assert until(newer, "not running").step > 0
