@@ -291,7 +291,7 @@ def test_every_field_is_named_once() -> None:
     assert not any(name.startswith("reward_service.components.") for name in names)
 
 
-def test_all_mistakes_of_a_recipe_are_told_at_once_and_none_is_made_up() -> None:
+def test_all_mistakes_of_a_recipe_are_told_at_once_and_none_is_made_up(folder: Path) -> None:
     """Fields that are nothing, fields that clash, idle ones: each by its own line."""
     text = """
         train:
@@ -343,7 +343,7 @@ def test_all_mistakes_of_a_recipe_are_told_at_once_and_none_is_made_up() -> None
         ("train.lease_size", "'rollout.lease_size'"),
     ],
 )
-def test_what_other_systems_call_a_field_is_known(key: str, meant: str) -> None:
+def test_what_other_systems_call_a_field_is_known(folder: Path, key: str, meant: str) -> None:
     assert f"unknown key '{key}'; did you mean {meant}?" in refusal("", f"{key}=1")
 
 
@@ -354,7 +354,7 @@ def test_every_known_name_of_other_systems_leads_to_a_field() -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo", "reinforce_pp"])
-def test_algorithms_without_values_have_no_auxiliary_phase(algorithm: str) -> None:
+def test_algorithms_without_values_have_no_auxiliary_phase(folder: Path, algorithm: str) -> None:
     chosen = f"train:\n  algorithm: {algorithm}\n  samples_per_prompt: 2\n"
     assert load(chosen).train.ppg is None
     assert load(chosen + "  ppg: null\n").train.ppg is None
