@@ -19,10 +19,12 @@ from common.models.build import build_policy
 from common.models.networks import PolicyNetwork, compute_in
 from learner.batch.shards import MicroBatch
 from learner.objectives.auxiliary import FrozenPolicy, JointObjective
+from learner.optimisation import Whole
 from learner.zero.engine import ZeroEngine
 from tests.common.models.pretrained.tiny import reference, saved
 
 VOCABULARY = 4000
+WHOLE = Whole(tokens=7.0, sequences=2.0)
 PROMPTS, RESPONSES = [[3, 4, 5], [6]], [[7, 8, 9, 10, 11], [12, 13]]
 
 
@@ -99,7 +101,7 @@ def test_pieces_are_the_whole(model: Callable[..., ModelConfig], tmp_path: Path)
     for logits_mb, most in ((1e3, 10), (2 * 4 * VOCABULARY / 2**20, 2)):
         policy, old = pair(model(logits_mb, tmp_path / "model"), "fp32")
         with Largest() as largest:
-            loss = objective(moved(policy), old).loss(micro(), 7.0)
+            loss = objective(moved(policy), old).loss(micro(), WHOLE)
             loss.total.backward()
         assert largest.rows == most, "rows of logits at once"
         gradients = [p.grad for p in policy.parameters() if p.grad is not None]
@@ -119,5 +121,5 @@ def test_in_pieces_the_kl_to_itself_is_exactly_zero(
 ) -> None:
     for logits_mb in (1e3, 1e-6):
         policy, old = pair(model(logits_mb, tmp_path / "model"), precision)
-        loss = objective(policy, old).loss(micro(), 7.0)
+        loss = objective(policy, old).loss(micro(), WHOLE)
         assert float(loss.sums["clone_kl"]) == 0.0, "invariant I8"
