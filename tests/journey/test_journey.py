@@ -24,10 +24,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "own-task.md").read_text(encoding="utf8")
 HAND_OVER = (ROOT / "docs" / "hand-over.md").read_text(encoding="utf8")
 _TRAIN = "train.iterations=2 train.prompts_per_iteration=8 train.minibatches=1 rollout.lease_size=8"
+_QUICK = "cluster.dashboard=false"
 SMALL = {
-    "sft": "sft.epochs=0.2",
-    "reward": "reward_model.epochs=0.2",
-    "train": f"{_TRAIN} train.checkpoint_every=1",
+    "sft": f"sft.epochs=0.2 {_QUICK}",
+    "reward": f"reward_model.epochs=0.2 {_QUICK}",
+    "train": f"{_TRAIN} train.checkpoint_every=1 {_QUICK}",
     "evaluate": "evaluate.prompts=8",
 }
 
@@ -116,8 +117,7 @@ def check(folder: Path, said: dict[str, str]) -> None:
         assert facts["rollouts_issued"] == facts["rollouts_trained"], facts
         assert (run / "report.html").stat().st_size > 10_000
     assert "brand: Ardo" in told(said, "talipot sample")
-    hashes = re.findall(r"hash +(\S+)", told(said, "talipot replay"))
-    assert len(hashes) == 2 and len(set(hashes)) == 1, hashes
+    assert facts["weights_hash"] in told(said, "talipot replay")
     assert (runs[1] / "code" / "rewards.py").read_bytes() == (folder / "rewards.py").read_bytes()
     assert (runs[1] / "policy" / "adapter").is_dir()
     exported = {path.name for path in (folder / "titles-policy").iterdir()}
