@@ -11,7 +11,7 @@ import torch
 from common.errors import TrainingError
 from learner.batch.experience import Sequences
 from learner.batch.shards import MicroBatch, Shards
-from learner.optimisation import Loss, Objective, Plan, Step, optimise
+from learner.optimisation import Loss, Objective, Plan, Step, Whole, optimise
 from learner.zero.engine import ZeroEngine
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -40,9 +40,9 @@ class Tokens(Objective):
     def __init__(self, most: int = 99, bad: int = 99, value: float = 1.0) -> None:
         self.most, self.bad, self.value, self.taken = most, bad, value, 0
 
-    def loss(self, micro: MicroBatch, tokens: float) -> Loss:
+    def loss(self, micro: MicroBatch, whole: Whole) -> Loss:
         count = micro.mask_BR.sum()
-        return Loss(torch.tensor(self.value) * count / tokens, {"count": count})
+        return Loss(torch.tensor(self.value) * count / whole.tokens, {"count": count})
 
     def problem(self, steps: int, sums: Mapping[str, float]) -> str:
         return "no further" if steps == self.bad else ""

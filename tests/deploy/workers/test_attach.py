@@ -178,9 +178,7 @@ def test_a_command_ends_at_a_port_that_never_speaks(folder: Path) -> None:
     assert seconds < 30  # five of waiting; the rest is Python's imports on a busy machine
 
 
-@pytest.mark.parametrize(
-    "arguments", [["scale", "--actors", "2"], ["replay"], ["evaluate"], ["train"]]
-)
+@pytest.mark.parametrize("arguments", [["scale", "--actors", "2"], ["replay"], ["train"]])
 def test_every_command_of_a_run_says_that_its_cluster_is_gone(
     folder: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
