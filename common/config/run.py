@@ -186,7 +186,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _possible(self) -> RunConfig:
         conflicts = [*self._sizes_that_clash(), *self._unknown_projections()]
-        random = self.sft.start is None and not isinstance(self.model, PretrainedConfig)
+        random = self.sft.start is None and not self.pretrained
         if self.sft.lora is not None and random:
             text = (
                 "sft.lora adapts weights that are there: set sft.start to a policy's weights, or "
@@ -237,6 +237,11 @@ class RunConfig(Section):
                     f"{', '.join(_TARGETS)}"
                 )
                 yield (f"{section}.lora.targets",), text
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the policy's model is a checkpoint that somebody brought."""
+        return isinstance(self.model, PretrainedConfig)
 
     @property
     def corrects_mismatch(self) -> bool:

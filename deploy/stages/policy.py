@@ -144,7 +144,13 @@ def run_train(
     if known:  # who attached to a run has not read its prompts
         lines = read_lines(session.folder.metrics).lines
         logged = {line.step: line.metrics for line in lines if line.stage == "train"}
-        say_trained(session.console, logged, known, config.train.prompts_per_iteration)
+        say_trained(
+            session.console,
+            logged,
+            known,
+            config.train.prompts_per_iteration,
+            pretrained=config.pretrained,
+        )
     return facts
 
 

@@ -14,7 +14,8 @@ from common.metric_catalogue import Logged
 from deploy.screen import say
 
 FEW_STEPS = {"sft": 100, "reward": 50, "train": 20}
-"""Optimizer steps below which a stage is said to be short (docs/sizing.md)."""
+"""Optimizer steps below which a stage is said to be short (docs/sizing.md): of models that began
+with random weights. A pretrained one may need no more."""
 LEAST_FALL = 0.02
 """Share by which the held-out loss should be lower than before the first step."""
 LEAST_ACCURACY = 0.55
@@ -30,7 +31,9 @@ _ADVICE = {
 }
 
 
-def say_moved(console: Console, stage: str, steps: int, metrics: Mapping[str, float]) -> None:
+def say_moved(
+    console: Console, stage: str, steps: int, metrics: Mapping[str, float], *, pretrained: bool
+) -> None:
     """Say what a supervised stage was trained on and how its held-out loss changed."""
     before, after = metrics[Logged.HELDOUT_LOSS_BEFORE], metrics[Logged.HELDOUT_LOSS]
     facts = [
@@ -39,7 +42,7 @@ def say_moved(console: Console, stage: str, steps: int, metrics: Mapping[str, fl
         f"{metrics[Logged.EPOCHS]:g} {'pass' if metrics[Logged.EPOCHS] == 1 else 'passes'}",
         f"held-out loss {before:.3f} -> {after:.3f}",
     ]
-    reasons = _short(stage, steps)
+    reasons = [] if pretrained else _short(stage, steps)
     if after > (1 - LEAST_FALL) * before:
         reasons.append(f"a held-out loss that was {before:.3f} and is {after:.3f}")
     accuracy = metrics.get(Logged.ACCURACY_HELDOUT)
@@ -51,7 +54,12 @@ def say_moved(console: Console, stage: str, steps: int, metrics: Mapping[str, fl
 
 
 def say_trained(
-    console: Console, steps: Mapping[int, Mapping[str, float]], prompts: int, asked: int
+    console: Console,
+    steps: Mapping[int, Mapping[str, float]],
+    prompts: int,
+    asked: int,
+    *,
+    pretrained: bool,
 ) -> None:
     """Say what policy training did, by its log.
 
@@ -60,6 +68,7 @@ def say_trained(
         steps: the metrics of each iteration.
         prompts: how many different ones there are.
         asked: how many an iteration asks.
+        pretrained: the model did not begin with random weights.
     """
     if not steps:
         return
@@ -72,7 +81,7 @@ def say_trained(
     ]
     if Logged.SCORE in first and Logged.SCORE in last:
         facts.append(f"score {first[Logged.SCORE]:.3f} -> {last[Logged.SCORE]:.3f}")
-    reasons, kl = _short("train", taken), last.get(Logged.KL)
+    reasons, kl = [] if pretrained else _short("train", taken), last.get(Logged.KL)
     if kl is not None:
         facts.append(f"KL {kl:.2f} nats")
         if kl < LEAST_KL:

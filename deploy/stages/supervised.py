@@ -59,7 +59,7 @@ def run_sft(session: Session, config: RunConfig) -> dict[str, float]:
     metrics |= _size(before, config.sft.epochs, tokens)
     log_metrics(session, "sft", total, metrics)
     add_card(session.folder.sft.path, config, "sft")
-    say_moved(session.console, "sft", total, metrics)
+    say_moved(session.console, "sft", total, metrics, pretrained=config.pretrained)
     return metrics
 
 
@@ -107,7 +107,7 @@ def run_reward(session: Session, config: RunConfig) -> dict[str, float]:
             best = metrics | gang.shift(reference) | _size(before, epochs, tokens)
             gang.export_stage(session.folder.reward_model.path)
     log_metrics(session, "reward", total, best)
-    say_moved(session.console, "reward", total, best)
+    say_moved(session.console, "reward", total, best, pretrained=seen.pretrained)
     return best
 
 

@@ -26,7 +26,7 @@ def supervised(before: float, after: float, **more: float) -> dict[str, float]:
 
 def test_steps_tokens_epochs_and_loss_are_told() -> None:
     screen = console()
-    say_moved(screen, "sft", 600, supervised(7.6, 3.1))
+    say_moved(screen, "sft", 600, supervised(7.6, 3.1), pretrained=False)
     told = text_of(screen)
     for fact in ("600 optimizer steps", "52,000 tokens", "1.5 passes", "7.600 -> 3.100"):
         assert fact in told
@@ -45,7 +45,7 @@ def test_a_stage_that_moved_little_warns_in_one_line(
     stage: str, steps: int, metrics: dict[str, float], reason: str
 ) -> None:
     screen = console()
-    say_moved(screen, stage, steps, metrics)
+    say_moved(screen, stage, steps, metrics, pretrained=False)
     [warning] = [line for line in text_of(screen).splitlines() if line.startswith("warning")]
     assert reason in warning
     assert "docs/sizing.md" in warning
@@ -56,12 +56,25 @@ def test_policy_training_is_told_from_its_log() -> None:
         step: {"policy_steps": 8.0, "score": 0.1 * step, "kl": 0.2 * step} for step in range(1, 11)
     }
     screen = console()
-    say_trained(screen, log, prompts=100, asked=50)
+    say_trained(screen, log, prompts=100, asked=50, pretrained=False)
     told = text_of(screen)
     for fact in ("10 iterations", "80 optimizer steps", "5 passes over 100 prompts"):
         assert fact in told
     assert "score 0.100 -> 1.000 · KL 2.00" in told
     assert "warning" not in told
     still = console()
-    say_trained(still, {1: {"policy_steps": 8.0, "kl": 0.01}}, prompts=100, asked=50)
+    say_trained(
+        still, {1: {"policy_steps": 8.0, "kl": 0.01}}, prompts=100, asked=50, pretrained=False
+    )
     assert "only 8 optimizer steps and a KL to the reference of 0.01 nats" in text_of(still)
+
+
+def test_few_steps_of_a_pretrained_model_are_no_reason() -> None:
+    screen = console()
+    say_moved(screen, "sft", 44, supervised(3.4, 3.07), pretrained=True)
+    log = {1: {"policy_steps": 2.0, "kl": 0.0}, 2: {"policy_steps": 2.0, "kl": 3.2}}
+    say_trained(screen, log, prompts=100, asked=50, pretrained=True)
+    assert "warning" not in text_of(screen)
+    say_moved(screen, "sft", 44, supervised(3.4, 3.39), pretrained=True)
+    [warning] = [line for line in text_of(screen).splitlines() if line.startswith("warning")]
+    assert "held-out loss that was 3.400 and is 3.390" in warning and "44" not in warning
