@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from common.data.chat import Message
-from common.data.rows import type_name
+from common.data.files.values import type_name
 from common.errors import DataError
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")

@@ -14,11 +14,11 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Final, TypeVar
 
 from common.data.chat import Message
+from common.data.column_names import column_fault
 from common.data.conversations import (
     Messages,
     answer_of,
@@ -28,7 +28,8 @@ from common.data.conversations import (
     text_of,
     tools_of,
 )
-from common.data.rows import Columns, Kind, Refused, Row, Source, sources, type_name
+from common.data.files.rows import Columns, Refused, Row, Source, sources
+from common.data.files.values import type_name
 from common.errors import DataError
 from common.files import write_atomic
 
@@ -268,77 +269,6 @@ def _names(kind: type[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 _COLUMNS: Final[dict[type[Any], tuple[tuple[str, ...], tuple[str, ...]]]] = {
     kind: _names(kind) for kind in (Prompt, Demonstration, Comparison)
 }
-_KINDS: Final[dict[str, Kind]] = {
-    "confidence": "number",
-    "messages": "other",
-}  # of the columns that are not text
-_OTHER_WORDS: Final = frozenset(
-    {"labeled", "confident", "conference"}
-)  # near an optional column, and meant
-_SHOWN_COLUMNS: Final = 12
-_LONG: Final = 9  # letters; in a word so long two slips are believed
-
-
-@lru_cache(maxsize=64)  # the columns of a file rarely change from row to row
-def _column_fault(
-    required: tuple[str, ...],
-    optional: tuple[str, ...],
-    columns: tuple[str, ...],
-    others: tuple[tuple[str, Kind], ...],
-) -> str | None:
-    """Say what is wrong with the names of the columns; other columns may be there, unread."""
-    for name in required:
-        if name not in columns:
-            if near := _misspelt(name, others):
-                return f"field {name!r}: missing; rename {near!r} to {name!r}"
-            if near := _misspelt("messages", others):
-                return f"field {near!r}: unknown; rename it to 'messages'"
-            return f"field {name!r}: missing; add it (columns found: {_listed(columns, others)})"
-    for name in optional:
-        # A misspelt optional field would otherwise be dropped without a word.
-        if name not in columns and (near := _misspelt(name, others)):
-            return f"field {near!r}: unknown; rename it to {name!r} or take it out"
-    return None
-
-
-def _misspelt(name: str, others: tuple[tuple[str, Kind], ...]) -> str | None:
-    """Find the column that may mean `name`: of its kind, and a slip of the finger away from it.
-
-    Common columns of other people's data (``label``, ``prompt_id``, ``confidence_level``) are
-    further away, or of another kind.
-    """
-    slips = 1 if len(name) < _LONG else 2
-    for other, kind in others:
-        word = other.strip(" _-").casefold()
-        if (
-            kind == _KINDS.get(name, "text")
-            and word not in _OTHER_WORDS
-            and _slips(word, name) <= slips
-        ):
-            return other
-    return None
-
-
-def _slips(a: str, b: str) -> int:
-    """Count letters that are missing, added, wrong or swapped (restricted Damerau distance)."""
-    if abs(len(a) - len(b)) > 2:
-        return 3
-    before, last = [0] * (len(b) + 1), list(range(len(b) + 1))
-    for i, letter in enumerate(a, 1):
-        row = [i]
-        for j, other in enumerate(b, 1):
-            best = min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (letter != other))
-            if i > 1 and j > 1 and letter == b[j - 2] and other == a[i - 2]:
-                best = min(best, before[j - 2] + 1)
-            row.append(best)
-        before, last = last, row
-    return last[-1]
-
-
-def _listed(columns: tuple[str, ...], others: tuple[tuple[str, Kind], ...]) -> str:
-    names = [*columns, *(name for name, _ in others)]
-    more = [f"and {len(names) - _SHOWN_COLUMNS} more"] if len(names) > _SHOWN_COLUMNS else []
-    return ", ".join([*map(repr, names[:_SHOWN_COLUMNS]), *more]) or "none"
 
 
 def _build(kind: type[Record], row: Row) -> Record:
@@ -346,7 +276,7 @@ def _build(kind: type[Record], row: Row) -> Record:
         return _build_chat(kind, row)
     required: tuple[str, ...] = _COLUMNS[kind][0]
     optional: tuple[str, ...] = _COLUMNS[kind][1]
-    if fault := _column_fault(required, optional, tuple(row.values), row.others):
+    if fault := column_fault(required, optional, tuple(row.values), row.others):
         raise DataError(f"{row.place}: {fault}")
     values: dict[str, Any] = {}
     for name in (*required, *optional):

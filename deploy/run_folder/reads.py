@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common.config.rewards import FunctionComponent
 from common.config.run import RunConfig
-from common.data.file_lists import files_at
+from common.data.files.lists import files_at
 from common.models.weight_files import checkpoint_of
 from deploy.run_folder.fingerprints import files_in
 from deploy.run_folder.weights import files_of, policy_start, reward_start, reward_weights

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common.config.model import PretrainedConfig
 from common.config.run import RunConfig
-from common.data.file_lists import files_at
+from common.data.files.lists import files_at
 from common.data.own_tokenizer import OwnTokenizer
 from common.data.pretrained_files import kept_files
 from common.data.pretrained_tokenizer import PretrainedTokenizer

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from common.config.run import RunConfig
 from common.data.encoding import comparisons_in_ids, prompts_in_ids, rows_in_ids
-from common.data.file_lists import files_at
+from common.data.files.lists import files_at
 from common.data.fitting import Fitting
 from common.data.records import (
     MOST_REFUSED,

@@ -12,31 +12,38 @@ or huge. JSON lines are streamed, packed ones too; a JSON array is read as a who
 from __future__ import annotations
 
 import codecs
-import datetime
 import io
 import json
-import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Final, Literal, NoReturn, Protocol
+from typing import Final, NoReturn, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from common.data.file_lists import LINES, PACKED, TABLES, files_at
+from common.data.files.lists import LINES, PACKED, TABLES, files_at
+from common.data.files.values import (
+    Foreign,
+    Kind,
+    has_json,
+    integer,
+    is_plain,
+    json_of,
+    kind_of,
+    storage_of,
+    stored_kind,
+    type_name,
+)
 from common.errors import DataError
 from common.files import one_line, resolve
 
 MAX_LINE_BYTES: Final = 64 * 2**20  # one record; more is a file without line breaks
 PARQUET_BATCH_ROWS: Final = 1024
 _BOM: Final = codecs.BOM_UTF8
-_LONGEST_INTEGER: Final = 640  # digits; no Python converts fewer
-
-Kind = Literal["text", "number", "other"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,20 +59,6 @@ class Row:
     place: str
     """``file:line``, ``file:row N`` of a Parquet file, ``file:element N`` of an array; all count
     from 1."""
-
-
-@dataclass(frozen=True, slots=True)
-class Foreign:
-    """A value of a column whose type no record has a use for; it was not converted."""
-
-    type: str
-
-
-def type_name(value: object) -> str:
-    """Name the type of a value, for an error."""
-    if isinstance(value, Foreign):
-        return f"of type {value.type}"
-    return "null" if value is None else f"of type {type(value).__name__}"
 
 
 Refused = Callable[[DataError], None]
@@ -200,7 +193,7 @@ class JsonlSource:
                 f"{place}: byte {error.start + 1} of the line is not UTF-8; save it as UTF-8"
             ) from error
         try:
-            value: object = json.loads(text, parse_int=_integer)
+            value: object = json.loads(text, parse_int=integer)
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{place}: torn JSON ({one_line(error)}); write one complete object per line"
@@ -238,7 +231,7 @@ class JsonSource(JsonlSource):
             whole = stream.read()
         try:
             elements: list[object] = json.loads(
-                whole.removeprefix(_BOM).decode(), parse_int=_integer
+                whole.removeprefix(_BOM).decode(), parse_int=integer
             )
         except UnicodeDecodeError as error:
             line = whole.count(b"\n", 0, error.start) + 1
@@ -277,12 +270,12 @@ class ParquetSource:
                 names = self._names(schema, columns.wanted)
                 further = self._further(schema, columns)
                 others = tuple(
-                    (field.name, _arrow_kind(field.type))
+                    (field.name, stored_kind(field.type))
                     for field in schema
                     if field.name not in names
                 )
                 for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=[*names, *further]):
-                    stored = {name: _storage(batch.column(name)) for name in (*names, *further)}
+                    stored = {name: storage_of(batch.column(name)) for name in (*names, *further)}
                     for index in range(batch.num_rows):
                         number += 1
                         place = f"{self._path}:row {number}"
@@ -292,7 +285,9 @@ class ParquetSource:
                                 for name in names
                             }
                             more = {
-                                name: _json(stored[name][index].as_py(), f"{place}: field {name!r}")
+                                name: json_of(
+                                    stored[name][index].as_py(), f"{place}: field {name!r}"
+                                )
                                 for name in further
                             }
                         except DataError as error:
@@ -324,12 +319,12 @@ class ParquetSource:
         further = [
             field.name
             for field in schema
-            if columns.are_further(field.name) and (named or _has_json(field.type))
+            if columns.are_further(field.name) and (named or has_json(field.type))
         ]
         return self._names(schema, further)
 
     def _value(self, column: pa.Array, index: int, field: str) -> object:
-        plain = _is_plain(column.type) or pa.types.is_nested(column.type)
+        plain = is_plain(column.type) or pa.types.is_nested(column.type)
         if column[index].is_valid and not plain:
             return Foreign(str(column.type))
         try:
@@ -341,9 +336,6 @@ class ParquetSource:
                 f"{field}: byte {error.start + 1} is not UTF-8; write it as UTF-8"
             ) from error
         return float(value) if isinstance(value, Decimal) else value
-
-
-# -------------------------------------------------------------------------- values
 
 
 def _object(value: object, place: str) -> dict[str, object]:
@@ -359,89 +351,11 @@ def _row(values: Mapping[str, object], columns: Columns, place: str) -> Row:
     columns.require(values.keys(), place)
     return Row(
         values={name: values[name] for name in wanted if name in values},
-        others=tuple((name, _kind(values[name])) for name in values if name not in wanted),
+        others=tuple((name, kind_of(values[name])) for name in values if name not in wanted),
         further={
-            name: _json(value, f"{place}: field {name!r}")
+            name: json_of(value, f"{place}: field {name!r}")
             for name, value in values.items()
             if columns.are_further(name)
         },
         place=place,
     )
-
-
-def _json(value: object, field: str) -> object:
-    """Return a value as JSON has it. Raises: DataError, of what it has no form for."""
-    match value:
-        case None | bool() | int() | str():
-            return value
-        case Decimal():
-            return float(value)
-        case float() if math.isfinite(value):
-            return value
-        case datetime.date() | datetime.time():
-            return value.isoformat()
-        case Mapping():
-            return {str(key): _json(of, field) for key, of in value.items()}
-        case list() | tuple():
-            return [_json(one, field) for one in value]
-    what = f"{value}" if isinstance(value, float) else type_name(value)
-    raise DataError(
-        f"{field}: is {what}, which JSON has no form for; write it otherwise, or leave the column "
-        "out of data.columns"
-    )
-
-
-def _has_json(stored: pa.DataType) -> bool:
-    """Whether the values of a column are no bytes, and nothing that holds bytes."""
-    is_, stored = pa.types, _stored(stored)
-    if is_.is_nested(stored):
-        inner = [stored.field(i).type for i in range(stored.num_fields)]
-        return all(_has_json(one) for one in inner)
-    known = is_.is_date(stored) or is_.is_time(stored) or is_.is_timestamp(stored)
-    binary = is_.is_binary(stored) or is_.is_large_binary(stored) or is_.is_binary_view(stored)
-    return known or (_is_plain(stored) and not binary)
-
-
-def _kind(value: object) -> Kind:
-    if isinstance(value, str):
-        return "text"
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return "number" if number else "other"
-
-
-def _integer(digits: str) -> int | float:
-    """Read an integer of any length, also in columns that nobody reads."""
-    return int(digits) if len(digits) < _LONGEST_INTEGER else float(digits)
-
-
-def _arrow_kind(stored: pa.DataType) -> Kind:
-    is_, stored = pa.types, _stored(stored)
-    if (
-        is_.is_string(stored)
-        or is_.is_large_string(stored)
-        or is_.is_string_view(stored)
-        or is_.is_binary(stored)
-        or is_.is_large_binary(stored)
-        or is_.is_binary_view(stored)
-    ):
-        return "text"
-    number = is_.is_integer(stored) or is_.is_floating(stored) or is_.is_decimal(stored)
-    return "number" if number else "other"
-
-
-def _stored(stored: pa.DataType) -> pa.DataType:
-    """Return the type of the values themselves, under dictionaries and extensions."""
-    if isinstance(stored, pa.BaseExtensionType):
-        return _stored(stored.storage_type)
-    return _stored(stored.value_type) if pa.types.is_dictionary(stored) else stored
-
-
-def _storage(column: pa.Array) -> pa.Array:
-    """Take off the extension type that a column may carry."""
-    return column.storage if isinstance(column.type, pa.BaseExtensionType) else column
-
-
-def _is_plain(stored: pa.DataType) -> bool:
-    """Whether Python holds its values as text, number, truth or null."""
-    truth = pa.types.is_boolean(stored) or pa.types.is_null(stored)
-    return truth or _arrow_kind(stored) != "other"

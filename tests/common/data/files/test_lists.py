@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
-from common.data import file_lists
-from common.data.file_lists import files_at
+from common.data.files import lists
+from common.data.files.lists import files_at
+from common.data.files.rows import source_of
 from common.data.records import Prompt, read_comparisons, read_prompts
-from common.data.rows import source_of
 from common.errors import DataError
 
 LINES = b'{"prompt": "a"}\n\n{"prompt": "b"}\n'
@@ -89,7 +89,7 @@ def test_a_pattern_on_a_remote_file_system(monkeypatch: pytest.MonkeyPatch) -> N
         with remote.open_output_stream(f"bucket/data/{name}") as stream:
             stream.write(LINES)
     inner = lambda path: path.removeprefix("s3://").partition("?")[0].rstrip("/")  # noqa: E731
-    monkeypatch.setattr(file_lists, "resolve", lambda path: (remote, inner(path)))
+    monkeypatch.setattr(lists, "resolve", lambda path: (remote, inner(path)))
     found = ["s3://bucket/data/a.jsonl", "s3://bucket/data/two%20words.jsonl"]
     assert files_at(["s3://bucket/data"]) == found
     options = "?region=eu"
