@@ -1,16 +1,13 @@
-"""The command line: every command, and errors as one line and an exit code.
+"""The command line: every command; how one ends is in `deploy.exits`.
 
-Exit codes: 0 success; 1 a bug of ours (with a traceback); 2 to 9 as in `common.errors`; 130 Ctrl-C;
-143 SIGTERM. Heavy imports stand inside the commands, so that `talipot --help` is quick.
+Heavy imports stand inside the commands, so that `talipot --help` is quick.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -23,11 +20,11 @@ import typer
 from common.config.effects import require_evaluated
 from common.config.recipe import load_config
 from common.config.run import RunConfig
-from common.errors import ClusterError, ConfigError, StorageError, TalipotError
+from common.errors import ConfigError
+from deploy.exits import run_to_end
 from deploy.screen import (
     Part,
     at_work,
-    degrade_unprintable,
     keep_shown,
     make_console,
     say,
@@ -38,7 +35,6 @@ if TYPE_CHECKING:
     from deploy.stages.session import Session
 
 app = typer.Typer(name="talipot", pretty_exceptions_enable=False, invoke_without_command=True)
-_INTERRUPTED, _TERMINATED = 130, 143
 
 console = make_console()
 errors = make_console(stderr=True)
@@ -410,43 +406,7 @@ def show_config(overrides: Overrides = None, config: ConfigOption = None) -> Non
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command line, and turn errors into one line and an exit code."""
-    degrade_unprintable()
-    terminated = threading.Event()
-
-    def terminate(*_: object) -> None:
-        terminated.set()
-        sys.exit(_TERMINATED)
-
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        _run(arguments)
-    except BaseException:
-        # Inside a call of Ray's our exit comes back as another one, with a code of Ray's.
-        if terminated.is_set():
-            _fail("terminated", _TERMINATED)
-        raise
-    sys.exit(0)
-
-
-def _run(arguments: Sequence[str] | None) -> None:
-    try:
-        code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
-    except TalipotError as error:
-        _fail(str(error), error.exit_code)
-    except (TimeoutError, ConnectionError) as error:  # Ray's are OSErrors too
-        _fail(f"no answer: {str(error) or type(error).__name__}", ClusterError.exit_code)
-    except OSError as error:
-        # A full disk, or a folder that may not be written, wherever that is noticed first.
-        _fail(_what_failed(error), StorageError.exit_code)
-    except Exception as error:
-        if type(error).__module__.startswith(("click", "typer")):
-            message = error.format_message() if hasattr(error, "format_message") else str(error)
-            _fail(message, ConfigError.exit_code)
-        raise
-    if code == _INTERRUPTED:  # what typer makes of Ctrl-C
-        _fail("interrupted", _INTERRUPTED)
-    if isinstance(code, int) and code:
-        sys.exit(code)
+    run_to_end(app, arguments, errors)
 
 
 # -------------------------------------------------------------------------- helpers
@@ -506,26 +466,6 @@ def _note(text: str) -> None:
 
 def _place(address: str | None) -> dict[str, str]:
     return {"cluster.address": address} if address else {}
-
-
-def _what_failed(error: OSError) -> str:
-    """Name the file and the reason, as far as the error knows them."""
-    reason = error.strerror or str(error) or type(error).__name__
-    names = [
-        os.fsdecode(n) for n in (error.filename, error.filename2) if isinstance(n, str | bytes)
-    ]
-    return f"{' -> '.join(names) or 'file system'}: {reason}"
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    lines = (line.strip() for line in message.splitlines())
-    say(errors, ("error", "bold red"), " " + " ".join(line for line in lines if line))
-    attach = sys.modules.get("deploy.workers.attach")
-    if attach is not None and attach.asks():
-        # Python would wait at its end for a call of Ray's that may never return.
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 def _print_numbers(title: str, numbers: Mapping[str, Any]) -> None:
