@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,7 @@ from common.config.base import (
 )
 from common.config.model import LoraConfig, PretrainedConfig
 from common.config.objectives import ObjectiveConfig
+from common.config.presets import PRESETS, PresetName, beneath
 
 
 class SftConfig(Section):
@@ -106,6 +107,8 @@ class PpgConfig(Section):
 class TrainConfig(Section):
     """The policy phase (Schulman 2017, Stiennon 2020) and its auxiliary phase."""
 
+    preset: PresetName | None = None
+    """What a paper sets, of the fields that the recipe leaves out; null: the defaults below."""
     algorithm: AlgorithmName = "ppo"
     """Advantage function; all but ppo need no value network."""
     iterations: PositiveInt = 20
@@ -202,6 +205,14 @@ class TrainConfig(Section):
         if needs is None or needs.values or "ppg" in values:
             return values
         return {**values, "ppg": None}
+
+    @model_validator(mode="before")  # runs before the one above
+    @classmethod
+    def _as_preset(cls, values: Any) -> Any:
+        """Put a preset beneath what is given."""
+        name = values.get("preset") if isinstance(values, Mapping) else None
+        preset = PRESETS.get(cast("PresetName", name)) if isinstance(name, str) else None
+        return values if preset is None else beneath(values, preset)
 
     @model_validator(mode="after")
     def _possible(self) -> TrainConfig:
