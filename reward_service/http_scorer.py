@@ -2,6 +2,7 @@
 
 ``POST {"requests": [{"rollout_id", "prompt", "response", "columns", "messages"}]}`` answers
 ``{"scores": [{"rollout_id", "score"}]}``; columns and messages are there where the data has them.
+Another `Exchange` asks and reads otherwise.
 Batches go out side by side up to a cap; a failed batch
 is retried with exponential backoff and full jitter; after several failures in a row the circuit
 opens and requests wait for a cool-down before one tries again. A batch that stays down is a dead
@@ -17,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 
@@ -44,11 +45,41 @@ COUNTS: Mapping[str, Logged] = {
 """What a scorer counts, and the metrics that these are logged as."""
 
 
+class Exchange(Protocol):
+    """What is said in one request."""
+
+    def body(self, requests: Sequence[Sample]) -> Mapping[str, Any]:
+        """Return what is sent."""
+
+    def read(self, raw: bytes, requests: Sequence[Sample]) -> list[ScoreResult]:
+        """Return what an answer says of each; raises Failed or Refused."""
+
+
+class Scores:
+    """Our own exchange."""
+
+    def body(self, requests: Sequence[Sample]) -> Mapping[str, Any]:
+        """Return what is sent."""
+        return {"requests": [_asked(sample) for sample in requests]}
+
+    def read(self, raw: bytes, requests: Sequence[Sample]) -> list[ScoreResult]:
+        """Return the scores; raises Failed for an answer that is not what was agreed."""
+        scores = parse_answer(raw, [request.rollout_id for request in requests])
+        return [ScoreResult(rollout_id=r.rollout_id, score=scores[r.rollout_id]) for r in requests]
+
+
 class HttpScorer:
     """Scores through an HTTP endpoint. Safe to call from one thread at a time."""
 
-    def __init__(self, settings: HttpScorerSettings, *, seed: int = 0) -> None:
+    def __init__(
+        self, settings: HttpScorerSettings, *, seed: int = 0, exchange: Exchange | None = None
+    ) -> None:
         """Prepare to ask an endpoint; nothing is sent yet.
+
+        Args:
+            settings: where it is, and how patient we are.
+            seed: of the jitter.
+            exchange: what is said; None is `Scores`.
 
         Raises:
             ConfigError: a bad URL, a token that is missing, a file that cannot be written, or a
@@ -61,6 +92,7 @@ class HttpScorer:
         if settings.dead_letter_path is not None:
             prepare_file(settings.dead_letter_path)
         self.settings = settings
+        self._exchange = exchange or Scores()
         self._client = httpx.Client(
             headers=headers,
             timeout=settings.timeout_s,
@@ -105,7 +137,7 @@ class HttpScorer:
                 reason = f"circuit open; last failure: {reason}"
                 break
             try:
-                scores = self._post(requests)
+                results = self._post(requests)
             except Refused as error:
                 reason = str(error)
                 self._count("failures")
@@ -119,13 +151,11 @@ class HttpScorer:
                 time.sleep(self._backoff(attempt, error.wait_s))
                 continue
             self._record_success()
-            return [
-                ScoreResult(rollout_id=r.rollout_id, score=scores[r.rollout_id]) for r in requests
-            ]
+            return results
         return self._dead_letter(requests, reason)
 
-    def _post(self, requests: Sequence[Sample]) -> dict[str, float]:
-        body = {"requests": [_asked(sample) for sample in requests]}
+    def _post(self, requests: Sequence[Sample]) -> list[ScoreResult]:
+        body = self._exchange.body(requests)
         self._count("requests")
         deadline = time.monotonic() + self.settings.timeout_s
         try:
@@ -141,7 +171,7 @@ class HttpScorer:
                         raise Refused(f"answer over {self.settings.max_response_bytes} bytes")
         except httpx.RequestError as error:
             raise Failed(f"{type(error).__name__}: {error}") from None
-        return parse_answer(bytes(raw), [r.rollout_id for r in requests])
+        return self._exchange.read(bytes(raw), requests)
 
     def _require_ok(self, response: httpx.Response) -> None:
         status = response.status_code

@@ -26,8 +26,10 @@ import torch
 
 from common.config.model import ModelConfig, PretrainedConfig
 from common.config.rewards import (
+    EndpointComponent,
     FunctionComponent,
     HttpComponent,
+    JudgeComponent,
     ModelComponent,
     RewardComponent,
 )
@@ -43,6 +45,8 @@ from common.out_of_memory import memory_for
 from common.wire.trajectory import Rollout, ScoredTrajectory, extend, from_table, to_table
 from reward_service.http_scorer import COUNTS, HttpScorer
 from reward_service.http_settings import HttpScorerSettings
+from reward_service.isolation import IsolatedScorer
+from reward_service.judge import JudgeScorer
 from reward_service.models import ReferencePolicy, RewardModel, frozen_pass
 from reward_service.samples import Sample
 from reward_service.scorers import FunctionScorer, Scorer, ScoreResult
@@ -181,7 +185,7 @@ class RewardWorker:
         """Return what remote components have counted over this worker's life."""
         counts: dict[str, int] = {}
         for name, scorer in self.scorers.items():
-            if isinstance(scorer, HttpScorer):
+            if isinstance(scorer, HttpScorer | JudgeScorer):
                 stats = scorer.stats()
                 counts |= {logged.of(name): stats.get(count, 0) for count, logged in COUNTS.items()}
         return counts
@@ -270,25 +274,49 @@ def _finite(name: str, rollout_id: str, value: float) -> float:
     return value
 
 
+def _function_scorer(component: FunctionComponent) -> Scorer:
+    apart = component.isolation
+    if apart is None:
+        return FunctionScorer(component.target)
+    return IsolatedScorer(
+        component.target,
+        timeout_s=apart.timeout_s,
+        memory_mb=apart.memory_mb,
+        processes=apart.processes,
+        failed_score=apart.failed_score,
+    )
+
+
 def _http_scorer(component: HttpComponent) -> HttpScorer:
-    return HttpScorer(
-        HttpScorerSettings(
-            url=component.target,
-            batch_size=component.batch_size,
-            max_concurrency=component.max_concurrency,
-            timeout_s=component.timeout_s,
-            token_env=component.token_env or None,
-            max_retries=component.max_retries,
-            give_up_after_s=component.give_up_after_s,
-            dead_letter_path=Path(component.dead_letters) if component.dead_letters else None,
-        ),
-        # Replicas that drew the same jitter would come back as one herd.
-        seed=os.getpid(),
+    settings = _endpoint(component, component.target, component.batch_size)
+    return HttpScorer(settings, seed=os.getpid())
+
+
+def _judge_scorer(component: JudgeComponent) -> JudgeScorer:
+    url = f"{component.target.rstrip('/')}/chat/completions"
+    return JudgeScorer(component, _endpoint(component, url, 1), seed=os.getpid())
+
+
+def _endpoint(component: EndpointComponent, url: str, batch_size: int) -> HttpScorerSettings:
+    """Return how to talk to a component's endpoint.
+
+    Replicas differ in their jitter, by their process: with the same they would come back as a herd.
+    """
+    return HttpScorerSettings(
+        url=url,
+        batch_size=batch_size,
+        max_concurrency=component.max_concurrency,
+        timeout_s=component.timeout_s,
+        token_env=component.token_env or None,
+        max_retries=component.max_retries,
+        give_up_after_s=component.give_up_after_s,
+        dead_letter_path=Path(component.dead_letters) if component.dead_letters else None,
     )
 
 
 SCORERS: dict[type[RewardComponent], Callable[[Any], Scorer]] = {
-    FunctionComponent: lambda component: FunctionScorer(component.target),
+    FunctionComponent: _function_scorer,
     HttpComponent: _http_scorer,
+    JudgeComponent: _judge_scorer,
 }
 """What scores a component, by its kind; the reward model is run with the reference policy."""

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from common.config.rewards import FunctionComponent, HttpComponent, RewardComponent
+from common.config.rewards import EndpointComponent, FunctionComponent, RewardComponent
 from common.errors import ConfigError
 from reward_service.http_settings import require_url, token_of
 
@@ -30,7 +30,7 @@ def require_targets(components: Mapping[str, RewardComponent], *, here: bool) ->
     """
     for name, component in components.items():
         try:
-            if isinstance(component, HttpComponent):
+            if isinstance(component, EndpointComponent):
                 require_url(component.target)
                 if here and component.token_env:
                     token_of(component.token_env)

@@ -43,12 +43,13 @@ LAYERS: dict[str, list[set[str]]] = {
     "reward_service": [
         {"http_answers", "http_settings", "proxies", "samples"},
         {"scorers"},
-        {"http_scorer", "models", "targets"},
+        {"http_scorer", "isolation", "models", "targets"},
+        {"judge"},
         {"service"},
     ],
     "deploy": [
         {"screen"},
-        {"run_folder"},
+        {"exits", "run_folder"},
         {"exchange", "workers"},
         {"control", "validation"},
         {"evaluation", "stages"},

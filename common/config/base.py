@@ -139,8 +139,8 @@ class Family(Section):
         super().__pydantic_init_subclass__(**kwargs)
         if Family in cls.__bases__:
             cls.kinds = {}
-        else:
-            cls.kinds[cls.model_fields["kind"].default] = cls
+        elif isinstance(kind := cls.model_fields["kind"].default, str):
+            cls.kinds[kind] = cls  # what several kinds share is no kind
 
     @model_validator(mode="wrap")
     @classmethod

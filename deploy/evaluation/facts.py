@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from common.config.model import PalmConfig, PretrainedConfig
-from common.config.rewards import FunctionComponent, HttpComponent
+from common.config.rewards import FunctionComponent, HttpComponent, JudgeComponent
 from common.config.run import RunConfig
 from common.errors import DataError
 from deploy.run_folder.inputs import RunInputs
@@ -64,6 +64,8 @@ def reward_of(config: RunConfig) -> str:
             what = f"{name} (function {component.target})"
         elif isinstance(component, HttpComponent):
             what = f"{name} (endpoint)"
+        elif isinstance(component, JudgeComponent):
+            what = f"{name} (judge {component.model})"
         parts.append(what if component.weight == 1 else f"{component.weight:g} × {what}")
     return " + ".join(parts)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from common.config.model import ModelConfig, PretrainedConfig
-from common.config.rewards import HttpComponent
+from common.config.rewards import EndpointComponent
 from common.config.run import RunConfig
 
 Model = TypeVar("Model", bound=ModelConfig | None)
@@ -67,7 +67,7 @@ def _with_paths(config: RunConfig, change: Callable[[str], str]) -> RunConfig:
     service = config.reward_service
     components = {
         name: component.model_copy(update={"dead_letters": maybe(component.dead_letters)})
-        if isinstance(component, HttpComponent)
+        if isinstance(component, EndpointComponent)
         else component
         for name, component in service.components.items()
     }

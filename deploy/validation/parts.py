@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 
 from common.config.model import ModelConfig, PretrainedConfig
-from common.config.rewards import FunctionComponent, HttpComponent
+from common.config.rewards import EndpointComponent, FunctionComponent
 from common.config.run import RunConfig
 from common.data.own_tokenizer import OwnTokenizer
 from common.data.records import Demonstration
@@ -87,7 +87,7 @@ class Reach:
         self._pool.shutdown()
 
 
-def _unreachable(component: HttpComponent) -> str:
+def _unreachable(component: EndpointComponent) -> str:
     """Return why an endpoint cannot be asked; empty where it answers, whatever it says."""
     try:
         require_url(component.target)
@@ -108,9 +108,9 @@ def _unreachable(component: HttpComponent) -> str:
     return ""
 
 
-def _endpoints(config: RunConfig) -> list[tuple[str, HttpComponent]]:
+def _endpoints(config: RunConfig) -> list[tuple[str, EndpointComponent]]:
     components = config.reward_service.components.items()
-    return [(name, each) for name, each in components if isinstance(each, HttpComponent)]
+    return [(name, each) for name, each in components if isinstance(each, EndpointComponent)]
 
 
 def _require_folder(path: str) -> None:

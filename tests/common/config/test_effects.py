@@ -142,7 +142,7 @@ def test_a_kind_of_model_that_is_none(folder: Path) -> None:
 
 def test_a_kind_of_component_that_is_none(folder: Path) -> None:
     says = refusal("reward_service: {components: {a: {kind: [x]}}}")
-    assert "a.kind: should be 'model', 'function' or 'http', not ['x']" in says
+    assert "a.kind: should be 'model', 'function', 'http' or 'judge', not ['x']" in says
     assert "a.kind: should be" in refusal("reward_service: {components: {a: {kind: }}}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from common.config.base import Section
 from common.config.draft import named_section_of, section_of
 from common.config.model import LoraConfig, PretrainedConfig
 from common.config.names import _OF_OTHER_SYSTEMS, fields
-from common.config.rewards import HttpComponent
+from common.config.rewards import HttpComponent, RewardComponent
 from common.config.run import RunConfig
 from common.config.yaml_text import read_yaml
 from tests.common.config.recipes import load, refusal
@@ -204,6 +205,12 @@ def floats(section: type[Section], path: tuple[str, ...] = ()) -> Iterator[tuple
 
 
 FLOATS = list(floats(RunConfig))
+COMPONENTS = {
+    "function": {"target": "m:f"},
+    "http": {"target": "http://x/"},
+    "judge": {"target": "http://x/", "model": "m", "rubric": "r"},
+}
+"""What each kind of component needs."""
 
 
 def test_every_float_field_was_found() -> None:
@@ -224,10 +231,13 @@ def test_every_float_field_was_found() -> None:
 @pytest.mark.parametrize("path", FLOATS, ids=".".join)
 def test_no_float_is_infinite_or_no_number(path: tuple[str, ...], value: float) -> None:
     values: Any = value
-    for name in reversed(path):
+    for outer, name in reversed([("", path[0]), *itertools.pairwise(path)]):
         values = {name: values}
-        if name in HttpComponent.model_fields and "mine" in path:
-            values |= {"kind": "http", "target": "http://x/"}
+        if outer == "mine":
+            kinds = [
+                kind for kind in COMPONENTS if name in RewardComponent.kinds[kind].model_fields
+            ]
+            values |= {"kind": kinds[0], **COMPONENTS[kinds[0]]}
     with pytest.raises(ValueError, match=r"finite number|greater than|less than"):
         RunConfig.model_validate(values)
 
