@@ -12,6 +12,7 @@ from typing import Final, Literal
 import torch
 
 from common.errors import ConfigError
+from common.out_of_memory import return_large_at_once
 
 PROCESSOR: Final = "cpu"
 """The device of every role, as torch and DeepSpeed name it."""
@@ -27,19 +28,27 @@ class Compute:
     """Threads of the processor."""
     collectives: str
     """Backend of a process group of such workers."""
+    frugal: bool = False
+    """Large tensors are the system's again when they are freed, as `return_large_at_once` says."""
 
     def apply(self) -> None:
-        """Let torch use so many threads in this process."""
+        """Let torch use so many threads in this process, and free memory as it says."""
         torch.set_num_threads(self.threads)
+        if self.frugal:
+            return_large_at_once()
 
 
-def compute_of(*, cpus: float, gpus: float = 0.0, threads: int | None = None) -> Compute:
+def compute_of(
+    *, cpus: float, gpus: float = 0.0, threads: int | None = None, frugal: bool = False
+) -> Compute:
     """Decide what a worker computes with.
 
     Args:
         cpus: cores that it reserved.
         gpus: GPUs that it reserved.
         threads: what a recipe sets; None takes the whole cores that were reserved, at least one.
+        frugal: give large tensors back at once; for models whose products take far longer than the
+            system takes to hand out memory.
 
     Raises:
         ConfigError: it reserved a GPU.
@@ -49,7 +58,12 @@ def compute_of(*, cpus: float, gpus: float = 0.0, threads: int | None = None) ->
             "no role computes on a GPU yet: set learner.gpus_per_rank, rollout.gpus_per_actor and "
             "reward_service.gpus_per_replica to 0"
         )
-    return Compute(device=PROCESSOR, threads=threads or max(1, int(cpus)), collectives="gloo")
+    return Compute(
+        device=PROCESSOR,
+        threads=threads or max(1, int(cpus)),
+        collectives="gloo",
+        frugal=frugal,
+    )
 
 
 def torch_dtype(precision: Literal["fp32", "bf16"]) -> torch.dtype:

@@ -18,8 +18,12 @@ import torch
 from common.errors import ClusterError
 from common.files import one_line
 
-_MUCH: Final = 128 * 2**20
+_MUCH: Final = 32 * 2**20
 """Bytes that are worth a return to the system."""
+_LARGE: Final = 4 * 2**20
+"""Bytes of a tensor that is no part of the heap in a frugal process."""
+_MMAP_THRESHOLD: Final = -3
+"""``M_MMAP_THRESHOLD`` of glibc's malloc.h."""
 _TORCH_ON_PROCESSOR: Final = ("DefaultCPUAllocator", "not enough memory")
 
 
@@ -102,6 +106,20 @@ def return_freed() -> None:
         freed, trim = heap
         if freed() > _MUCH:
             trim()
+
+
+def return_large_at_once() -> None:
+    """From now on give large tensors back to the system when they are freed.
+
+    glibc keeps blocks of up to 32 MiB in its heap once such a block was freed, and tensors of ever
+    other sizes leave holes there: a learner of 135M parameters grew to 3.2 GB within a phase, and
+    stays below 2.5 GB with this. It costs about as much as touching the memory does: nothing to be
+    seen where products of matrices are large, and 8 % of a step of the quickstart's model, which
+    does without.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(_MMAP_THRESHOLD, _LARGE)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ collectives: the gang calls them on every rank together, and rank 0's answer cou
 
 from __future__ import annotations
 
+import gc
 import socket
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from common.devices import Compute
 from common.errors import StorageError
 from common.files import one_line
 from common.metrics import read
-from common.out_of_memory import memory_for
+from common.out_of_memory import memory_for, return_freed
 from common.wire.trajectory import rows_without
 from common.wire.weights import Payload
 from learner.batch.trajectory_log import write_log
@@ -90,6 +91,7 @@ class LearnerRank:
             training: demonstrations to train on.
             held_out: demonstrations to evaluate on.
         """
+        self._end_stage()
         self._stage = SftStage(config, training, held_out)
         return self._stage.total_steps
 
@@ -111,6 +113,7 @@ class LearnerRank:
             policy: the weights that it begins with, a file or a checkpoint's folder.
             seed: which of `reward_model.seeds` models this is.
         """
+        self._end_stage()
         self._stage = RewardModelStage(config, training, held_out, Path(policy), seed)
         return self._stage.total_steps
 
@@ -137,6 +140,12 @@ class LearnerRank:
         assert self._stage is not None
         self._stage.export(Path(folder))
 
+    def _end_stage(self) -> None:
+        """Give the memory of the stage before back; engines hold themselves, in cycles."""
+        self._stage = None
+        gc.collect()
+        return_freed()
+
     # ---------------------------------------------------------------- policy training
 
     @_states
@@ -151,7 +160,7 @@ class LearnerRank:
             reward: likewise of the reward model; None: functions or endpoints score.
             eos_ids: the tokens that end a response.
         """
-        self._stage = None
+        self._end_stage()
         weights = Path(reward) if reward else None
         self._learner = Learner(config, Path(policy), weights, eos_ids)
 

@@ -97,6 +97,10 @@ class CachedDecoder:
         """Draw one token per row, as `Forward.draw`."""
         return self.implementation.draw(logits_BV, sampling, uniforms_B)
 
+    def rest(self) -> None:
+        """No slot is in use: give back what can be taken again at the next step."""
+        self.implementation.rest()
+
     def move(self, source: int, target: int, positions: int) -> None:
         """Give a slot another slot's keys and values."""
         self.implementation.move(source, target, positions)

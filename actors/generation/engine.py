@@ -116,6 +116,7 @@ class GenerationEngine:
         responses: dict[str, Generated] = {}
         while not self.idle:
             responses |= {response.rollout_id: response for response in self.step()}
+        self.cached.rest()
         return [responses[request.rollout_id] for request in requests]
 
     def submit(

@@ -98,6 +98,9 @@ class Forward(Protocol):
     def run(self, step: Step) -> Tensor:
         """Logits ``[S, V]`` after the newest token of each slot, valid until the next call."""
 
+    def rest(self) -> None:
+        """No slot is in use: give back what can be taken again at the next step."""
+
     def move(self, source: int, target: int, positions: int) -> None:
         """Give a slot another slot's keys and values."""
 

@@ -149,6 +149,9 @@ class NativeForward:
         )
         return logits_SV
 
+    def rest(self) -> None:
+        """Keep everything: what it holds is made once."""
+
     def move(self, source: int, target: int, positions: int) -> None:
         """Give a slot another slot's keys and values."""
         self._library.move(self._model, source, target, positions)

@@ -38,12 +38,22 @@ class _Cache:
     """
 
     def __init__(self, sizes: Sizes, slots: int, like: Tensor) -> None:
-        """Take the memory of `slots` whole contexts, in the dtype and on the device of `like`."""
+        """Hold `slots` whole contexts, in the dtype and on the device of `like`."""
         self._context, self._shape = sizes.context, (slots, sizes.kv_heads, sizes.head_dim)
         numbers = slots * sizes.kv_heads * sizes.context * sizes.head_dim
-        shape = sizes.layers, numbers
-        self._flat = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self._all = sizes.layers, numbers
+        self._like = like.new_empty(0)
+        self._flat = self._like
         self._length = min(_BLOCK, sizes.context)
+
+    def take(self) -> None:
+        """Take the memory, where it is not taken."""
+        if self._flat is self._like:
+            self._flat = self._like.new_zeros(self._all)
+
+    def release(self) -> None:
+        """Give the memory back, and forget what it holds."""
+        self._flat = self._like
 
     def fit(self, positions: int, used: int) -> None:
         """Make room for so many positions of each slot; the first `used` keep what they hold."""
@@ -81,6 +91,7 @@ class TorchForward:
         """fp32 logits ``[S, V]`` after the newest token of each slot."""
         tokens_N, slots_N, positions_N, adapters_N = torch.from_numpy(step.rows).to(self._device)
         for cache in self._caches:
+            cache.take()
             cache.fit(int(step.rows[2].max()) + 1, step.used)
         keys, values = (cache.view() for cache in self._caches)
         attention = _CachedAttention(
@@ -88,6 +99,11 @@ class TorchForward:
         )
         hidden = self._decoder.states(tokens_N, positions_N, attention, adapters_N)
         return self._decoder.logits(hidden[: step.used])
+
+    def rest(self) -> None:
+        """Give back the memory of keys and values until the next step."""
+        for cache in self._caches:
+            cache.release()
 
     def move(self, source: int, target: int, positions: int) -> None:
         """Give a slot another slot's keys and values."""

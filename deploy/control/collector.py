@@ -55,6 +55,7 @@ class Collector:
         *,
         deadline_s: float,
         score_together: bool,
+        score_last: bool = False,
         call_tokens: int = CALL_TOKENS,
     ) -> None:
         """Collect by these pools; without a reward pool (data collection) nothing is scored.
@@ -66,6 +67,9 @@ class Collector:
             deadline_s: what a worker has for a call.
             score_together: score waiting tables in common calls, an even share for each free
                 worker.
+            score_last: score when nothing is left to sample. Workers of both pools that share
+                cores are in each other's way (measured on two cores: a third of the tokens a
+                second), and whoever waits for all scores gains little from scoring the first early.
             call_tokens: most tokens that are scored together in a call.
         """
         self.ledger = ledger
@@ -82,7 +86,7 @@ class Collector:
         self._deadlines = Deadlines(pools, deadline_s)
         self._corrupt_at = -1
         """Version of which a worker could not get an intact slice."""
-        self._score_together = score_together
+        self._score_together, self._score_last = score_together, score_last
         self._call_tokens = call_tokens
         self._sampling: dict[ray.ObjectRef[LeaseFacts], Sampling] = {}
         self._calls_of: dict[str, list[ray.ObjectRef[LeaseFacts]]] = {}
@@ -193,6 +197,8 @@ class Collector:
             )
             self._sampling[facts] = Sampling(worker.name, lease, self.weights, rollouts)
             calls.append(facts)
+        if self._score_last and (self.ledger.queued or self._sampling):
+            return
         while self._sampled and self.reward and (scorers := self.reward.able(1)):
             scorer, part = scorers[0], self._next_to_score(len(scorers))
             self._sampled = [s for s in self._sampled if s not in part]

@@ -207,6 +207,7 @@ def _run(
         reward,
         deadline_s=config.rollout.lease_deadline_s,
         score_together=False,
+        score_last=True,
     )
     collector.weights = weights
     while ledger.pending(0):

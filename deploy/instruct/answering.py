@@ -11,6 +11,7 @@ import ray
 
 from actors.generation.decoder_generator import build_engine
 from common.config.run import RunConfig
+from common.config.workers import RolloutConfig
 from common.data.prompts import EncodedPrompt, evaluation_requests
 from common.data.tokenizer import load_tokenizer
 from common.devices import compute_of, torch_dtype
@@ -21,10 +22,18 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def apart(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run a function in a process of its own, whose memory is free again when it has answered."""
-    task = ray.remote(num_cpus=0, max_calls=1)(function)
-    result: T = ray.get(task.remote(*args, **kwargs))
+def apart(rollout: RolloutConfig, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run a function in a process of its own, whose memory is free again when it has answered.
+
+    It has as many threads as a rollout actor: Ray alone would give it one.
+    """
+
+    def on_threads() -> T:
+        compute_of(cpus=rollout.cpus_per_actor or 1.0, threads=rollout.threads).apply()
+        return function(*args, **kwargs)
+
+    task = ray.remote(num_cpus=0, max_calls=1)(on_threads).options(name=function.__name__)
+    result: T = ray.get(task.remote())
     return result
 
 
@@ -57,7 +66,6 @@ def answers(
     rollout = config.rollout
     if greedy:
         rollout = rollout.model_copy(update={"temperature": 0.0})
-    compute_of(cpus=rollout.cpus_per_actor or 1.0, threads=rollout.threads).apply()
     decoder = build_decoder(config.model)
     load_decoder(decoder, weights)
     decoder = decoder.eval().requires_grad_(False).to(torch_dtype(rollout.precision))

@@ -48,7 +48,7 @@ def evaluate(
         sampled: dict[Side, Answered] = {"after": _answered(new, len(asks))}
         if "taught" in weights:
             sampled["taught"] = _answered(old, len(asks))
-            came = apart(answers, config, weights["before"], prompts, label=LABEL)
+            came = apart(config.rollout, answers, config, weights["before"], prompts, label=LABEL)
             scores = reward.score([ask.text for ask in asks], came.texts)
             sampled["before"] = Answered(texts=came.texts, lengths=came.lengths, scores=scores)
         else:
@@ -59,12 +59,17 @@ def evaluate(
         topics, capitals = task.held_out["topics"], elsewhere.questions()
         asked = [*prompts[: len(topics)], *encoded(session, config, "capitals", capitals)]
         greedy = {
-            side: apart(answers, config, path, asked, label="greedy", greedy=True).texts
+            side: apart(
+                config.rollout, answers, config, path, asked, label="greedy", greedy=True
+            ).texts
             for side, path in weights.items()
         }
         texts = session.tokenizer().encode_batch(elsewhere.other_texts())
         pages = [ids[: elsewhere.TEXT_TOKENS] for ids in texts]
-        text_nll = {side: apart(elsewhere.text_nll, path, pages) for side, path in weights.items()}
+        text_nll = {
+            side: apart(config.rollout, elsewhere.text_nll, path, pages)
+            for side, path in weights.items()
+        }
     kept = {side: _kept(splits, of_side) for side, of_side in judged.items()}
     rise = zip(kept["before"]["topics"], kept["after"]["topics"], strict=True)
     return Evaluation(

@@ -20,6 +20,7 @@ from common.config.stages import InstructConfig
 from common.errors import ConfigError
 from common.files import write_atomic
 from common.models.pretrained.config_files import CONFIG
+from common.out_of_memory import return_freed
 from common.run_folder import DataFolder
 from deploy.evaluation.report import write_report
 from deploy.exchange.importing import import_model
@@ -57,6 +58,7 @@ def bring_model(config: RunConfig, console: Console) -> None:
     begin = time.perf_counter()
     with at_work(console, f"importing {files[0].name}"):
         import_model(str(files[0]), folder, None)
+    return_freed()  # this process stays, and holds no model
     seconds = time.perf_counter() - begin
     say(console, ("✓", "green"), f" imported {files[0].name} ", (f"{seconds:.0f} s", "dim"))
 
@@ -134,7 +136,8 @@ def _teach(session: Session, config: RunConfig, task: Task) -> None:
     with session.stage("answer", "made demonstrations of the model's own answers"):
         if not path.exists():
             prompts = encoded(session, config, "asked", [ask.text for ask in asks])
-            said = apart(answers, config, Path(config.model.start), prompts, label="answer")
+            start = Path(config.model.start)
+            said = apart(config.rollout, answers, config, start, prompts, label="answer")
             count = write_demonstrations(path, asks, said.texts)
             say(session.console, f"  {count} of {len(asks)} answers")
     data = DataConfig(demonstrations=(str(path),), too_long="skip")

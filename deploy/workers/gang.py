@@ -100,7 +100,12 @@ class LearnerGang:
             return
         settings = self.config.learner
         cpus = reserved(self.config).rank
-        compute = compute_of(cpus=cpus, gpus=settings.gpus_per_rank, threads=settings.threads)
+        compute = compute_of(
+            cpus=cpus,
+            gpus=settings.gpus_per_rank,
+            threads=settings.threads,
+            frugal=self.config.pretrained,
+        )
         group = self._place(cpus)
         # Ray frees a name some time after its holder's death, so a successor gets another name.
         suffix = f".{self._generation}" if self._generation else ""

@@ -45,7 +45,12 @@ def rollout_pool(
     settings, lora = config.rollout, config.train.lora
     adapted = AdapterOnWire(name=config.train.adapter, lora=lora, base=str(base)) if lora else None
     cpus = reserved(config).actor
-    compute = compute_of(cpus=cpus, gpus=settings.gpus_per_actor, threads=settings.threads)
+    compute = compute_of(
+        cpus=cpus,
+        gpus=settings.gpus_per_actor,
+        threads=settings.threads,
+        frugal=config.pretrained,
+    )
     build: Callable[[Compute], Generator] = partial(
         DecoderGenerator, config.model, str(tokenizer), settings, adapted
     )
@@ -74,7 +79,12 @@ def reward_pool(
     settings = config.reward_service
     sampling = sampling_of(config.rollout, load_tokenizer(tokenizer).stop_ids)
     cpus = reserved(config).replica
-    compute = compute_of(cpus=cpus, gpus=settings.gpus_per_replica, threads=settings.threads)
+    compute = compute_of(
+        cpus=cpus,
+        gpus=settings.gpus_per_replica,
+        threads=settings.threads,
+        frugal=config.pretrained,
+    )
     options = _options(cpus, settings.gpus_per_replica, settings.labels)
 
     def make(name: str) -> Handle:

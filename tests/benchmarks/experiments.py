@@ -54,6 +54,7 @@ INSTRUCT = {
     "ppg": ("train.algorithm=ppo", "train.ppg={n_pi: 5}"),
 }
 """What the algorithms on the recipe `instruct` override; the first is the recipe's own."""
+INSTRUCT_FILES = ("tokenizer", "data", "sft")
 BASE_FILES = ("tokenizer.json", "sft", "reward_model", "data")
 
 console = Console()
@@ -121,10 +122,17 @@ def vary(out: Path, variation: Variation) -> None:
 
 
 def instruct(out: Path, name: str, seed: int, overrides: tuple[str, ...]) -> None:
-    """Run the recipe `instruct` with another algorithm, or seed; its model is imported once."""
+    """Run the recipe `instruct` with another algorithm, or seed; its model is imported once.
+
+    Other algorithms begin with the taught policy of the recipe's own run of the same seed.
+    """
     start = f"model.start={out / 'SmolLM2-135M-Instruct'}"
     config = recipe(out, name, start, f"seed={seed}", *overrides, kind="instruct")
     bring_model(config, console)
+    base = out / f"instruct-rloo-s{seed}"
+    if overrides and (base / "summary.json").exists():
+        for part in INSTRUCT_FILES:
+            shutil.copytree(base / part, config.run_dir / part)
     with open_session(config, console) as session:
         run_instruct(session)
 

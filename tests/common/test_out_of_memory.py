@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,27 @@ def test_little_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(out_of_memory, "_heap", lambda: None)
     out_of_memory.return_freed()
+
+
+_TENSOR_IN_NO_HEAP = """
+import ctypes, torch
+from common import out_of_memory
+torch.ones(16 * 2**18)  # 16 MB: once freed, malloc takes smaller blocks from its heap
+facts = ctypes.CDLL(None).mallinfo2
+facts.restype = out_of_memory._HeapFacts
+if {frugal}:
+    out_of_memory.return_large_at_once()
+before = facts().hblkhd
+held = torch.ones(6 * 2**18)
+print(facts().hblkhd - before)
+"""
+
+
+@pytest.mark.skipif(out_of_memory._heap() is None, reason="the C library tells nothing of its heap")
+@pytest.mark.parametrize("frugal", [False, True])
+def test_a_frugal_process_keeps_large_tensors_out_of_its_heap(frugal: bool) -> None:
+    program = _TENSOR_IN_NO_HEAP.format(frugal=frugal)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert (int(done.stdout) >= 6 * 2**20) == frugal

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from common.wire.trajectory import ScoredTrajectory, from_table, to_table
 from deploy.workers.gang import LearnerGang
 from learner.batch.trajectory_log import read_log
 from learner.supervised.examples import EncodedComparison, EncodedPair
+from learner.zero.engine import ZeroEngine
 from tests.conftest import run_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -242,6 +244,21 @@ def test_sft_agrees_over_ranks_and_stages_and_learns(
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-4)
     for other in weights[1:]:
         close(weights[0], other, atol=1e-3)
+
+
+def engines_alive(_: Any) -> int:
+    return sum(isinstance(each, ZeroEngine) for each in gc.get_objects())
+
+
+def test_the_stage_before_gives_its_memory_back(
+    workspace: RunConfig, gangs: dict[int, LearnerGang]
+) -> None:
+    data, gang = sft_data(workspace), gangs[1]
+    config = gang.config.model_copy(update={"sft": workspace.sft})
+    for _ in range(2):
+        gang.begin_sft(config, data[20:], data[:20])
+        gang.advance(1)
+        assert ray.get(gang.ranks[0].__ray_call__.remote(engines_alive)) == 1
 
 
 def preferences(count: int = 160) -> list[EncodedComparison]:

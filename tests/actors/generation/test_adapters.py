@@ -254,6 +254,10 @@ def test_an_actor_that_is_told_to_merges_nothing(workspace: RunConfig) -> None:
     made, wire = actor(workspace, lora="unmerged"), published(workspace)
     rows = sampled(made, lease("policy"), *wire)
     assert engine_in(made).merged is None
+    idle = engine_in(made).cached.implementation
+    assert isinstance(idle, TorchForward)
+    assert not any(cache._flat.numel() for cache in idle._caches), "memory between leases"
+    assert sampled(made, lease("policy"), *wire) == rows
     merged = sampled(actor(workspace, kernels="native"), lease("policy"), *wire)
     assert [row.response_ids for row in rows] == [row.response_ids for row in merged]
 

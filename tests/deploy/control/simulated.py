@@ -122,6 +122,7 @@ class Rig:
         actor: type = SleepingActor,
         scorers: int = 0,
         scorer: type = SleepingScorer,
+        score_last: bool = False,
         **pool: Any,
     ) -> None:
         def make(name: str) -> Any:
@@ -151,6 +152,7 @@ class Rig:
             self.scorers if scorers else None,
             deadline_s=deadline_s,
             score_together=bool(scorers),
+            score_last=score_last,
         )
         self.collector.throughput = CountedByActor(self.by)
         self.publish(0)

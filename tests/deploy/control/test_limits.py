@@ -209,6 +209,31 @@ def test_what_waits_is_dealt_to_all_and_no_call_is_larger_than_its_deadline_allo
         here.everything_once((iteration + 1) * 64 * LEASE)
 
 
+class Slow(SleepingScorer):
+    def score(self, *tables: pa.Table) -> Any:
+        time.sleep(0.1)
+        return super().score(*tables)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_who_scores_last_never_computes_beside_who_samples(
+    rig: Callable[..., Rig], last: bool
+) -> None:
+    made = rig(1, scorers=1, scorer=Slow, score_last=last, seconds_per_token=0.02)
+    made.issue(0, 4 * LEASE)
+    beside = False
+
+    def done() -> bool:
+        nonlocal beside
+        at_work = [any(w.busy for w in p.workers.values()) for p in (made.pool, made.scorers)]
+        beside = beside or all(at_work)
+        return made.ledger.count("committed") == 4 * LEASE
+
+    made.pump_until(done)
+    made.everything_once(4 * LEASE)
+    assert beside != last
+
+
 @pytest.mark.parametrize(
     ("tokens", "workers", "most", "count"),
     [
