@@ -116,6 +116,8 @@ def check(folder: Path, said: dict[str, str]) -> None:
         facts = json.loads((run / "result.json").read_text(encoding="utf8"))
         assert facts["rollouts_issued"] == facts["rollouts_trained"], facts
         assert (run / "report.html").stat().st_size > 10_000
+    assert "nothing stands in the way" in told(said, "talipot validate")
+    assert json.loads(told(said, "--json"))["state"] == "not running"
     assert "brand: Ardo" in told(said, "talipot sample")
     assert facts["weights_hash"] in told(said, "talipot replay")
     assert (runs[1] / "code" / "rewards.py").read_bytes() == (folder / "rewards.py").read_bytes()
