@@ -142,7 +142,7 @@ class LearnerRank:
 
     def _end_stage(self) -> None:
         """Give the memory of the stage before back; engines hold themselves, in cycles."""
-        self._stage = None
+        self._stage = self._learner = None
         gc.collect()
         return_freed()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,18 @@ def make() -> Iterator[Make]:
     for scorer in made:
         scorer.close()
     until = time.monotonic() + 30
-    while any("reward_service.isolation" in " ".join(p.cmdline()) for p in children()):
+    while any("reward_service.isolation" in command for command in children()):
         assert time.monotonic() < until, "a process outlived its scorer"
         time.sleep(0.05)
 
 
-def children() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if p.status() != "zombie"]
+def children() -> list[str]:
+    """Commands of all processes that this one has started and that run."""
+    commands = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            commands.append(" ".join(process.cmdline()))
+    return commands
 
 
 def said(*responses: str) -> list[Sample]:

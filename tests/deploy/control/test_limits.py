@@ -220,12 +220,14 @@ def test_who_scores_last_never_computes_beside_who_samples(
     rig: Callable[..., Rig], last: bool
 ) -> None:
     made = rig(1, scorers=1, scorer=Slow, score_last=last, seconds_per_token=0.02)
+    pools = made.pool, made.scorers
+    made.pump_until(lambda: all(w.state == "working" for p in pools for w in p.workers.values()))
     made.issue(0, 4 * LEASE)
     beside = False
 
     def done() -> bool:
         nonlocal beside
-        at_work = [any(w.busy for w in p.workers.values()) for p in (made.pool, made.scorers)]
+        at_work = [any(w.busy for w in p.workers.values()) for p in pools]
         beside = beside or all(at_work)
         return made.ledger.count("committed") == 4 * LEASE
 
