@@ -23,6 +23,7 @@ LABELS: Mapping[str, str] = {
     "age": "how many versions older than the trained policy",
     "cause": "`died`, `hung`, `unstarted`, `preempted` or `corrupt`",
     "component": "name of a reward component",
+    "part": "name that a reward function gives to a part of its score",
     "pool": "`rollout` or `reward`",
     "reason": "`dead letter`: its scorer gave it up; `lone`: no other response of its prompt is "
     "left to compare it with; `stale`: too old when its turn came; `lost`: its table went down "
@@ -152,6 +153,12 @@ class Logged(StrEnum):
     SCORE = _gauge("score", "score", "mean score of a response", look_for="should rise")
     COMPONENT = _gauge(
         "component/{component}", "score", "mean of one part of the score, without its weight"
+    )
+    COMPONENT_PART = _gauge(
+        "component/{component}/{part}",
+        "score",
+        "mean of what a reward function's `Score` calls a part of it",
+        when="with a function that returns parts",
     )
     KL = _gauge(
         "kl",

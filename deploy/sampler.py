@@ -178,14 +178,18 @@ class Conversation:
 
 
 def prompts_of(texts: Sequence[str]) -> list[Prompt]:
-    """Return texts as prompts that are known by their place.
+    """Return texts as prompts, known by their text as in files, and repeated ones by their place.
 
     Raises:
         DataError: one is empty, or no UTF-8.
     """
     for index, text in enumerate(texts):
         _require_text(text, f"prompt {index + 1}")
-    return [Prompt(uid=str(index), prompt=text) for index, text in enumerate(texts)]
+    first = {text: index for index, text in reversed([*enumerate(texts)])}
+    return [
+        Prompt(uid="" if first[text] == index else str(index), prompt=text)
+        for index, text in enumerate(texts)
+    ]
 
 
 def write_answers(answers: Iterator[Answer], path: Path) -> int:

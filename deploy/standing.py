@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from common.config.run import RunConfig
 from common.metric_catalogue import Logged, logged_as
+from deploy.run_folder.failures import last_failure
 from deploy.run_folder.lock import Holder, at_work
 from deploy.run_folder.log_lines import Line, Log, read_lines
 from deploy.run_folder.progress import Told, recorded_facts, told
@@ -120,6 +121,7 @@ def _at_rest(config: RunConfig, log: Log) -> Standing:
     finished = facts is not None and facts["iterations"] >= iterations
     trained = last is not None and last.stage == "train"
     advice = f"`talipot train --resume {config.run_dir}` carries on with it"
+    failure = last_failure(config.folder.events)
     return Standing(
         run=str(config.run_dir),
         state="finished" if finished else "not running",
@@ -129,6 +131,7 @@ def _at_rest(config: RunConfig, log: Log) -> Standing:
         metrics=last.metrics if last else {},
         notes=(
             *(() if last else ("nothing is logged yet",)),
+            *((f"failed in {failure}",) if failure and not finished else ()),
             *((advice,) if trained and not finished else ()),
             *_damages(log),
             *(("the log's last line has no end: its writer was killed at it",) if log.torn else ()),

@@ -124,7 +124,7 @@ class FunctionScorer:
             rollout_id=sample.rollout_id,
             score=self._number(value.value, name) + sum(tokens or ()),
             parts={
-                part: self._number(number, f"part '{part}' of {name}")
+                self._part(part, name): self._number(number, f"part '{part}' of {name}")
                 for part, number in value.parts.items()
             },
             tokens=tokens,
@@ -169,6 +169,15 @@ class FunctionScorer:
         raise RewardError(
             f"{self._title} returned {wrong} for {responses}; return a list of "
             f"{'1 number' if count == 1 else f'{count} numbers'}"
+        )
+
+    def _part(self, part: Any, name: str) -> str:
+        """Check a part's name: metrics are called by it, and a slash groups metrics."""
+        if isinstance(part, str) and part and part.isprintable() and "/" not in part:
+            return part
+        raise RewardError(
+            f"{self._title} returned {one_line(repr(part))} as the name of a part of {name}; "
+            "a name is a text of one line without a slash"
         )
 
     def _number(self, score: Any, name: str) -> float:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+from reward_service.samples import Sample, Score
 
 
 def length(prompts: list[str], responses: list[str]) -> list[float]:
@@ -19,6 +22,14 @@ def letters(prompts: list[str], responses: list[str]) -> list[float]:
     """How often a response has the letter that its prompt asks for in quotes."""
     wanted = [prompt.partition("'")[2][:1] for prompt in prompts]
     return [float(r.count(w)) if w else -1.0 for w, r in zip(wanted, responses, strict=True)]
+
+
+def of_parts(samples: Sequence[Sample]) -> list[Score]:
+    """The length, and what it is made of."""
+    return [
+        Score(value=len(s.response), parts={"letters": len(s.response), "two words": 2.0})
+        for s in samples
+    ]
 
 
 def not_a_number(prompts: list[str], responses: list[str]) -> list[float]:

@@ -6,6 +6,7 @@ refused here, so that no stage meets an impossible configuration.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -208,7 +209,8 @@ class RunConfig(Section):
         if train.batch_size % rollout.lease_size:
             text = (
                 f"train: batch of {train.batch_size} rollouts is not divisible by "
-                f"rollout.lease_size={rollout.lease_size}"
+                f"rollout.lease_size={rollout.lease_size}: set that to "
+                f"{math.gcd(train.batch_size, rollout.lease_size)}"
             )
             yield (*batch, "rollout.lease_size"), text
         if train.minibatches * ranks > train.batch_size:

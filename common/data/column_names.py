@@ -32,7 +32,10 @@ def column_fault(
                 return f"field {name!r}: missing; rename {near!r} to {name!r}"
             if near := _misspelt("messages", others):
                 return f"field {near!r}: unknown; rename it to 'messages'"
-            return f"field {name!r}: missing; add it (columns found: {_listed(columns, others)})"
+            return (
+                f"field {name!r}: missing; add it, or rename the column that holds it (columns "
+                f"found: {_listed(columns, others)})"
+            )
     for name in optional:
         # A misspelt optional field would otherwise be dropped without a word.
         if name not in columns and (near := _misspelt(name, others)):

@@ -16,6 +16,7 @@ from common.data.tokenizer import Tokenizer, load_tokenizer
 from common.endings import at_the_end, take_all
 from common.errors import StorageError
 from common.run_folder import RunFolder
+from deploy.run_folder.failures import note_failure
 from deploy.run_folder.lock import RunLock, at_work, remove_unused
 from deploy.run_folder.metrics_log import RunLog
 from deploy.run_folder.paths import anchored
@@ -101,9 +102,14 @@ class Session:
 
     @contextmanager
     def stage(self, name: str, title: str) -> Iterator[None]:
-        """Time a stage, and say so when it has ended."""
+        """Time a stage, and say so when it has ended, or note in the run's folder why it failed."""
         begin = time.perf_counter()
-        yield
+        try:
+            yield
+        except Exception as error:
+            if not self.attached:
+                note_failure(self.folder.events, name, error)
+            raise
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
         say(self.console, ("✓", "green"), f" {title} ", (f"{self.seconds[name]:.0f} s", "dim"))
 

@@ -16,6 +16,8 @@ import pytest
 
 from common.config.recipe import save_config
 from common.config.run import RunConfig
+from common.errors import RewardError
+from deploy.run_folder.failures import note_failure
 from deploy.run_folder.lock import Holder, writing
 from deploy.run_folder.progress import telling, told
 from deploy.standing import lines_of, standing_of
@@ -96,6 +98,22 @@ def test_of_a_run_that_has_ended_nothing_is_live(config: RunConfig) -> None:
         assert (standing_of(config).state, standing_of(config).workers) == ("running", ())
     config.folder.result.write_text('{"iterations": 20}', encoding="utf8")
     assert (standing_of(config).state, standing_of(config).notes) == ("finished", ())
+
+
+def test_why_a_stage_failed_is_said_until_the_run_goes_on(config: RunConfig) -> None:
+    def event(what: str) -> None:
+        with config.folder.events.open("a", encoding="utf8") as file:
+            file.write(json.dumps({"time": 1.0, "worker": "w", "what": what, "detail": ""}) + "\n")
+
+    event("started")
+    assert not [note for note in standing_of(config).notes if note.startswith("failed")]
+    note_failure(config.folder.events, "train", KeyError("no such\nmetric"))
+    event("stopped")
+    assert "failed in train: KeyError: 'no such\\nmetric'" in standing_of(config).notes
+    note_failure(config.folder.events, "train", RewardError("it raised"))
+    assert "failed in train: it raised" in standing_of(config).notes
+    event("started")
+    assert not [note for note in standing_of(config).notes if note.startswith("failed")]
 
 
 def test_a_run_that_hangs_is_said_to(config: RunConfig) -> None:

@@ -239,3 +239,8 @@ def deep(prompts: list[str], responses: list[str]) -> list[float]:
 def ends_its_process(prompts: list[str], responses: list[str]) -> list[float]:
     """What a crash in native code looks like."""
     os._exit(3)
+
+
+def a_part_with_a_slash(samples: list[Sample]) -> list[Score]:
+    """A part that is named as a group of metrics."""
+    return [Score(value=0.0, parts={"form/case": 1.0}) for _ in samples]

@@ -71,6 +71,7 @@ def test_rewards_on_tokens_are_a_part_of_the_score() -> None:
     [
         ("a_token_short", "returned 2 rewards for the 3 tokens of rollout r0"),
         ("a_part_that_is_none", "returned nan for part 'form' of rollout r0"),
+        ("a_part_with_a_slash", "returned 'form/case' as the name of a part of rollout r0"),
         ("knowing", "raised KeyError: 'answer'"),
     ],
 )

@@ -50,6 +50,10 @@ from common.models.pretrained.families import FAMILIES, Shape, read_shape, sizes
 _PROBE = 8
 """Tokens whose logits are compared with the library's."""
 _CLOSE = 1e-4
+_BLOCK = 64
+"""Packed rows are filled up to a multiple of so many tokens. oneDNN compiles its products for each
+number of rows and keeps them: without filling a learner of SmolLM2's shape grew by 12 MB with each
+new number, of which there are hundreds."""
 
 
 class InputEmbedding(TiedEmbedding):
@@ -155,11 +159,14 @@ class PretrainedDecoder(Decoder):
             real_BT = real_BT & (places_T < lengths_B[:, None])
         if positions_BT is None:
             positions_BT = places_T.expand(rows, length)
-        _, lengths = sequences_BT[real_BT].unique_consecutive(return_counts=True)
-        attention = sequence_attention(lengths.tolist())
-        states_ND = self.states(tokens_BT[real_BT], positions_BT[real_BT], attention, adapter)
+        _, counts = sequences_BT[real_BT].unique_consecutive(return_counts=True)
+        tokens_N, positions_N, lengths = tokens_BT[real_BT], positions_BT[real_BT], counts.tolist()
+        if filler := -len(tokens_N) % _BLOCK:
+            lengths.append(filler)
+            tokens_N, positions_N = (F.pad(t, (0, filler)) for t in (tokens_N, positions_N))
+        states_ND = self.states(tokens_N, positions_N, sequence_attention(lengths), adapter)
         hidden_BTD = states_ND.new_zeros(rows, length, states_ND.shape[-1])
-        return hidden_BTD.index_put((real_BT,), states_ND)
+        return hidden_BTD.index_put((real_BT,), states_ND[: len(states_ND) - filler])
 
     def states(
         self, tokens: Tensor, positions: Tensor, attention: Attention, adapter: RowSelection

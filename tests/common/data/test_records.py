@@ -121,7 +121,11 @@ def test_stale_uid_in_the_file_is_not_taken_over(tmp_path: Path) -> None:
             {"prompt": "p", "choosen": "a", "rejected": "b"},
             ":2: field 'chosen': missing; rename 'choosen' to 'chosen'",
         ),
-        ({"prompt": "p"}, ":2: field 'chosen': missing; add it (columns found: 'prompt')"),
+        (
+            {"prompt": "p"},
+            ":2: field 'chosen': missing; add it, or rename the column that holds it (columns"
+            + " found: 'prompt')",
+        ),
         (["p"], ":2: is of type list; write an object"),
         (b'{"prompt": "p", "cho', ":2: torn JSON ("),
         (b"[" * 200_000, ":2: torn JSON ("),
@@ -343,7 +347,10 @@ def test_a_misspelling_is_one(tmp_path: Path, name: str, value: object, meant: s
 
 def test_no_column_of_another_meaning_is_proposed_for_a_missing_one(tmp_path: Path) -> None:
     path = _jsonl(tmp_path, {"prompt_id": "p1", "prompts": ["a"], "text": "a"})
-    expected = "field 'prompt': missing; add it (columns found: 'prompt_id', 'prompts', 'text')"
+    expected = (
+        "field 'prompt': missing; add it, or rename the column that holds it (columns found: "
+        "'prompt_id', 'prompts', 'text')"
+    )
     assert _message(read_prompts, path) == f":1: {expected}"
     columns = {f"c{i}": ["x"] for i in range(500)}
     message = _message(read_prompts, _parquet(tmp_path, columns))

@@ -24,17 +24,22 @@ def test_function_rewards_need_no_reward_model(
     components = {
         "length": {"kind": "function", "target": "tests.rewards:length", "weight": 0.5},
         "constant": {"kind": "function", "target": "tests.rewards:one"},
+        "made": {"kind": "function", "target": "tests.rewards:of_parts", "weight": 0.25},
     }
     config = run_copy(workspace, tmp_path, reward_service={"components": components})
     finish(config, gang)
     rows = from_table(read_log(config.run_dir, 0)[0], ScoredTrajectory)
     for row in rows:
-        assert row.score_components == {"length": len(row.response_text), "constant": 1.0}
-        assert row.score == pytest.approx(0.5 * len(row.response_text) + 1.0)
+        length = len(row.response_text)
+        parts = {"made": length, "made/letters": length, "made/two words": 2.0}
+        assert row.score_components == {"length": length, "constant": 1.0, **parts}
+        assert row.score == pytest.approx(0.75 * length + 1.0)
     first = json.loads((config.run_dir / "metrics.jsonl").read_text().splitlines()[0])["metrics"]
     lengths = [len(row.response_text) for row in rows]
     assert first["component/length"] == pytest.approx(sum(lengths) / 16), "of all 16, not one call"
     assert first["component/constant"] == 1.0
+    assert first["component/made/letters"] == first["component/length"]
+    assert first["component/made/two words"] == 2.0
 
 
 def test_a_broken_reward_function_stops_the_run_and_is_named(

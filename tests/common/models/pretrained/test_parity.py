@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,3 +118,23 @@ def test_sequences_of_a_row_do_not_attend_to_each_other(tmp_path: Path) -> None:
         trap = model(packed, position_ids=places, attention_mask=torch.ones_like(packed)).logits[0]
     torch.testing.assert_close(logits[0], alone, atol=1e-5, rtol=1e-5)
     assert float((trap - alone).abs().max()) > 0.1
+
+
+def test_few_numbers_of_rows_are_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each new number of rows costs oneDNN a product that it compiles and keeps."""
+    decoder = loaded(reference("llama"), tmp_path)
+    computed: set[int] = set()
+    states = decoder.states
+
+    def counted(tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+        computed.add(len(tokens))
+        return states(tokens, *rest)
+
+    monkeypatch.setattr(decoder, "states", counted)
+    for rows, length in ((1, 3), (2, 17), (3, 20), (5, 13), (4, 25), (8, 16)):
+        tokens = torch.arange(rows * length).view(rows, length) % 50
+        lengths = torch.arange(rows) % length + 1
+        hidden = decoder.hidden(tokens, lengths_B=lengths)
+        alone = decoder.hidden(tokens[:1, : int(lengths[0])])
+        assert torch.allclose(hidden[0, : int(lengths[0])], alone[0], atol=1e-5)
+    assert computed <= {64, 128}

@@ -1,0 +1,45 @@
+"""Why a stage failed, in the run's events: for whoever was not there to read it."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from common.files import one_line
+
+_FAILED: Final = "failed"
+_STOPPED: Final = "stopped"
+
+
+def note_failure(events: Path, stage: str, error: Exception) -> None:
+    """Append a line; where that cannot be, the error itself is what matters.
+
+    Args:
+        events: `RunFolder.events`.
+        stage: that failed.
+        error: why.
+    """
+    why = one_line(error)
+    if not why.startswith(name := type(error).__name__) and not hasattr(error, "exit_code"):
+        why = f"{name}: {why}"
+    line = {"time": time.time(), "worker": "", "what": _FAILED, "detail": f"{stage}: {why}"}
+    with suppress(OSError), events.open("a", encoding="utf8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def last_failure(events: Path) -> str:
+    """Return stage and reason where a failure is the last that is known of a run; else empty.
+
+    Workers that are stopped after it are a part of it.
+    """
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        for text in reversed(events.read_bytes().splitlines()):
+            line = json.loads(text)
+            if line["what"] == _FAILED:
+                return str(line["detail"])
+            if line["what"] != _STOPPED:
+                break
+    return ""
