@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from deploy.sampler import Sampler
     from deploy.scorer import RunScorer
 
-__all__ = ["Policy", "Run", "Score", "TalipotError", "load_run", "run"]
+__all__ = ["Policy", "Run", "Score", "TalipotError", "load_policy", "load_run", "run"]
 
 try:
     __version__ = version("talipot")
@@ -152,7 +152,12 @@ class Run:
         word = None if sft or which is None else str(which)
         return Policy(Sampler(self._config, sft=sft, checkpoint=word))
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Score]:
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        columns: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[Score]:
         """Score responses by the run's own reward: its model, functions and endpoints.
 
         Functions are imported from Python's path, as in any program.
@@ -160,6 +165,7 @@ class Run:
         Args:
             prompts: texts or conversations, one for each response.
             responses: texts, without an end token.
+            columns: what else stands in each prompt's line of the data, for functions that read it.
 
         Raises:
             ConfigError: a function cannot be imported.
@@ -172,7 +178,7 @@ class Run:
             self._scorer = RunScorer(self._config)
         return [
             Score(total=total, components=components, reason=reason)
-            for total, components, reason in self._scorer.scores(asked(prompts), responses)
+            for total, components, reason in self._scorer.scores(asked(prompts, columns), responses)
         ]
 
     def trajectories(self, iterations: Sequence[int] | None = None) -> Iterator[ScoredTrajectory]:
@@ -230,6 +236,32 @@ class Run:
         from learner.batch.trajectory_log import logged_iterations
 
         return logged_iterations(self.path)
+
+
+def load_policy(path: str | Path, *overrides: str) -> Policy:
+    """Load a policy that `talipot export` made of a model of Talipot's own, without its run.
+
+    What it made of a pretrained model, `transformers` loads.
+
+    Args:
+        path: the folder.
+        *overrides: settings of sampling, as ``"rollout.temperature=0.5"``.
+
+    Raises:
+        DataError: it is no such folder, or a damaged one.
+        ConfigError: an override that cannot be applied.
+    """
+    from common.errors import DataError
+    from deploy.exchange.exported import config_of_exported, exported_policy
+    from deploy.sampler import Sampler
+
+    weights = exported_policy(path)
+    if weights is None:
+        raise DataError(
+            f"{path}: is no exported policy (model.json, policy.safetensors); give the folder that "
+            "`talipot export` made, or load_run a run's"
+        )
+    return Policy(Sampler(config_of_exported(path, overrides), sft=False, weights=weights))
 
 
 def load_run(path: str | os.PathLike[str], *overrides: str) -> Run:

@@ -200,15 +200,18 @@ def sample(
         float | None, typer.Option(help="Sampling temperature; left out, the recipe's.")
     ] = None,
 ) -> None:
-    """Sample a run's policy in this process; no cluster needed."""
+    """Sample a run's policy, or an exported one, in this process; no cluster needed."""
     from common.data.records import read_prompts
+    from deploy.exchange.exported import config_of_exported, exported_policy
     from deploy.sampler import Sampler, prompts_of, write_answers
 
     if bool(prompt) == (prompts is not None):
         raise ConfigError("give --prompt TEXT, as often as you like, or --prompts FILE")
     overrides = [] if temperature is None else [f"rollout.temperature={temperature}"]
     asked = list(read_prompts([str(prompts)])) if prompts else prompts_of(prompt or [])
-    sampler = Sampler(_of_run(run, overrides, None), sft=sft, checkpoint=checkpoint)
+    weights = exported_policy(run)
+    config = config_of_exported(run, overrides) if weights else _of_run(run, overrides, None)
+    sampler = Sampler(config, sft=sft, checkpoint=checkpoint, weights=weights)
     _note(sampler.note)
     answers = sampler.answers(asked, seed, number)
     if output is not None:

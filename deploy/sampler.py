@@ -13,7 +13,7 @@ from common.config.model import PretrainedConfig
 from common.config.run import RunConfig
 from common.data.chat import Message
 from common.data.prompts import EncodedPrompt, encode_prompts, evaluation_requests
-from common.data.records import Prompt
+from common.data.records import Prompt, told_apart
 from common.data.tokenizer import load_tokenizer
 from common.devices import compute_of, torch_dtype
 from common.errors import ConfigError, DataError
@@ -58,19 +58,32 @@ class Answer:
 class Sampler:
     """Samples a run's policy by `rollout.threads` threads."""
 
-    def __init__(self, config: RunConfig, *, sft: bool, checkpoint: str | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        sft: bool,
+        checkpoint: str | None = None,
+        weights: Path | None = None,
+    ) -> None:
         """Load a policy of the run, or what its training began with.
 
         Args:
             config: the run's.
             sft: take what training began with.
             checkpoint: which policy else, by its word (`deploy.exchange.policies`).
+            weights: those of an exported policy, which has no others (`deploy.exchange.exported`).
 
         Raises:
             ConfigError: the word is none, or both are asked for.
             CheckpointError: no such checkpoint.
             DataError: no such policy.
         """
+        if weights is not None and (sft or checkpoint is not None):
+            raise ConfigError(
+                f"{config.run_dir} is one exported policy, not a run: leave --sft and --checkpoint "
+                "out"
+            )
         if sft and checkpoint is not None:
             raise ConfigError(
                 "--sft is the policy that training began with: leave --checkpoint out, or --sft"
@@ -80,7 +93,9 @@ class Sampler:
         self._config, self._tokenizer = config, load_tokenizer(config.folder.tokenizer)
         self.note = ""
         """Which policy it is, in one line; empty where the user said so."""
-        if sft:
+        if weights is not None:
+            network = _loaded(config, weights)
+        elif sft:
             network = _loaded(config, policy_start(config))
         else:
             with policy_of(config, checkpoint) as (chosen, weights):
@@ -178,18 +193,14 @@ class Conversation:
 
 
 def prompts_of(texts: Sequence[str]) -> list[Prompt]:
-    """Return texts as prompts, known by their text as in files, and repeated ones by their place.
+    """Return texts as prompts, known by what they say, as in files.
 
     Raises:
         DataError: one is empty, or no UTF-8.
     """
     for index, text in enumerate(texts):
         _require_text(text, f"prompt {index + 1}")
-    first = {text: index for index, text in reversed([*enumerate(texts)])}
-    return [
-        Prompt(uid="" if first[text] == index else str(index), prompt=text)
-        for index, text in enumerate(texts)
-    ]
+    return told_apart(Prompt(prompt=text) for text in texts)
 
 
 def write_answers(answers: Iterator[Answer], path: Path) -> int:

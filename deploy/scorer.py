@@ -6,13 +6,14 @@ In this process, by what a reward worker computes; no cluster is needed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from common.config.run import RunConfig
 from common.data.chat import Message
 from common.data.conversations import last_user, prompt_of
 from common.data.encoding import rows_in_ids
-from common.data.prompts import conversation_of
-from common.data.records import Demonstration, Prompt
+from common.data.prompts import columns_of, conversation_of
+from common.data.records import Demonstration, Prompt, told_apart
 from common.data.tokenizer import load_tokenizer
 from common.devices import compute_of
 from common.errors import DataError
@@ -26,27 +27,42 @@ Scored = tuple[float | None, Mapping[str, float], str]
 """Total, components by name, and why: what a component says, or why there is no total."""
 
 
-def asked(prompts: Sequence[str | Sequence[Message]]) -> list[Prompt]:
-    """Return texts and conversations as prompts that are known by their place.
+def asked(
+    prompts: Sequence[str | Sequence[Message]],
+    columns: Sequence[Mapping[str, Any]] | None = None,
+) -> list[Prompt]:
+    """Return texts and conversations as prompts that are known by what they say.
+
+    Args:
+        prompts: texts or conversations.
+        columns: what else belongs to each, as further columns of a data file.
 
     Raises:
-        DataError: one is empty, or no conversation that the assistant could answer.
+        DataError: one is empty, or no conversation that the assistant could answer; or there are
+            not as many of both.
     """
     if isinstance(prompts, str):
         raise TypeError("prompts is a list of prompts, not one text: write [text]")
-    return [_prompt(index, given) for index, given in enumerate(prompts)]
+    if columns is not None and len(columns) != len(prompts):
+        raise DataError(f"{len(prompts)} prompts and {len(columns)} columns; give as many")
+    return told_apart(
+        _prompt(index, given, columns[index] if columns else {})
+        for index, given in enumerate(prompts)
+    )
 
 
-def _prompt(index: int, given: str | Sequence[Message]) -> Prompt:
-    uid, place = str(index), f"prompt {index + 1}"
+def _prompt(index: int, given: str | Sequence[Message], columns: Mapping[str, Any]) -> Prompt:
+    place = f"prompt {index + 1}"
     if not isinstance(given, str):
         messages = prompt_of(given, place)
-        return Prompt(uid=uid, prompt=last_user(messages), messages=messages, place=place)
+        return Prompt(
+            prompt=last_user(messages), messages=messages, columns=dict(columns), place=place
+        )
     if not given:
         raise DataError(f"{place} is empty; give it at least one character")
     if not is_utf8(given):
         raise DataError(f"{place} is not UTF-8: {given!r}; give it as UTF-8")
-    return Prompt(uid=uid, prompt=given, place=place)
+    return Prompt(prompt=given, columns=dict(columns), place=place)
 
 
 class RunScorer:
@@ -122,6 +138,7 @@ class RunScorer:
                     prompt_ids=turn.before,
                     seed=0,
                     conversation=conversation_of(prompt) if prompt.messages else None,
+                    columns=columns_of(prompt),
                     response_ids=turn.learnt,
                     response_text=response,
                     behavior_logprobs=[0.0] * len(turn.learnt),

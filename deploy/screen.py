@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.live import Live
@@ -31,6 +31,8 @@ from rich.text import Text
 
 Part = str | tuple[str, str]
 
+LOG_EVERY_S = 30.0
+"""Seconds between lines of progress in a file."""
 _WATCH_S = 2.0
 _CONTROLS = {n: f"\\x{n:02x}" for n in (*range(0x20), *range(0x7F, 0xA0))}
 _IN_LINES = _CONTROLS | {ord("\n"): "\\n", ord("\r"): "\\r", ord("\t"): "\\t"}
@@ -84,12 +86,12 @@ def fields_of_runs(
 ) -> None:
     """Print fields with a value for each of some runs, a line each where that fits."""
     say(console, ("what differs" if fields else "nothing differs but the run itself", "italic"))
-    for field, values in fields:
-        line = f" {field}  " + " · ".join(values)
+    for setting, values in fields:
+        line = f" {setting}  " + " · ".join(values)
         if len(line) <= console.width:
-            say(console, f" {field}  ", (" · ".join(values), "bold"))
+            say(console, f" {setting}  ", (" · ".join(values), "bold"))
             continue
-        say(console, f" {field}")
+        say(console, f" {setting}")
         for name, value in zip(names, values, strict=True):
             say(console, f"   {name}  ", (value, "bold"))
 
@@ -150,16 +152,29 @@ def progress_bar(console: Console, title: str, total: int, done: int = 0) -> Ite
         disable=not console.is_terminal,  # in a log file it would be blank lines
     ) as progress:
         name = title.translate(_IN_LINES)
-        yield Bar(progress, progress.add_task(name, total=total, completed=done, note=""))
+        task = progress.add_task(name, total=total, completed=done, note="")
+        yield Bar(progress, task, None if console.is_terminal else console)
 
 
 @dataclass(slots=True)
 class Bar:
-    """One line of progress."""
+    """One line of progress; a plain line now and then where no terminal shows it."""
 
     _progress: Progress
     _task: TaskID
+    _log: Console | None = None
+    _said: float = field(default_factory=time.monotonic)
 
     def update(self, done: int, note: str = "") -> None:
         """Show the steps that are done and a few metrics."""
-        self._progress.update(self._task, completed=done, note=note.translate(_IN_LINES))
+        note = note.translate(_IN_LINES)
+        self._progress.update(self._task, completed=done, note=note)
+        if self._log is None or time.monotonic() < self._said + LOG_EVERY_S:
+            return
+        self._said = time.monotonic()
+        task = self._progress.tasks[self._task]
+        say(
+            self._log,
+            f"  {task.description}: {done} of {task.total:g}",
+            f"  {note}" if note else "",
+        )

@@ -57,13 +57,16 @@ def encode_prompts(
                     text=whole.text,
                     ids=fitted[0],
                     conversation=conversation_of(prompt) if chat else None,
-                    columns=json.dumps(prompt.columns, ensure_ascii=False)
-                    if prompt.columns
-                    else None,
+                    columns=columns_of(prompt),
                 )
             )
     fitting.require(len(kept), 1, "sampling")
     return kept, fitting
+
+
+def columns_of(prompt: Prompt) -> str | None:
+    """Write further columns as JSON (`RolloutRequest.columns`); None where there are none."""
+    return json.dumps(prompt.columns, ensure_ascii=False) if prompt.columns else None
 
 
 def conversation_of(prompt: Prompt) -> str:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from hashlib import blake2b
 from typing import Any, Final, TypeVar
 
@@ -144,6 +145,20 @@ def _speaks(message: Message) -> bool:
 
 
 Record = TypeVar("Record", Prompt, Demonstration, Comparison)
+
+
+def told_apart(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """Give prompts that are asked more than once uids of their own, from the second time on.
+
+    The uid is what samples derive from, so that each of them is answered anew.
+    """
+    times: Counter[str] = Counter()
+    told = []
+    for prompt in prompts:
+        again = times[prompt.uid]
+        times[prompt.uid] += 1
+        told.append(replace(prompt, uid=f"{prompt.uid}-{again}") if again else prompt)
+    return told
 
 
 def read_prompts(

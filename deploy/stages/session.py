@@ -107,7 +107,8 @@ class Session:
         try:
             yield
         except Exception as error:
-            if not self.attached:
+            # A folder without a recipe is no run yet, and goes again.
+            if not self.attached and self.folder.config.exists():
                 note_failure(self.folder.events, name, error)
             raise
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin

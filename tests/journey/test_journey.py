@@ -92,8 +92,7 @@ def test_the_page_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     check(tmp_path, said)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    (example,) = examples(HAND_OVER, "python inside")
-    exec(compile(example, "docs", "exec"), {})
+    exec(compile("\n".join(examples(HAND_OVER, "python inside")), "docs", "exec"), {})
 
 
 @pytest.mark.slow
@@ -118,7 +117,7 @@ def check(folder: Path, said: dict[str, str]) -> None:
         assert (run / "report.html").stat().st_size > 10_000
     assert "nothing stands in the way" in told(said, "talipot validate")
     assert json.loads(told(said, "--json"))["state"] == "not running"
-    assert "brand: Ardo" in told(said, "talipot sample")
+    assert "brand: Ardo" in told(said, "talipot sample runs/titles")
     assert facts["weights_hash"] in told(said, "talipot replay")
     assert (runs[1] / "code" / "rewards.py").read_bytes() == (folder / "rewards.py").read_bytes()
     assert (runs[1] / "policy" / "adapter").is_dir()

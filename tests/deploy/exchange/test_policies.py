@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import talipot
 from common.config.recipe import save_config
 from common.config.run import RunConfig
 from common.errors import CheckpointError, ConfigError, DataError
@@ -170,6 +171,42 @@ def test_sampling_while_it_trains_and_from_a_file_to_a_file(
     assert shown.out.strip().endswith(
         Sampler(stopped, sft=False, checkpoint="3").responses(["close 3:"], 0)[0]
     )
+
+
+def test_an_exported_policy_answers_as_its_run(
+    stopped: RunConfig, tmp_path: Path, run: Run
+) -> None:
+    target = tmp_path / "handed over"
+    assert run("export", str(stopped.run_dir), str(target), "--checkpoint", "3").code == 0
+    room = f"rollout.max_response_tokens={stopped.rollout.max_response_tokens}"
+    prompts = ["close 3:", "open the file 7:", "close 3:"]
+    answers = talipot.load_policy(target, room).sample(prompts, seed=5)
+    sampler = Sampler(stopped, sft=False, checkpoint="3")
+    assert answers == sampler.responses(prompts, 5)
+    assert answers[0] != answers[2], "what is asked twice is answered twice"
+    shown = run("sample", str(target), "-p", "close 3:", "--seed", "5")
+    assert shown.code == 0, shown.error
+    assert shown.out.splitlines()[0] == "close 3:"
+    refused = run("sample", str(target), "-p", "close 3:", "--checkpoint", "1")
+    assert (refused.code, "one exported policy" in refused.error) == (2, True)
+    with pytest.raises(DataError, match="no exported policy"):
+        talipot.load_policy(stopped.run_dir)
+    (target / "model.json").write_text("{}", encoding="utf8")
+    with pytest.raises(DataError, match="does not say the model's shape"):
+        talipot.load_policy(target)
+
+
+def test_a_prompt_is_answered_alike_however_it_is_given(
+    stopped: RunConfig, tmp_path: Path, run: Run
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "open 1:"}\n{"prompt": "close 3:"}\n', encoding="utf8")
+    folder = str(stopped.run_dir)
+    of_file = run("sample", folder, "--prompts", str(prompts), "--seed", "1").out
+    alone = run("sample", folder, "-p", "close 3:", "--seed", "1").out
+    assert of_file.endswith(alone)
+    python = talipot.load_run(stopped.run_dir).policy().sample(["close 3:"], seed=1)
+    assert alone.splitlines()[1:] == "\n".join(python).splitlines()
 
 
 def test_what_cannot_be_sampled_is_one_line(stopped: RunConfig, tmp_path: Path, run: Run) -> None:

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from common.config.run import RunConfig
+from deploy import screen
 from deploy.screen import progress_bar
 from deploy.stages.policy import outcome_of
 
@@ -70,3 +71,15 @@ def test_a_bar_begins_where_the_run_goes_on() -> None:
         pass
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "7/20" in shown and "0/20" not in shown
+
+
+def test_in_a_file_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=io.StringIO(), force_terminal=False, width=200, color_system=None)
+    with progress_bar(console, "policy", 20, done=7) as bar:
+        bar.update(8, "score 1.0")
+        monkeypatch.setattr(screen, "LOG_EVERY_S", 0.0)
+        bar.update(9, "score 2.0")
+        monkeypatch.setattr(screen, "LOG_EVERY_S", 60.0)
+        bar.update(10, "score 3.0")
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert shown == "  policy: 9 of 20  score 2.0\n"
