@@ -75,6 +75,7 @@ class IsolatedScorer:
         # A process dies with the thread that started it, so the threads stay.
         self._threads = ThreadPoolExecutor(processes, thread_name_prefix="isolated")
         self._own = threading.local()
+        self._started: list[_Process] = []
         self._threads.submit(self._process).result()
 
     def score(self, samples: Sequence[Sample]) -> list[ScoreResult]:
@@ -88,20 +89,26 @@ class IsolatedScorer:
     def close(self) -> None:
         """End all processes, and what they have started."""
         self._threads.shutdown(cancel_futures=True)
+        for process in self._started:
+            process.end()
 
     def _process(self) -> _Process:
         """Return this thread's process, a new one where it has none that lives."""
         running: _Process | None = getattr(self._own, "process", None)
         for _ in range(_STARTS):
-            if running is not None and running.alive():
-                return running
+            if running is not None:
+                if running.alive():
+                    return running
+                running.end()  # by itself, after its last answer; what it has started may live
+                self._started.remove(running)
             running = self._own.process = self._start()
+            self._started.append(running)
             answer = running.answer(START_S)
             if answer is not None and answer.keys() == {"ready"}:
                 return running
+            running.end()
             if answer is not None:
                 raise ConfigError(str(answer["error"]))
-            running.end()
         raise ConfigError(
             f"{self._title}: {_STARTS} processes ended before they had imported it, the last with "
             f"{running.how_it_ended() if running else 'nothing'}"
@@ -158,6 +165,7 @@ class _Process:
             os.close(theirs_in)
             os.close(theirs_out)
         self._out, self._in, self._heard = ours_out, ours_in, b""
+        self._ended = False
 
     def alive(self) -> bool:
         """Whether it runs."""
@@ -190,13 +198,15 @@ class _Process:
         return found
 
     def end(self) -> None:
-        """End it, and everything that it has started in its session."""
+        """End it, and everything that it has started in its session; once."""
+        if self._ended:
+            return
+        self._ended = True
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._running.pid, signal.SIGKILL)
         self._running.wait()
-        for end in (self._out, self._in):
-            with suppress(OSError):
-                os.close(end)
+        os.close(self._out)
+        os.close(self._in)
 
     def how_it_ended(self) -> str:
         """Say how, in words."""

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from common.errors import TalipotError
 from common.files import one_line
 
 _FAILED: Final = "failed"
@@ -23,9 +24,19 @@ def note_failure(events: Path, stage: str, error: Exception) -> None:
         error: why.
     """
     why = one_line(error)
-    if not why.startswith(name := type(error).__name__) and not hasattr(error, "exit_code"):
+    if not why.startswith(name := type(error).__name__) and not isinstance(error, TalipotError):
         why = f"{name}: {why}"
-    line = {"time": time.time(), "worker": "", "what": _FAILED, "detail": f"{stage}: {why}"}
+    _note(events, _FAILED, f"{stage}: {why}")
+
+
+def note_success(events: Path, stage: str) -> None:
+    """Append a line where a failure is the last that is known: not every stage has other events."""
+    if last_failure(events):
+        _note(events, "ended", stage)
+
+
+def _note(events: Path, what: str, detail: str) -> None:
+    line = {"time": time.time(), "worker": "", "what": what, "detail": detail}
     with suppress(OSError), events.open("a", encoding="utf8") as file:
         file.write(json.dumps(line) + "\n")
 

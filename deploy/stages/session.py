@@ -16,7 +16,7 @@ from common.data.tokenizer import Tokenizer, load_tokenizer
 from common.endings import at_the_end, take_all
 from common.errors import StorageError
 from common.run_folder import RunFolder
-from deploy.run_folder.failures import note_failure
+from deploy.run_folder.failures import note_failure, note_success
 from deploy.run_folder.lock import RunLock, at_work, remove_unused
 from deploy.run_folder.metrics_log import RunLog
 from deploy.run_folder.paths import anchored
@@ -111,6 +111,8 @@ class Session:
             if not self.attached and self.folder.config.exists():
                 note_failure(self.folder.events, name, error)
             raise
+        if not self.attached:
+            note_success(self.folder.events, name)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
         say(self.console, ("✓", "green"), f" {title} ", (f"{self.seconds[name]:.0f} s", "dim"))
 

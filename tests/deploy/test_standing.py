@@ -17,7 +17,7 @@ import pytest
 from common.config.recipe import save_config
 from common.config.run import RunConfig
 from common.errors import RewardError
-from deploy.run_folder.failures import note_failure
+from deploy.run_folder.failures import note_failure, note_success
 from deploy.run_folder.lock import Holder, writing
 from deploy.run_folder.progress import telling, told
 from deploy.standing import lines_of, standing_of
@@ -113,6 +113,9 @@ def test_why_a_stage_failed_is_said_until_the_run_goes_on(config: RunConfig) -> 
     note_failure(config.folder.events, "train", RewardError("it raised"))
     assert "failed in train: it raised" in standing_of(config).notes
     event("started")
+    assert not [note for note in standing_of(config).notes if note.startswith("failed")]
+    note_failure(config.folder.events, "sft", RewardError("no disk"))
+    note_success(config.folder.events, "sft")
     assert not [note for note in standing_of(config).notes if note.startswith("failed")]
 
 

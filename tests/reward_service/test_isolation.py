@@ -105,6 +105,14 @@ def test_code_that_reads_its_input_gets_none(make: Make) -> None:
     assert make().score(said("reads"))[0].score == 0.0
 
 
+def test_no_process_leaves_an_open_pipe(make: Make) -> None:
+    scorer = make()
+    scorer.score(said("abc"))
+    before = psutil.Process().num_fds()
+    scorer.score(said("exits 1", "abc", "exits 0", "kills", "abc"))
+    assert psutil.Process().num_fds() <= before
+
+
 def test_what_it_started_ends_with_it(make: Make, tmp_path: Path) -> None:
     noted = tmp_path / "pid"
     (result,) = make().score(said(f"starts {noted}"))
