@@ -261,7 +261,7 @@ def load_policy(path: str | Path, *overrides: str) -> Policy:
             f"{path}: is no exported policy (model.json, policy.safetensors); give the folder that "
             "`talipot export` made, or load_run a run's"
         )
-    return Policy(Sampler(config_of_exported(path, overrides), sft=False, weights=weights))
+    return Policy(Sampler(config_of_exported(path, overrides), sft=False, exported=weights))
 
 
 def load_run(path: str | os.PathLike[str], *overrides: str) -> Run:

@@ -211,7 +211,7 @@ def sample(
     asked = list(read_prompts([str(prompts)])) if prompts else prompts_of(prompt or [])
     weights = exported_policy(run)
     config = config_of_exported(run, overrides) if weights else _of_run(run, overrides, None)
-    sampler = Sampler(config, sft=sft, checkpoint=checkpoint, weights=weights)
+    sampler = Sampler(config, sft=sft, checkpoint=checkpoint, exported=weights)
     _note(sampler.note)
     answers = sampler.answers(asked, seed, number)
     if output is not None:

@@ -64,7 +64,7 @@ class Sampler:
         *,
         sft: bool,
         checkpoint: str | None = None,
-        weights: Path | None = None,
+        exported: Path | None = None,
     ) -> None:
         """Load a policy of the run, or what its training began with.
 
@@ -72,14 +72,14 @@ class Sampler:
             config: the run's.
             sft: take what training began with.
             checkpoint: which policy else, by its word (`deploy.exchange.policies`).
-            weights: those of an exported policy, which has no others (`deploy.exchange.exported`).
+            exported: weights of an exported policy, which is its only one.
 
         Raises:
             ConfigError: the word is none, or both are asked for.
             CheckpointError: no such checkpoint.
             DataError: no such policy.
         """
-        if weights is not None and (sft or checkpoint is not None):
+        if exported is not None and (sft or checkpoint is not None):
             raise ConfigError(
                 f"{config.run_dir} is one exported policy, not a run: leave --sft and --checkpoint "
                 "out"
@@ -93,8 +93,8 @@ class Sampler:
         self._config, self._tokenizer = config, load_tokenizer(config.folder.tokenizer)
         self.note = ""
         """Which policy it is, in one line; empty where the user said so."""
-        if weights is not None:
-            network = _loaded(config, weights)
+        if exported is not None:
+            network = _loaded(config, exported)
         elif sft:
             network = _loaded(config, policy_start(config))
         else:

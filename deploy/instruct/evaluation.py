@@ -56,20 +56,8 @@ def evaluate(
         judged = {side: _judged(asks, sampled[side].texts) for side in weights}
         _write_samples(session, asks, sampled, judged)
     with session.stage("elsewhere", "looked at what it cost elsewhere"):
-        topics, capitals = task.held_out["topics"], elsewhere.questions()
-        asked = [*prompts[: len(topics)], *encoded(session, config, "capitals", capitals)]
-        greedy = {
-            side: apart(
-                config.rollout, answers, config, path, asked, label="greedy", greedy=True
-            ).texts
-            for side, path in weights.items()
-        }
-        texts = session.tokenizer().encode_batch(elsewhere.other_texts())
-        pages = [ids[: elsewhere.TEXT_TOKENS] for ids in texts]
-        text_nll = {
-            side: apart(config.rollout, elsewhere.text_nll, path, pages)
-            for side, path in weights.items()
-        }
+        topics = task.held_out["topics"]
+        greedy, text_nll = _elsewhere(session, config, prompts[: len(topics)], weights)
     kept = {side: _kept(splits, of_side) for side, of_side in judged.items()}
     rise = zip(kept["before"]["topics"], kept["after"]["topics"], strict=True)
     return Evaluation(
@@ -94,6 +82,25 @@ def evaluate(
         judge_accuracy_rise=bootstrap_mean([b - a for a, b in rise], config.seed),
         kl=fmean(new.kl),
     )
+
+
+def _elsewhere(
+    session: Session,
+    config: RunConfig,
+    topics: Sequence[EncodedPrompt],
+    weights: Mapping[Side, Path],
+) -> tuple[dict[Side, list[str]], dict[Side, float]]:
+    """Return each side's greedy answers, to topics and then to capitals, and its NLL of texts."""
+    asked = [*topics, *encoded(session, config, "capitals", elsewhere.questions())]
+    texts = session.tokenizer().encode_batch(elsewhere.other_texts())
+    pages = [ids[: elsewhere.TEXT_TOKENS] for ids in texts]
+    greedy: dict[Side, list[str]] = {}
+    text_nll: dict[Side, float] = {}
+    for side, path in weights.items():
+        said = apart(config.rollout, answers, config, path, asked, label="greedy", greedy=True)
+        greedy[side] = said.texts
+        text_nll[side] = apart(config.rollout, elsewhere.text_nll, path, pages)
+    return greedy, text_nll
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
