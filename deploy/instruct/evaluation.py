@@ -1,4 +1,8 @@
-"""The evaluation of `instruct`: the model as it came and the trained policy before the judge."""
+"""The evaluation of `instruct`: the model as it came and the trained policy before the judge.
+
+Answers that are judged are greedy, as IFEval's own are where it is run (`lm-eval`, task `ifeval`:
+``do_sample: false``); held-out topics are answered at the temperature of training too.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from common.config.run import RunConfig
 from common.data.prompts import EncodedPrompt
 from common.files import write_atomic
 from deploy.evaluation.intervals import Interval, bootstrap_mean, wilson_interval
-from deploy.evaluation.sampling import Sampled, sample_both
+from deploy.evaluation.sampling import sample_both
 from deploy.instruct import elsewhere, judge, reward
 from deploy.instruct.answering import answers, apart
 from deploy.instruct.instructions import KINDS
@@ -37,75 +41,101 @@ def evaluate(
     """Judge the model as it came, taught and trained, and look elsewhere; writes samples.jsonl."""
     held_out = [(split, ask) for split in SPLITS for ask in task.held_out[split]]
     splits, asks = zip(*held_out, strict=True)
+    topics = task.held_out["topics"]
+    assert asks[: len(topics)] == tuple(topics)
     weights = _weights(config)
     with session.stage("evaluate", "asked the judge"):
         prompts = encoded(session, config, "held-out", [ask.text for ask in asks])
-        # Where nothing was taught, the model as it came is the base of the trained one.
-        base, policy = policy_start(config), weights["after"]
-        old, new = sample_both(config, base, policy, prompts, *pools, label=LABEL)
-        session.close()  # workers hold memory that this process is about to need
-        session.lock("quickstart")
-        sampled: dict[Side, Answered] = {"after": _answered(new, len(asks))}
-        if "taught" in weights:
-            sampled["taught"] = _answered(old, len(asks))
-            came = apart(config.rollout, answers, config, weights["before"], prompts, label=LABEL)
-            scores = reward.score([ask.text for ask in asks], came.texts)
-            sampled["before"] = Answered(texts=came.texts, lengths=came.lengths, scores=scores)
-        else:
-            sampled["before"] = _answered(old, len(asks))
-        judged = {side: _judged(asks, sampled[side].texts) for side in weights}
-        _write_samples(session, asks, sampled, judged)
+        sampled, kl = _sampled(session, config, prompts[: len(topics)], weights, pools)
+        greedy, capitals = _greedy(session, config, asks, prompts, weights)
+        judged = {side: _judged(asks, of_side.texts) for side, of_side in greedy.items()}
+        at_random = {side: _judged(topics, texts) for side, texts in sampled.items()}
+        _write_samples(session, asks, greedy, judged)
     with session.stage("elsewhere", "looked at what it cost elsewhere"):
-        topics = task.held_out["topics"]
-        greedy, text_nll = _elsewhere(session, config, prompts[: len(topics)], weights)
+        texts = session.tokenizer().encode_batch(elsewhere.other_texts())
+        pages = [ids[: elsewhere.TEXT_TOKENS] for ids in texts]
+        text_nll = {
+            side: apart(config.rollout, elsewhere.text_nll, path, pages)
+            for side, path in weights.items()
+        }
     kept = {side: _kept(splits, of_side) for side, of_side in judged.items()}
-    rise = zip(kept["before"]["topics"], kept["after"]["topics"], strict=True)
     return Evaluation(
         verdicts={
             side: Verdict(
                 judge_accuracy=share(kept[side]["topics"]),
                 judge_accuracy_kinds=share(kept[side]["kinds"]),
                 judge_accuracy_combinations=share(kept[side]["combinations"]),
-                judge_accuracy_greedy=share(
-                    [all(v) for v in _judged(topics, greedy[side][: len(topics)])]
-                ),
-                instruction_accuracy=_of_instructions(splits, judged[side]),
-                score=fmean(sampled[side].scores),
-                response_length=fmean(sampled[side].lengths),
-                distinct=len({*sampled[side].texts}) / len(asks),
+                judge_accuracy_sampled=share([all(v) for v in at_random[side]]),
+                instruction_accuracy=share([v for vs in judged[side][: len(topics)] for v in vs]),
+                score=fmean(greedy[side].scores),
+                response_length=fmean(greedy[side].lengths[: len(topics)]),
+                distinct=len({*greedy[side].texts}) / len(asks),
                 text_nll=text_nll[side],
-                capitals_known=share(elsewhere.known(greedy[side][len(topics) :])),
+                capitals_known=share(elsewhere.known(capitals[side])),
             )
             for side in weights
         },
         follows={side: _by_kind(asks, judged[side]) for side in weights},
-        judge_accuracy_rise=bootstrap_mean([b - a for a, b in rise], config.seed),
-        kl=fmean(new.kl),
+        judge_accuracy_rise=_rise(config, judged["before"], judged["after"], len(topics)),
+        judge_accuracy_sampled_rise=_rise(
+            config, at_random["before"], at_random["after"], len(topics)
+        ),
+        kl=kl,
     )
 
 
-def _elsewhere(
+def _sampled(
     session: Session,
     config: RunConfig,
-    topics: Sequence[EncodedPrompt],
+    prompts: Sequence[EncodedPrompt],
     weights: Mapping[Side, Path],
-) -> tuple[dict[Side, list[str]], dict[Side, float]]:
-    """Return each side's greedy answers, to topics and then to capitals, and its NLL of texts."""
-    asked = [*topics, *encoded(session, config, "capitals", elsewhere.questions())]
-    texts = session.tokenizer().encode_batch(elsewhere.other_texts())
-    pages = [ids[: elsewhere.TEXT_TOKENS] for ids in texts]
-    greedy: dict[Side, list[str]] = {}
-    text_nll: dict[Side, float] = {}
+    pools: tuple[Pool, Pool],
+) -> tuple[dict[Side, list[str]], float]:
+    """Return each side's answers at the temperature of training, and the policy's KL.
+
+    The workers are closed then: they hold memory that the rest of the evaluation is about to need.
+    """
+    base = policy_start(config)
+    old, new = sample_both(config, base, weights["after"], prompts, *pools, label=LABEL)
+    for found in (old, new):
+        assert found.prompts == list(range(len(prompts))), "the reward function gives nothing up"
+    session.close()
+    session.lock("quickstart")
+    sampled: dict[Side, list[str]] = {"after": new.responses}
+    if "taught" in weights:
+        sampled["taught"] = old.responses
+        came = apart(config.rollout, answers, config, weights["before"], prompts, label=LABEL)
+        sampled["before"] = came.texts
+    else:  # nothing was taught: the model as it came is the base of the trained one
+        sampled["before"] = old.responses
+    return sampled, fmean(new.kl)
+
+
+def _greedy(
+    session: Session,
+    config: RunConfig,
+    asks: Sequence[Ask],
+    prompts: Sequence[EncodedPrompt],
+    weights: Mapping[Side, Path],
+) -> tuple[dict[Side, Answered], dict[Side, list[str]]]:
+    """Return each side's greedy answers to held-out prompts, and to the questions for capitals."""
+    asked = [*prompts, *encoded(session, config, "capitals", elsewhere.questions())]
+    greedy: dict[Side, Answered] = {}
+    capitals: dict[Side, list[str]] = {}
     for side, path in weights.items():
         said = apart(config.rollout, answers, config, path, asked, label="greedy", greedy=True)
-        greedy[side] = said.texts
-        text_nll[side] = apart(config.rollout, elsewhere.text_nll, path, pages)
-    return greedy, text_nll
+        texts, capitals[side] = said.texts[: len(asks)], said.texts[len(asks) :]
+        greedy[side] = Answered(
+            texts=texts,
+            lengths=said.lengths[: len(asks)],
+            scores=reward.score([ask.text for ask in asks], texts),
+        )
+    return greedy, capitals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answered:
-    """One side's answers to all held-out prompts."""
+    """One side's greedy answers to all held-out prompts, in their order."""
 
     texts: list[str]
     lengths: list[int]
@@ -118,11 +148,6 @@ def _weights(config: RunConfig) -> dict[Side, Path]:
     came, start = Path(config.model.start), policy_start(config)
     taught: dict[Side, Path] = {} if start.absolute() == came.absolute() else {"taught": start}
     return {"before": came, **taught, "after": final_policy(config)}
-
-
-def _answered(sampled: Sampled, count: int) -> Answered:
-    assert sampled.prompts == list(range(count)), "the reward function gives nothing up"
-    return Answered(texts=sampled.responses, lengths=sampled.lengths, scores=sampled.scores)
 
 
 def encoded(
@@ -153,10 +178,10 @@ def _kept(splits: Sequence[Split], judged: Judged) -> dict[Split, list[bool]]:
     }
 
 
-def _of_instructions(splits: Sequence[Split], judged: Judged) -> Interval:
-    """Return the share of single instructions that are followed on held-out topics."""
-    each = [v for s, vs in zip(splits, judged, strict=True) if s == "topics" for v in vs]
-    return share(each)
+def _rise(config: RunConfig, before: Judged, after: Judged, topics: int) -> Interval:
+    """Return after less before, prompt by prompt, over the first prompts: held-out topics."""
+    pairs = zip(before[:topics], after[:topics], strict=True)
+    return bootstrap_mean([all(new) - all(old) for old, new in pairs], config.seed)
 
 
 def _by_kind(asks: Sequence[Ask], judged: Judged) -> dict[str, Interval]:

@@ -25,6 +25,7 @@ class Verdict:
     """What was found of one side.
 
     Accuracies are shares of prompts of which every instruction is followed, judged strictly.
+    Answers are greedy, as in IFEval, where nothing else is said.
     """
 
     judge_accuracy: Interval
@@ -33,8 +34,8 @@ class Verdict:
     """On kinds of instructions that training never asked for."""
     judge_accuracy_combinations: Interval
     """On pairs of trained kinds that training never asked for together."""
-    judge_accuracy_greedy: Interval
-    """On held-out topics, with the most probable token each time."""
+    judge_accuracy_sampled: Interval
+    """On held-out topics, sampled at the temperature of training."""
     instruction_accuracy: Interval
     """Of single instructions, on held-out topics."""
     score: float
@@ -58,12 +59,16 @@ class Evaluation:
     """Share of the instructions of each kind that are followed, on all held-out prompts."""
     judge_accuracy_rise: Interval
     """After less before, prompt by prompt, on held-out topics."""
+    judge_accuracy_sampled_rise: Interval
+    """The same of sampled answers."""
     kl: float
     """Of the trained policy to what its training began with, nats per response."""
 
     def figures(self) -> dict[str, float]:
         """Return all figures by their keys in ``summary.json``."""
-        figures = {"kl": self.kl} | keyed("judge_accuracy_rise", self.judge_accuracy_rise)
+        figures = {"kl": self.kl}
+        for name in ("judge_accuracy_rise", "judge_accuracy_sampled_rise"):
+            figures |= keyed(name, getattr(self, name))
         for side, verdict in self.verdicts.items():
             figures |= figures_of(verdict, side)
             for kind, share in self.follows[side].items():
@@ -96,7 +101,7 @@ class Outcome:
 _JUDGED = (
     Measure("judge_accuracy", "prompts followed, held-out topics", "{:.1%}", "higher"),
     Measure("instruction_accuracy", "instructions followed, held-out topics", "{:.1%}", "higher"),
-    Measure("judge_accuracy_greedy", "prompts followed, greedy", "{:.1%}", "higher"),
+    Measure("judge_accuracy_sampled", "prompts followed, sampled", "{:.1%}", "higher"),
     Measure("judge_accuracy_combinations", "held-out combinations", "{:.1%}", "higher"),
     Measure("judge_accuracy_kinds", "held-out kinds", "{:.1%}", "higher"),
     Measure("capitals_known", "capitals of countries known", "{:.1%}", "higher"),

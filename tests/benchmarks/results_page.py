@@ -59,7 +59,7 @@ INSTRUCT_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "judge_accuracy_rise": ("rise", lambda x: f"{100 * x:.1f}"),
     "judge_accuracy_combinations": ("combinations", lambda x: f"{100 * x:.1f} %"),
     "judge_accuracy_kinds": ("kinds", lambda x: f"{100 * x:.1f} %"),
-    "judge_accuracy_greedy": ("topics, greedy", lambda x: f"{100 * x:.1f} %"),
+    "judge_accuracy_sampled": ("topics, sampled", lambda x: f"{100 * x:.1f} %"),
     "text_nll": ("NLL of other text", lambda x: f"{x:.3f}"),
     "capitals_known": ("capitals", lambda x: f"{100 * x:.1f} %"),
     "response_length": ("tokens", lambda x: f"{x:.1f}"),
