@@ -302,7 +302,8 @@ def run(
         TalipotError: what the command would end with, as one line.
     """
     from common.config.recipe import load_config
-    from deploy import cli
+    from deploy.cli.main import app
+    from deploy.cli.shared import console
     from deploy.run_folder.paths import anchored
 
     if stage not in ("sft", "reward", "train"):
@@ -310,12 +311,12 @@ def run(
     with _written(recipe) as path:
         given = [] if path is None else ["--config", str(path)]
         folder = anchored(load_config(path, overrides)).run_dir
-        before, cli.console.quiet = cli.console.quiet, quiet
+        before, console.quiet = console.quiet, quiet
         try:
-            if cli.app(args=[stage, *given, *overrides], standalone_mode=False) == _INTERRUPTED:
+            if app(args=[stage, *given, *overrides], standalone_mode=False) == _INTERRUPTED:
                 raise KeyboardInterrupt
         finally:
-            cli.console.quiet = before
+            console.quiet = before
     return load_run(folder)
 
 

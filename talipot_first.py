@@ -52,6 +52,6 @@ def main() -> None:
     """Run the command."""
     ours_first()
     sys.path.append(str(Path.cwd()))  # a judge may lie in the working folder, as for workers
-    from deploy.cli import main as command
+    from deploy.cli.main import main as command
 
     command()

@@ -44,6 +44,7 @@ def evaluate(
     topics = task.held_out["topics"]
     assert asks[: len(topics)] == tuple(topics)
     weights = _weights(config)
+    session.end_gang()  # it holds a quarter of the memory that evaluation is about to need
     with session.stage("evaluate", "asked the judge"):
         prompts = encoded(session, config, "held-out", [ask.text for ask in asks])
         sampled, kl = _sampled(session, config, prompts[: len(topics)], weights, pools)

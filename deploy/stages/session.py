@@ -90,19 +90,27 @@ class Session:
             self._lock.release()
             self._lock = None
 
+    def end_gang(self) -> None:
+        """End the learner gang, if there is one: what comes next trains nothing."""
+        gang, self._gang = self._gang, None
+        if gang is not None:
+            gang.stop()
+
     def close(self) -> None:
         """End all workers, free their resources and the run's folder; then raise what failed."""
-        ends = [pool.stop for pool in self._pools] + ([self._gang.stop] if self._gang else [])
-        self._pools, self._gang = [], None
-        take_all(*ends, self.unlock)
+        pools, self._pools = self._pools, []
+        take_all(*(pool.stop for pool in pools), self.end_gang, self.unlock)
 
     def log(self) -> RunLog:
         """Open this run's logs for writing; close them after use."""
         return RunLog(self.run_dir)
 
     @contextmanager
-    def stage(self, name: str, title: str) -> Iterator[None]:
-        """Time a stage, and say so when it has ended, or note in the run's folder why it failed."""
+    def stage(self, name: str, title: str, *, least_s: float = 0.0) -> Iterator[None]:
+        """Time a stage, and say so when it has ended, or note in the run's folder why it failed.
+
+        Nothing is said of one that took less than `least_s` seconds.
+        """
         begin = time.perf_counter()
         try:
             yield
@@ -114,7 +122,8 @@ class Session:
         if not self.attached:
             note_success(self.folder.events, name)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
-        say(self.console, ("✓", "green"), f" {title} ", (f"{self.seconds[name]:.0f} s", "dim"))
+        if self.seconds[name] >= least_s:
+            say(self.console, ("✓", "green"), f" {title} ", (f"{self.seconds[name]:.0f} s", "dim"))
 
     def progress(self, title: str, total: int, done: int = 0) -> AbstractContextManager[Bar]:
         """Show a live progress bar with metrics beside it, from where `done` steps are done."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer.main
 
-from deploy.cli import app
+from deploy.cli.main import app
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deploy.cli import main
+from deploy.cli.main import main
 from tests.deploy.commands import Outcome, Run
 from tests.deploy.control.simulated import Rig
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from common.errors import DataError
-from deploy.cli import app, console
+from deploy.cli.shared import app, console
 from deploy.screen import say
 from tests.deploy.commands import Outcome, Run, parse
 

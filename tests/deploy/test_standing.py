@@ -178,7 +178,7 @@ def test_status_as_json_or_until_the_run_ends(run: Run, config: RunConfig) -> No
 def test_status_imports_neither_ray_nor_torch(config: RunConfig) -> None:
     """So it answers in a second, and nothing of a cluster can hold it."""
     code = (
-        "import sys; from deploy.cli import main\n"
+        "import sys; from deploy.cli.main import main\n"
         "try: main(['status', sys.argv[1]])\n"
         "except SystemExit as ended: print(ended.code, {'ray', 'torch'} & {*sys.modules})"
     )

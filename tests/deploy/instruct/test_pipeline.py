@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from common.config.recipe import load_config
 from common.config.run import RunConfig
 from common.errors import ConfigError
-from deploy.cli import main
+from deploy.cli.main import main
 from deploy.instruct import judge, pipeline
 from deploy.instruct.answering import Answers
 from deploy.instruct.pipeline import bring_model, run_instruct

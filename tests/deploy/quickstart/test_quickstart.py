@@ -11,7 +11,7 @@ from rich.console import Console
 
 from common.config.recipe import load_config
 from common.config.run import RunConfig
-from deploy.cli import main
+from deploy.cli.main import main
 from deploy.quickstart.outcome import show_outcome
 from deploy.quickstart.pipeline import run_quickstart
 from deploy.stages.session import Session

@@ -27,7 +27,7 @@ from ray.core.generated import gcs_service_pb2_grpc as services
 from common.config.recipe import save_config
 from common.config.run import RunConfig
 from common.errors import ClusterError, StorageError, WorkerError
-from deploy.cli import main
+from deploy.cli.main import main
 from deploy.evaluation.report import write_report
 from deploy.run_folder.lock import writing
 from deploy.run_folder.log_lines import read_metrics
@@ -200,7 +200,7 @@ def test_a_command_that_waits_for_an_answer_can_be_stopped(
     folder: Path, sent: signal.Signals, code: int
 ) -> None:
     program = (
-        "import sys; from deploy.workers import attach; from deploy.cli import main; "
+        "import sys; from deploy.workers import attach; from deploy.cli.main import main; "
         "attach._ANSWER_S = 60; print('ready', flush=True); main(sys.argv[1:])"
     )
     with socket.socket() as listening:
@@ -351,7 +351,7 @@ def test_an_error_of_the_system_says_what_it_knows(
     def fail(**_: object) -> None:
         raise error
 
-    monkeypatch.setattr("deploy.cli.app", fail)
+    monkeypatch.setattr("deploy.cli.main.app", fail)
     with pytest.raises(SystemExit) as ended:
         main(["config"])
     assert ended.value.code == code

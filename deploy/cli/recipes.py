@@ -1,0 +1,219 @@
+"""Commands that take a recipe: they begin a run, or look at what would begin.
+
+Heavy imports stand inside the commands, so that `talipot --help` is quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from common.config.run import RunConfig
+from common.errors import ConfigError
+from deploy.cli.shared import (
+    AddressOption,
+    ConfigOption,
+    Overrides,
+    app,
+    console,
+    load,
+    of_run,
+    place,
+    print_numbers,
+    recipe_file,
+)
+from deploy.screen import at_work, say, show
+
+if TYPE_CHECKING:
+    from deploy.stages.session import Session
+
+Stage = Callable[["Session", RunConfig], Mapping[str, Any]]
+"""A stage of a run: trains something in a session, and returns numbers to print."""
+
+
+@app.command()
+def quickstart(
+    overrides: Overrides = None, config: ConfigOption = "quickstart", address: AddressOption = None
+) -> None:
+    """Run a whole pipeline on data that it makes itself; takes some minutes."""
+    from deploy.stages.session import open_session
+    from deploy.tasks import task_of
+    from deploy.workers.preflight import require_scorers, require_trainable
+
+    resolved = load(config, overrides, address)
+    task = task_of(resolved)
+    task.prepare(resolved, console)
+    require_trainable(resolved)
+    require_scorers(resolved)
+    with open_session(resolved, console, writer="quickstart") as session:
+        task.run(session)
+        say(console, "report: ", (str(session.folder.report), "bold"))
+
+
+@app.command()
+def sft(
+    overrides: Overrides = None, config: ConfigOption = None, address: AddressOption = None
+) -> None:
+    """Train the supervised policy on demonstrations."""
+    from deploy.stages.supervised import run_sft
+
+    _stage("sft", run_sft, load(config, overrides, address), writer="sft")
+
+
+@app.command()
+def reward(
+    overrides: Overrides = None, config: ConfigOption = None, address: AddressOption = None
+) -> None:
+    """Train the reward model on comparisons; needs the run's supervised policy."""
+    from deploy.stages.supervised import run_reward
+
+    _stage("reward", run_reward, load(config, overrides, address), writer="reward")
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    config: ConfigOption = None,
+    address: AddressOption = None,
+    resume: Annotated[Path | None, typer.Option(help="Carry on with this run's folder.")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Begin with this run's tokenizer, supervised policy and reward model, and, "
+            "without --config, its recipe; name=NAME is the new run's.",
+        ),
+    ] = None,
+    stop_after: Annotated[
+        int | None, typer.Option(help="Stop after this iteration, with a checkpoint.")
+    ] = None,
+) -> None:
+    """Train the policy from prompts and rewards; resumes where the run's checkpoint stands."""
+    from deploy.run_folder.lock import at_work
+    from deploy.run_folder.reuse import reused_from
+    from deploy.stages.policy import outcome_of, resumption_of, run_train, tell
+    from deploy.workers.preflight import require_scorers
+
+    if resume is not None and (config or source):
+        raise ConfigError("--resume takes all from the run itself: leave --config and --from out")
+    if source is not None:
+        resolved = reused_from(source, recipe_file(config), overrides or [], place(address))
+    elif resume is not None:
+        resolved = of_run(resume, overrides, address)
+    else:
+        resolved = load(config, overrides, address)
+    resumption = resumption_of(resolved)
+    if at_work(resolved.run_dir) is None:
+        require_scorers(resolved)
+        tell(console, resolved, resumption)
+    if resumption.facts is None:
+        # The command may only attach to a run that is at work, and then it writes nothing.
+
+        def train_it(session: Session, config: RunConfig) -> dict[str, Any]:
+            facts = run_train(session, config, stop_after=stop_after, resumption=resumption)
+            return outcome_of(session.config, facts)
+
+        _stage("train", train_it, resolved, attach=True, address=address)
+
+
+@app.command()
+def preflight(
+    overrides: Overrides = None, config: ConfigOption = None, address: AddressOption = None
+) -> None:
+    """Explain what a recipe needs against what the cluster has."""
+    import ray
+
+    from deploy.tasks import task_of
+    from deploy.workers.attach import cluster_of
+    from deploy.workers.memory import needs
+    from deploy.workers.preflight import explain, require_scorers, require_trainable
+
+    resolved = load(config, overrides, address)
+    require_trainable(resolved)
+    require_scorers(resolved)
+    missing = task_of(resolved).missing(resolved)
+    with cluster_of(resolved):
+        resources_now: dict[str, float] = ray.cluster_resources()
+        for line in explain(resolved, resources_now, sized=not missing):
+            say(console, ("✓", "green"), f" {line}")
+    for need in [] if missing else needs(resolved, "train"):
+        say(console, ("✓", "green"), f" memory of {need}")
+    if missing:
+        say(console, ("!", "yellow"), f" {missing}")
+
+
+@app.command()
+def validate(
+    overrides: Overrides = None, config: ConfigOption = None, address: AddressOption = None
+) -> None:
+    """Check a recipe, its data and all that it names, in seconds and without a cluster."""
+    from deploy.validation.validate import validate as look
+
+    findings = look(recipe_file(config), overrides or [], place(address))
+    for fact in findings.facts:
+        say(console, ("✓", "green"), f" {fact}")
+    for finding in findings.found:
+        color = "bold red" if finding.severity == "error" else "yellow"
+        say(console, (finding.severity, color), f" {finding}")
+    if wrong := len(findings.errors()):
+        raise ConfigError(f"{wrong} thing{'s' if wrong > 1 else ''} to mend before this can run")
+    say(console, ("✓", "green"), " nothing stands in the way")
+
+
+@app.command("config")
+def show_config(overrides: Overrides = None, config: ConfigOption = None) -> None:
+    """Print a recipe with every default filled in, and what its checkpoints say as comments."""
+    from common.config.recipe import dump_config
+    from deploy.exchange.checkpoint_facts import lines_of
+
+    resolved = load(config, overrides, None)
+    show(console, dump_config(resolved).rstrip("\n"))
+    for line in lines_of(resolved):
+        show(console, f"# {line}")
+
+
+@app.command("import")
+def import_model(
+    source: Annotated[
+        str, typer.Argument(help="A GGUF file, a folder, or a name in the Hub's cache here.")
+    ],
+    target: Annotated[Path, typer.Argument(help="The folder to make.")],
+    precision: Annotated[
+        str | None, typer.Option(help="Number type of the weights: fp32, bf16 or fp16.")
+    ] = None,
+) -> None:
+    """Make a folder that `model.start` takes out of a pretrained model; fetches nothing."""
+    from deploy.exchange.importing import import_model as make
+
+    with at_work(console, f"importing {source}"):
+        facts = make(source, target, precision)
+    print_numbers(str(target), facts)
+
+
+def _stage(
+    name: str,
+    run: Stage,
+    config: RunConfig,
+    *,
+    writer: str = "",
+    attach: bool = False,
+    address: str | None = None,
+) -> None:
+    """Run one stage in a session of its own, opened by these options, and print its numbers."""
+    from deploy.run_folder.lock import at_work
+    from deploy.stages.preparation import prepare_tokenizer
+    from deploy.stages.session import open_session
+    from deploy.validation.validate import require_stage
+
+    if at_work(config.run_dir) is None:
+        require_stage(config, name)
+    opened = open_session(config, console, writer=writer, attach=attach, address=address)
+    with opened as session:
+        with session.stage("tokenizer", "tokenizer", least_s=1.0):
+            resolved = prepare_tokenizer(session, session.config)
+        with session.stage(name, name):
+            numbers = run(session, resolved)
+    print_numbers(f"{resolved.run_dir}: {name}", numbers)
