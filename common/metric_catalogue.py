@@ -25,6 +25,7 @@ LABELS: Mapping[str, str] = {
     "component": "name of a reward component",
     "part": "name that a reward function gives to a part of its score",
     "pool": "`rollout` or `reward`",
+    "source": "name of a source of `data.mixture`; a slash in it is written as a colon",
     "reason": "`dead letter`: its scorer gave it up; `lone`: no other response of its prompt is "
     "left to compare it with; `stale`: too old when its turn came; `lost`: its table went down "
     "with a node; `late`: others of its table were committed first",
@@ -151,6 +152,12 @@ class Logged(StrEnum):
 
     # What the policy does.
     SCORE = _gauge("score", "score", "mean score of a response", look_for="should rise")
+    SOURCE_SCORE = _gauge(
+        "score/{source}",
+        "score",
+        "mean score of responses to prompts of one source",
+        when="with `data.mixture`",
+    )
     COMPONENT = _gauge(
         "component/{component}", "score", "mean of one part of the score, without its weight"
     )

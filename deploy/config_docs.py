@@ -17,7 +17,7 @@ from common.config.effects import RULES
 from common.config.model import PRESETS, PalmConfig
 from common.config.names import fields
 from common.config.rewards import RewardComponent
-from common.config.run import RunConfig
+from common.config.run import RunConfig, SourceConfig
 
 Row = tuple[str, Any, str]
 """Dotted name, default and meaning of a field."""
@@ -83,6 +83,13 @@ def reference_page() -> str:
     for section, info in RunConfig.model_fields.items():
         if inner := section_of(info.annotation):
             parts += [f"## `{section}`", _first_line(inner), *_tables(inner, f"{section}.")]
+        if section == "data":
+            parts += [
+                "### `data.mixture`",
+                "Sources of prompts by their names: a file's without its ending, or what "
+                "`data.source_column` says.",
+                *_tables(SourceConfig, "data.mixture.NAME."),
+            ]
         if section == "reward_service":
             parts += [
                 "### `reward_service.components`",

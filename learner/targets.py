@@ -6,6 +6,7 @@ Shape suffixes: N rows of the whole batch, R response positions.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -155,6 +156,13 @@ def batch_metrics(batch: Experience, proximal: Proximal, values: ValueTargets | 
         Logged.MISMATCH_KL: mean(apart.kl, tokens),
         Logged.MISMATCH_RATIO: mean(apart.ratio, 1),
     }
+    of_source: defaultdict[str, list[float]] = defaultdict(list)
+    for source, score in zip(batch.sources, batch.scores_N.tolist(), strict=True):
+        if source is not None:
+            of_source[source].append(score)
+    for source, scores in of_source.items():
+        # A slash groups metrics, and names of data sets have some.
+        metrics[Logged.SOURCE_SCORE.of(source.replace("/", ":"))] = mean(sum(scores), len(scores))
     if values is not None:
         explained = gae.explained_variance(proximal.values_NR, values.returns_NR, batch.mask_NR)
         metrics[Logged.EXPLAINED_VARIANCE] = mean(explained, 1)

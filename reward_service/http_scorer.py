@@ -244,6 +244,8 @@ def _asked(sample: Sample) -> dict[str, Any]:
     }
     if sample.columns:
         asked["columns"] = sample.columns
+    if sample.source:
+        asked["source"] = sample.source
     if sample.messages:
         asked["messages"] = sample.messages
     return asked

@@ -20,6 +20,8 @@ class Sample:
     """Without the token that ended it."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """What else stood in the prompt's line of the data, by name."""
+    source: str = ""
+    """The source of the recipe's mixture that the prompt is of; empty without one."""
     messages: tuple[Mapping[str, Any], ...] = ()
     """The conversation that the response answers; empty for a plain text."""
     finished: bool = True

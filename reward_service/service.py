@@ -257,6 +257,7 @@ def _sample(rollout: Rollout) -> Sample:
         prompt=rollout.prompt_text,
         response=rollout.response_text,
         columns=json.loads(rollout.columns) if rollout.columns else {},
+        source=rollout.source or "",
         messages=tuple(chat),
         finished=rollout.finish_reason != "length",
         tokens=tuple(rollout.response_ids),

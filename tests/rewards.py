@@ -32,6 +32,11 @@ def of_parts(samples: Sequence[Sample]) -> list[Score]:
     ]
 
 
+def of_source(samples: Sequence[Sample]) -> list[float]:
+    """Characters in the name of the source."""
+    return [float(len(s.source)) for s in samples]
+
+
 def not_a_number(prompts: list[str], responses: list[str]) -> list[float]:
     """Broken."""
     return [math.nan] * len(responses)

@@ -119,6 +119,11 @@ RULES = (
         "tokenizer is trained",
     ),
     Rule(
+        ("data.source_column",),
+        lambda c: c.data.mixture is not None,
+        "prompts are taken of all sources alike; it has one with data.mixture",
+    ),
+    Rule(
         ("cluster.dashboard",),
         lambda c: not c.cluster.address,
         "the cluster of cluster.address has its own; it has one with a local cluster",

@@ -47,6 +47,18 @@ from common.run_folder import Reused, RunFolder
 _TARGETS = (*PROJECTIONS, ALL_PROJECTIONS)
 
 
+class SourceConfig(Section):
+    """What is taken of one source of prompts."""
+
+    weight: PositiveFloat = 1.0
+    """Its share of the prompts, beside the other sources' weights."""
+    limit: PositiveInt | None = None
+    """Most prompts that are taken of it, the first ones; null is all."""
+    epochs: PositiveInt | None = None
+    """Times that each of them may be taken; then the other sources share its part. Null is without
+    end."""
+
+
 class DataConfig(Section):
     """Where the data lies: files of JSON lines, JSON or Parquet, folders of them, or patterns."""
 
@@ -62,9 +74,22 @@ class DataConfig(Section):
     columns: tuple[str, ...] | None = None
     """Further columns of prompts that scorers are given (`Sample.columns`), each of which every
     line has to have; null is all that there are."""
+    mixture: dict[str, SourceConfig] | None = None
+    """What is taken of each source of prompts; null takes all prompts alike, in epochs over all.
+    Each source has a metric of its own."""
+    source_column: str | None = None
+    """Column that names a prompt's source in `mixture`; null is its file's name without the
+    ending."""
     too_long: Literal["error", "skip", "truncate"] = "error"
     """What to do with a record that has more tokens than there is room for; how many were skipped
     or cut is said."""
+
+    @field_validator("mixture")
+    @classmethod
+    def _of_something(cls, mixture: Any) -> Any:
+        if mixture is not None and not mixture:
+            raise ValueError("names no source; name each with its weight, or leave it out")
+        return mixture
 
 
 class ReuseConfig(Section):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from common.data.encoding import prompts_in_ids
 from common.data.fitting import Fitting, TooLong
+from common.data.mixture import MixedIndex, Part
 from common.data.records import Prompt
 from common.data.tokenizer import Tokenizer
 from common.randomness import ShuffledIndex, derive_seed
@@ -27,6 +28,8 @@ class EncodedPrompt:
     """As `RolloutRequest.conversation`."""
     columns: str | None = None
     """As `RolloutRequest.columns`."""
+    source: str | None = None
+    """As `RolloutRequest.source`."""
 
 
 def encode_prompts(
@@ -36,8 +39,11 @@ def encode_prompts(
     max_tokens: int,
     too_long: TooLong,
     limit: int | None = None,
+    source: Callable[[Prompt], str] | None = None,
 ) -> tuple[list[EncodedPrompt], Fitting]:
     """Tokenise the first `limit` prompts that fit; returns them and how they fitted.
+
+    `source` says of a prompt which source of the recipe's mixture it is of.
 
     Raises:
         DataError: a prompt is too long and that is an error, or none are left.
@@ -58,6 +64,7 @@ def encode_prompts(
                     ids=fitted[0],
                     conversation=conversation_of(prompt) if chat else None,
                     columns=columns_of(prompt),
+                    source=source and source(prompt),
                 )
             )
     fitting.require(len(kept), 1, "sampling")
@@ -84,12 +91,20 @@ class PromptStream:
         seed: int,
         position: int = 0,
         adapter: str = "",
+        parts: Sequence[Part] = (),
     ) -> None:
-        """Go on from `position`; all requests are to be sampled from `adapter`."""
+        """Go on from `position`; all requests are to be sampled from `adapter`.
+
+        Prompts are drawn of `parts` in their shares; without any, all alike.
+        """
         self._adapter = adapter
         self._prompts = prompts
         self._seed = seed
-        self._order = ShuffledIndex(len(prompts), derive_seed(seed, "prompts") >> 1, position)
+        self._order = (
+            MixedIndex(parts, seed, position)
+            if parts
+            else ShuffledIndex(len(prompts), derive_seed(seed, "prompts") >> 1, position)
+        )
 
     @property
     def position(self) -> int:
@@ -112,6 +127,7 @@ class PromptStream:
                         prompt_ids=prompt.ids,
                         conversation=prompt.conversation,
                         columns=prompt.columns,
+                        source=prompt.source,
                         seed=derive_seed(self._seed, rollout_id),
                         adapter=self._adapter,
                     )
@@ -142,6 +158,7 @@ def evaluation_requests(
             prompt_ids=prompt.ids,
             conversation=prompt.conversation,
             columns=prompt.columns,
+            source=prompt.source,
             seed=derive_seed(seed, label, prompt.uid, sample),
             adapter=adapter,
         )

@@ -50,6 +50,8 @@ class RolloutRequest:
     own; None for a plain text."""
     columns: str | None = None
     """JSON of what else stood in the prompt's line of the data, for scorers; None for nothing."""
+    source: str | None = None
+    """Name of the source in the recipe's mixture that the prompt is of; None without a mixture."""
     adapter: str = ""
     """What to sample from: this adapter of those that the worker holds, or its weights without any
     (a policy of whole weights, or the base of adapters)."""
@@ -109,9 +111,10 @@ LOGGED_ITERATION = pa.field("iteration", pa.int64(), nullable=False)
 wire knows yet. Logs of earlier versions lack it."""
 _CONVERSATION = pa.field("conversation", pa.string())
 _COLUMNS = pa.field("columns", pa.string())
+_SOURCE = pa.field("source", pa.string())
 _TOKEN_SCORES = pa.field("token_scores", pa.list_(pa.float32()))
 _REASON = pa.field("score_reason", pa.string())
-_ADDED = (_CONVERSATION, _COLUMNS, _TOKEN_SCORES, _REASON)
+_ADDED = (_CONVERSATION, _COLUMNS, _SOURCE, _TOKEN_SCORES, _REASON)
 """Nullable fields that logs of before do not have."""
 _REQUEST: list[pa.Field] = [
     pa.field("rollout_id", pa.string(), nullable=False),
@@ -122,6 +125,7 @@ _REQUEST: list[pa.Field] = [
     pa.field("seed", pa.uint64(), nullable=False),
     _CONVERSATION,
     _COLUMNS,
+    _SOURCE,
     pa.field("adapter", pa.string(), nullable=False),
 ]
 _ROLLOUT: list[pa.Field] = [

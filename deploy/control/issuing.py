@@ -5,8 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from common.config.run import RunConfig
+from common.data.mixture import Part, parts_of
 from common.data.prompts import EncodedPrompt, PromptStream
 from deploy.control.ledger import Ledger
+
+
+def mixed(config: RunConfig, prompts: Sequence[EncodedPrompt]) -> list[Part]:
+    """Return what is drawn of each source; none where all prompts are drawn alike.
+
+    Raises:
+        DataError: as `common.data.mixture.parts_of`.
+    """
+    if config.data.mixture is None:
+        return []
+    draws = config.train.iterations * config.train.prompts_per_iteration
+    return parts_of([prompt.source or "" for prompt in prompts], config.data.mixture, draws)
 
 
 class Issuer:
@@ -15,6 +28,7 @@ class Issuer:
     def __init__(self, config: RunConfig, prompts: Sequence[EncodedPrompt]) -> None:
         self._config = config
         self._encoded = prompts
+        self._parts = mixed(config, prompts)
         self.rewind(0, 0)
 
     def rewind(self, iteration: int, position: int) -> None:
@@ -28,6 +42,7 @@ class Issuer:
             seed=self._config.seed,
             position=position,
             adapter=self._config.train.adapter,
+            parts=self._parts,
         )
 
     def issue(self, ledger: Ledger, until: int) -> None:

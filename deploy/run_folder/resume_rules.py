@@ -86,6 +86,8 @@ RULES: dict[str, tuple[Kind, str]] = {
     "reuse": ("free", "a run may be moved; what is in it is compared"),
     "data.prompts": ("fixed", "the run goes through the prompts that it began with"),
     "data.columns": ("fixed", "it decides what scorers are given"),
+    "data.mixture": ("fixed", "it decides which prompts come when"),
+    "data.source_column": ("fixed", "it decides which prompts come when"),
     "data.too_long": ("fixed", "it decides which prompts there are"),
     "tokenizer": ("fixed", "the networks know the tokens that the run began with"),
     "learner.precision": ("fixed", "the checkpoint was trained under it"),

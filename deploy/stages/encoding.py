@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ from common.config.run import RunConfig
 from common.data.chat import Turn
 from common.data.encoding import comparisons_in_ids, rows_in_ids
 from common.data.fitting import Fitting
+from common.data.mixture import prompt_columns, source_of
 from common.data.prompts import EncodedPrompt, encode_prompts
 from common.data.records import Comparison, Demonstration, read_prompts
 from common.data.tokenizer import Tokenizer
@@ -29,11 +31,13 @@ def read_encoded_prompts(
     paths: Sequence[str], tokenizer: Tokenizer, config: RunConfig
 ) -> tuple[list[EncodedPrompt], Fitting]:
     """Read prompts in tokens, and how many of them fitted."""
+    data = config.data
     return encode_prompts(
-        list(read_prompts(paths, columns=config.data.columns)),
+        list(read_prompts(paths, columns=prompt_columns(data))),
         tokenizer,
         max_tokens=config.max_prompt_tokens,
-        too_long=config.data.too_long,
+        too_long=data.too_long,
+        source=None if data.mixture is None else partial(source_of, column=data.source_column),
     )
 
 

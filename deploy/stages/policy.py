@@ -15,6 +15,7 @@ from common.config.run import RunConfig
 from common.data.prompts import EncodedPrompt
 from common.errors import ClusterError, ConfigError
 from common.metric_catalogue import Logged
+from deploy.control.issuing import mixed
 from deploy.control.status import Status
 from deploy.run_folder import checkpoints
 from deploy.run_folder.inputs import RunInputs
@@ -134,6 +135,7 @@ def run_train(
         tokenizer = session.tokenizer()
         prompts, fitting = read_encoded_prompts(config.data.prompts, tokenizer, config)
         say_fitting(session.console, fitting)
+        mixed(config, prompts)  # what is wrong with it is said before anything starts
         record()
         session.unlock()  # from here on the controller writes
         known = len(prompts)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from statistics import median
 from typing import Any, Final
 
-from common.config.run import RunConfig
+from common.config.run import DataConfig, RunConfig
 from common.data.encoding import comparisons_in_ids, prompts_in_ids, rows_in_ids
 from common.data.files.lists import files_at
 from common.data.fitting import Fitting
+from common.data.mixture import parts_of, prompt_columns, source_of
 from common.data.records import (
     MOST_REFUSED,
     Comparison,
@@ -50,15 +52,27 @@ READERS: Mapping[str, Callable[..., Iterator[AnyRecord]]] = {
 
 @dataclass(slots=True)
 class _Refused:
-    """Rows of a file that are refused: the first of them, and how many."""
+    """Rows of a file that are refused, by what is wrong with them: the first ones, and how many."""
 
-    first: list[DataError] = field(default_factory=list)
+    places: dict[str, list[str]] = field(default_factory=dict)
+    """What is wrong -> ``file:line`` of the rows that it is said of."""
+    named: int = 0
     count: int = 0
 
     def __call__(self, error: DataError) -> None:
         self.count += 1
-        if self.count <= MOST_REFUSED:
-            self.first.append(error)
+        if self.named < MOST_REFUSED:
+            self.named += 1
+            place, _, wrong = str(error).partition(": ")
+            self.places.setdefault(wrong, []).append(place)
+
+    def lines(self, file: str) -> Iterator[str]:
+        """Say each thing that is wrong once, at the first row, with the lines of the others."""
+        for wrong, (first, *others) in self.places.items():
+            alike = ", ".join(place.rpartition(":")[2] for place in others)
+            yield f"{first}: {wrong}" + (f"; so in {alike}" if others else "")
+        if rest := self.count - self.named:
+            yield f"{file}: {rest} more rows are refused; mend these first"
 
 
 @dataclass(slots=True)
@@ -74,10 +88,16 @@ class FieldFacts:
     """Prompt -> the place where it first stands."""
     again: list[str] = field(default_factory=list)
     """Places of records that stand in the files before."""
+    sources: list[str] = field(default_factory=list)
+    """Of each prompt, where the recipe mixes sources."""
 
 
 def read_field(
-    name: str, paths: Sequence[str], findings: Findings, limit: int | None = None
+    name: str,
+    paths: Sequence[str],
+    findings: Findings,
+    limit: int | None = None,
+    mixed: DataConfig | None = None,
 ) -> FieldFacts:
     """Read all files of a field, and note every bad row up to the twentieth of each file.
 
@@ -86,20 +106,24 @@ def read_field(
         paths: that it has.
         findings: to note errors in.
         limit: rows to read of each file; None: all.
+        mixed: which source a prompt is of; None where the recipe does not mix sources.
     """
     facts, uids = FieldFacts(name), set[str]()
+    read = READERS[name]
+    if mixed is not None:
+        read = partial(read_prompts, columns=prompt_columns(mixed))
     for file in _files(name, paths, findings):
         facts.files += 1
         if limit is not None and _is_large_array(file):
             continue
         refused = _Refused()
         with findings.attempt():
-            for record in islice(READERS[name]([file], refused=refused), limit):
+            for record in islice(read([file], refused=refused), limit):
                 _add(facts, record, uids)
-        for error in refused.first:
-            findings.error(str(error), DataError)
-        if rest := refused.count - len(refused.first):
-            findings.error(f"{file}: {rest} more rows are refused; mend these first", DataError)
+                if mixed is not None and isinstance(record, Prompt):
+                    facts.sources.append(source_of(record, mixed.source_column))
+        for line in refused.lines(file):
+            findings.error(line, DataError)
     if facts.again:
         findings.warning(
             f"{facts.again[0]}: stands in data.{name} before, as do {len(facts.again)} of its "
@@ -160,6 +184,20 @@ def check_overlap(fields: Mapping[str, FieldFacts], findings: Findings) -> None:
                 f"{len(held_out.seen)}; take them out of one of the two, or the evaluation "
                 "measures what was learnt by heart"
             )
+
+
+def check_mixture(config: RunConfig, prompts: FieldFacts, findings: Findings) -> None:
+    """Compare the sources that are there with those of the mixture, and say what is taken."""
+    mixture, train = config.data.mixture, config.train
+    if mixture is None or not prompts.sources:
+        return
+    with findings.attempt():
+        parts = parts_of(prompts.sources, mixture, train.iterations * train.prompts_per_iteration)
+        whole = sum(part.weight for part in parts)
+        shares = ", ".join(
+            f"{part.name} {part.weight / whole:.0%} of {len(part.rows)} prompts" for part in parts
+        )
+        findings.facts.append(f"data.mixture: {shares}")
 
 
 def check_lengths(

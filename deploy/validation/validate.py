@@ -22,7 +22,13 @@ from common.data.tokenizer import load_tokenizer
 from common.errors import CheckpointError, ConfigError
 from common.run_folder import writer_of
 from deploy.run_folder.paths import anchored
-from deploy.validation.data import FieldFacts, check_lengths, check_overlap, read_field
+from deploy.validation.data import (
+    FieldFacts,
+    check_lengths,
+    check_mixture,
+    check_overlap,
+    read_field,
+)
 from deploy.validation.findings import Finding, Findings
 from deploy.validation.parts import (
     Reach,
@@ -132,8 +138,9 @@ def _check_data(config: RunConfig, findings: Findings) -> None:
             "own; name files in data.demonstrations, data.comparisons and data.prompts"
         )
         return
+    mixed = None if data.mixture is None else data
     fields = {
-        name: read_field(name, paths, findings)
+        name: read_field(name, paths, findings, mixed=mixed if name == "prompts" else None)
         for name, paths in {**named, "evaluation": data.evaluation}.items()
         if paths
     }
@@ -178,6 +185,8 @@ def _check_use(config: RunConfig, fields: Mapping[str, FieldFacts], findings: Fi
             f"{config.train.prompts_per_iteration}, some of them several times; lower "
             "train.prompts_per_iteration or bring more"
         )
+    if "prompts" in fields:
+        check_mixture(config, fields["prompts"], findings)
 
 
 def _check_machine(config: RunConfig, findings: Findings) -> None:

@@ -72,6 +72,8 @@ class Experience:
     """bool response_mask."""
     versions: tuple[int, ...]
     """policy_version per row."""
+    sources: tuple[str | None, ...]
+    """Source of the prompt per row; None without a mixture."""
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -109,6 +111,7 @@ def experience(tables: Sequence[pa.Table], adapter: str = "") -> Experience:
         reference_NR=pad_rows([t.ref_logprobs for t in rows], reach),
         mask_NR=sequences.mask_NR,
         versions=tuple(t.policy_version for t in rows),
+        sources=tuple(t.source for t in rows),
     )
 
 

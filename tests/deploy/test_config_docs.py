@@ -6,6 +6,7 @@ from pathlib import Path
 
 from common.config.names import fields
 from common.config.rewards import RewardComponent
+from common.config.run import SourceConfig
 from deploy.config_docs import reference_page
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
@@ -22,5 +23,6 @@ def test_every_field_has_a_row_with_a_meaning() -> None:
     meanings = {row.split("`")[1]: row.split(" | ", 2)[2].strip(" |") for row in rows}
     expected = [name for name, _, _ in fields()]
     expected += [f"reward_service.components.NAME.{n}" for n in RewardComponent.every_field()]
+    expected += [f"data.mixture.NAME.{n}" for n in SourceConfig.every_field()]
     for name in expected:
         assert meanings[name], name

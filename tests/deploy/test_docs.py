@@ -57,11 +57,11 @@ def commands(path: Path) -> list[str]:
 
 
 def is_field(name: str) -> bool:
-    """A field or a group of fields; names under components are the user's."""
+    """A field or a group of fields; names of components and sources are the user's."""
     return (
         name in FIELDS
         or any(field.startswith(f"{name}.") for field in FIELDS)
-        or name.startswith("reward_service.components.NAME.")
+        or name.startswith(("reward_service.components.NAME.", "data.mixture.NAME."))
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,38 @@ def test_function_rewards_need_no_reward_model(
     assert first["component/constant"] == 1.0
     assert first["component/made/letters"] == first["component/length"]
     assert first["component/made/two words"] == 2.0
+
+
+def test_sources_come_in_their_shares_and_have_scores_of_their_own(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path
+) -> None:
+    files = {"a/b": ["open", "read"], "few": ["file", "close", "name"]}
+    for name, words in files.items():
+        rows = [{"prompt": f"{word}:", "of": name} for word in words]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{words[0]}.jsonl").write_text(lines, encoding="utf8")
+    mixture = {"a/b": {"weight": 3.0}, "few": {"limit": 2}}
+    config = run_copy(
+        workspace,
+        tmp_path / "runs",
+        data={
+            "prompts": [str(tmp_path / "*.jsonl")],
+            "mixture": mixture,
+            "source_column": "of",
+            "columns": [],
+        },
+        reward_service={
+            "components": {"of": {"kind": "function", "target": "tests.rewards:of_source"}}
+        },
+    )
+    finish(config, gang)
+    for iteration in range(config.train.iterations):
+        rows = from_table(read_log(config.run_dir, iteration)[0], ScoredTrajectory)
+        assert Counter(row.source for row in rows) == {"a/b": 12, "few": 4}
+        assert {row.prompt_text for row in rows if row.source == "few"} <= {"file:", "close:"}
+        assert all(row.score == len(row.source or "") for row in rows)
+    first = json.loads((config.run_dir / "metrics.jsonl").read_text().splitlines()[0])["metrics"]
+    assert (first["score/a:b"], first["score/few"], first["score"]) == (3.0, 3.0, 3.0)
 
 
 def test_a_broken_reward_function_stops_the_run_and_is_named(

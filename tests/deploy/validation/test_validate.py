@@ -183,11 +183,32 @@ def test_a_sound_recipe_has_facts_and_no_error(folder: Path, run: Run) -> None:
 
 
 def test_twenty_bad_rows_of_a_file_are_named_and_the_rest_counted(folder: Path) -> None:
-    write("p1.jsonl", [{"prompt": "good"}, *({"prompt": n} for n in range(50))])
+    write("p1.jsonl", [{"prompt": "good"}, *({"prompt": "x" * (n % 2)} for n in range(50))])
+    write("p2.jsonl", [{"prompt": "good"}, {"question": "q"}, {"prompt": "p"}, {"question": "q"}])
     Path("r.yaml").write_text(GOOD.format(folder=folder), encoding="utf8")
-    errors = validate(Path("r.yaml")).errors()
-    assert [e.where for e in errors[:20]] == [f"p1.jsonl:{n}" for n in range(2, 22)]
-    assert [str(e) for e in errors[20:]] == ["p1.jsonl: 30 more rows are refused; mend these first"]
+    empty, rest, unnamed = validate(Path("r.yaml")).errors()
+    lines = ", ".join(str(n) for n in range(4, 42, 2))
+    assert (empty.where, str(empty).endswith(f"; so in {lines}")) == ("p1.jsonl:2", True)
+    assert str(rest) == "p1.jsonl: 5 more rows are refused; mend these first"
+    assert (unnamed.where, str(unnamed).endswith("; so in 4")) == ("p2.jsonl:2", True)
+
+
+def test_sources_are_compared_with_the_mixture(folder: Path) -> None:
+    recipe = GOOD.format(folder=folder)
+    Path("r.yaml").write_text(recipe, encoding="utf8")
+    write("p2.jsonl", [{"prompt": f"other {n}"} for n in range(3)])
+    mixture = "data.mixture={p1: {weight: 3}, p2: {}}"
+    facts = validate(Path("r.yaml"), [mixture]).facts
+    assert "data.mixture: p1 75% of 40 prompts, p2 25% of 3 prompts" in facts
+    for override, says in (
+        ("data.mixture={p1: {}}", "does not name the source 'p2', of which there are 3 prompts"),
+        ("data.mixture={p1: {epochs: 1}, p2: {epochs: 1}}", "give 43 prompts in all their epochs"),
+    ):
+        (error,) = validate(Path("r.yaml"), [override]).errors()
+        assert says in str(error)
+    errors = validate(Path("r.yaml"), [mixture, "data.source_column=of"]).errors()
+    assert [e.where for e in errors] == ["p1.jsonl:1", "p2.jsonl:1"]
+    assert "column 'of': should name the prompt's source" in str(errors[0])
 
 
 def test_a_stage_refuses_what_it_reads_and_nothing_else(folder: Path) -> None:
