@@ -218,9 +218,12 @@ class Run:
             raise DataError(f"{self.path}: no trajectory is logged; `talipot train` writes them")
         return pa.concat_tables(tables)
 
-    def metrics(self, stage: Literal["sft", "reward", "train"] = "train") -> list[dict[str, float]]:
+    def metrics(
+        self, stage: Literal["sft", "reward", "train", "held_out"] = "train"
+    ) -> list[dict[str, float]]:
         """Read a stage's metrics, one mapping for each step that was logged, with its `step`.
 
+        `held_out` are evaluations while the policy was trained; their step is a policy version.
         Of an iteration that was trained again after a resumption the later line counts.
         """
         from deploy.run_folder.log_lines import read_lines

@@ -17,12 +17,13 @@ from typing import Literal
 
 Kind = Literal["gauge", "counter"]
 """gauge: of one step; counter: since the run began, restarts and resumes included."""
-Stage = Literal["sft", "reward", "train"]
+Stage = Literal["sft", "reward", "train", "held_out"]
 
 LABELS: Mapping[str, str] = {
     "age": "how many versions older than the trained policy",
     "cause": "`died`, `hung`, `unstarted`, `preempted` or `corrupt`",
     "component": "name of a reward component",
+    "k": "1, 2, 4 ... up to `evaluate.samples`",
     "part": "name that a reward function gives to a part of its score",
     "pool": "`rollout` or `reward`",
     "source": "name of a source of `data.mixture`; a slash in it is written as a colon",
@@ -151,7 +152,24 @@ class Logged(StrEnum):
     )
 
     # What the policy does.
-    SCORE = _gauge("score", "score", "mean score of a response", look_for="should rise")
+    SCORE = _gauge(
+        "score", "score", "mean score of a response", "train", "held_out", look_for="should rise"
+    )
+    PASS_AT = _gauge(
+        "pass@{k}",
+        "share",
+        "prompts of which one of k responses has at least the score `evaluate.solved`, estimated "
+        "without bias (Chen 2021)",
+        "held_out",
+        look_for="pass@1 that rises while others fall: variety is lost",
+        when="with `evaluate.solved`",
+    )
+    UNSCORED = _gauge(
+        "unscored", "responses", "responses that the reward service gave up", "held_out"
+    )
+    EVALUATE_SECONDS = _gauge(
+        "evaluate_seconds", "s", "what this evaluation took, no part of `seconds`", "held_out"
+    )
     SOURCE_SCORE = _gauge(
         "score/{source}",
         "score",
@@ -172,6 +190,8 @@ class Logged(StrEnum):
         "nats per response",
         "distance from the supervised policy, of whole distributions whatever `rollout.top_p` "
         "and its like leave out",
+        "train",
+        "held_out",
         look_for="a steep rise with the score is over-optimisation",
     )
     KL_COEF = _gauge(
@@ -184,9 +204,14 @@ class Logged(StrEnum):
         look_for="falls; not to 0",
     )
     RESPONSE_LENGTH = _gauge(
-        "response_length", "tokens", "mean length of a response", look_for="a drift to one length"
+        "response_length",
+        "tokens",
+        "mean length of a response",
+        "train",
+        "held_out",
+        look_for="a drift to one length",
     )
-    EOS_SHARE = _gauge("eos_share", "share", "responses that end")
+    EOS_SHARE = _gauge("eos_share", "share", "responses that end", "train", "held_out")
 
     # Sampler against learner.
     RATIO_DEVIATION = _gauge(

@@ -10,8 +10,6 @@ import ray
 from rich.console import Console
 
 from common.config.run import RunConfig
-from common.data.prompts import encode_prompts
-from common.data.records import read_demonstrations
 from common.errors import ClusterError, ConfigError
 from common.files import write_atomic
 from deploy.evaluation.compare import Judge, compare
@@ -22,6 +20,7 @@ from deploy.run_folder.lock import Holder, at_work
 from deploy.run_folder.weights import policy_start
 from deploy.screen import say
 from deploy.stages.controller_actor import RemoteController
+from deploy.stages.encoding import read_held_out
 from deploy.stages.policy import start_pools
 from deploy.stages.preparation import say_fitting
 from deploy.stages.session import open_session
@@ -42,7 +41,6 @@ def evaluate_run(
     if not config.data.evaluation:
         raise ConfigError("data.evaluation is empty; evaluate needs held-out prompts")
     judge = _judge(config.evaluate.judge) if config.evaluate.judge else None
-    held_out = read_demonstrations(config.data.evaluation, columns=config.data.columns)
     # Before anything starts: a word that names no policy is told at once.
     with (
         policy_of(config, checkpoint) as (chosen, weights),
@@ -50,13 +48,7 @@ def evaluate_run(
     ):
         if chosen.note:
             say(console, (chosen.note, "yellow"))
-        prompts, fitting = encode_prompts(
-            [record.asked() for record in held_out],
-            session.tokenizer(),
-            max_tokens=config.max_prompt_tokens,
-            too_long=config.data.too_long,
-            limit=config.evaluate.prompts,
-        )
+        prompts, fitting = read_held_out(session.tokenizer(), config)
         say_fitting(console, fitting)
         pools = start_pools(session, config)
         policies = policy_start(config), weights

@@ -18,6 +18,7 @@ the whole run: a worker's death, a restart of the learner and a resume go on wit
 name in braces are labels, and stand for these values:
 """
 _STAGES = {"sft": "Supervised policy", "reward": "Reward model", "train": "Policy training"}
+_STAGES["held_out"] = "Evaluation while the policy is trained"
 
 
 def metrics_page() -> str:

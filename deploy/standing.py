@@ -20,8 +20,8 @@ from common.config.run import RunConfig
 from common.metric_catalogue import Logged, logged_as
 from deploy.run_folder.failures import last_failure
 from deploy.run_folder.lock import Holder, at_work
-from deploy.run_folder.log_lines import Line, Log, read_lines
-from deploy.run_folder.progress import Told, recorded_facts, told
+from deploy.run_folder.log_lines import HELD_OUT, Line, Log, read_lines
+from deploy.run_folder.progress import Told, is_final, recorded_facts, told
 from deploy.screen import Part
 
 _QUIET_S = 15.0
@@ -118,7 +118,7 @@ def _live(config: RunConfig, holder: Holder, last: Told, log: Log) -> Standing:
 def _at_rest(config: RunConfig, log: Log) -> Standing:
     facts, last = recorded_facts(config.run_dir), _last(log)
     iterations = config.train.iterations
-    finished = facts is not None and facts["iterations"] >= iterations
+    finished = is_final(facts, config)
     trained = last is not None and last.stage == "train"
     advice = f"`talipot train --resume {config.run_dir}` carries on with it"
     failure = last_failure(config.folder.events)
@@ -141,7 +141,8 @@ def _at_rest(config: RunConfig, log: Log) -> Standing:
 
 def _last(log: Log, stage: str = "") -> Line | None:
     """Return the last step of the log, or of one stage where that is in it."""
-    own = [line for line in log.lines if line.stage == stage] or log.lines
+    steps = [line for line in log.lines if line.stage != HELD_OUT]
+    own = [line for line in steps if line.stage == stage] or steps
     return own[-1] if own else None
 
 

@@ -119,6 +119,11 @@ RULES = (
         "tokenizer is trained",
     ),
     Rule(
+        ("evaluate.samples", "evaluate.solved", "evaluate.patience"),
+        lambda c: c.evaluate.every > 0,
+        "nothing is evaluated while the policy is trained; it has one with evaluate.every above 0",
+    ),
+    Rule(
         ("data.source_column",),
         lambda c: c.data.mixture is not None,
         "prompts are taken of all sources alike; it has one with data.mixture",
@@ -132,6 +137,7 @@ RULES = (
 
 NOT_EVALUATED = (
     *("sft", "reward_model", "train", "quickstart", "tokenizer", "preset", "evaluate.best_of"),
+    *("evaluate.every", "evaluate.samples", "evaluate.solved", "evaluate.patience"),
     *("data.demonstrations", "data.comparisons", "data.prompts"),
 )
 """What the evaluation of a finished run does not look at, or must not find changed."""

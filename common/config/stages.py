@@ -280,6 +280,16 @@ class EvaluateConfig(Section):
     the run's own reward, which the policy was trained on."""
     best_of: NonNegativeInt = 0
     """Samples per prompt of the quickstart's best-of-N line; 0 leaves it out."""
+    every: NonNegativeInt = 0
+    """Iterations of policy training from one evaluation on these prompts to the next, the first
+    before it and the last after it, by the run's own reward; 0 is none."""
+    samples: PositiveInt = 1
+    """Responses to each prompt in these."""
+    solved: Float | None = None
+    """Score from which on a response has solved its prompt, for pass@k of these; null is none."""
+    patience: PositiveInt | None = None
+    """Of these evaluations, how many in a row may bring no better score before training ends; null
+    trains all iterations."""
 
 
 class QuickstartConfig(Family):

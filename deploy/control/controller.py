@@ -35,6 +35,7 @@ from common.errors import RewardError, WorkerError
 from common.metric_catalogue import Logged
 from deploy.control.batches import nothing_left, staleness
 from deploy.control.collector import Collector
+from deploy.control.held_out import HeldOut
 from deploy.control.issuing import Issuer
 from deploy.control.jobs import Scored, Weights
 from deploy.control.ledger import Ledger
@@ -43,6 +44,7 @@ from deploy.control.status import Status
 from deploy.exchange.card import add_card
 from deploy.run_folder import checkpoints
 from deploy.run_folder.lock import writing
+from deploy.run_folder.log_lines import HELD_OUT
 from deploy.run_folder.metrics_log import RunLog
 from deploy.run_folder.progress import record, telling
 from deploy.workers.attach import own_address
@@ -71,11 +73,13 @@ class Controller:
         rollout: Pool,
         reward: Pool,
         stop_after: int | None = None,
+        held_out: Sequence[EncodedPrompt] = (),
     ) -> None:
         """Control a run with these workers.
 
         Workers that were not started when `run` begins are started by it, belong to this process
-        and end with it. `stop_after` ends the run after that many iterations, with a checkpoint.
+        and end with it. `stop_after` ends the run after that many iterations, with a checkpoint;
+        `held_out` are the prompts of `evaluate.every`.
         """
         self.config = config
         self.run_dir = config.run_dir
@@ -93,6 +97,7 @@ class Controller:
         self.elastic = Elastic(config, rollout, reward)
         self.own_workers = OwnWorkers(config, gang, self.collector, self.elastic)
         self.issuer = Issuer(config, prompts)
+        self.held_out = HeldOut.of(config, held_out)
         self.iteration = 0
         """Next iteration to train."""
         self.metrics: dict[str, float] = {}
@@ -138,6 +143,7 @@ class Controller:
             "learner_restarts": self.learner_restarts,
             "leases_reissued": self.ledger.reissued,
             "train_kl": self.metrics.get(Logged.KL, 0.0),
+            "out_of_patience": self.held_out.hopeless,
         }
         if weights:
             record(self.run_dir, facts)
@@ -155,7 +161,8 @@ class Controller:
                 if not restored:
                     self._restore()
                     restored = True
-                while self.iteration < last and not self._stop:
+                    self._evaluate_if_due(log)
+                while self.iteration < last and not (self._stop or self.held_out.hopeless):
                     metrics: dict[str, float] = {}
                     with _timed(metrics, Logged.SECONDS):
                         self._iterate(metrics)
@@ -163,8 +170,9 @@ class Controller:
                     metrics[Logged.LEARNER_RESTARTS] = float(self.learner_restarts)
                     self.metrics = metrics
                     log.write("train", self.iteration, metrics)
+                    self._evaluate_if_due(log)
                     self._checkpoint_if_due()
-                if self.iteration < last:
+                if self.iteration < last and not self.held_out.hopeless:
                     return ""
                 weights_hash = self.gang.export_policy(self.config.folder.policy.path)
                 add_card(self.config.folder.policy.path, self.config, "train")
@@ -290,6 +298,22 @@ class Controller:
         self._batch = []
         self.iteration = iteration + 1
 
+    def _evaluate_if_due(self, log: RunLog) -> None:
+        """Ask the held-out prompts of a version that the recipe wants to know of."""
+        if not self.held_out.due(self.iteration):
+            return
+
+        def meanwhile() -> None:
+            if self._stop:
+                raise _Stopped
+            self._move_rollouts()
+
+        log.write(
+            HELD_OUT,
+            self.iteration,
+            self.held_out.measure(self.iteration, self.collector, self._publish, meanwhile),
+        )
+
     # ------------------------------------------------------------------ the learner's restart
 
     def _restart_learner(self, error: LearnerLost) -> None:
@@ -321,14 +345,21 @@ class Controller:
         every, last = self.config.train.checkpoint_every, self.config.train.iterations
         if self.stop_after is not None and self.iteration >= self.stop_after:
             self._stop = True
-        if (every and self.iteration % every == 0) or self._stop or self.iteration == last:
+        if (
+            (every and self.iteration % every == 0)
+            or self._stop
+            or self.iteration == last
+            or self.held_out.best == self.iteration
+            or self.held_out.hopeless
+        ):
             self._checkpoint()
 
     def _checkpoint(self) -> None:
         """Write what the run is after `iteration` iterations, unless that is written already."""
         if self._saved != self.iteration:
             keep = self.config.train.keep_checkpoints
-            checkpoints.write(self.run_dir, self.iteration, self._fill, keep=keep)
+            best = self.held_out.best
+            checkpoints.write(self.run_dir, self.iteration, self._fill, keep=keep, best=best)
             self._saved = self.iteration
 
     def _fill(self, folder: Path) -> dict[str, Any]:
@@ -356,6 +387,7 @@ class Controller:
             self.gang.load(folder, state["learner"], meanwhile=self.collector.tend)
         issued = self.issuer.next
         self.iteration = self._saved = state.get("iteration", 0)
+        self.held_out.rewind(self.iteration)
         checkpoints.rewind(self.run_dir, self.iteration)
         self.learner_restarts = max(self.learner_restarts, state.get("learner_restarts", 0))
         self.collector.tally.carry_on(state.get("counts", {}))

@@ -14,6 +14,13 @@ from deploy.run_folder.log_lines import Line
 _CURVES: dict[str, tuple[tuple[Logged, str], ...]] = {
     "sft": ((Logged.LOSS, "Loss, nats per token"), (Logged.TOKENS_PER_SECOND, "Tokens per second")),
     "reward": ((Logged.LOSS, "Loss"), (Logged.ACCURACY, "Accuracy on training batches")),
+    "held_out": (
+        (Logged.SCORE, "Score per response"),
+        (Logged.PASS_AT, "Prompts solved, pass@{k}"),
+        (Logged.KL, "KL to the reference policy, nats per response"),
+        (Logged.RESPONSE_LENGTH, "Response length, tokens"),
+        (Logged.EOS_SHARE, "Share of responses that end"),
+    ),
     "train": (
         (Logged.SCORE, "Score per response"),
         (Logged.COMPONENT, "Component of the score: {component}"),

@@ -13,7 +13,6 @@ from torch import Tensor
 from common.config.run import RunConfig
 from common.data.prompts import EncodedPrompt, evaluation_requests
 from common.devices import torch_dtype
-from common.errors import RewardError
 from common.models.adapter_files import load_peft, put_adapter, require_base
 from common.models.adapters import adapter_tensors, add_adapter, base_fingerprint
 from common.models.build import build_decoder
@@ -22,9 +21,8 @@ from common.models.weight_files import load_decoder
 from common.run_folder import PolicyFolder
 from common.wire.trajectory import Rollout, RolloutRequest, ScoredTrajectory, from_table
 from common.wire.weights import manifest_of
-from deploy.control.collector import Collector
+from deploy.control.held_out import collected
 from deploy.control.jobs import Weights
-from deploy.control.ledger import Ledger
 from deploy.run_folder.weights import policy_start
 from deploy.workers.pool import Pool
 
@@ -194,27 +192,6 @@ def _run(
     rollout: Pool,
     reward: Pool | None,
 ) -> list[ray.ObjectRef[Any]]:
-    """Take requests through the pools, with a ledger of their own; return the tables of rollouts.
-
-    Raises:
-        RewardError: no response was scored.
-    """
-    ledger = Ledger()
-    ledger.issue(0, requests, config.rollout.lease_size)
-    collector = Collector(
-        ledger,
-        rollout,
-        reward,
-        deadline_s=config.rollout.lease_deadline_s,
-        score_together=False,
-        score_last=True,
-    )
-    collector.weights = weights
-    while ledger.pending(0):
-        collector.pump()
-    if not collector.batches.waiting:
-        raise RewardError(
-            f"evaluation: every one of {len(requests)} responses was given up by the reward "
-            f"service; the last: {collector.last_dead_letter}"
-        )
-    return [s.table for s in collector.batches.waiting]
+    """Take requests through the pools; return the tables of rollouts. Raises as `collected`."""
+    tables = collected(config, weights, requests, rollout, reward)
+    return [s.table for s in tables]

@@ -33,7 +33,7 @@ from common.models.pretrained.writing import copy_any, take_tokenizer
 from common.models.weight_files import checkpoint_of, save_policy
 from common.run_folder import PolicyFolder
 from deploy.run_folder import checkpoints
-from deploy.run_folder.log_lines import read_lines
+from deploy.run_folder.log_lines import held_out_scores, read_lines
 from deploy.run_folder.weights import final_policy, is_there, policy_start
 from learner.zero.masters import masters
 
@@ -204,13 +204,17 @@ def _scores(config: RunConfig) -> tuple[dict[int, float], str]:
     """Return what each checkpoint is compared by, and what that is.
 
     It is the judge's score of `talipot evaluate` on held-out prompts where each of them was
-    evaluated; else the mean score of the rollouts that its last iteration was trained on.
+    evaluated; else the run's own score of the evaluation while it was trained (`evaluate.every`),
+    likewise; else the mean score of the rollouts that its last iteration was trained on.
     """
     numbers = _numbers(config)
     held_out = {number: _evaluated(config, number) for number in numbers}
     known = {number: score for number, score in held_out.items() if score is not None}
     if known and len(known) == len(numbers):
         return known, "held-out score"
+    while_training = held_out_scores(config.folder.metrics)
+    if numbers and while_training.keys() >= {*numbers}:
+        return {n: while_training[n] for n in numbers}, "held-out score while training"
     logged = {
         line.step: line.metrics[Logged.SCORE]
         for line in read_lines(config.folder.metrics).lines

@@ -30,12 +30,19 @@ from common.run_folder import RunFolder
 _SUMS = "checksums.json"
 
 
-def write(run_dir: Path, step: int, fill: Callable[[Path], dict[str, Any]], *, keep: int) -> Path:
+def write(
+    run_dir: Path,
+    step: int,
+    fill: Callable[[Path], dict[str, Any]],
+    *,
+    keep: int,
+    best: int | None = None,
+) -> Path:
     """Write a checkpoint; `fill` writes tensors into a folder and returns the JSON state.
 
     Killed at any point, it leaves at least the whole ones that were there. Afterwards the newest
-    `keep` up to this step are left, and those of later steps that are whole: a run goes on from its
-    newest whole one, so a later one is either damaged or another writer's.
+    `keep` up to this step are left, that of step `best`, and those of later steps that are whole: a
+    run goes on from its newest whole one, so a later one is either damaged or another writer's.
 
     Raises:
         StorageError: the disk is full or not writable; older checkpoints stay.
@@ -64,6 +71,8 @@ def write(run_dir: Path, step: int, fill: Callable[[Path], dict[str, Any]], *, k
         shutil.rmtree(partial, ignore_errors=True)  # what is not whole is of no use
     finished = _finished(run_dir)
     kept = [p for p in finished if not p.suffix and p.name <= final.name][-keep:]
+    if best is not None:
+        kept.append(RunFolder(run_dir).checkpoint(best))
     for path in finished:
         if path not in kept and (path.stem <= final.name or not is_whole(path)):
             shutil.rmtree(path)

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import DataError
+from common.metric_catalogue import Logged
+
+HELD_OUT = "held_out"
+"""Stage of lines on evaluations while the policy is trained; their step is a policy version."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +65,15 @@ def read_metrics(path: Path) -> list[Line]:
     if not log.lines:
         raise DataError(f"{path}: no metrics yet; run a stage first")
     return log.lines
+
+
+def held_out_scores(path: Path) -> dict[int, float]:
+    """Return the mean score of each policy version that a run has logged an evaluation of."""
+    return {
+        line.step: line.metrics[Logged.SCORE]
+        for line in read_lines(path).lines
+        if line.stage == HELD_OUT and Logged.SCORE in line.metrics
+    }
 
 
 def cut_torn_end(path: Path) -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.config.run import RunConfig
 from common.errors import DataError
 from common.files import write_atomic
 from common.run_folder import RunFolder
@@ -85,6 +86,14 @@ def told(run_dir: Path) -> Told | None:
 def record(run_dir: Path, facts: Mapping[str, Any]) -> None:
     """Write a finished run's facts. Raises StorageError when they cannot be written."""
     write_atomic(RunFolder(run_dir).result, [json.dumps(facts, indent=1).encode()])
+
+
+def is_final(facts: Mapping[str, Any] | None, config: RunConfig) -> bool:
+    """Whether a run that has recorded these facts has nothing more to train under this recipe."""
+    if facts is None:
+        return False
+    ended = facts.get("out_of_patience", False) and config.evaluate.patience is not None
+    return bool(facts["iterations"] >= config.train.iterations or ended)
 
 
 def recorded_facts(run_dir: Path) -> dict[str, Any] | None:

@@ -44,6 +44,8 @@ def reads_of(stage: str, config: RunConfig) -> Reads:
     else:
         if stage == "train":
             reads |= _functions(config) | {"data.prompts": files_at(data.prompts)}
+            if config.evaluate.every:
+                reads["data.evaluation"] = files_at(data.evaluation)
         weights["model.start"] = policy_start(config)
         weights["train.critic.start"] = checkpoint_of(config.train.critic)
         weights["reward_service.reference.start"] = checkpoint_of(config.reward_service.reference)

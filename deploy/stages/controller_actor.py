@@ -139,6 +139,7 @@ def start_controller(
     gang: LearnerGang,
     pools: tuple[Pool, Pool],
     stop_after: int | None,
+    held_out: Sequence[EncodedPrompt] = (),
     *,
     detached: bool,
 ) -> RemoteController:
@@ -158,7 +159,7 @@ def start_controller(
     deadline = time.monotonic() + _NAME_FREE_S
     while True:
         try:
-            handle = actor.remote(config, prompts, gang, *pools, stop_after)
+            handle = actor.remote(config, prompts, gang, *pools, stop_after, held_out)
             return RemoteController(handle, config)
         except ValueError:  # the name's last holder is dead, and Ray has not freed the name yet
             if time.monotonic() > deadline:

@@ -15,7 +15,12 @@ from common.data.encoding import comparisons_in_ids, rows_in_ids
 from common.data.fitting import Fitting
 from common.data.mixture import prompt_columns, source_of
 from common.data.prompts import EncodedPrompt, encode_prompts
-from common.data.records import Comparison, Demonstration, read_prompts
+from common.data.records import (
+    Comparison,
+    Demonstration,
+    read_demonstrations,
+    read_prompts,
+)
 from common.data.tokenizer import Tokenizer
 from common.errors import DataError
 from common.randomness import derive_seed
@@ -38,6 +43,18 @@ def read_encoded_prompts(
         max_tokens=config.max_prompt_tokens,
         too_long=data.too_long,
         source=None if data.mixture is None else partial(source_of, column=data.source_column),
+    )
+
+
+def read_held_out(tokenizer: Tokenizer, config: RunConfig) -> tuple[list[EncodedPrompt], Fitting]:
+    """Read the first `evaluate.prompts` held-out prompts in tokens, and how many of them fitted."""
+    records = read_demonstrations(config.data.evaluation, columns=config.data.columns)
+    return encode_prompts(
+        [record.asked() for record in records],
+        tokenizer,
+        max_tokens=config.max_prompt_tokens,
+        too_long=config.data.too_long,
+        limit=config.evaluate.prompts,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from rich.console import Console
 from common.config.earlier import saved_config
 from common.config.run import RunConfig
 from common.data.prompts import EncodedPrompt
+from common.data.tokenizer import Tokenizer
 from common.errors import ClusterError, ConfigError
 from common.metric_catalogue import Logged
 from deploy.control.issuing import mixed
@@ -21,7 +22,7 @@ from deploy.run_folder import checkpoints
 from deploy.run_folder.inputs import RunInputs
 from deploy.run_folder.log_lines import read_lines
 from deploy.run_folder.paths import anchored, rebased
-from deploy.run_folder.progress import recorded_facts
+from deploy.run_folder.progress import is_final, recorded_facts
 from deploy.run_folder.resume_rules import Change, require_resumable
 from deploy.run_folder.weights import policy_start, reward_weights
 from deploy.screen import say
@@ -32,7 +33,7 @@ from deploy.stages.controller_actor import (
     start_controller,
 )
 from deploy.stages.driver import follow
-from deploy.stages.encoding import read_encoded_prompts
+from deploy.stages.encoding import read_encoded_prompts, read_held_out
 from deploy.stages.preparation import check_inputs, require_paths, say_fitting
 from deploy.stages.session import Session
 from deploy.stages.sizing import say_trained
@@ -81,7 +82,7 @@ def resumption_of(config: RunConfig) -> Resumption:
         RunInputs(config.run_dir).recorded("train"),
     )
     facts = recorded_facts(config.run_dir)
-    if facts is not None and facts["iterations"] < config.train.iterations:
+    if not is_final(facts, config):
         facts = None
     return Resumption(
         changed=changed, facts=facts, iteration=state["iteration"], checkpoint=checkpoint[0]
@@ -116,6 +117,8 @@ def run_train(
     raises what stopped the run.
     """
     require_paths(config.data.prompts, "data.prompts", "train")
+    if config.evaluate.every:
+        require_paths(config.data.evaluation, "data.evaluation", "evaluate.every")
     config = anchored(config)
     controller, known = living_controller(config), 0
     if controller is None and session.attached:
@@ -136,10 +139,11 @@ def run_train(
         prompts, fitting = read_encoded_prompts(config.data.prompts, tokenizer, config)
         say_fitting(session.console, fitting)
         mixed(config, prompts)  # what is wrong with it is said before anything starts
+        held_out = _held_out(session, config, tokenizer, {prompt.uid for prompt in prompts})
         record()
         session.unlock()  # from here on the controller writes
         known = len(prompts)
-        controller = _start(session, config, prompts, pools, stop_after)
+        controller = _start(session, config, prompts, held_out, pools, stop_after)
     done = 0 if resumption is None else resumption.iteration
     with session.progress("policy", config.train.iterations, done) as bar:
         facts = follow(controller, config, lambda status: _show(bar.update, status))
@@ -156,10 +160,28 @@ def run_train(
     return facts
 
 
+def _held_out(
+    session: Session, config: RunConfig, tokenizer: Tokenizer, trained: Set[str]
+) -> list[EncodedPrompt]:
+    """Read what is asked while training goes on; nothing where the recipe does not want it.
+
+    What is among the prompts that are trained on, by their uids, is told.
+    """
+    if not config.evaluate.every:
+        return []
+    prompts, fitting = read_held_out(tokenizer, config)
+    say_fitting(session.console, fitting)
+    if both := sum(prompt.uid in trained for prompt in prompts):
+        text = f"{both} of {len(prompts)} held-out prompts (data.evaluation) are trained on too"
+        say(session.console, (text, "yellow"))
+    return prompts
+
+
 def _start(
     session: Session,
     config: RunConfig,
     prompts: list[EncodedPrompt],
+    held_out: list[EncodedPrompt],
     pools: tuple[Pool, Pool] | None,
     stop_after: int | None,
 ) -> RemoteController:
@@ -173,6 +195,7 @@ def _start(
         started or LearnerGang(config, name, start=False),
         pools or make_pools(session, config, name, start=False),
         stop_after,
+        held_out,
         detached=started is None and pools is None,
     )
 

@@ -185,6 +185,8 @@ def _check_use(config: RunConfig, fields: Mapping[str, FieldFacts], findings: Fi
             f"{config.train.prompts_per_iteration}, some of them several times; lower "
             "train.prompts_per_iteration or bring more"
         )
+    if config.evaluate.every and "evaluation" not in fields:
+        findings.error("data.evaluation is empty; evaluate.every needs at least one file")
     if "prompts" in fields:
         check_mixture(config, fields["prompts"], findings)
 

@@ -16,7 +16,7 @@ from common.data.prompts import EncodedPrompt
 from common.data.tokenizer import load_tokenizer
 from deploy.control.controller import Controller
 from deploy.run_folder.weights import policy_start, reward_weights
-from deploy.stages.encoding import read_encoded_prompts
+from deploy.stages.encoding import read_encoded_prompts, read_held_out
 from deploy.workers.gang import LearnerGang
 from deploy.workers.placement import reward_pool, rollout_pool
 from deploy.workers.pool import Pool
@@ -25,6 +25,13 @@ from deploy.workers.pool import Pool
 def prompts_of(config: RunConfig) -> list[EncodedPrompt]:
     tokenizer = load_tokenizer(config.folder.tokenizer)
     return read_encoded_prompts(config.data.prompts, tokenizer, config)[0]
+
+
+def held_out_of(config: RunConfig) -> list[EncodedPrompt]:
+    """What is asked while training goes on."""
+    if not config.evaluate.every:
+        return []
+    return read_held_out(load_tokenizer(config.folder.tokenizer), config)[0]
 
 
 _IDLE: dict[str, tuple[Pool, Pool]] = {}
@@ -59,7 +66,9 @@ class Run:
             reward_pool(config, name, tokenizer, begins, model, start=start),
         )
         self.begins = self.count_pools()
-        self.controller = Controller(config, prompts_of(config), gang, *self.pools, stop_after)
+        self.controller = Controller(
+            config, prompts_of(config), gang, *self.pools, stop_after, held_out_of(config)
+        )
 
     def count_pools(self) -> list[tuple[int, int]]:
         """Failures and wanted sizes: pools in which something changed are not used again."""

@@ -211,6 +211,13 @@ def test_sources_are_compared_with_the_mixture(folder: Path) -> None:
     assert "column 'of': should name the prompt's source" in str(errors[0])
 
 
+def test_evaluation_while_training_needs_prompts(folder: Path) -> None:
+    Path("r.yaml").write_text(GOOD.format(folder=folder), encoding="utf8")
+    assert validate(Path("r.yaml"), ["evaluate.every=2"]).errors() == []
+    (error,) = validate(Path("r.yaml"), ["evaluate.every=2", "data.evaluation=[]"]).errors()
+    assert str(error) == "data.evaluation is empty; evaluate.every needs at least one file"
+
+
 def test_a_stage_refuses_what_it_reads_and_nothing_else(folder: Path) -> None:
     Path("r.yaml").write_text(GOOD.format(folder=folder), encoding="utf8")
     write("d.jsonl", [{"prompt": "q"}, {"response": "a"}])

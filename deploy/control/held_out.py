@@ -1,0 +1,197 @@
+"""Evaluation while training: held-out prompts, through the run's own workers and beside its books.
+
+Its requests have a ledger of their own and are never among the run's rollouts. They are sampled
+with the weights that are published already, from seeds that are the same each time, so training
+goes on as if nothing had been asked.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import ray
+
+from common.config.run import RunConfig
+from common.data.prompts import EncodedPrompt, evaluation_requests
+from common.errors import RewardError
+from common.metric_catalogue import Logged
+from common.wire.trajectory import RolloutRequest, ScoredTrajectory, from_table
+from deploy.control.collector import Collector
+from deploy.control.jobs import Scored, Weights
+from deploy.control.ledger import Ledger
+from deploy.run_folder.log_lines import HELD_OUT, held_out_scores
+from deploy.workers.pool import Pool
+
+
+def collected(
+    config: RunConfig,
+    weights: Weights,
+    requests: Sequence[RolloutRequest],
+    rollout: Pool,
+    reward: Pool | None,
+    *,
+    meanwhile: Callable[[], None] | None = None,
+    renewed: Callable[[], Weights] | None = None,
+) -> list[Scored]:
+    """Take requests through the pools, with a ledger of their own.
+
+    Args:
+        config: the recipe.
+        weights: to sample from.
+        requests: of no run's ledger.
+        rollout: rollout actors.
+        reward: reward workers; without them nothing is scored.
+        meanwhile: called again and again while there is something to wait for.
+        renewed: publishes the weights once more where a slice was lost with its node.
+
+    Raises:
+        RewardError: no response was scored.
+    """
+    ledger = Ledger()
+    ledger.issue(0, requests, config.rollout.lease_size)
+    collector = Collector(
+        ledger,
+        rollout,
+        reward,
+        deadline_s=config.rollout.lease_deadline_s,
+        score_together=False,
+        score_last=True,
+    )
+    collector.weights = weights
+    while ledger.pending(0):
+        if meanwhile is not None:
+            meanwhile()
+        if renewed is not None and collector.weights is collector.lost_weights:
+            collector.weights = renewed()
+        collector.pump()
+    if not collector.batches.waiting:
+        raise RewardError(
+            f"evaluation: every one of {len(requests)} responses was given up by the reward "
+            f"service; the last: {collector.last_dead_letter}"
+        )
+    return collector.batches.waiting
+
+
+@dataclass(slots=True)
+class HeldOut:
+    """The held-out prompts of a run, and what their scores were so far."""
+
+    config: RunConfig
+    prompts: Sequence[EncodedPrompt]
+    scores: dict[int, float]
+    """Mean score by policy version."""
+
+    @classmethod
+    def of(cls, config: RunConfig, prompts: Sequence[EncodedPrompt]) -> HeldOut:
+        """Go on from what the run's folder says of evaluations before."""
+        return cls(config, prompts, held_out_scores(config.folder.metrics))
+
+    def rewind(self, version: int) -> None:
+        """Forget the evaluations of later versions: their history is no longer true."""
+        self.scores = {v: score for v, score in self.scores.items() if v <= version}
+
+    def due(self, version: int) -> bool:
+        """Tell whether a version is to be evaluated now: the first, each k-th and the last."""
+        every, last = self.config.evaluate.every, self.config.train.iterations
+        wanted = every and (version % every == 0 or version == last)
+        return bool(wanted) and version not in self.scores
+
+    @property
+    def best(self) -> int | None:
+        """The earliest version with the highest score; None before the first evaluation."""
+        return max(self.scores, key=lambda v: (self.scores[v], -v), default=None)
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether `evaluate.patience` evaluations in a row were no better than one before them."""
+        patience, best = self.config.evaluate.patience, self.best
+        if patience is None or best is None:
+            return False
+        return sum(version > best for version in self.scores) >= patience
+
+    def measure(
+        self,
+        version: int,
+        own: Collector,
+        publish: Callable[[int], None],
+        meanwhile: Callable[[], None],
+    ) -> dict[str, float]:
+        """Evaluate the version that is published; returns its metrics.
+
+        Args:
+            version: of the policy.
+            own: the run's collector, whose workers and weights are used.
+            publish: publishes the version once more, where a slice of it was lost.
+            meanwhile: called again and again while there is something to wait for.
+
+        Raises:
+            RewardError: no response was scored.
+        """
+        begin = time.perf_counter()
+        settings = self.config.evaluate
+        requests = evaluation_requests(
+            self.prompts,
+            seed=self.config.seed,
+            label=HELD_OUT,
+            samples=settings.samples,
+            adapters=(self.config.train.adapter,),
+        )
+
+        def weights() -> Weights:
+            assert own.weights is not None, "the first are published when a run begins"
+            return own.weights
+
+        def renewed() -> Weights:
+            publish(version)
+            return weights()
+
+        pools = own.rollout, own.reward
+        tables = collected(
+            self.config, weights(), requests, *pools, meanwhile=meanwhile, renewed=renewed
+        )
+        rows = [row for s in tables for row in from_table(ray.get(s.table), ScoredTrajectory)]
+        rows.sort(key=lambda row: row.rollout_id)
+        metrics = measured(rows, settings.solved)
+        metrics[Logged.UNSCORED] = float(len(requests) - len(rows))
+        metrics[Logged.EVALUATE_SECONDS] = time.perf_counter() - begin
+        self.scores[version] = metrics[Logged.SCORE]
+        return metrics
+
+
+def measured(rows: Sequence[ScoredTrajectory], solved: float | None) -> dict[str, float]:
+    """Return the metrics of scored responses, in rollout_id order.
+
+    Args:
+        rows: the responses; those to one prompt share their group.
+        solved: score from which on a response has solved its prompt; None: no pass@k.
+    """
+    count = len(rows)
+    metrics: dict[str, float] = {
+        Logged.SCORE: sum(row.score for row in rows) / count,
+        Logged.KL: sum(sum(row.policy_logprobs) - sum(row.ref_logprobs) for row in rows) / count,
+        Logged.RESPONSE_LENGTH: sum(len(row.response_ids) for row in rows) / count,
+        Logged.EOS_SHARE: sum(row.finish_reason != "length" for row in rows) / count,
+    }
+    if solved is None:
+        return metrics
+    groups: defaultdict[int, list[bool]] = defaultdict(list)
+    for row in rows:
+        groups[row.group].append(row.score >= solved)
+    k, fewest = 1, min(map(len, groups.values()))
+    while k <= fewest:
+        rates = [pass_at_k(len(group), sum(group), k) for group in groups.values()]
+        metrics[Logged.PASS_AT.of(k)] = sum(rates) / len(rates)
+        k *= 2
+    return metrics
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Return the unbiased estimate that one of k samples solves a prompt of which c of n do.
+
+    ``1 - C(n - c, k) / C(n, k)`` (Chen 2021, equation 1).
+    """
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)

@@ -1,0 +1,239 @@
+"""Evaluation while training: what it measures, what it keeps, and that training does not notice."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from common.config.run import RunConfig
+from common.data.tokenizer import load_tokenizer
+from common.wire.trajectory import ScoredTrajectory
+from deploy.control.held_out import HeldOut, measured, pass_at_k
+from deploy.exchange.policies import choose
+from deploy.run_folder import checkpoints
+from deploy.run_folder.log_lines import held_out_scores, read_lines
+from deploy.run_folder.progress import is_final, recorded_facts
+from deploy.stages.policy import _held_out
+from deploy.stages.session import Session
+from deploy.standing import standing_of
+from deploy.workers.gang import LearnerGang
+from tests.conftest import run_copy
+from tests.deploy.control.runs import Run, finish, kill_worker, prompts_of, when
+from tests.learner.batch.test_trajectory_log import trajectories
+
+cluster = pytest.mark.usefixtures("cluster")
+EVALUATED = {"every": 2, "prompts": 12, "samples": 2, "solved": 0.0}
+
+
+# ------------------------------------------------------------------ what is measured
+
+
+@given(st.integers(1, 9), st.data())
+def test_pass_at_k_is_the_share_of_all_choices_that_hold_a_solution(
+    n: int, data: st.DataObject
+) -> None:
+    c, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
+    choices = list(itertools.combinations([i < c for i in range(n)], k))
+    assert pass_at_k(n, c, k) == pytest.approx(
+        float(Fraction(sum(map(any, choices)), len(choices)))
+    )
+
+
+def row(group: int, score: float) -> ScoredTrajectory:
+    return replace(trajectories("")[0], score=score, group=group)
+
+
+def test_responses_to_one_prompt_are_counted_together() -> None:
+    scores = {0: [1.0, 0.0, 0.0, 0.0], 1: [0.0] * 4, 2: [1.0] * 4}
+    rows = [row(group, score) for group, of in scores.items() for score in of]
+    found = measured(rows, solved=0.5)
+    assert found["score"] == pytest.approx(5 / 12)
+    assert found["pass@1"] == pytest.approx((0.25 + 0 + 1) / 3)
+    assert found["pass@2"] == pytest.approx((0.5 + 0 + 1) / 3)
+    assert found["pass@4"] == pytest.approx((1.0 + 0 + 1) / 3)
+    assert "pass@8" not in found and "pass@1" not in measured(rows, solved=None)
+    # A response of one prompt was given up: what is known of fewer is not guessed.
+    assert "pass@4" not in measured(rows[1:], solved=0.5)
+
+
+# ------------------------------------------------------------------ when, and what is best
+
+
+def held_out(config: RunConfig, scores: dict[int, float], **settings: Any) -> HeldOut:
+    evaluate = config.evaluate.model_copy(update={"every": 3, **settings})
+    train = config.train.model_copy(update={"iterations": 10})
+    changed = config.model_copy(update={"evaluate": evaluate, "train": train})
+    return HeldOut(config=changed, prompts=[], scores=scores)
+
+
+def test_the_first_each_kth_and_the_last_version_are_due_once(workspace: RunConfig) -> None:
+    due = held_out(workspace, {3: 0.0}).due
+    assert [v for v in range(11) if due(v)] == [0, 6, 9, 10]
+    assert not any(map(held_out(workspace, {}, every=0).due, range(11)))
+
+
+def test_the_best_is_the_first_of_equals_and_patience_counts_from_it(workspace: RunConfig) -> None:
+    scores = {0: 0.1, 3: 0.5, 6: 0.5, 9: 0.4}
+    assert held_out(workspace, scores).best == 3
+    assert not held_out(workspace, scores).hopeless, "patience is without end"
+    assert held_out(workspace, scores, patience=2).hopeless
+    assert not held_out(workspace, scores, patience=3).hopeless
+    assert not held_out(workspace, {}, patience=1).hopeless
+    again = held_out(workspace, scores, patience=2)
+    again.rewind(6)
+    assert (again.scores, again.hopeless) == ({0: 0.1, 3: 0.5, 6: 0.5}, False)
+
+
+def test_prompts_that_are_trained_on_too_are_told(workspace: RunConfig) -> None:
+    evaluate = workspace.evaluate.model_copy(update={"every": 1, "prompts": 5})
+    config = workspace.model_copy(update={"evaluate": evaluate})
+    console = Console(file=io.StringIO(), width=200)
+    trained = {prompt.uid for prompt in prompts_of(config)[:3]}
+    session, tokenizer = Session(config, console), load_tokenizer(config.folder.tokenizer)
+    assert len(_held_out(session, config, tokenizer, trained)) == 5
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "3 of 5 held-out prompts (data.evaluation) are trained on too" in shown
+    assert _held_out(session, workspace, tokenizer, trained) == []
+
+
+# ------------------------------------------------------------------ in a run
+
+
+def evaluations(config: RunConfig) -> list[tuple[int, dict[str, float]]]:
+    lines = read_lines(config.folder.metrics).lines
+    return [(line.step, dict(line.metrics)) for line in lines if line.stage == "held_out"]
+
+
+@cluster
+def test_training_does_not_notice(
+    workspace: RunConfig,
+    gang: LearnerGang,
+    reference: tuple[RunConfig, dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    config = run_copy(workspace, tmp_path, evaluate=EVALUATED)
+    facts = finish(config, gang)
+    assert facts["weights_hash"] == reference[1]["weights_hash"]
+    assert facts["rollouts_issued"] == facts["rollouts_trained"] == 64
+    found = evaluations(config)
+    assert [version for version, _ in found] == [0, 2, 4]
+    first, _, last = (metrics for _, metrics in found)
+    assert first["kl"] == pytest.approx(0.0, abs=1e-4), "before training it is the reference"
+    assert last["kl"] != first["kl"]
+    for _, metrics in found:
+        assert metrics["unscored"] == 0 and metrics["evaluate_seconds"] > 0
+        assert 0 <= metrics["pass@1"] <= metrics["pass@2"] <= 1
+        assert 1 <= metrics["response_length"] <= 8
+    status = standing_of(config)
+    assert (status.state, status.stage, status.step) == ("finished", "train", 4)
+
+
+@cluster
+def test_a_resumed_run_evaluates_no_version_twice(
+    workspace: RunConfig,
+    gang: LearnerGang,
+    reference: tuple[RunConfig, dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    config = run_copy(workspace, tmp_path, evaluate=EVALUATED)
+    finish(config, gang, stop_after=2)
+    facts = finish(config, gang)
+    assert facts["weights_hash"] == reference[1]["weights_hash"]
+    assert [version for version, _ in evaluations(config)] == [0, 2, 4]
+
+
+@cluster
+@pytest.mark.parametrize("kind", ["rollout", "reward"])
+def test_a_worker_that_dies_in_an_evaluation_changes_no_figure(
+    workspace: RunConfig,
+    gang: LearnerGang,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    plain = run_copy(workspace, tmp_path / "a", evaluate=EVALUATED, train={"iterations": 1})
+    finish(plain, gang)
+    config = run_copy(workspace, tmp_path / "b", evaluate=EVALUATED, train={"iterations": 1})
+    with Run(config, gang) as controller:
+        measure = HeldOut.measure
+
+        def killing(*args: Any) -> dict[str, float]:
+            kill = when(lambda: True, lambda: kill_worker(controller, kind))
+            try:
+                return measure(*args)
+            finally:
+                kill.join()
+
+        monkeypatch.setattr(HeldOut, "measure", killing)
+        facts = controller.run()
+    assert facts["worker_failures"] >= 1
+    assert facts["rollouts_issued"] == facts["rollouts_trained"] == 16
+    ours, theirs = (dict(evaluations(c)) for c in (config, plain))
+    for version, metrics in theirs.items():
+        for name in metrics.keys() - {"evaluate_seconds"}:
+            assert ours[version][name] == metrics[name], (version, name)
+
+
+@cluster
+def test_asynchronous_rollouts_go_on_beside_it(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path
+) -> None:
+    train = {"max_staleness": 2, "iterations": 4, "ppg": None}
+    config = run_copy(workspace, tmp_path, evaluate=EVALUATED, train=train)
+    facts = finish(config, gang)
+    assert facts["rollouts_trained"] + facts["rollouts_dropped"] == 64
+    assert [version for version, _ in evaluations(config)] == [0, 2, 4]
+
+
+@cluster
+def test_training_ends_when_patience_does_and_the_best_stays(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path
+) -> None:
+    components = {"one": {"kind": "function", "target": "tests.rewards:one"}}
+    config = run_copy(
+        workspace,
+        tmp_path,
+        reward_service={"components": components},
+        evaluate={"every": 1, "prompts": 4, "patience": 2},
+        train={"keep_checkpoints": 1, "checkpoint_every": 1, "iterations": 9, "ppg": None},
+    )
+    facts = finish(config, gang)
+    assert (facts["iterations"], facts["finished"]) == (2, True)
+    assert held_out_scores(config.folder.metrics) == {0: 1.0, 1: 1.0, 2: 1.0}
+    assert config.folder.policy.path.exists()
+    assert is_final(recorded_facts(config.run_dir), config)
+    assert standing_of(config).state == "finished"
+    patient = config.evaluate.model_copy(update={"patience": None})
+    more = config.model_copy(update={"evaluate": patient})
+    assert not is_final(recorded_facts(config.run_dir), more)
+
+
+def test_the_best_checkpoint_is_kept_and_found(workspace: RunConfig, tmp_path: Path) -> None:
+    config = run_copy(workspace, tmp_path)
+    scores = {0: 0.0, 1: 0.2, 2: 0.9, 3: 0.3, 4: 0.4}
+    best = None
+    for step in range(1, 5):
+        best = max((s for s in scores if s <= step), key=lambda s: scores[s])
+        checkpoints.write(
+            config.run_dir, step, lambda _, at=step: {"iteration": at}, keep=1, best=best
+        )
+    folders = sorted(p.name for p in config.folder.checkpoints.iterdir())
+    assert folders == [config.folder.checkpoint(n).name for n in (2, 4)]
+    with config.folder.metrics.open("w", encoding="utf8") as file:
+        for step, score in scores.items():
+            for stage, shown in (("train", -score), ("held_out", score)):
+                line = {"stage": stage, "step": step, "metrics": {"score": shown}}
+                file.write(json.dumps(line) + "\n")
+    chosen = choose(config, "best")
+    assert chosen.iteration == 2
+    assert "held-out score while training 0.9" in chosen.note
