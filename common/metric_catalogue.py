@@ -28,7 +28,8 @@ LABELS: Mapping[str, str] = {
     "pool": "`rollout` or `reward`",
     "source": "name of a source of `data.mixture`; a slash in it is written as a colon",
     "reason": "`dead letter`: its scorer gave it up; `lone`: no other response of its prompt is "
-    "left to compare it with; `stale`: too old when its turn came; `lost`: its table went down "
+    "left to compare it with; `no signal`: all responses of its prompt have one score "
+    "(`train.dynamic_sampling`); `stale`: too old when its turn came; `lost`: its table went down "
     "with a node; `late`: others of its table were committed first",
 }
 """What varies within a metric, and its values."""
@@ -163,6 +164,12 @@ class Logged(StrEnum):
         "held_out",
         look_for="pass@1 that rises while others fall: variety is lost",
         when="with `evaluate.solved`",
+    )
+    PROMPTS_TRAINED = _gauge(
+        "prompts_trained",
+        "prompts",
+        "prompts of which responses were trained on",
+        look_for="below `train.prompts_per_iteration`, prompts were given up or had no signal",
     )
     UNSCORED = _gauge(
         "unscored", "responses", "responses that the reward service gave up", "held_out"

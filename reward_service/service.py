@@ -58,6 +58,8 @@ class ScoreFacts:
 
     rollout_ids: tuple[str, ...]
     """Scored, in the order of the table."""
+    scores: tuple[float, ...]
+    """Of these, as float32."""
     dead_letters: Mapping[str, str]
     """Given up: rollout_id -> why."""
     component_means: Mapping[str, float]
@@ -172,14 +174,16 @@ class RewardWorker:
         ]
         names = dict.fromkeys(name for t in scored for name in t.score_components)
         means = {name: fmean(t.score_components.get(name, 0.0) for t in scored) for name in names}
+        table = to_table(scored, ScoredTrajectory)
         facts = ScoreFacts(
             rollout_ids=tuple(t.rollout_id for t in scored),
+            scores=tuple(table["score"].to_pylist()),
             dead_letters=dead,
             component_means=means,
             seconds=time.perf_counter() - begin,
             http={name: count - counted[name] for name, count in self._counted().items()},
         )
-        return facts, to_table(scored, ScoredTrajectory)
+        return facts, table
 
     def _counted(self) -> dict[str, int]:
         """Return what remote components have counted over this worker's life."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 
 from reward_service.samples import Sample, Score
@@ -35,6 +36,14 @@ def of_parts(samples: Sequence[Sample]) -> list[Score]:
 def of_source(samples: Sequence[Sample]) -> list[float]:
     """Characters in the name of the source."""
     return [float(len(s.source)) for s in samples]
+
+
+def flat_for_even_numbers(prompts: list[str], responses: list[str]) -> list[float]:
+    """One score for all responses to a prompt that ends with an even number; else what they say."""
+    return [
+        zlib.crc32(response.encode()) % 97 / 97 if int(prompt.split()[-1][:-1]) % 2 else 0.5
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
 
 
 def not_a_number(prompts: list[str], responses: list[str]) -> list[float]:

@@ -33,6 +33,7 @@ def _under(has: Callable[[Needs], bool]) -> str:
     return f"train.algorithm={' or '.join(n for n, needs in ALGORITHMS.items() if has(needs))}"
 
 
+_GROUPS = _under(lambda needs: needs.least_responses > 1)
 _VALUES, _TOKENS = _under(lambda needs: needs.values), _under(lambda needs: needs.tokens)
 _ADAMW = "Adafactor knows no such setting; it has one under optimizer=adamw"
 _NO_GPU = "every role computes on the processor, and a GPU that is reserved stands idle"
@@ -68,6 +69,11 @@ RULES = (
         ("train.kl_target",),
         lambda c: c.train.kl_target is None or c.train.kl_coef > 0,
         "the adaptive controller multiplies train.kl_coef, which is 0; it has one above 0",
+    ),
+    Rule(
+        ("train.dynamic_sampling",),
+        lambda c: c.train.least_responses > 1,
+        f"responses of one prompt are compared under {_GROUPS} alone; it has one there",
     ),
     Rule(
         ("train.stale",),

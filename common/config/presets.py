@@ -38,13 +38,14 @@ PRESETS: Final[Mapping[PresetName, Mapping[str, Any]]] = MappingProxyType(
             "kl_coef": 0.0,
             "objective": {"aggregation": "constant"},
         },
-        # Yu 2025 (2503.14476), equations 8 and 12; its penalty on length needs a buffer in tokens,
-        # which depends on the task: `train.objective.overlong`.
+        # Yu 2025 (2503.14476), equations 8, 11 and 12; its penalty on length needs a buffer in
+        # tokens, which depends on the task: `train.objective.overlong`.
         "dapo": {
             **_GROUPS,
             "algorithm": "grpo",
             "kl_coef": 0.0,
             "clip_range": 0.2,
+            "dynamic_sampling": 10,
             "objective": {"clip_high": 0.28, "aggregation": "tokens"},
         },
         # Zheng 2025 (2507.18071), section 5.1.

@@ -117,6 +117,9 @@ class TrainConfig(Section):
     """Prompts of one iteration."""
     samples_per_prompt: PositiveInt = 1
     """Responses per prompt; rloo and grpo need at least 2."""
+    dynamic_sampling: NonNegativeInt = 0
+    """Rounds of an iteration in which prompts whose responses all have one score, from which
+    nothing is learnt, are replaced by others (DAPO); 0 replaces none."""
     e_pi: PositiveInt = 1
     """Policy epochs per iteration."""
     e_v: PositiveInt = 1

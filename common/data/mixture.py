@@ -109,15 +109,17 @@ class MixedIndex:
     A source that is used up is left out from then on, and the others share its draws.
     """
 
-    def __init__(self, parts: Sequence[Part], seed: int, position: int = 0) -> None:
-        """Go on from `position`, in O(position)."""
+    def __init__(
+        self, parts: Sequence[Part], seed: int, position: int = 0, label: str = "prompts"
+    ) -> None:
+        """Go on from `position`, in O(position); streams of other labels have other orders."""
         self._parts, self._position = parts, position
         self._earned = [0.0] * len(parts)
         self._drawn = [0] * len(parts)
         for _ in range(position):
             self._next_part()
         self._orders = [
-            ShuffledIndex(len(part.rows), derive_seed(seed, "prompts", part.name) >> 1, drawn)
+            ShuffledIndex(len(part.rows), derive_seed(seed, label, part.name) >> 1, drawn)
             for part, drawn in zip(parts, self._drawn, strict=True)
         ]
 

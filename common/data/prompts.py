@@ -92,18 +92,20 @@ class PromptStream:
         position: int = 0,
         adapter: str = "",
         parts: Sequence[Part] = (),
+        label: str = "prompts",
     ) -> None:
         """Go on from `position`; all requests are to be sampled from `adapter`.
 
-        Prompts are drawn of `parts` in their shares; without any, all alike.
+        Prompts are drawn of `parts` in their shares; without any, all alike. Streams of other
+        labels have other orders.
         """
         self._adapter = adapter
         self._prompts = prompts
         self._seed = seed
         self._order = (
-            MixedIndex(parts, seed, position)
+            MixedIndex(parts, seed, position, label)
             if parts
-            else ShuffledIndex(len(prompts), derive_seed(seed, "prompts") >> 1, position)
+            else ShuffledIndex(len(prompts), derive_seed(seed, label) >> 1, position)
         )
 
     @property
@@ -111,10 +113,15 @@ class PromptStream:
         """Prompts handed out so far; the whole state of the stream."""
         return self._order.position
 
-    def requests(self, iteration: int, prompts: int, samples: int) -> list[RolloutRequest]:
-        """Return the requests of one iteration, samples of one prompt side by side."""
+    def requests(
+        self, iteration: int, prompts: int, samples: int, first_group: int = 0
+    ) -> list[RolloutRequest]:
+        """Return requests of one iteration, samples of one prompt side by side.
+
+        Groups, and with them rollouts, are numbered from `first_group` on.
+        """
         requests = []
-        for group, index in enumerate(self._order.next_batch(prompts)):
+        for group, index in enumerate(self._order.next_batch(prompts), first_group):
             prompt = self._prompts[index]
             for sample in range(samples):
                 rollout_id = f"{iteration:06d}-{group * samples + sample:06d}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -34,6 +34,7 @@ class Batches:
         rollout_ids: tuple[str, ...],
         dead: tuple[str, ...],
         sampled: tuple[Sampled, ...],
+        scores: tuple[float, ...] = (),
     ) -> None:
         """Enter a table's rollouts and the dead letters beside it in the books; keep the table."""
         accepted = ledger.commit([*rollout_ids, *dead])
@@ -50,6 +51,7 @@ class Batches:
                     iteration=sampled[0].lease.iteration,
                     policy_version=sampled[0].version,
                     leases=tuple(s.lease for s in sampled),
+                    scores=scores,
                 )
             )
 
@@ -61,7 +63,7 @@ class Batches:
         Rollouts of versions before `oldest` are never among them (invariant I7): they are dropped,
         or sampled again when `stale` is "wait" or nothing else would be left. Those whose table was
         lost with its node are sampled again. Of prompts with fewer than `least` responses left they
-        are dropped, and marked as `lone`.
+        are dropped, and marked as left out.
 
         Args:
             ledger: the books.
@@ -101,11 +103,18 @@ class Batches:
         if not usable:
             return []
         fresh.sort(key=lambda s: s.rollout_ids[0])
-        return [replace(s, lone=alone.intersection(s.rollout_ids)) for s in fresh]
+        return [replace(s, left_out=alone.intersection(s.rollout_ids)) for s in fresh]
 
     def rewind(self, ledger: Ledger, fits: Callable[[int, int], bool]) -> None:
-        """Commit to rewound books what fits them: (iteration, version sampled from) -> whether."""
-        self.waiting = [s for s in self.waiting if fits(s.iteration, s.policy_version)]
+        """Commit to rewound books what fits them: (iteration, version sampled from) -> whether.
+
+        What these books have not issued, prompts in place of others, is issued again and does not.
+        """
+        self.waiting = [
+            s
+            for s in self.waiting
+            if fits(s.iteration, s.policy_version) and any(map(ledger.holds, s.rollout_ids))
+        ]
         for scored in self.waiting:
             # What the books know to be dropped already is no late commit.
             ids = (i for lease in scored.leases for i in lease.rollout_ids if ledger.holds(i))
@@ -115,6 +124,27 @@ class Batches:
         """Take tables out of those that wait; returns their rollouts."""
         self.waiting = [s for s in self.waiting if s not in some]
         return [rollout_id for scored in some for rollout_id in scored.rollout_ids]
+
+
+def without_signal(batch: Sequence[Scored]) -> frozenset[str]:
+    """Return rollouts that are trained, and whose prompt's responses all have one score.
+
+    Their advantages are 0 where responses of one prompt are compared (Yu 2025, section 3.2).
+    """
+    groups: defaultdict[int, dict[str, float]] = defaultdict(dict)
+    for scored in batch:
+        score = dict(zip(scored.rollout_ids, scored.scores, strict=True))
+        for request in scored.requests:
+            if request.rollout_id not in scored.left_out:
+                groups[request.group][request.rollout_id] = score[request.rollout_id]
+    flat = [group for group in groups.values() if len({*group.values()}) == 1]
+    return frozenset[str]().union(*flat)
+
+
+def groups_of(batch: Sequence[Scored], without: frozenset[str] = frozenset()) -> int:
+    """Return the number of prompts of which some response is trained."""
+    trained = {i for scored in batch for i in scored.trained} - without
+    return len({r.group for s in batch for r in s.requests if r.rollout_id in trained})
 
 
 def staleness(batch: Sequence[Scored], iteration: int) -> dict[str, float]:

@@ -32,6 +32,7 @@ from common.wire.weights import CorruptSliceError
 from deploy.control.batches import Batches, Stale
 from deploy.control.deadlines import Deadlines
 from deploy.control.jobs import Sampled, Sampling, Scored, Scoring, Weights, first_share
+from deploy.control.leases import Lease
 from deploy.control.ledger import Ledger
 from deploy.control.tally import Tally, Throughput
 from deploy.workers.calls import ArgumentLost, WorkerLost, as_argument, start_pair
@@ -154,9 +155,12 @@ class Collector:
         def fits(iteration: int, sampled_from: int) -> bool:
             return sampled_from <= version and iteration - sampled_from <= max_staleness
 
+        def goes_on(lease: Lease, sampled_from: int) -> bool:
+            return fits(lease.iteration, sampled_from) and any(map(ledger.holds, lease.rollout_ids))
+
         self.ledger = ledger
         self.batches.rewind(ledger, fits)
-        self._sampled = [s for s in self._sampled if fits(s.lease.iteration, s.version)]
+        self._sampled = [s for s in self._sampled if goes_on(s.lease, s.version)]
         for sampled in self._sampled:
             ledger.adopt(sampled.lease, "", math.inf)
         until = self._deadlines.from_now()
@@ -164,14 +168,14 @@ class Collector:
             if self._deadlines.is_void(call):
                 continue  # Of a history that was rolled back before this one.
             due = until if self._calls_of[sampling.worker][0] == call else math.inf
-            if fits(sampling.lease.iteration, sampling.weights.manifest.policy_version):
+            if goes_on(sampling.lease, sampling.weights.manifest.policy_version):
                 ledger.adopt(sampling.lease, sampling.worker, due)
             else:
                 self._deadlines.void(call, sampling.worker, due)
         for scores, scoring in self._scoring.items():
             if self._deadlines.is_void(scores):
                 continue
-            if not fits(scoring.sampled[0].lease.iteration, scoring.sampled[0].version):
+            if not all(goes_on(s.lease, s.version) for s in scoring.sampled):
                 self._deadlines.void(scores, scoring.worker, until)
                 continue
             for sampled in scoring.sampled:
@@ -321,7 +325,9 @@ class Collector:
         for sampled in job.sampled:
             self.ledger.done(sampled.lease)
         dead = tuple(facts.dead_letters)
-        self.batches.commit(self.ledger, job.table, facts.rollout_ids, dead, job.sampled)
+        self.batches.commit(
+            self.ledger, job.table, facts.rollout_ids, dead, job.sampled, facts.scores
+        )
 
     def _score_again(self, job: Scoring, tables_lost: bool) -> None:
         """Score a failed call's tables once more; sample their leases again if they are lost."""

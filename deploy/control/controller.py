@@ -33,7 +33,7 @@ from common.data.prompts import EncodedPrompt
 from common.endings import at_the_end
 from common.errors import RewardError, WorkerError
 from common.metric_catalogue import Logged
-from deploy.control.batches import nothing_left, staleness
+from deploy.control.batches import groups_of, nothing_left, staleness
 from deploy.control.collector import Collector
 from deploy.control.held_out import HeldOut
 from deploy.control.issuing import Issuer
@@ -252,12 +252,17 @@ class Controller:
         def take() -> list[Scored] | None:
             return self.collector.take(iteration, oldest=oldest, stale=train.stale, least=least)
 
-        while (batch := take()) is None:
-            if self._stop:
-                raise _Stopped
-            if self.collector.weights is self.collector.lost_weights:
-                self._publish(iteration)  # or the gang tells that a rank is lost with its node
-            self.collector.pump()
+        self._batch = []
+        while True:
+            while (part := take()) is None:
+                if self._stop:
+                    raise _Stopped
+                if self.collector.weights is self.collector.lost_weights:
+                    self._publish(iteration)  # or the gang tells that a rank is lost with its node
+                self.collector.pump()
+            self._batch += part
+            if (batch := self.issuer.telling(self.ledger, iteration, self._batch)) is not None:
+                break
         if not batch:
             raise RewardError(nothing_left(iteration, train, self.collector.last_dead_letter))
         return batch
@@ -267,6 +272,7 @@ class Controller:
         return (
             self.collector.throughput.read()
             | staleness(batch, self.iteration)
+            | {Logged.PROMPTS_TRAINED: float(groups_of(batch))}
             | self.collector.counts()
         )
 
@@ -277,7 +283,7 @@ class Controller:
             iteration,
             self.config.folder.trajectories(iteration),
             [s.table for s in batch],
-            without=frozenset[str]().union(*(s.lone for s in batch)),
+            without=frozenset[str]().union(*(s.left_out for s in batch)),
             meanwhile=self._move_rollouts,
         )
 
@@ -368,6 +374,7 @@ class Controller:
             "iteration": self.iteration,
             "config": self.config.model_dump(mode="json"),
             "prompt_position": self.issuer.position(self.iteration),
+            "further_position": self.issuer.further_position,
             "ledger": self.ledger.state(),
             "learner": learner,
             "learner_restarts": self.learner_restarts,
@@ -392,7 +399,8 @@ class Controller:
         self.learner_restarts = max(self.learner_restarts, state.get("learner_restarts", 0))
         self.collector.tally.carry_on(state.get("counts", {}))
         self.ledger = self.ledger.rewound(state.get("ledger"))
-        self.issuer.rewind(self.iteration, state.get("prompt_position", 0))
+        positions = (state.get(f"{name}_position", 0) for name in ("prompt", "further"))
+        self.issuer.rewind(self.iteration, *positions)
         ahead = self.iteration + self.config.train.max_staleness
         self.issuer.issue(self.ledger, until=min(issued - 1, ahead))
         self.collector.batches.waiting += self._batch

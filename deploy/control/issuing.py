@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from common.config.run import RunConfig
 from common.data.mixture import Part, parts_of
 from common.data.prompts import EncodedPrompt, PromptStream
+from deploy.control.batches import groups_of, without_signal
+from deploy.control.jobs import Scored
 from deploy.control.ledger import Ledger
 
 
@@ -29,10 +32,14 @@ class Issuer:
         self._config = config
         self._encoded = prompts
         self._parts = mixed(config, prompts)
+        self._rounds = 0
+        """Of further prompts, in the iteration that is collected."""
+        self._groups = 0
+        """Prompts of it."""
         self.rewind(0, 0)
 
-    def rewind(self, iteration: int, position: int) -> None:
-        """Issue `iteration` next, from this position of the prompt stream."""
+    def rewind(self, iteration: int, position: int, further: int = 0) -> None:
+        """Issue `iteration` next, from these positions of the streams of prompts and of others."""
         self.next = iteration
         """Iterations below this have been issued."""
         self._positions: dict[int, int] = {}
@@ -44,6 +51,16 @@ class Issuer:
             adapter=self._config.train.adapter,
             parts=self._parts,
         )
+        # Prompts in place of others: a stream of its own, so that the first one goes on as without.
+        self._further = PromptStream(
+            self._encoded,
+            seed=self._config.seed,
+            position=further,
+            adapter=self._config.train.adapter,
+            parts=[replace(part, epochs=None) for part in self._parts],
+            label="further prompts",
+        )
+        self._begin_rounds()
 
     def issue(self, ledger: Ledger, until: int) -> None:
         """Issue all iterations up to and including `until`, as far as the run goes."""
@@ -57,9 +74,59 @@ class Issuer:
             ledger.issue(self.next, requests, size, least=train.least_responses)
             self.next += 1
 
+    def telling(
+        self, ledger: Ledger, iteration: int, batch: Sequence[Scored]
+    ) -> list[Scored] | None:
+        """Replace prompts whose responses all have one score by others (dynamic sampling).
+
+        Args:
+            ledger: the books.
+            iteration: that is collected.
+            batch: all that was collected of it.
+
+        Returns:
+            None when others were issued, before all that waits; else the batch in rollout_id order,
+            less what tells nothing. Where that is all of it, it is as without this.
+        """
+        train, ordered = self._config.train, sorted(batch, key=lambda s: s.rollout_ids[0])
+        if not train.dynamic_sampling:
+            return ordered
+        flat = without_signal(ordered)
+        telling = groups_of(ordered, flat)
+        missing = train.prompts_per_iteration - telling
+        if missing > 0 and self._rounds < train.dynamic_sampling:
+            self._issue_further(ledger, iteration, missing)
+            return None
+        further = frozenset(
+            r.rollout_id
+            for s in ordered
+            for r in s.requests
+            if r.group >= train.prompts_per_iteration and r.rollout_id in flat
+        )
+        unused = flat if telling else further if further != flat else frozenset[str]()
+        ledger.drop(unused, "no signal")
+        return [
+            replace(s, left_out=s.left_out | unused.intersection(s.rollout_ids)) for s in ordered
+        ]
+
+    def _issue_further(self, ledger: Ledger, iteration: int, prompts: int) -> None:
+        train, self._rounds = self._config.train, self._rounds + 1
+        requests = self._further.requests(
+            iteration, prompts, train.samples_per_prompt, first_group=self._groups
+        )
+        self._groups += prompts
+        size = self._config.rollout.lease_size
+        ledger.issue(iteration, requests, size, least=train.least_responses, first=True)
+
     def trained(self, iteration: int) -> None:
         """Forget where an iteration began: it will not be issued again."""
         del self._positions[iteration]
+        self._begin_rounds()
+
+    def _begin_rounds(self) -> None:
+        self._rounds, self._groups = 0, self._config.train.prompts_per_iteration
+        self.further_position = self._further.position
+        """Where the stream of further prompts stands before the iteration that is collected."""
 
     def position(self, iteration: int) -> int:
         """Return where the prompt stream stands before an untrained iteration."""

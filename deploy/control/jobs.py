@@ -35,8 +35,11 @@ class Scored:
     """Version that sampled every one of them."""
     leases: tuple[Lease, ...]
     """What they were leased as; dead letters among them are not in the table."""
-    lone: frozenset[str] = frozenset()
-    """Rows that are not trained: nothing of their prompt is left to compare them with."""
+    scores: tuple[float, ...] = ()
+    """Of the rows; none where nothing was scored."""
+    left_out: frozenset[str] = frozenset()
+    """Rows that are not trained: nothing of their prompt is left to compare them with, or all of it
+    has the same score."""
 
     @property
     def requests(self) -> list[RolloutRequest]:
@@ -47,7 +50,7 @@ class Scored:
     @property
     def trained(self) -> list[str]:
         """Rows that are trained."""
-        return [rollout_id for rollout_id in self.rollout_ids if rollout_id not in self.lone]
+        return [rollout_id for rollout_id in self.rollout_ids if rollout_id not in self.left_out]
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,9 +76,15 @@ class Ledger:
     # ------------------------------------------------------------------ before the commit
 
     def issue(
-        self, iteration: int, requests: Sequence[RolloutRequest], lease_size: int, *, least: int = 1
+        self,
+        iteration: int,
+        requests: Sequence[RolloutRequest],
+        lease_size: int,
+        *,
+        least: int = 1,
+        first: bool = False,
     ) -> None:
-        """Queue an iteration's requests as leases of fixed composition.
+        """Queue an iteration's requests as leases of fixed composition, or before others (`first`).
 
         An iteration that was in flight in restored books is issued again as a whole; what had been
         dropped of it stays dropped. Leases are cut from all requests, before what is dropped is
@@ -97,9 +103,10 @@ class Ledger:
         for rollout_id in ids:
             if rollout_id in self._leases or rollout_id in self._settled:
                 raise LedgerError(f"rollout {rollout_id} was issued twice")
-        for at in range(0, len(requests), lease_size):
+        starts = range(0, len(requests), lease_size)
+        for at in reversed(starts) if first else starts:
             part = [r for r in requests[at : at + lease_size] if r.rollout_id in ids]
-            self._leases.cut(iteration, part)
+            self._leases.cut(iteration, part, first=first)
         self.issued += len(ids)
         self._settled.expect(ids)
 

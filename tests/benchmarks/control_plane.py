@@ -81,6 +81,7 @@ class NullReward:
         table = widened(pa.concat_tables(tables), Rollout, ScoredTrajectory, constant)
         facts = ScoreFacts(
             rollout_ids=tuple(table["rollout_id"].to_pylist()),
+            scores=tuple(table["score"].to_pylist()),
             dead_letters={},
             component_means={},
             seconds=0.0,

@@ -61,6 +61,7 @@ class RefusingScorer:
         ]
         facts = ScoreFacts(
             rollout_ids=tuple(row.rollout_id for row in scored),
+            scores=tuple(row.score for row in scored),
             dead_letters={row.rollout_id: "refused" for row in rows if refused(row)},
             component_means={},
             seconds=0.0,

@@ -79,6 +79,7 @@ class SleepingScorer:
         table = _widened(pa.concat_tables(tables), Rollout, ScoredTrajectory, constant)
         facts = ScoreFacts(
             rollout_ids=tuple(table["rollout_id"].to_pylist()),
+            scores=tuple(table["score"].to_pylist()),
             dead_letters={},
             component_means={"constant": 1.0},
             seconds=0.0,

@@ -24,6 +24,7 @@ from learner.batch.trajectory_log import read_log
 from learner.zero.engine import ZeroEngine
 from tests.conftest import run_copy
 from tests.deploy.control.runs import Run, finish
+from tests.deploy.control.test_dynamic_sampling import dynamic
 from tests.reward_service.endpoint import Endpoint, Reply, Rows, scores
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -89,6 +90,20 @@ def test_sigkill_of_a_rank_changes_no_weight(
     assert facts["weights_hash"] == undisturbed
     assert facts["rollouts_trained"] == facts["rollouts_issued"] == 64
     assert not list((config.run_dir / "checkpoints").glob("*.partial"))
+
+
+@pytest.mark.chaos
+def test_prompts_in_place_of_others_are_asked_again(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path
+) -> None:
+    """A rank dies while it trains on a batch that dynamic sampling has filled up."""
+    whole = finish(dynamic(workspace, tmp_path / "whole", checkpoint_every=1), gang)
+    config = dynamic(workspace, tmp_path / "killed", checkpoint_every=1)
+    arm(gang, "step", 3)
+    facts = finish(config, gang)
+    assert facts["learner_restarts"] == 1
+    for name in ("weights_hash", "rollouts_issued", "rollouts_trained", "rollouts_dropped"):
+        assert facts[name] == whole[name], name
 
 
 @pytest.mark.chaos
