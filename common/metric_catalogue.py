@@ -85,6 +85,7 @@ _NETWORK = "with a separate value network"
 _AUXILIARY = "after an auxiliary phase"
 _HTTP = "with a component of kind http"
 _SUPERVISED_END = "at the end of the stage"
+_HELD_OUT = "at the end of the stage, and each `evaluate_every` steps"
 
 
 class Logged(StrEnum):
@@ -114,7 +115,8 @@ class Logged(StrEnum):
         "the same on data that is never trained on",
         "sft",
         "reward",
-        when=_SUPERVISED_END,
+        look_for="a rise while `loss` falls is overfitting",
+        when=_HELD_OUT,
     )
     HELDOUT_LOSS_BEFORE = _gauge(
         "heldout_loss_before",
@@ -142,7 +144,7 @@ class Logged(StrEnum):
         "share",
         "the same on comparisons that are never trained on",
         "reward",
-        when=_SUPERVISED_END,
+        when=_HELD_OUT,
     )
     REFERENCE_MEAN = _gauge(
         "reference_mean",

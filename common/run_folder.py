@@ -194,6 +194,11 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def trackers(self) -> Path:
+        """Ids of the run at the services that its metrics are sent to."""
+        return self.path / "trackers.json"
+
+    @property
     def events(self) -> Path:
         """Workers that came, went or failed, a line for each."""
         return self.path / "events.jsonl"

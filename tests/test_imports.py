@@ -48,7 +48,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"service"},
     ],
     "deploy": [
-        {"screen"},
+        {"screen", "trackers"},
         {"exits", "run_folder"},
         {"exchange", "workers"},
         {"control", "validation"},

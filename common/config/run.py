@@ -41,6 +41,7 @@ from common.config.stages import (
     SftConfig,
     TrainConfig,
 )
+from common.config.trackers import TrackersConfig
 from common.config.workers import Labels, RewardServiceConfig, RolloutConfig
 from common.run_folder import Reused, RunFolder
 
@@ -185,6 +186,7 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     quickstart: SerializeAsAny[QuickstartConfig] = DocstringsConfig()
     cluster: ClusterConfig = ClusterConfig()
+    trackers: TrackersConfig = TrackersConfig()
 
     @model_validator(mode="before")
     @classmethod

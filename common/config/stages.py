@@ -50,6 +50,9 @@ class SftConfig(Section):
     """Number type of products, as in `learner`."""
     max_grad_norm: PositiveFloat = 1.0
     """Largest global gradient norm."""
+    evaluate_every: NonNegativeInt = 0
+    """Optimizer steps from one look at the held-out demonstrations to the next, beside those before
+    the first step and after the last; 0 is these alone."""
     start: PathText | None = None
     """Weights of a policy (safetensors) to start from; null starts from random ones."""
     lora: LoraConfig | None = None
@@ -82,6 +85,8 @@ class RewardModelConfig(Section):
     """Number type of products, as in `learner`."""
     max_grad_norm: PositiveFloat = 1.0
     """Largest global gradient norm."""
+    evaluate_every: NonNegativeInt = 0
+    """As in `sft`, of the held-out comparisons."""
     lora: LoraConfig | None = None
     """Train adapters on what the reward model starts as instead of all weights."""
     model: PretrainedConfig | None = None

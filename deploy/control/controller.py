@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,12 @@ from deploy.control.own_workers import OwnWorkers
 from deploy.control.status import Status
 from deploy.exchange.card import add_card
 from deploy.run_folder import checkpoints
+from deploy.run_folder.failures import note_untracked
 from deploy.run_folder.lock import writing
 from deploy.run_folder.log_lines import HELD_OUT
 from deploy.run_folder.metrics_log import RunLog
 from deploy.run_folder.progress import record, telling
+from deploy.trackers import outboxes
 from deploy.workers.attach import own_address
 from deploy.workers.gang import LearnerGang, LearnerLost
 from deploy.workers.pool import Pool
@@ -126,7 +129,8 @@ class Controller:
                 return self._run()
 
     def _run(self) -> dict[str, Any]:
-        log = RunLog(self.run_dir)
+        untracked = partial(note_untracked, self.config.folder.events)
+        log = RunLog(self.run_dir, outboxes(self.config, untracked))
         with at_the_end(self.elastic.release_room, log.close):
             self.own_workers.start()
             weights = self._train(log)

@@ -7,13 +7,22 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
-from common.metric_catalogue import Logged
+from common.metric_catalogue import Logged, logged_as
 from deploy.evaluation.charts import MOST_MARKS, Series, line_chart
 from deploy.run_folder.log_lines import Line
 
 _CURVES: dict[str, tuple[tuple[Logged, str], ...]] = {
-    "sft": ((Logged.LOSS, "Loss, nats per token"), (Logged.TOKENS_PER_SECOND, "Tokens per second")),
-    "reward": ((Logged.LOSS, "Loss"), (Logged.ACCURACY, "Accuracy on training batches")),
+    "sft": (
+        (Logged.LOSS, "Loss, nats per token"),
+        (Logged.HELDOUT_LOSS, "Loss on held-out data, nats per token"),
+        (Logged.TOKENS_PER_SECOND, "Tokens per second"),
+    ),
+    "reward": (
+        (Logged.LOSS, "Loss"),
+        (Logged.HELDOUT_LOSS, "Loss on held-out comparisons"),
+        (Logged.ACCURACY, "Accuracy on training batches"),
+        (Logged.ACCURACY_HELDOUT, "Accuracy on held-out comparisons"),
+    ),
     "held_out": (
         (Logged.SCORE, "Score per response"),
         (Logged.PASS_AT, "Prompts solved, pass@{k}"),
@@ -24,6 +33,7 @@ _CURVES: dict[str, tuple[tuple[Logged, str], ...]] = {
     "train": (
         (Logged.SCORE, "Score per response"),
         (Logged.COMPONENT, "Component of the score: {component}"),
+        (Logged.SOURCE_SCORE, "Score of the source {source}"),
         (Logged.KL, "KL to the reference policy, nats per response"),
         (Logged.ENTROPY, "Entropy, nats per token"),
         (Logged.RESPONSE_LENGTH, "Response length, tokens"),
@@ -39,7 +49,14 @@ _CURVES: dict[str, tuple[tuple[Logged, str], ...]] = {
         (Logged.SECONDS, "Seconds per iteration"),
     ),
 }
-_TITLES = {"sft": "Supervised policy", "reward": "Reward model", "train": "Policy"}
+_TITLES = {
+    "sft": "Supervised policy",
+    "reward": "Reward model",
+    "train": "Policy",
+    "held_out": "Held-out prompts while the policy was trained",
+}
+_AT_THE_END = (Logged.HELDOUT_LOSS, Logged.ACCURACY_HELDOUT)
+"""Measured once, where the recipe does not ask for more."""
 _COMPONENT = Logged.COMPONENT.partition("{")[0]
 
 Steps = dict[int, Mapping[str, float]]
@@ -114,10 +131,31 @@ def _series(stage: str, steps: Steps) -> Iterator[tuple[str, str, list[int], lis
                 for name, label in zip(parts, labels, strict=True)
                 if len(parts) > 1
             }
+        elif metric.labels:
+            there = sorted({n for m in steps.values() for n in m}, key=_natural)
+            names = {
+                name: title.format(**labels)
+                for name in there
+                if (labels := _labels(metric, name)) is not None
+            }
         for name, text in names.items():
             at = [step for step in steps if name in steps[step]]
-            if at:
+            if at and (len(at) > 1 or metric not in _AT_THE_END):
                 yield name, text, at, [float(steps[step][name]) for step in at]
+
+
+def _labels(metric: Logged, name: str) -> Mapping[str, str] | None:
+    """Return the labels of a metric that is logged under this name; None where it is another's."""
+    try:
+        found, labels = logged_as(name)
+    except KeyError:  # of a version that had others
+        return None
+    return labels if found is metric else None
+
+
+def _natural(name: str) -> tuple[int, str]:
+    """Sort pass@8 before pass@16."""
+    return len(name), name
 
 
 def plural(number: float, what: str) -> str:

@@ -29,6 +29,11 @@ def note_failure(events: Path, stage: str, error: Exception) -> None:
     _note(events, _FAILED, f"{stage}: {why}")
 
 
+def note_untracked(events: Path, detail: str) -> None:
+    """Append a line on metrics that a service did not take."""
+    _note(events, "untracked", detail)
+
+
 def note_success(events: Path, stage: str) -> None:
     """Append a line where a failure is the last that is known: not every stage has other events."""
     if last_failure(events):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from ray.util.metrics import Gauge
@@ -16,13 +17,16 @@ from common.errors import StorageError
 from common.metric_catalogue import logged_as
 from common.run_folder import RunFolder
 from deploy.run_folder.log_lines import cut_torn_end
+from deploy.trackers import Outbox, Step
 
 
 class RunLog:
     """Appends to a run's logs. One writer per run at a time."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, outboxes: Sequence[Outbox] = ()) -> None:
+        """Go on with the logs of a run's folder; every line goes to the outboxes too."""
         self.run_dir, folder = run_dir, RunFolder(run_dir)
+        self._outboxes = outboxes
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             cut_torn_end(folder.metrics)
@@ -39,14 +43,16 @@ class RunLog:
             KeyError: a metric is not in the catalogue.
             StorageError: the disk is full.
         """
-        line = {"stage": stage, "step": step, "time": time.time(), "metrics": dict(metrics)}
+        line = Step(stage=stage, step=step, time=time.time(), metrics=dict(metrics))
         gauges = {name: self._gauge(stage, name) for name in metrics}
         try:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(json.dumps(asdict(line)) + "\n")
             self._file.flush()
             for name, value in metrics.items():
                 self._board.add_scalar(f"{stage}/{name}", value, step)
                 gauges[name].set(value, {"run": self.run_dir.name})
+            for outbox in self._outboxes:
+                outbox.put(line)
         except OSError as error:
             raise StorageError(f"{self.run_dir}: metrics cannot be written: {error}") from None
 
@@ -57,7 +63,8 @@ class RunLog:
             StorageError: the disk is full.
         """
         try:
-            take_all(self._file.close, self._board.close)
+            ends = (outbox.close for outbox in self._outboxes)
+            take_all(self._file.close, self._board.close, *ends)
         except OSError as error:
             raise StorageError(f"{self.run_dir}: metrics cannot be written: {error}") from None
 

@@ -46,6 +46,7 @@ RULES: dict[str, tuple[Kind, str]] = {
     "reward_service.components.*.give_up_after_s": ("free", _ASKED),
     "reward_service.components.*.dead_letters": ("free", "where refused responses go"),
     # Stages that are not policy training: done before it, or after.
+    "trackers": ("free", "the run's own log is the same"),
     "evaluate": ("free", "comes after training"),
     "data.evaluation": ("free", "comes after training"),
     "data.demonstrations": ("free", "read before training"),

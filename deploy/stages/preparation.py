@@ -11,6 +11,7 @@ from common.config.run import RunConfig
 from common.data.fitting import Fitting
 from common.endings import at_the_end
 from common.errors import ConfigError
+from deploy import trackers
 from deploy.run_folder.code import keep_functions
 from deploy.run_folder.inputs import RunInputs
 from deploy.run_folder.paths import anchored
@@ -73,6 +74,8 @@ def check_inputs(session: Session, config: RunConfig, stage: str) -> Callable[[]
         ConfigError: the stage would replace what policy training began from.
         ClusterError: its weights do not fit into this machine.
         CheckpointError: an earlier stage has not left the weights that it begins with.
+
+    The function raises ConfigError where the run cannot be begun at one of its trackers.
     """
     require_earlier_stages(stage, config)
     require_room(config, stage)
@@ -85,6 +88,7 @@ def check_inputs(session: Session, config: RunConfig, stage: str) -> Callable[[]
         say(session.console, f"changed: {change}")
 
     def record() -> None:
+        trackers.begin(config)
         save_config(config, session.folder.config)
         keep_functions(session.folder, reads)
         inputs.begin(stage, config, prints)

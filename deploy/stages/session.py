@@ -16,11 +16,12 @@ from common.data.tokenizer import Tokenizer, load_tokenizer
 from common.endings import at_the_end, take_all
 from common.errors import StorageError
 from common.run_folder import RunFolder
-from deploy.run_folder.failures import note_failure, note_success
+from deploy.run_folder.failures import note_failure, note_success, note_untracked
 from deploy.run_folder.lock import RunLock, at_work, remove_unused
 from deploy.run_folder.metrics_log import RunLog
 from deploy.run_folder.paths import anchored
 from deploy.screen import Bar, progress_bar, say
+from deploy.trackers import outboxes
 from deploy.workers.attach import Way, own_address, sign_in, start_cluster, way_to
 from deploy.workers.gang import LearnerGang
 from deploy.workers.pool import Pool
@@ -103,7 +104,11 @@ class Session:
 
     def log(self) -> RunLog:
         """Open this run's logs for writing; close them after use."""
-        return RunLog(self.run_dir)
+        return RunLog(self.run_dir, outboxes(self.config, self._untracked))
+
+    def _untracked(self, text: str) -> None:
+        note_untracked(self.folder.events, text)
+        say(self.console, (text, "yellow"))
 
     @contextmanager
     def stage(self, name: str, title: str, *, least_s: float = 0.0) -> Iterator[None]:

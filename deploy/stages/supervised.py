@@ -52,7 +52,7 @@ def run_sft(session: Session, config: RunConfig) -> dict[str, float]:
     gang = session.gang()
     total = gang.begin_sft(config, train, held_out)
     before = gang.evaluate()
-    metrics = _advance(session, "sft", "supervised policy", total)
+    metrics = _advance(session, "sft", "supervised policy", total, config.sft.evaluate_every)
     metrics |= gang.evaluate()
     gang.export_stage(session.folder.sft.path)
     tokens = sum(len(pair.prompt) + len(pair.response) for pair in train)
@@ -101,7 +101,8 @@ def run_reward(session: Session, config: RunConfig) -> dict[str, float]:
     for seed in range(config.reward_model.seeds):
         total = gang.begin_reward(config, train, held_out, reward_start(config), seed)
         before = gang.evaluate()
-        metrics = _advance(session, "reward", f"reward model {seed + 1}", total)
+        every = config.reward_model.evaluate_every
+        metrics = _advance(session, "reward", f"reward model {seed + 1}", total, every)
         metrics |= gang.evaluate()
         if metrics[Logged.ACCURACY_HELDOUT] > best[Logged.ACCURACY_HELDOUT]:
             best = metrics | gang.shift(reference) | _size(before, epochs, tokens)
@@ -120,19 +121,29 @@ def _size(before: dict[str, float], epochs: float, tokens: int) -> dict[str, flo
     }
 
 
-def _advance(session: Session, stage: str, title: str, total: int) -> dict[str, float]:
-    """Run all steps of a supervised stage, in portions; return the metrics of the last one."""
+def _advance(
+    session: Session, stage: str, title: str, total: int, evaluate_every: int
+) -> dict[str, float]:
+    """Run all steps of a supervised stage, in portions; return the metrics of the last one.
+
+    Held-out data is looked at each `evaluate_every` steps before the last one; 0 is never.
+    """
     gang, portion = session.gang(), max(1, total // _LOGGED_PORTIONS)
     metrics: dict[str, float] = {}
     log = session.log()
     with at_the_end(log.close), session.progress(title, total) as bar:
-        for done in range(0, total, portion):
+        ends = {*range(portion, total, portion), total}
+        looks = {*range(evaluate_every, total, evaluate_every)} if evaluate_every else set[int]()
+        done = 0
+        for step in sorted(ends | looks):
             begin = time.perf_counter()
-            metrics = gang.advance(portion)
+            metrics = gang.advance(step - done)
+            done = step
             seconds = time.perf_counter() - begin
             if "tokens" in metrics:
                 metrics[Logged.TOKENS_PER_SECOND] = metrics.pop("tokens") / seconds
-            step = min(total, done + portion)
+            if step in looks:
+                metrics |= gang.evaluate()
             log.write(stage, step, metrics)
             bar.update(step, f"loss {metrics[Logged.LOSS]:.3f}")
     return metrics

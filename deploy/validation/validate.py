@@ -22,6 +22,7 @@ from common.data.tokenizer import load_tokenizer
 from common.errors import CheckpointError, ConfigError
 from common.run_folder import writer_of
 from deploy.run_folder.paths import anchored
+from deploy.trackers import require_installed
 from deploy.validation.data import (
     FieldFacts,
     check_lengths,
@@ -117,6 +118,8 @@ def _check_parts(config: RunConfig, findings: Findings) -> RunConfig:
     # Imports torch.
     from deploy.workers.preflight import require_trainable
 
+    with findings.attempt():
+        require_installed(config)
     check_functions(config, findings)
     check_endpoints(config, findings)
     with findings.attempt("rollout"):

@@ -264,9 +264,29 @@ def instruct(out: Path) -> list[str]:
     """Compare algorithms on the recipe `instruct` at equal rollouts."""
     runs = {kind: [f"instruct-{kind}-s{seed}" for seed in SEEDS] for kind in INSTRUCT}
     names = {"rloo": "RLOO (the recipe)", "grpo": "GRPO", "ppo": "PPO", "ppg": "PPG"}
-    rows = [("as it came", runs["rloo"], "before")]
+    rows = [("as it came", runs["rloo"], "before"), ("taught", runs["rloo"], "taught")]
     rows += [(names[kind], runs[kind], "after") for kind in INSTRUCT]
     return comparison(out, rows, INSTRUCT_COLUMNS)
+
+
+def instruct_runs(out: Path) -> list[str]:
+    """Show each run of the recipe `instruct`; an arrow leads from the model as it came."""
+    names = [f"instruct-{kind}-s{seed}" for kind in INSTRUCT for seed in SEEDS]
+    head = ["run", "held-out topics", "rise (95 %)", "sampled", "rise (95 %)", "KL, nats"]
+    head += ["rollouts issued / trained / dropped", "GB", "seconds"]
+    rows = []
+    for name in names:
+        if (found := load(out, name)) is None:
+            continue
+        cells = [name]
+        for key in ("judge_accuracy", "judge_accuracy_sampled"):
+            before, after = (100 * found[f"{key}_{side}"] for side in ("before", "after"))
+            mean, low, high = (100 * found[f"{key}_rise{end}"] for end in ("", "_low", "_high"))
+            cells += [f"{before:.1f} → {after:.1f} %", f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"]
+        counts = (found[f"rollouts_{kind}"] for kind in ("issued", "trained", "dropped"))
+        cells += [f"{found['kl']:.1f}", " / ".join(map(str, counts))]
+        rows.append([*cells, f"{found['resident_gb']:.2f}", f"{found['seconds_pipeline']:.0f}"])
+    return table(head, rows)
 
 
 def instruct_kinds(out: Path) -> list[str]:
@@ -301,6 +321,7 @@ def fill(template: str, out: Path) -> str:
         "reward-data": lambda: reward_data(out),
         "over-optimisation": lambda: over_optimisation(out),
         "instruct": lambda: instruct(out),
+        "instruct-runs": lambda: instruct_runs(out),
         "instruct-kinds": lambda: instruct_kinds(out),
     }
     for name, make in tables.items():

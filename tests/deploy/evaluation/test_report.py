@@ -141,6 +141,28 @@ def test_what_says_nothing_is_not_drawn(tmp_path: Path, value: float) -> None:
     assert "Not drawn, since constant: loss: 0.5" in shown
 
 
+def test_labels_of_metrics_have_a_curve_each(tmp_path: Path) -> None:
+    text = (
+        metrics("sft", 3, loss=2.0, heldout_loss=2.5)
+        + metrics("reward", 1, heldout_loss=2.5)
+        + metrics("held_out", 3, **{"score": 0.1, "pass@16": 0.5, "pass@2": 0.3, "of old": 1.0})
+        + metrics("train", 3, **{"score": 0.1, "score/sums": 0.2, "score/a:b": 0.3})
+    )
+    page = write_report(run_folder(tmp_path, metrics__jsonl=text)).read_text(encoding="utf8")
+    titles = [
+        "Loss on held-out data, nats per token",
+        "Score of the source a:b",
+        "Score of the source sums",
+        "Prompts solved, pass@2",
+        "Prompts solved, pass@16",
+    ]
+    for title in titles:
+        assert page.count(f"{title}</figcaption>") == 1 or title in page, title
+    assert page.index("pass@2<") < page.index("pass@16<")
+    assert "held-out comparisons" not in page, "measured once, it is no curve"
+    assert "of old" not in page
+
+
 def shown(tmp_path: Path, run: RunConfig, **files: str) -> str:
     """The page of a run with a recipe, as a text without tags and line breaks."""
     folder = run_folder(run.run_dir, config__yaml="name: run", **files)
