@@ -134,9 +134,9 @@ def _series(stage: str, steps: Steps) -> Iterator[tuple[str, str, list[int], lis
         elif metric.labels:
             there = sorted({n for m in steps.values() for n in m}, key=_natural)
             names = {
-                name: title.format(**labels)
+                name: title.format(**found)
                 for name in there
-                if (labels := _labels(metric, name)) is not None
+                if (found := _labels(metric, name)) is not None
             }
         for name, text in names.items():
             at = [step for step in steps if name in steps[step]]
