@@ -173,6 +173,7 @@ class Logged(StrEnum):
         "prompts of which responses were trained on",
         look_for="below `train.prompts_per_iteration`, prompts were given up or had no signal",
     )
+    RESPONSES = _gauge("responses", "responses", "responses that were asked for", "held_out")
     UNSCORED = _gauge(
         "unscored", "responses", "responses that the reward service gave up", "held_out"
     )

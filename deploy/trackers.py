@@ -12,7 +12,8 @@ import os
 import queue
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -24,6 +25,7 @@ from common.files import one_line, write_atomic
 
 _PACKAGES: Final = {"wandb": "wandb", "mlflow": "mlflow-skinny", "trackio": "trackio"}
 _RETRY_S: Final = (1.0, 5.0, 15.0, 60.0)
+_NOT_MLFLOWS: Final = re.compile(r"[^\w\-. :]")
 _END_S: Final = 30.0
 """Longest wait at the end of a run for what is not sent yet."""
 
@@ -115,11 +117,14 @@ class Outbox:
         self._left += 1
         self._lines.put(step)
 
-    def close(self) -> None:
-        """Wait a while for what is not sent yet, and tell what was not."""
+    def end(self) -> None:
+        """Say that there are no more lines; returns at once."""
         self._lines.put(None)
         self._ending.set()
-        self._thread.join(_END_S)
+
+    def finish(self, deadline: float) -> None:
+        """Wait until a moment of the monotonic clock for what is not sent yet; tell the rest."""
+        self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._left:
             why = f" ({self._why})" if self._why else ""
             self._note(
@@ -140,9 +145,9 @@ class Outbox:
                     self._why = f"{type(error).__name__}: {one_line(error)}"
                     self._ending.wait(wait)
             else:
-                return
+                break
         if tracker is not None:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # what it lacks is told by the count
                 tracker.close()
 
     def _waits(self) -> Iterator[float]:
@@ -151,6 +156,15 @@ class Outbox:
         while not self._ending.is_set() or not tries:
             yield _RETRY_S[min(tries, len(_RETRY_S) - 1)]
             tries += 1
+
+
+def close_all(boxes: Sequence[Outbox]) -> None:
+    """Wait a while for what is not sent yet, for all services at once."""
+    for box in boxes:
+        box.end()
+    deadline = time.monotonic() + _END_S
+    for box in boxes:
+        box.finish(deadline)
 
 
 # ------------------------------------------------------------------ the services
@@ -224,8 +238,12 @@ class _Mlflow:
 
     def log(self, step: Step) -> None:
         at = int(step.time * 1000)
-        # It takes no other characters in names: "pass@1" for one.
-        named = {re.sub(r"[^\w\-./ :]", "_", k): v for k, v in step.named().items()}
+        # It takes no other characters in names ("pass@1" for one), and where it keeps files, none
+        # that is a folder of another ("staleness", "staleness/0").
+        named = {
+            f"{step.stage}/{_NOT_MLFLOWS.sub('_', name.replace('/', '.'))}": value
+            for name, value in step.metrics.items()
+        }
         metrics = [self._metric(name, value, at, step.step) for name, value in named.items()]
         self._client.log_batch(self.run_id, metrics=metrics)
 

@@ -123,8 +123,9 @@ class TrainConfig(Section):
     samples_per_prompt: PositiveInt = 1
     """Responses per prompt; rloo and grpo need at least 2."""
     dynamic_sampling: NonNegativeInt = 0
-    """Rounds of an iteration in which prompts whose responses all have one score, from which
-    nothing is learnt, are replaced by others (DAPO); 0 replaces none."""
+    """Rounds of an iteration in which prompts whose responses all have one score are replaced by
+    others (DAPO); 0 replaces none. Penalties (`missing_eos_penalty`, `objective.overlong`) are no
+    part of that score."""
     e_pi: PositiveInt = 1
     """Policy epochs per iteration."""
     e_v: PositiveInt = 1

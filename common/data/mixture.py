@@ -93,7 +93,8 @@ def source_of(prompt: Prompt, column: str | None) -> str:
         DataError: the prompt has no text in this column.
     """
     if column is None:
-        return PurePath(prompt.place.rpartition(":")[0]).stem
+        file = prompt.place.rpartition(":")[0]
+        return PurePath(file.removesuffix(".gz").removesuffix(".zst")).stem
     name = prompt.columns.get(column)
     if not isinstance(name, str) or not name:
         raise DataError(

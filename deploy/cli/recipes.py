@@ -44,6 +44,11 @@ def quickstart(
     from deploy.workers.preflight import require_scorers, require_trainable
 
     resolved = load(config, overrides, address)
+    if resolved.evaluate.every:
+        raise ConfigError(
+            "evaluate.every has no effect on talipot quickstart, whose own data has no held-out "
+            "prompts for it: it evaluates at the end; leave it out"
+        )
     task = task_of(resolved)
     task.prepare(resolved, console)
     require_trainable(resolved)

@@ -93,12 +93,13 @@ class Batches:
             )
         alone = lone([r for s in fresh for r in s.requests], least)
         usable = any(i not in alone for s in fresh for i in s.rollout_ids)
-        ledger.resample(self._remove(lost), "lost")
+        # Of what was taken before, and waits for others beside it, some is settled already.
+        ledger.resample(filter(ledger.holds, self._remove(lost)), "lost")
         settle = ledger.drop if stale == "drop" and usable else ledger.resample
-        settle(self._remove(old), "stale")
+        settle(filter(ledger.holds, self._remove(old)), "stale")
         if ledger.pending(iteration):
             return None
-        ledger.drop(alone, "lone")
+        ledger.drop(filter(ledger.holds, alone), "lone")
         self._remove(fresh)
         if not usable:
             return []

@@ -39,7 +39,7 @@ from deploy.workers.calls import ArgumentLost, WorkerLost, as_argument, start_pa
 from deploy.workers.pool import Pool
 from reward_service.service import RewardWorker, ScoreFacts
 
-_LEASES_PER_ACTOR = 2
+LEASES_PER_ACTOR = 2
 """One that it works on and one that waits, so that an actor never idles."""
 CALL_TOKENS = 65_536
 """Tokens of prompts and responses of several leases that are scored in one call."""
@@ -58,6 +58,7 @@ class Collector:
         score_together: bool,
         score_last: bool = False,
         call_tokens: int = CALL_TOKENS,
+        leases_per_actor: int = LEASES_PER_ACTOR,
     ) -> None:
         """Collect by these pools; without a reward pool (data collection) nothing is scored.
 
@@ -72,6 +73,7 @@ class Collector:
                 cores are in each other's way (measured on two cores: a third of the tokens a
                 second), and whoever waits for all scores gains little from scoring the first early.
             call_tokens: most tokens that are scored together in a call.
+            leases_per_actor: calls that an actor has at once.
         """
         self.ledger = ledger
         self.rollout = rollout
@@ -88,7 +90,7 @@ class Collector:
         self._corrupt_at = -1
         """Version of which a worker could not get an intact slice."""
         self._score_together, self._score_last = score_together, score_last
-        self._call_tokens = call_tokens
+        self._call_tokens, self._leases_per_actor = call_tokens, leases_per_actor
         self._sampling: dict[ray.ObjectRef[LeaseFacts], Sampling] = {}
         self._calls_of: dict[str, list[ray.ObjectRef[LeaseFacts]]] = {}
         """Calls of each rollout worker: it works on the first, the others wait behind it."""
@@ -142,6 +144,16 @@ class Collector:
         """Return what happened since the run began, as metrics; from any thread."""
         return self.tally.metrics(self.ledger)
 
+    def abandon(self) -> None:
+        """Give up what is under way: its workers finish it, and are free for others from now on."""
+        names = [job.worker for job in self._sampling.values()]
+        names += [job.worker for job in self._scoring.values()]
+        for pool in self._pools():
+            for name in names:
+                if worker := pool.workers.get(name):
+                    worker.busy -= 1
+        self._sampling, self._scoring, self._calls_of = {}, {}, {}
+
     # ------------------------------------------------------------------ the learner's restart
 
     def rewind(self, ledger: Ledger, version: int, max_staleness: int) -> None:
@@ -189,7 +201,7 @@ class Collector:
             self.ledger.queued
             and self.weights
             and self.weights is not self.lost_weights
-            and (worker := self.rollout.free(_LEASES_PER_ACTOR))
+            and (worker := self.rollout.free(self._leases_per_actor))
         ):
             worker.busy += 1
             calls = self._calls_of.setdefault(worker.name, [])

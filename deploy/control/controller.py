@@ -25,7 +25,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from common.data.prompts import EncodedPrompt
 from common.endings import at_the_end
 from common.errors import RewardError, WorkerError
 from common.metric_catalogue import Logged
+from deploy import trackers
 from deploy.control.batches import groups_of, nothing_left, staleness
 from deploy.control.collector import Collector
 from deploy.control.held_out import HeldOut
@@ -49,7 +49,6 @@ from deploy.run_folder.lock import writing
 from deploy.run_folder.log_lines import HELD_OUT
 from deploy.run_folder.metrics_log import RunLog
 from deploy.run_folder.progress import record, telling
-from deploy.trackers import outboxes
 from deploy.workers.attach import own_address
 from deploy.workers.gang import LearnerGang, LearnerLost
 from deploy.workers.pool import Pool
@@ -129,8 +128,14 @@ class Controller:
                 return self._run()
 
     def _run(self) -> dict[str, Any]:
-        untracked = partial(note_untracked, self.config.folder.events)
-        log = RunLog(self.run_dir, outboxes(self.config, untracked))
+        trackers.begin(self.config)
+        untracked: list[str] = []
+
+        def tell(text: str) -> None:
+            untracked.append(text)
+            note_untracked(self.config.folder.events, text)
+
+        log = RunLog(self.run_dir, trackers.outboxes(self.config, tell))
         with at_the_end(self.elastic.release_room, log.close):
             self.own_workers.start()
             weights = self._train(log)
@@ -148,6 +153,7 @@ class Controller:
             "leases_reissued": self.ledger.reissued,
             "train_kl": self.metrics.get(Logged.KL, 0.0),
             "out_of_patience": self.held_out.hopeless,
+            "untracked": untracked,
         }
         if weights:
             record(self.run_dir, facts)
@@ -256,17 +262,16 @@ class Controller:
         def take() -> list[Scored] | None:
             return self.collector.take(iteration, oldest=oldest, stale=train.stale, least=least)
 
-        self._batch = []
-        while True:
+        batch: list[Scored] | None = None
+        while batch is None:
             while (part := take()) is None:
                 if self._stop:
                     raise _Stopped
                 if self.collector.weights is self.collector.lost_weights:
                     self._publish(iteration)  # or the gang tells that a rank is lost with its node
                 self.collector.pump()
-            self._batch += part
-            if (batch := self.issuer.telling(self.ledger, iteration, self._batch)) is not None:
-                break
+            if (batch := self.issuer.telling(self.ledger, iteration, part)) is None:
+                self.collector.batches.waiting += part  # until others have come beside it
         if not batch:
             raise RewardError(nothing_left(iteration, train, self.collector.last_dead_letter))
         return batch

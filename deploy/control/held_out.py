@@ -20,10 +20,11 @@ from common.data.prompts import EncodedPrompt, evaluation_requests
 from common.errors import RewardError
 from common.metric_catalogue import Logged
 from common.wire.trajectory import RolloutRequest, ScoredTrajectory, from_table
-from deploy.control.collector import Collector
+from deploy.control.collector import LEASES_PER_ACTOR, Collector
 from deploy.control.jobs import Scored, Weights
 from deploy.control.ledger import Ledger
-from deploy.run_folder.log_lines import HELD_OUT, held_out_scores
+from deploy.run_folder.log_lines import HELD_OUT, best_of, held_out_scores
+from deploy.run_folder.progress import out_of_patience
 from deploy.workers.pool import Pool
 
 
@@ -36,6 +37,7 @@ def collected(
     *,
     meanwhile: Callable[[], None] | None = None,
     renewed: Callable[[], Weights] | None = None,
+    beside: bool = False,
 ) -> list[Scored]:
     """Take requests through the pools, with a ledger of their own.
 
@@ -47,6 +49,8 @@ def collected(
         reward: reward workers; without them nothing is scored.
         meanwhile: called again and again while there is something to wait for.
         renewed: publishes the weights once more where a slice was lost with its node.
+        beside: another collector has work for the same workers: only those are taken that have
+            nothing to do.
 
     Raises:
         RewardError: no response was scored.
@@ -60,20 +64,25 @@ def collected(
         deadline_s=config.rollout.lease_deadline_s,
         score_together=False,
         score_last=True,
+        leases_per_actor=1 if beside else LEASES_PER_ACTOR,
     )
     collector.weights = weights
-    while ledger.pending(0):
-        if meanwhile is not None:
-            meanwhile()
-        if renewed is not None and collector.weights is collector.lost_weights:
-            collector.weights = renewed()
-        collector.pump()
-    if not collector.batches.waiting:
+    try:
+        while (tables := collector.take(0, oldest=-1, stale="wait")) is None:
+            if meanwhile is not None:
+                meanwhile()
+            if renewed is not None and collector.weights is collector.lost_weights:
+                collector.weights = renewed()
+            collector.pump()
+    except BaseException:
+        collector.abandon()
+        raise
+    if not tables:
         raise RewardError(
             f"evaluation: every one of {len(requests)} responses was given up by the reward "
             f"service; the last: {collector.last_dead_letter}"
         )
-    return collector.batches.waiting
+    return tables
 
 
 @dataclass(slots=True)
@@ -87,8 +96,9 @@ class HeldOut:
 
     @classmethod
     def of(cls, config: RunConfig, prompts: Sequence[EncodedPrompt]) -> HeldOut:
-        """Go on from what the run's folder says of evaluations before."""
-        return cls(config, prompts, held_out_scores(config.folder.metrics))
+        """Go on from what the run's folder says of evaluations before, of as many responses."""
+        responses = len(prompts) * config.evaluate.samples
+        return cls(config, prompts, held_out_scores(config.folder.metrics, responses))
 
     def rewind(self, version: int) -> None:
         """Forget the evaluations of later versions: their history is no longer true."""
@@ -103,15 +113,12 @@ class HeldOut:
     @property
     def best(self) -> int | None:
         """The earliest version with the highest score; None before the first evaluation."""
-        return max(self.scores, key=lambda v: (self.scores[v], -v), default=None)
+        return best_of(self.scores)
 
     @property
     def hopeless(self) -> bool:
         """Whether `evaluate.patience` evaluations in a row were no better than one before them."""
-        patience, best = self.config.evaluate.patience, self.best
-        if patience is None or best is None:
-            return False
-        return sum(version > best for version in self.scores) >= patience
+        return out_of_patience(self.scores, self.config.evaluate.patience)
 
     def measure(
         self,
@@ -151,11 +158,18 @@ class HeldOut:
 
         pools = own.rollout, own.reward
         tables = collected(
-            self.config, weights(), requests, *pools, meanwhile=meanwhile, renewed=renewed
+            self.config,
+            weights(),
+            requests,
+            *pools,
+            meanwhile=meanwhile,
+            renewed=renewed,
+            beside=self.config.train.max_staleness > 0,
         )
         rows = [row for s in tables for row in from_table(ray.get(s.table), ScoredTrajectory)]
         rows.sort(key=lambda row: row.rollout_id)
         metrics = measured(rows, settings.solved)
+        metrics[Logged.RESPONSES] = float(len(requests))
         metrics[Logged.UNSCORED] = float(len(requests) - len(rows))
         metrics[Logged.EVALUATE_SECONDS] = time.perf_counter() - begin
         self.scores[version] = metrics[Logged.SCORE]

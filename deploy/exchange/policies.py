@@ -204,8 +204,8 @@ def _scores(config: RunConfig) -> tuple[dict[int, float], str]:
     """Return what each checkpoint is compared by, and what that is.
 
     It is the judge's score of `talipot evaluate` on held-out prompts where each of them was
-    evaluated; else the run's own score of the evaluation while it was trained (`evaluate.every`),
-    likewise; else the mean score of the rollouts that its last iteration was trained on.
+    evaluated; else the run's own score of those that were evaluated while it was trained
+    (`evaluate.every`); else the mean score of the rollouts that its last iteration was trained on.
     """
     numbers = _numbers(config)
     held_out = {number: _evaluated(config, number) for number in numbers}
@@ -213,8 +213,8 @@ def _scores(config: RunConfig) -> tuple[dict[int, float], str]:
     if known and len(known) == len(numbers):
         return known, "held-out score"
     while_training = held_out_scores(config.folder.metrics)
-    if numbers and while_training.keys() >= {*numbers}:
-        return {n: while_training[n] for n in numbers}, "held-out score while training"
+    if asked := {n: while_training[n] for n in numbers if n in while_training}:
+        return asked, "held-out score while training"
     logged = {
         line.step: line.metrics[Logged.SCORE]
         for line in read_lines(config.folder.metrics).lines

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from ray.util.metrics import Gauge
@@ -17,7 +18,7 @@ from common.errors import StorageError
 from common.metric_catalogue import logged_as
 from common.run_folder import RunFolder
 from deploy.run_folder.log_lines import cut_torn_end
-from deploy.trackers import Outbox, Step
+from deploy.trackers import Outbox, Step, close_all
 
 
 class RunLog:
@@ -63,8 +64,7 @@ class RunLog:
             StorageError: the disk is full.
         """
         try:
-            ends = (outbox.close for outbox in self._outboxes)
-            take_all(self._file.close, self._board.close, *ends)
+            take_all(self._file.close, self._board.close, partial(close_all, self._outboxes))
         except OSError as error:
             raise StorageError(f"{self.run_dir}: metrics cannot be written: {error}") from None
 

@@ -25,6 +25,7 @@ from common.config.run import RunConfig
 from common.errors import DataError
 from common.files import write_atomic
 from common.run_folder import RunFolder
+from deploy.run_folder.log_lines import best_of, held_out_scores
 
 _EVERY_S = 1.0
 _FACTS = {"iteration", "iterations", "issued", "trained", "dropped", "in_flight"}
@@ -89,11 +90,35 @@ def record(run_dir: Path, facts: Mapping[str, Any]) -> None:
 
 
 def is_final(facts: Mapping[str, Any] | None, config: RunConfig) -> bool:
-    """Whether a run that has recorded these facts has nothing more to train under this recipe."""
+    """Whether a run that has recorded these facts has nothing more to train under this recipe.
+
+    One that ended early goes on when the recipe is more patient now; and what it has recorded is of
+    another time when it has gone on since.
+    """
     if facts is None:
         return False
-    ended = facts.get("out_of_patience", False) and config.evaluate.patience is not None
-    return bool(facts["iterations"] >= config.train.iterations or ended)
+    iterations = facts["iterations"]
+    if iterations >= config.train.iterations:
+        return True
+    later = [p for p in config.folder.checkpoints.glob("step-*") if not p.suffix]
+    if max((p.name for p in later), default="") > config.folder.checkpoint(iterations).name:
+        return False
+    scores = held_out_scores(config.folder.metrics).items()
+    told = {version: score for version, score in scores if version <= iterations}
+    return out_of_patience(told, config.evaluate.patience)
+
+
+def out_of_patience(scores: Mapping[int, float], patience: int | None) -> bool:
+    """Whether so many evaluations in a row were no better than one before them.
+
+    Args:
+        scores: by policy version.
+        patience: `evaluate.patience`; None is without end.
+    """
+    best = best_of(scores)
+    if patience is None or best is None:
+        return False
+    return sum(version > best for version in scores) >= patience
 
 
 def recorded_facts(run_dir: Path) -> dict[str, Any] | None:

@@ -47,7 +47,7 @@ RULES: dict[str, tuple[Kind, str]] = {
     "reward_service.components.*.dead_letters": ("free", "where refused responses go"),
     # Stages that are not policy training: done before it, or after.
     "trackers": ("free", "the run's own log is the same"),
-    "evaluate": ("free", "comes after training"),
+    "evaluate": ("free", "what is asked changes no weight; scores of others are not compared"),
     "data.evaluation": ("free", "comes after training"),
     "data.demonstrations": ("free", "read before training"),
     "data.comparisons": ("free", "read before training"),

@@ -48,13 +48,15 @@ def read_encoded_prompts(
 
 def read_held_out(tokenizer: Tokenizer, config: RunConfig) -> tuple[list[EncodedPrompt], Fitting]:
     """Read the first `evaluate.prompts` held-out prompts in tokens, and how many of them fitted."""
-    records = read_demonstrations(config.data.evaluation, columns=config.data.columns)
+    data = config.data
+    records = read_demonstrations(data.evaluation, columns=prompt_columns(data))
     return encode_prompts(
         [record.asked() for record in records],
         tokenizer,
         max_tokens=config.max_prompt_tokens,
-        too_long=config.data.too_long,
+        too_long=data.too_long,
         limit=config.evaluate.prompts,
+        source=None if data.mixture is None else partial(source_of, column=data.source_column),
     )
 
 

@@ -147,6 +147,15 @@ def run_train(
     done = 0 if resumption is None else resumption.iteration
     with session.progress("policy", config.train.iterations, done) as bar:
         facts = follow(controller, config, lambda status: _show(bar.update, status))
+    for text in facts.get("untracked", ()):
+        say(session.console, (text, "yellow"))
+    if facts.get("out_of_patience") and facts["iterations"] < config.train.iterations:
+        say(
+            session.console,
+            f"ended after {facts['iterations']} of {config.train.iterations} iterations, as "
+            f"{config.evaluate.patience} evaluations were no better (evaluate.patience); a larger "
+            "one, or null, goes on with --resume",
+        )
     if known:  # who attached to a run has not read its prompts
         lines = read_lines(session.folder.metrics).lines
         logged = {line.step: line.metrics for line in lines if line.stage == "train"}

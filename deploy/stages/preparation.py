@@ -88,7 +88,8 @@ def check_inputs(session: Session, config: RunConfig, stage: str) -> Callable[[]
         say(session.console, f"changed: {change}")
 
     def record() -> None:
-        trackers.begin(config)
+        if stage != "train":  # there the controller does it, whose environment counts
+            trackers.begin(config)
         save_config(config, session.folder.config)
         keep_functions(session.folder, reads)
         inputs.begin(stage, config, prints)

@@ -90,10 +90,15 @@ def require_stage(config: RunConfig, stage: str) -> None:
         TalipotError: of the kind of the first error, with all of them.
     """
     findings, data = Findings(), config.data
-    for name in _READS[stage]:
+    reads = [(name, stage) for name in _READS[stage]]
+    if stage == "train" and config.evaluate.every:
+        reads.append(("evaluation", "evaluate.every"))
+    for name, reader in reads:
         if not getattr(data, name):
-            findings.error(f"data.{name} is empty; {stage} needs at least one file")
-    for name in _READS[stage]:
+            findings.error(f"data.{name} is empty; {reader} needs at least one file")
+    with findings.attempt():
+        require_installed(config)
+    for name, _ in reads:
         read_field(name, getattr(data, name), findings, limit=_FIRST_ROWS)
     if stage == "train":
         components = config.reward_service.components

@@ -34,9 +34,10 @@ def widened(
     after: type[RolloutRequest],
     constant: dict[str, Any],
 ) -> pa.Table:
-    """A table of a later kind: constant columns for what it has more."""
+    """A table of a later kind: constant columns for what it has more, null where it may be."""
     for field in list(SCHEMAS[after])[len(SCHEMAS[before]) :]:
-        column = pa.array([constant[field.name]] * len(table), type=field.type)
+        value = constant.get(field.name) if field.nullable else constant[field.name]
+        column = pa.array([value] * len(table), type=field.type)
         table = table.append_column(field, column)
     return table.cast(SCHEMAS[after])
 

@@ -19,14 +19,14 @@ from common.errors import ConfigError
 from deploy import trackers
 from deploy.run_folder.log_lines import Line, read_lines
 from deploy.run_folder.metrics_log import RunLog
-from deploy.trackers import Outbox, Step, outboxes
+from deploy.trackers import Outbox, Step, close_all, outboxes
 from deploy.validation.validate import validate
 
 pytestmark = pytest.mark.usefixtures("cluster")  # a run's log sets gauges of Ray
 LINES = [
     ("sft", 1, {"loss": 3.0}),
     ("sft", 2, {"loss": 2.5}),
-    ("train", 1, {"score": 0.25, "dropped/dead letter": 2.0}),
+    ("train", 1, {"score": 0.25, "dropped/dead letter": 2.0, "staleness": 0, "staleness/0": 4.0}),
     ("held_out", 0, {"score": 0.5, "pass@1": 0.125}),
     ("train", 2, {"score": 0.75, "kl": 0.5}),
 ]
@@ -113,7 +113,7 @@ def test_mlflow_has_what_the_log_has(tmp_path: Path, monkeypatch: pytest.MonkeyP
     client = MlflowClient(tracking_uri=uri)
     for line in logged(config):
         for name, value in line.metrics.items():
-            key = f"{line.stage}/{name}".replace("@", "_")
+            key = f"{line.stage}/" + name.replace("@", "_").replace("/", ".")
             history = client.get_metric_history(run_id, key)
             assert (line.step, value) in [(m.step, m.value) for m in history]
     assert client.get_run(run_id).info.status == "FINISHED"
@@ -226,26 +226,28 @@ def test_what_fails_is_sent_again_in_order_and_once() -> None:
     for step in steps(5):
         box.put(step)
     until(lambda: len(service.took) == 5)
-    box.close()
+    close_all([box])
     assert service.took == steps(5) and service.closed and told == [] and opened == 2
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_service_that_stays_down_is_told_with_the_count() -> None:
     told: list[str] = []
-    box = Outbox("x", lambda: Fickle(failures=10**9), told.append)
+    service = Fickle(failures=10**9)
+    box = Outbox("x", lambda: service, told.append)
     for step in steps(4):
         box.put(step)
     begin = time.monotonic()
-    box.close()
+    close_all([box])
     assert time.monotonic() - begin < 5
     assert told == [
         "trackers.x: 4 lines were not sent (OSError: 503: come again); they stand in metrics.jsonl"
     ]
+    assert service.closed
 
 
 def test_a_service_that_hangs_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deploy.trackers._END_S", 0.2)
+    monkeypatch.setattr("deploy.trackers._END_S", 0.5)
     told: list[str] = []
     forever = threading.Event()
 
@@ -254,13 +256,16 @@ def test_a_service_that_hangs_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) 
             forever.wait(60)
 
     box = Outbox("x", Hangs, told.append)
+    other = Outbox("y", Hangs, told.append)
     begin = time.monotonic()
     for step in steps(3):
         box.put(step)
+        other.put(step)
     assert time.monotonic() - begin < 0.1
-    box.close()
+    close_all([box, other])
     assert time.monotonic() - begin < 5
-    assert told == ["trackers.x: 3 lines were not sent; they stand in metrics.jsonl"]
+    says = "3 lines were not sent; they stand in metrics.jsonl"
+    assert told == [f"trackers.x: {says}", f"trackers.y: {says}"]
     forever.set()
 
 

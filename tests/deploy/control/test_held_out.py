@@ -26,7 +26,7 @@ from deploy.run_folder.progress import is_final, recorded_facts
 from deploy.stages.policy import _held_out
 from deploy.stages.session import Session
 from deploy.standing import standing_of
-from deploy.workers.gang import LearnerGang
+from deploy.workers.gang import LearnerGang, LearnerLost
 from tests.conftest import run_copy
 from tests.deploy.control.runs import Run, finish, kill_worker, prompts_of, when
 from tests.learner.batch.test_trajectory_log import trajectories
@@ -213,9 +213,92 @@ def test_training_ends_when_patience_does_and_the_best_stays(
     assert config.folder.policy.path.exists()
     assert is_final(recorded_facts(config.run_dir), config)
     assert standing_of(config).state == "finished"
-    patient = config.evaluate.model_copy(update={"patience": None})
-    more = config.model_copy(update={"evaluate": patient})
-    assert not is_final(recorded_facts(config.run_dir), more)
+    for patience in (None, 3):
+        more = config.evaluate.model_copy(update={"patience": patience})
+        patient = config.model_copy(update={"evaluate": more})
+        assert not is_final(recorded_facts(config.run_dir), patient), patience
+    # Gone on since, and stopped: what was recorded is of another time.
+    checkpoints.write(config.run_dir, 3, lambda _: {"iteration": 3}, keep=2)
+    assert not is_final(recorded_facts(config.run_dir), config)
+
+
+@cluster
+def test_the_best_versions_checkpoint_stays_whatever_is_kept(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = HeldOut.measure
+
+    def peaking(self: HeldOut, version: int, *args: Any) -> dict[str, float]:
+        metrics = measure(self, version, *args)
+        metrics["score"] = self.scores[version] = {0: 0.1, 1: 0.9}.get(version, 0.5)
+        return metrics
+
+    monkeypatch.setattr(HeldOut, "measure", peaking)
+    config = run_copy(
+        workspace,
+        tmp_path,
+        evaluate={"every": 1, "prompts": 4},
+        train={"keep_checkpoints": 1, "checkpoint_every": 0, "iterations": 4, "ppg": None},
+    )
+    with Run(config, gang) as controller:
+        controller.run()
+        assert controller.held_out.best == 1
+    names = {p.name for p in config.folder.checkpoints.iterdir()}
+    assert names == {config.folder.checkpoint(n).name for n in (1, 4)}
+    assert choose(config, "best").iteration == 1
+
+
+@cluster
+def test_a_learner_that_dies_in_an_evaluation_leaves_the_workers_free(
+    workspace: RunConfig,
+    gang: LearnerGang,
+    reference: tuple[RunConfig, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = run_copy(workspace, tmp_path, evaluate=EVALUATED, train={"checkpoint_every": 1})
+    with Run(config, gang) as controller:
+        go_on, died = controller._move_rollouts, []
+
+        def dying() -> None:
+            busy = [w for pool in controller.collector._pools() for w in pool.workers.values()]
+            if not died and controller.iteration == 2 and any(w.busy for w in busy):
+                died.append(True)
+                raise LearnerLost("a rank is gone")
+            go_on()
+
+        monkeypatch.setattr(controller, "_move_rollouts", dying)
+        facts = controller.run()
+    assert died and facts["learner_restarts"] == 1
+    assert facts["weights_hash"] == reference[1]["weights_hash"]
+    assert facts["rollouts_issued"] == facts["rollouts_trained"] == 64
+    assert {version for version, _ in evaluations(config)} == {0, 2, 4}
+
+
+@cluster
+def test_held_out_prompts_have_a_source_as_the_others(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path
+) -> None:
+    for name, words in (("sums", ["open", "read"]), ("held", ["file", "close"])):
+        rows = [{"prompt": f"{word}:", "response": "x"} for word in words]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf8")
+    config = run_copy(
+        workspace,
+        tmp_path / "runs",
+        data={
+            "prompts": [str(tmp_path / "sums.jsonl")],
+            "evaluation": [str(tmp_path / "held.jsonl")],
+            "mixture": {"sums": {}},
+        },
+        reward_service={
+            "components": {"of": {"kind": "function", "target": "tests.rewards:of_source"}}
+        },
+        evaluate={"every": 1, "prompts": 2},
+        train={"iterations": 1},
+    )
+    finish(config, gang)
+    assert held_out_scores(config.folder.metrics) == {0: 4.0, 1: 4.0}
 
 
 def test_the_best_checkpoint_is_kept_and_found(workspace: RunConfig, tmp_path: Path) -> None:
@@ -227,12 +310,15 @@ def test_the_best_checkpoint_is_kept_and_found(workspace: RunConfig, tmp_path: P
         checkpoints.write(
             config.run_dir, step, lambda _, at=step: {"iteration": at}, keep=1, best=best
         )
+    # One that was never evaluated is not compared.
+    checkpoints.write(config.run_dir, 5, lambda _: {"iteration": 5}, keep=2, best=2)
     folders = sorted(p.name for p in config.folder.checkpoints.iterdir())
-    assert folders == [config.folder.checkpoint(n).name for n in (2, 4)]
+    assert folders == [config.folder.checkpoint(n).name for n in (2, 4, 5)]
     with config.folder.metrics.open("w", encoding="utf8") as file:
         for step, score in scores.items():
             for stage, shown in (("train", -score), ("held_out", score)):
-                line = {"stage": stage, "step": step, "metrics": {"score": shown}}
+                told = {"score": shown, "responses": 8.0}
+                line = {"stage": stage, "step": step, "metrics": told}
                 file.write(json.dumps(line) + "\n")
     chosen = choose(config, "best")
     assert chosen.iteration == 2

@@ -157,7 +157,7 @@ def test_labels_of_metrics_have_a_curve_each(tmp_path: Path) -> None:
         "Prompts solved, pass@16",
     ]
     for title in titles:
-        assert page.count(f"{title}</figcaption>") == 1 or title in page, title
+        assert title in page, title
     assert page.index("pass@2<") < page.index("pass@16<")
     assert "held-out comparisons" not in page, "measured once, it is no curve"
     assert "of old" not in page
