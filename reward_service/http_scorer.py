@@ -1,7 +1,8 @@
 """A remote reward endpoint that may be slow, flaky or down.
 
-``POST {"requests": [{"rollout_id", "prompt", "response", "columns", "messages"}]}`` answers
-``{"scores": [{"rollout_id", "score"}]}``; columns and messages are there where the data has them.
+``POST {"requests": [{"rollout_id", "prompt", "response", "columns", "source", "messages"}]}``
+answers ``{"scores": [{"rollout_id", "score"}]}``; columns, source and messages are there where the
+data has them.
 Another `Exchange` asks and reads otherwise.
 Batches go out side by side up to a cap; a failed batch
 is retried with exponential backoff and full jitter; after several failures in a row the circuit
