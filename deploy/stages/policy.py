@@ -147,15 +147,7 @@ def run_train(
     done = 0 if resumption is None else resumption.iteration
     with session.progress("policy", config.train.iterations, done) as bar:
         facts = follow(controller, config, lambda status: _show(bar.update, status))
-    for text in facts.get("untracked", ()):
-        say(session.console, (text, "yellow"))
-    if facts.get("out_of_patience") and facts["iterations"] < config.train.iterations:
-        say(
-            session.console,
-            f"ended after {facts['iterations']} of {config.train.iterations} iterations, as "
-            f"{config.evaluate.patience} evaluations were no better (evaluate.patience); a larger "
-            "one, or null, goes on with --resume",
-        )
+    _say_end(session.console, config, facts)
     if known:  # who attached to a run has not read its prompts
         lines = read_lines(session.folder.metrics).lines
         logged = {line.step: line.metrics for line in lines if line.stage == "train"}
@@ -167,6 +159,19 @@ def run_train(
             pretrained=config.pretrained,
         )
     return facts
+
+
+def _say_end(console: Console, config: RunConfig, facts: Mapping[str, Any]) -> None:
+    """Say what a user has to know of how training ended, beside its numbers."""
+    for text in facts.get("untracked", ()):
+        say(console, (text, "yellow"))
+    if facts.get("out_of_patience") and facts["iterations"] < config.train.iterations:
+        say(
+            console,
+            f"ended after {facts['iterations']} of {config.train.iterations} iterations, as "
+            f"{config.evaluate.patience} evaluations in a row were no better (evaluate.patience); "
+            "resumed with a larger patience, or null, it goes on",
+        )
 
 
 def _held_out(

@@ -31,21 +31,20 @@ DYNAMIC = {
 }
 
 
-def scored(groups: dict[int, list[float]], left_out: frozenset[str] = frozenset()) -> Scored:
+def request(name: str, group: int) -> RolloutRequest:
+    return RolloutRequest(
+        rollout_id=name, group=group, prompt_uid="p", prompt_text="p", prompt_ids=[1], seed=0
+    )
+
+
+def scored(
+    groups: dict[int, list[float]], left_out: frozenset[str] = frozenset(), first: int = 0
+) -> Scored:
+    """A table: scores of each group's responses, which are numbered from `first` on."""
     requests, scores = [], []
     for group, of in groups.items():
-        for at, score in enumerate(of):
-            name = f"000000-{group * 10 + at:06d}"
-            requests.append(
-                RolloutRequest(
-                    rollout_id=name,
-                    group=group,
-                    prompt_uid="p",
-                    prompt_text="p",
-                    prompt_ids=[1],
-                    seed=0,
-                )
-            )
+        for at, score in enumerate(of, first):
+            requests.append(request(f"000000-{group * 10 + at:06d}", group))
             scores.append(score)
     return Scored(
         table=None,  # type: ignore[arg-type]
@@ -71,31 +70,7 @@ def test_a_prompt_tells_nothing_when_all_its_scores_are_one() -> None:
 
 
 def test_a_prompt_in_two_tables_is_one() -> None:
-    first, second = scored({0: [1.0, 1.0]}), scored({5: [1.0, 1.0]})
-    apart = Scored(
-        table=second.table,
-        rollout_ids=("000000-000002",),
-        iteration=0,
-        policy_version=0,
-        leases=(
-            Lease(
-                lease_id=1,
-                iteration=0,
-                requests=(
-                    RolloutRequest(
-                        rollout_id="000000-000002",
-                        group=0,
-                        prompt_uid="p",
-                        prompt_text="p",
-                        prompt_ids=[1],
-                        seed=0,
-                    ),
-                ),
-            ),
-        ),
-        scores=(2.0,),
-    )
-    assert without_signal([first, apart]) == frozenset()
+    assert without_signal([scored({0: [1.0, 1.0]}), scored({0: [2.0]}, first=2)]) == frozenset()
 
 
 def dynamic(workspace: RunConfig, folder: Path, **train: Any) -> RunConfig:
