@@ -48,8 +48,8 @@ LORA_LRS = (8e-4, 1.6e-3, 6.4e-3)
 LORA_RANK, LORA_LR = 8, 3.2e-3
 LORA_RANKS = (1, LORA_RANK, 64)
 INSTRUCT = {
-    "rloo": (),
-    "grpo": ("train.algorithm=grpo",),
+    "grpo": (),
+    "rloo": ("train.algorithm=rloo",),
     "ppo": ("train.algorithm=ppo",),
     "ppg": ("train.algorithm=ppo", "train.ppg={n_pi: 5}"),
 }
@@ -129,7 +129,7 @@ def instruct(out: Path, name: str, seed: int, overrides: tuple[str, ...]) -> Non
     start = f"model.start={out / 'SmolLM2-135M-Instruct'}"
     config = recipe(out, name, start, f"seed={seed}", *overrides, kind="instruct")
     bring_model(config, console)
-    base = out / f"instruct-rloo-s{seed}"
+    base = out / f"instruct-{next(iter(INSTRUCT))}-s{seed}"
     if overrides and (base / "summary.json").exists():
         for part in INSTRUCT_FILES:
             shutil.copytree(base / part, config.run_dir / part)

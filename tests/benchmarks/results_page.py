@@ -263,8 +263,9 @@ def over_optimisation(out: Path) -> list[str]:
 def instruct(out: Path) -> list[str]:
     """Compare algorithms on the recipe `instruct` at equal rollouts."""
     runs = {kind: [f"instruct-{kind}-s{seed}" for seed in SEEDS] for kind in INSTRUCT}
-    names = {"rloo": "RLOO (the recipe)", "grpo": "GRPO", "ppo": "PPO", "ppg": "PPG"}
-    rows = [("as it came", runs["rloo"], "before"), ("taught", runs["rloo"], "taught")]
+    names = {"grpo": "GRPO (the recipe)", "rloo": "RLOO", "ppo": "PPO", "ppg": "PPG"}
+    own = runs[next(iter(INSTRUCT))]
+    rows = [("as it came", own, "before"), ("taught", own, "taught")]
     rows += [(names[kind], runs[kind], "after") for kind in INSTRUCT]
     return comparison(out, rows, INSTRUCT_COLUMNS)
 
@@ -291,7 +292,8 @@ def instruct_runs(out: Path) -> list[str]:
 
 def instruct_kinds(out: Path) -> list[str]:
     """Show the share of instructions of each kind that are followed, over seeds."""
-    found = [s for seed in SEEDS if (s := load(out, f"instruct-rloo-s{seed}")) is not None]
+    own = next(iter(INSTRUCT))
+    found = [s for seed in SEEDS if (s := load(out, f"instruct-{own}-s{seed}")) is not None]
     rows = []
     for name, kind in KINDS.items():
         sides = [
