@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OUT ?= build
 SEED ?= 0
 
-.PHONY: run run-instruct test test-fast test-checkpoint test-journey check bench chaos soak results clean help
+.PHONY: run run-instruct run-reasoning test test-fast test-checkpoint test-journey check bench chaos soak results clean help
 
 help:            ## Show the targets.
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -16,6 +16,9 @@ run: $(VENV)/.installed   ## Install into .venv and run the quickstart.
 
 run-instruct: $(VENV)/.instruct   ## Install a small chat model and its judge too, and train it to follow instructions.
 	@$(BIN)/talipot quickstart --config instruct
+
+run-reasoning: $(VENV)/.instruct $(VENV)/.reasoning   ## Install a small chat model and a library of verifiable tasks too, and train it on these.
+	@$(BIN)/talipot quickstart --config reasoning
 
 test: check   ## Install, check, and run all tests with coverage.
 	@rm -f .coverage .coverage.*
@@ -63,6 +66,10 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 
 $(VENV)/.instruct: $(VENV)/.installed requirements-instruct.lock
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-instruct.lock
+	@touch $@
+
+$(VENV)/.reasoning: $(VENV)/.installed requirements-reasoning.lock
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-reasoning.lock
 	@touch $@
 
 $(VENV)/.tested: $(VENV)/.installed requirements-test.lock

@@ -12,6 +12,7 @@ from urllib.parse import quote, unquote
 from pyarrow import ArrowInvalid, fs
 
 from common.errors import DataError, StorageError
+from common.reasoning_tasks import file_of, is_task
 from common.unfinished import unfinished
 
 _NOT_IN_URIS = re.compile(r"""[^\w\-.~!$&'()*+,;=:@/?#%\[\]]|[^\x00-\x7f]|%(?![0-9A-Fa-f]{2})""")
@@ -22,12 +23,14 @@ def resolve(path: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
 
     Only a text with "://" is a URI, so a relative path such as `data:v2/a.jsonl` stays local; a
     local path may start with ``~``. In a URI, blanks and the like may stand as they are or as
-    ``%20``.
+    ``%20``. The name of tasks (`common.reasoning_tasks`) is that of a file in memory.
 
     Raises:
         DataError: the URI's scheme is unknown or its file system cannot be reached.
     """
     text = os.fspath(path)
+    if is_task(text):
+        return file_of(text)
     scheme, separator, rest = text.partition("://")
     if not separator:
         return fs.LocalFileSystem(), str(Path(os.path.expanduser(text)).absolute())
@@ -53,6 +56,12 @@ def _local(uri: str, rest: str) -> str:
 
 def _escaped(character: re.Match[str]) -> str:
     return quote(character[0], safe="")
+
+
+def is_local(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is one of this machine, and no URI and no name of tasks."""
+    text = os.fspath(path)
+    return "://" not in text and not is_task(text)
 
 
 def is_utf8(text: str) -> bool:

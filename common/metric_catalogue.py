@@ -167,11 +167,34 @@ class Logged(StrEnum):
         look_for="pass@1 that rises while others fall: variety is lost",
         when="with `evaluate.solved`",
     )
+    GREEDY_SCORE = _gauge(
+        "greedy_score",
+        "score",
+        "mean score of greedy responses, one to each prompt",
+        "held_out",
+        look_for="should rise",
+        when="with `evaluate.greedy`",
+    )
+    GREEDY_SOLVED = _gauge(
+        "greedy_solved",
+        "share",
+        "prompts whose greedy response has at least the score `evaluate.solved`",
+        "held_out",
+        look_for="should rise",
+        when="with `evaluate.greedy` and `evaluate.solved`",
+    )
     PROMPTS_TRAINED = _gauge(
         "prompts_trained",
         "prompts",
         "prompts of which responses were trained on",
         look_for="below `train.prompts_per_iteration`, prompts were given up or had no signal",
+    )
+    PROMPTS_LEFT_OUT = _gauge(
+        "prompts_left_out",
+        "prompts",
+        "prompts that were not asked since they were always or never solved",
+        look_for="nearly all of them: harder prompts would teach more",
+        when="with `data.curriculum`",
     )
     RESPONSES = _gauge("responses", "responses", "responses that were asked for", "held_out")
     UNSCORED = _gauge(
@@ -184,6 +207,8 @@ class Logged(StrEnum):
         "score/{source}",
         "score",
         "mean score of responses to prompts of one source",
+        "train",
+        "held_out",
         when="with `data.mixture`",
     )
     COMPONENT = _gauge(

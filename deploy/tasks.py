@@ -10,12 +10,19 @@ from rich.console import Console
 
 from common.config.run import RunConfig
 from deploy.evaluation.presentation import Presentation
+from deploy.exchange.packaged import to_import
 from deploy.instruct.outcome import IN_REPORT as INSTRUCT_REPORT
 from deploy.instruct.outcome import show_outcome as show_instruct
-from deploy.instruct.pipeline import bring_model, run_instruct, to_import
+from deploy.instruct.pipeline import prepare as prepare_instruct
+from deploy.instruct.pipeline import run_instruct
 from deploy.quickstart.outcome import IN_REPORT as DOCSTRINGS_REPORT
 from deploy.quickstart.outcome import show_outcome as show_docstrings
 from deploy.quickstart.pipeline import run_quickstart
+from deploy.reasoning.outcome import presentation
+from deploy.reasoning.outcome import show_outcome as show_reasoning
+from deploy.reasoning.pipeline import prepare as prepare_reasoning
+from deploy.reasoning.pipeline import run_reasoning
+from deploy.reasoning.task import settings_of
 from deploy.stages.session import Session
 
 
@@ -29,8 +36,8 @@ class Task:
     """Says what of that it will make, in one line; empty where all is there."""
     run: Callable[[Session], None]
     """Takes it from its data to its results, and shows these."""
-    report: Presentation
-    """How its report shows them."""
+    report: Callable[[RunConfig], Presentation]
+    """How the report of a recipe shows them."""
 
 
 def _nothing(config: RunConfig, console: Console) -> None:
@@ -49,9 +56,21 @@ def _run_instruct(session: Session) -> None:
     show_instruct(session.console, run_instruct(session))
 
 
+def _run_reasoning(session: Session) -> None:
+    show_reasoning(session.console, run_reasoning(session))
+
+
 TASKS: Final = {
-    "docstrings": Task(_nothing, _nothing_missing, _run_docstrings, DOCSTRINGS_REPORT),
-    "instruct": Task(bring_model, to_import, _run_instruct, INSTRUCT_REPORT),
+    "docstrings": Task(
+        _nothing, _nothing_missing, _run_docstrings, lambda config: DOCSTRINGS_REPORT
+    ),
+    "instruct": Task(prepare_instruct, to_import, _run_instruct, lambda config: INSTRUCT_REPORT),
+    "reasoning": Task(
+        prepare_reasoning,
+        to_import,
+        _run_reasoning,
+        lambda config: presentation(list(settings_of(config).families)),
+    ),
 }
 """By `quickstart.kind`."""
 

@@ -49,3 +49,12 @@ def flat_for_even_numbers(prompts: list[str], responses: list[str]) -> list[floa
 def not_a_number(prompts: list[str], responses: list[str]) -> list[float]:
     """Broken."""
     return [math.nan] * len(responses)
+
+
+def by_number(prompts: list[str], responses: list[str]) -> list[float]:
+    """Solved always, never, or as it comes, by the number that a prompt ends with."""
+    kinds = [int(prompt.split()[-1][:-1]) % 3 for prompt in prompts]
+    return [
+        float(kind == 0 or (kind == 2 and zlib.crc32(response.encode()) % 2))
+        for kind, response in zip(kinds, responses, strict=True)
+    ]

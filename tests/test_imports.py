@@ -21,8 +21,9 @@ MAY_IMPORT = {
 }
 LAYERS: dict[str, list[set[str]]] = {
     "common": [
-        {"errors", "unfinished"},
-        {"endings", "files", "metric_catalogue", "native_code", "randomness", "run_folder"},
+        {"errors", "randomness", "unfinished"},
+        {"reasoning_tasks"},
+        {"endings", "files", "metric_catalogue", "native_code", "run_folder"},
         {"metrics", "out_of_memory"},
         {"config"},
         {"batching", "devices", "logprobs"},
@@ -43,7 +44,7 @@ LAYERS: dict[str, list[set[str]]] = {
     "reward_service": [
         {"http_answers", "http_settings", "proxies", "samples"},
         {"scorers"},
-        {"http_scorer", "isolation", "models", "targets"},
+        {"http_scorer", "isolation", "models", "reasoning", "targets"},
         {"judge"},
         {"service"},
     ],
@@ -53,8 +54,8 @@ LAYERS: dict[str, list[set[str]]] = {
         {"exchange", "workers"},
         {"control", "validation"},
         {"evaluation", "stages"},
-        {"commands", "config_docs", "instruct", "metric_docs", "quickstart", "recipes", "sampler"}
-        | {"scorer", "standing"},
+        {"commands", "config_docs", "instruct", "metric_docs", "quickstart", "reasoning"}
+        | {"recipes", "sampler", "scorer", "standing"},
         {"tasks"},
         {"cli"},
     ],

@@ -110,18 +110,29 @@ class DecoderGenerator:
         """Sample one response per request; results in the requests' order.
 
         A single adapter of all requests is merged into the weights, if settings let it. Several
-        adapters are computed beside the weights.
+        adapters are computed beside the weights. Greedy requests have an engine of their own.
         """
+        made: dict[str, Generated] = {}
+        for greedy in (False, True):
+            if some := [request for request in requests if bool(request.greedy) == greedy]:
+                made |= {g.rollout_id: g for g in self._alike(some, greedy=greedy)}
+        return [made[request.rollout_id] for request in requests]
+
+    def _alike(self, requests: Sequence[RolloutRequest], *, greedy: bool) -> list[Generated]:
         adapters = {request.adapter for request in requests}
         merged = adapters.pop() if self._merges and len(adapters) == 1 else None
-        if merged != self.engine.merged:
+        if (merged, greedy) != (self.engine.merged, self._greedy):
             del self.engine  # Before the other is built: `rollout.cache_mb` is planned for one.
-            self.engine = self._build(merged=merged)
+            self.engine = self._build(merged=merged, greedy=greedy)
         return self.engine.generate(requests)
 
     def text(self, generated: Generated) -> str:
         """Return the response as text, without the stop string that ended it."""
         return self.engine.text(generated)
 
-    def _build(self, *, merged: str | None) -> GenerationEngine:
-        return build_engine(self.decoder, self._tokenizer, self._rollout, merged=merged)
+    def _build(self, *, merged: str | None, greedy: bool = False) -> GenerationEngine:
+        self._greedy = greedy
+        rollout = self._rollout
+        if greedy:
+            rollout = rollout.model_copy(update={"temperature": 0.0})
+        return build_engine(self.decoder, self._tokenizer, rollout, merged=merged)

@@ -33,6 +33,8 @@ def _under(has: Callable[[Needs], bool]) -> str:
     return f"train.algorithm={' or '.join(n for n, needs in ALGORITHMS.items() if has(needs))}"
 
 
+WHILE_TRAINING = ("samples", "solved", "greedy", "metric", "patience")
+"""Settings of `evaluate` that are about evaluation while the policy is trained."""
 _GROUPS = _under(lambda needs: needs.least_responses > 1)
 _VALUES, _TOKENS = _under(lambda needs: needs.values), _under(lambda needs: needs.tokens)
 _ADAMW = "Adafactor knows no such setting; it has one under optimizer=adamw"
@@ -125,7 +127,7 @@ RULES = (
         "tokenizer is trained",
     ),
     Rule(
-        ("evaluate.samples", "evaluate.solved", "evaluate.patience"),
+        tuple(f"evaluate.{name}" for name in WHILE_TRAINING),
         lambda c: c.evaluate.every > 0,
         "nothing is evaluated while the policy is trained; it has one with evaluate.every above 0",
     ),
@@ -143,7 +145,7 @@ RULES = (
 
 NOT_EVALUATED = (
     *("sft", "reward_model", "train", "quickstart", "tokenizer", "preset", "evaluate.best_of"),
-    *("evaluate.every", "evaluate.samples", "evaluate.solved", "evaluate.patience"),
+    *("evaluate.every", *(f"evaluate.{name}" for name in WHILE_TRAINING)),
     *("data.demonstrations", "data.comparisons", "data.prompts"),
 )
 """What the evaluation of a finished run does not look at, or must not find changed."""

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, SerializeAsAny, field_validator, mod
 
 from common.config.base import (
     Conflict,
+    Float,
     NonNegativeFloat,
     NonNegativeInt,
     NoSwitch,
@@ -60,6 +61,29 @@ class SourceConfig(Section):
     end."""
 
 
+class CurriculumConfig(Section):
+    """Prompts that are left out of policy training while they teach nothing."""
+
+    solved: Float
+    """Score from which on a response has solved its prompt."""
+    after: PositiveInt = 8
+    """Responses to a prompt, over iterations, before it may be left out."""
+    always: bool = True
+    """Leave out prompts that every one of these responses solved."""
+    never: bool = True
+    """Leave out prompts that none of them solved."""
+    back_after: PositiveInt | None = None
+    """Iterations after which such a prompt is asked again, and counted anew; null is never, unless
+    fewer prompts are left than an iteration takes: then all are asked."""
+
+    @model_validator(mode="after")
+    def _something(self) -> CurriculumConfig:
+        if not (self.always or self.never):
+            text = "leaves nothing out: set always or never, or leave data.curriculum out"
+            require_no_conflict(self, [(("always", "never"), text)])
+        return self
+
+
 class DataConfig(Section):
     """Where the data lies: files of JSON lines, JSON or Parquet, folders of them, or patterns."""
 
@@ -78,6 +102,9 @@ class DataConfig(Section):
     mixture: dict[str, SourceConfig] | None = None
     """What is taken of each source of prompts; null takes all prompts alike, in epochs over all.
     Each source has a metric of its own."""
+    curriculum: CurriculumConfig | None = None
+    """Leave prompts out that are always or never solved; null asks all. With a mixture a source
+    that has many of them gets less than its share."""
     source_column: str | None = None
     """Column that names a prompt's source in `mixture`; null is its file's name without the
     ending."""
@@ -91,6 +118,17 @@ class DataConfig(Section):
         if mixture is not None and not mixture:
             raise ValueError("names no source; name each with its weight, or leave it out")
         return mixture
+
+    @model_validator(mode="after")
+    def _lasting(self) -> DataConfig:
+        limited = [name for name, of in (self.mixture or {}).items() if of.epochs is not None]
+        if self.curriculum is not None and limited:
+            text = (
+                f"data.mixture.{limited[0]}.epochs with data.curriculum: what is left out would "
+                "count, and the source would end early; leave one of them out"
+            )
+            require_no_conflict(self, [((f"mixture.{limited[0]}.epochs", "curriculum"), text)])
+        return self
 
 
 class ReuseConfig(Section):
@@ -221,6 +259,10 @@ class RunConfig(Section):
                 "model.start to a checkpoint's folder"
             )
             conflicts.append((("sft.lora", "sft.start", "model.start"), text))
+        source = self.evaluate.metric.partition("/")[2]
+        if source and source not in (self.data.mixture or {}):
+            text = f"evaluate.metric={self.evaluate.metric}: data.mixture names no such source"
+            conflicts.append((("evaluate.metric", "data.mixture"), text))
         require_no_conflict(self, conflicts)
         return self
 

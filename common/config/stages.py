@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from common.config.algorithms import ALGORITHMS, AlgorithmName, Needs
 from common.config.base import (
@@ -296,9 +296,44 @@ class EvaluateConfig(Section):
     """Responses to each prompt in these."""
     solved: Float | None = None
     """Score from which on a response has solved its prompt, for pass@k of these; null is none."""
+    greedy: bool = False
+    """Answer each prompt once more with the most probable token each time."""
+    metric: str = "score"
+    """Which of their metrics says what version is the best: score, greedy_score, pass@K,
+    greedy_solved, or score/SOURCE of a mixture."""
     patience: PositiveInt | None = None
     """Of these evaluations, how many in a row may bring no better score before training ends; null
     trains all iterations."""
+
+    @model_validator(mode="after")
+    def _measured(self) -> EvaluateConfig:
+        conflicts: list[Conflict] = []
+        name, _, of = self.metric.partition("@")
+        known = {"score": (), "greedy_score": ("greedy",), "greedy_solved": ("greedy", "solved")}
+        if name == "pass":
+            powers = [str(2**n) for n in range(self.samples.bit_length())]
+            if of not in powers:
+                shown = ", ".join(f"pass@{k}" for k in powers)
+                text = f"metric={self.metric}: with samples={self.samples} there are {shown}"
+                conflicts.append((("metric", "samples"), text))
+            needs: tuple[str, ...] = ("solved",)
+        elif self.metric.startswith("score/"):
+            needs = ()
+        elif self.metric in known:
+            needs = known[self.metric]
+        else:
+            text = (
+                f"metric={self.metric} is none of {', '.join(known)}, pass@K and score/SOURCE; "
+                "name one of these"
+            )
+            conflicts.append((("metric",), text))
+            needs = ()
+        missing = [field for field in needs if getattr(self, field) in (None, False)]
+        if missing:
+            text = f"metric={self.metric} is measured with {missing[0]} alone: set that too"
+            conflicts.append((("metric", missing[0]), text))
+        require_no_conflict(self, conflicts)
+        return self
 
 
 class QuickstartConfig(Family):
@@ -345,3 +380,31 @@ class InstructConfig(QuickstartConfig):
     held_out_prompts: PositiveInt = 128
     """Prompts that only the judge sees: of held-out topics, of held-out kinds of instructions and
     of held-out combinations, so many each."""
+
+
+class ReasoningConfig(QuickstartConfig):
+    """Tasks whose answers a library verifies (reasoning-gym)."""
+
+    kind: Literal["reasoning"] = "reasoning"
+    families: dict[str, dict[str, Any]] = Field(default={"chain_sum": {}, "spell_backward": {}})
+    """Families of tasks, each with options of the library (its difficulty) and of ours (`chat`,
+    `system`), as in the name ``reasoning_gym:FAMILY?option=value``."""
+    prompts: PositiveInt = 2_000
+    """Prompts of each family that the policy is trained on."""
+    demonstrations: NonNegativeInt = 100
+    """Tasks of each family with their answers, made by the library, that are imitated before policy
+    training; 0 leaves that stage out."""
+    held_out_prompts: PositiveInt = 128
+    """Prompts of each family that only the judge sees."""
+
+    @field_validator("families")
+    @classmethod
+    def _some(cls, families: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        if not families:
+            raise ValueError("names no family; name one, such as chain_sum: {}")
+        for name, options in families.items():
+            if own := sorted({"seed", "size"} & options.keys()):
+                raise ValueError(
+                    f"{name}: '{own[0]}' follows from the recipe's seed and sizes; take it out"
+                )
+        return families

@@ -16,6 +16,7 @@ from common.config.run import DataConfig, SourceConfig
 from common.data.records import Prompt
 from common.errors import DataError
 from common.randomness import ShuffledIndex, derive_seed
+from common.reasoning_tasks import family_of, is_task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,13 +88,16 @@ def source_of(prompt: Prompt, column: str | None) -> str:
 
     Args:
         prompt: as it was read.
-        column: that names the source; None is the file's name without its ending.
+        column: that names the source; None is the file's name without its ending, or the family
+            of `reasoning_gym` tasks.
 
     Raises:
         DataError: the prompt has no text in this column.
     """
     if column is None:
         file = prompt.place.rpartition(":")[0]
+        if is_task(file):
+            return family_of(file)
         return PurePath(file.removesuffix(".gz").removesuffix(".zst")).stem
     name = prompt.columns.get(column)
     if not isinstance(name, str) or not name:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from common.data.encoding import prompts_in_ids
@@ -114,14 +114,20 @@ class PromptStream:
         return self._order.position
 
     def requests(
-        self, iteration: int, prompts: int, samples: int, first_group: int = 0
+        self,
+        iteration: int,
+        prompts: int,
+        samples: int,
+        first_group: int = 0,
+        without: Collection[str] = (),
     ) -> list[RolloutRequest]:
         """Return requests of one iteration, samples of one prompt side by side.
 
-        Groups, and with them rollouts, are numbered from `first_group` on.
+        Groups, and with them rollouts, are numbered from `first_group` on. Prompts with the uids
+        `without` are passed over; there is another one.
         """
         requests = []
-        for group, index in enumerate(self._order.next_batch(prompts), first_group):
+        for group, index in enumerate(self._drawn(prompts, without), first_group):
             prompt = self._prompts[index]
             for sample in range(samples):
                 rollout_id = f"{iteration:06d}-{group * samples + sample:06d}"
@@ -141,6 +147,17 @@ class PromptStream:
                 )
         return requests
 
+    def _drawn(self, prompts: int, without: Collection[str]) -> list[int]:
+        """Draw so many prompts; one that is passed over is a draw too."""
+        if not without:
+            return self._order.next_batch(prompts)
+        drawn: list[int] = []
+        while len(drawn) < prompts:
+            [index] = self._order.next_batch(1)
+            if self._prompts[index].uid not in without:
+                drawn.append(index)
+        return drawn
+
 
 def evaluation_requests(
     prompts: Sequence[EncodedPrompt],
@@ -149,11 +166,12 @@ def evaluation_requests(
     label: str,
     samples: int = 1,
     adapters: Sequence[str] = ("",),
+    greedy: bool | None = None,
 ) -> list[RolloutRequest]:
     """Request each prompt once, in their order, for evaluation and for sampling comparisons.
 
     Each sample is made with each of the adapters, side by side and from the same seed, which does
-    not depend on what else is sampled beside it.
+    not depend on what else is sampled beside it; `greedy` as in `RolloutRequest`.
     """
     wanted = itertools.product(enumerate(prompts), range(samples), adapters)
     return [
@@ -168,6 +186,7 @@ def evaluation_requests(
             source=prompt.source,
             seed=derive_seed(seed, label, prompt.uid, sample),
             adapter=adapter,
+            greedy=greedy,
         )
         for number, ((group, prompt), sample, adapter) in enumerate(wanted)
     ]

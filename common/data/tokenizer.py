@@ -15,6 +15,7 @@ from common.data.chat import ChatTemplate
 from common.data.own_tokenizer import OwnTokenizer
 from common.data.pretrained_tokenizer import PretrainedTokenizer
 from common.errors import ConfigError
+from common.files import is_local
 
 
 class Tokenizer(Protocol):
@@ -84,7 +85,7 @@ def load_tokenizer(
         DataError: it cannot be read, or is not what it should be; names the file and the part.
         ConfigError: a template for a tokenizer that has no control tokens.
     """
-    if "://" not in os.fspath(path) and Path(path).expanduser().is_dir():
+    if is_local(path) and Path(path).expanduser().is_dir():
         return PretrainedTokenizer.load(Path(path).expanduser(), chat_template)
     if chat_template is not None:
         raise ConfigError(

@@ -55,6 +55,8 @@ class RolloutRequest:
     adapter: str = ""
     """What to sample from: this adapter of those that the worker holds, or its weights without any
     (a policy of whole weights, or the base of adapters)."""
+    greedy: bool | None = None
+    """Take the most probable token each time; None samples as the recipe says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,9 +114,10 @@ wire knows yet. Logs of earlier versions lack it."""
 _CONVERSATION = pa.field("conversation", pa.string())
 _COLUMNS = pa.field("columns", pa.string())
 _SOURCE = pa.field("source", pa.string())
+_GREEDY = pa.field("greedy", pa.bool_())
 _TOKEN_SCORES = pa.field("token_scores", pa.list_(pa.float32()))
 _REASON = pa.field("score_reason", pa.string())
-_ADDED = (_CONVERSATION, _COLUMNS, _SOURCE, _TOKEN_SCORES, _REASON)
+_ADDED = (_CONVERSATION, _COLUMNS, _SOURCE, _GREEDY, _TOKEN_SCORES, _REASON)
 """Nullable fields that logs of before do not have."""
 _REQUEST: list[pa.Field] = [
     pa.field("rollout_id", pa.string(), nullable=False),
@@ -127,6 +130,7 @@ _REQUEST: list[pa.Field] = [
     _COLUMNS,
     _SOURCE,
     pa.field("adapter", pa.string(), nullable=False),
+    _GREEDY,
 ]
 _ROLLOUT: list[pa.Field] = [
     *_REQUEST,

@@ -167,7 +167,7 @@ def report(run: RunArgument) -> None:
     from deploy.tasks import task_of
 
     config = of_run(run, None, None)
-    say(console, f"report: {write_report(config.run_dir, task_of(config).report, config)}")
+    say(console, f"report: {write_report(config.run_dir, task_of(config).report(config), config)}")
 
 
 @app.command()

@@ -281,9 +281,15 @@ class Controller:
         return (
             self.collector.throughput.read()
             | staleness(batch, self.iteration)
-            | {Logged.PROMPTS_TRAINED: float(groups_of(batch))}
+            | self._prompts(batch)
             | self.collector.counts()
         )
+
+    def _prompts(self, batch: Sequence[Scored]) -> dict[str, float]:
+        found = {Logged.PROMPTS_TRAINED: float(groups_of(batch))}
+        if self.config.data.curriculum is not None:
+            found[Logged.PROMPTS_LEFT_OUT] = float(len(self.issuer.left_out(self.iteration)))
+        return {str(name): value for name, value in found.items()}
 
     def _policy_phase(self, iteration: int, batch: Sequence[Scored]) -> dict[str, float]:
         """Run the policy phase on a batch, less what has nothing to be compared with."""
@@ -309,7 +315,7 @@ class Controller:
         """Enter in the books that an iteration was trained."""
         self.ledger.train(i for s in batch for i in s.trained)
         self.ledger.check()
-        self.issuer.trained(iteration)
+        self.issuer.trained(iteration, batch)
         self._batch = []
         self.iteration = iteration + 1
 
@@ -384,6 +390,7 @@ class Controller:
             "config": self.config.model_dump(mode="json"),
             "prompt_position": self.issuer.position(self.iteration),
             "further_position": self.issuer.further_position,
+            "curriculum": self.issuer.curriculum(),
             "ledger": self.ledger.state(),
             "learner": learner,
             "learner_restarts": self.learner_restarts,
@@ -408,8 +415,8 @@ class Controller:
         self.learner_restarts = max(self.learner_restarts, state.get("learner_restarts", 0))
         self.collector.tally.carry_on(state.get("counts", {}))
         self.ledger = self.ledger.rewound(state.get("ledger"))
-        positions = (state.get(f"{name}_position", 0) for name in ("prompt", "further"))
-        self.issuer.rewind(self.iteration, *positions)
+        prompt, further = (state.get(f"{name}_position", 0) for name in ("prompt", "further"))
+        self.issuer.rewind(self.iteration, prompt, further, state.get("curriculum"))
         ahead = self.iteration + self.config.train.max_staleness
         self.issuer.issue(self.ledger, until=min(issued - 1, ahead))
         self.collector.batches.waiting += self._batch

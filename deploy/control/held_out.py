@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import ray
 
@@ -26,6 +27,9 @@ from deploy.control.ledger import Ledger
 from deploy.run_folder.log_lines import HELD_OUT, best_of, held_out_scores
 from deploy.run_folder.progress import out_of_patience
 from deploy.workers.pool import Pool
+
+_GREEDY = f"{HELD_OUT}-greedy"
+"""Label of the requests that are answered greedily."""
 
 
 def collected(
@@ -92,13 +96,14 @@ class HeldOut:
     config: RunConfig
     prompts: Sequence[EncodedPrompt]
     scores: dict[int, float]
-    """Mean score by policy version."""
+    """`evaluate.metric` by policy version."""
 
     @classmethod
     def of(cls, config: RunConfig, prompts: Sequence[EncodedPrompt]) -> HeldOut:
         """Go on from what the run's folder says of evaluations before, of as many responses."""
-        responses = len(prompts) * config.evaluate.samples
-        return cls(config, prompts, held_out_scores(config.folder.metrics, responses))
+        evaluate, path = config.evaluate, config.folder.metrics
+        responses = len(prompts) * evaluate.samples
+        return cls(config, prompts, held_out_scores(path, responses, evaluate.metric))
 
     def rewind(self, version: int) -> None:
         """Forget the evaluations of later versions: their history is no longer true."""
@@ -140,13 +145,14 @@ class HeldOut:
         """
         begin = time.perf_counter()
         settings = self.config.evaluate
-        requests = evaluation_requests(
+        ask = partial(
+            evaluation_requests,
             self.prompts,
             seed=self.config.seed,
-            label=HELD_OUT,
-            samples=settings.samples,
             adapters=(self.config.train.adapter,),
         )
+        requests = ask(label=HELD_OUT, samples=settings.samples)
+        greedy = ask(label=_GREEDY, greedy=True) if settings.greedy else []
 
         def weights() -> Weights:
             assert own.weights is not None, "the first are published when a run begins"
@@ -160,7 +166,7 @@ class HeldOut:
         tables = collected(
             self.config,
             weights(),
-            requests,
+            [*requests, *greedy],
             *pools,
             meanwhile=meanwhile,
             renewed=renewed,
@@ -168,11 +174,14 @@ class HeldOut:
         )
         rows = [row for s in tables for row in from_table(ray.get(s.table), ScoredTrajectory)]
         rows.sort(key=lambda row: row.rollout_id)
-        metrics = measured(rows, settings.solved)
+        sampled = [row for row in rows if not row.greedy]
+        metrics = measured(sampled, settings.solved) if sampled else {}
+        metrics |= measured_greedily([row for row in rows if row.greedy], settings.solved)
         metrics[Logged.RESPONSES] = float(len(requests))
-        metrics[Logged.UNSCORED] = float(len(requests) - len(rows))
+        metrics[Logged.UNSCORED] = float(len(requests) + len(greedy) - len(rows))
         metrics[Logged.EVALUATE_SECONDS] = time.perf_counter() - begin
-        self.scores[version] = metrics[Logged.SCORE]
+        if settings.metric in metrics:
+            self.scores[version] = metrics[settings.metric]
         return metrics
 
 
@@ -190,6 +199,12 @@ def measured(rows: Sequence[ScoredTrajectory], solved: float | None) -> dict[str
         Logged.RESPONSE_LENGTH: sum(len(row.response_ids) for row in rows) / count,
         Logged.EOS_SHARE: sum(row.finish_reason != "length" for row in rows) / count,
     }
+    of_source: defaultdict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        if row.source is not None:
+            of_source[row.source.replace("/", ":")].append(row.score)
+    for source, scores in sorted(of_source.items()):
+        metrics[Logged.SOURCE_SCORE.of(source)] = sum(scores) / len(scores)
     if solved is None:
         return metrics
     groups: defaultdict[int, list[bool]] = defaultdict(list)
@@ -200,6 +215,16 @@ def measured(rows: Sequence[ScoredTrajectory], solved: float | None) -> dict[str
         rates = [pass_at_k(len(group), sum(group), k) for group in groups.values()]
         metrics[Logged.PASS_AT.of(k)] = sum(rates) / len(rates)
         k *= 2
+    return metrics
+
+
+def measured_greedily(rows: Sequence[ScoredTrajectory], solved: float | None) -> dict[str, float]:
+    """Return the metrics of greedy responses, one to each prompt; none of none."""
+    if not rows:
+        return {}
+    metrics: dict[str, float] = {Logged.GREEDY_SCORE: sum(row.score for row in rows) / len(rows)}
+    if solved is not None:
+        metrics[Logged.GREEDY_SOLVED] = sum(row.score >= solved for row in rows) / len(rows)
     return metrics
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from common.config.run import RunConfig
 from common.data.mixture import Part, parts_of
 from common.data.prompts import EncodedPrompt, PromptStream
 from deploy.control.batches import groups_of, without_signal
+from deploy.control.curriculum import Curriculum
 from deploy.control.jobs import Scored
 from deploy.control.ledger import Ledger
 
@@ -32,14 +34,28 @@ class Issuer:
         self._config = config
         self._encoded = prompts
         self._parts = mixed(config, prompts)
+        settings, staleness = config.data.curriculum, config.train.max_staleness
+        self._curriculum = Curriculum(settings, staleness) if settings else None
+        self._uids = self._all_uids()
         self._rounds = 0
         """Of further prompts, in the iteration that is collected."""
         self._groups = 0
         """Prompts of it."""
         self.rewind(0, 0)
 
-    def rewind(self, iteration: int, position: int, further: int = 0) -> None:
-        """Issue `iteration` next, from these positions of the streams of prompts and of others."""
+    def rewind(
+        self,
+        iteration: int,
+        position: int,
+        further: int = 0,
+        curriculum: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Issue `iteration` next, from these positions of the streams of prompts and of others.
+
+        `curriculum` is what was known of the prompts then.
+        """
+        if self._curriculum is not None:
+            self._curriculum.rewind(iteration, curriculum)
         self.next = iteration
         """Iterations below this have been issued."""
         self._positions: dict[int, int] = {}
@@ -68,7 +84,10 @@ class Issuer:
         while self.next <= min(until, train.iterations - 1):
             self._positions[self.next] = self._stream.position
             requests = self._stream.requests(
-                self.next, train.prompts_per_iteration, train.samples_per_prompt
+                self.next,
+                train.prompts_per_iteration,
+                train.samples_per_prompt,
+                without=self.left_out(self.next),
             )
             size = self._config.rollout.lease_size
             ledger.issue(self.next, requests, size, least=train.least_responses)
@@ -112,16 +131,39 @@ class Issuer:
     def _issue_further(self, ledger: Ledger, iteration: int, prompts: int) -> None:
         train, self._rounds = self._config.train, self._rounds + 1
         requests = self._further.requests(
-            iteration, prompts, train.samples_per_prompt, first_group=self._groups
+            iteration,
+            prompts,
+            train.samples_per_prompt,
+            first_group=self._groups,
+            without=self.left_out(iteration),
         )
         self._groups += prompts
         size = self._config.rollout.lease_size
         ledger.issue(iteration, requests, size, least=train.least_responses, first=True)
 
-    def trained(self, iteration: int) -> None:
-        """Forget where an iteration began: it will not be issued again."""
+    def trained(self, iteration: int, batch: Sequence[Scored]) -> None:
+        """Forget where an iteration began, which is not issued again; note what was solved."""
         del self._positions[iteration]
         self._begin_rounds()
+        if self._curriculum is not None:
+            self._curriculum.trained(iteration, batch)
+
+    def left_out(self, iteration: int) -> frozenset[str]:
+        """Return the prompts that an iteration is issued without."""
+        if self._curriculum is None:
+            return frozenset()
+        wanted = self._config.train.prompts_per_iteration
+        return self._curriculum.left_out(iteration, self._uids, wanted)
+
+    def curriculum(self) -> dict[str, Any] | None:
+        """Return what is known of the prompts, for `rewind`."""
+        return self._curriculum.state() if self._curriculum else None
+
+    def _all_uids(self) -> frozenset[str]:
+        """Return the prompts that can be drawn."""
+        if not self._parts:
+            return frozenset(prompt.uid for prompt in self._encoded)
+        return frozenset(self._encoded[row].uid for part in self._parts for row in part.rows)
 
     def _begin_rounds(self) -> None:
         self._rounds, self._groups = 0, self._config.train.prompts_per_iteration

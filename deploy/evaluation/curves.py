@@ -26,6 +26,9 @@ _CURVES: dict[str, tuple[tuple[Logged, str], ...]] = {
     "held_out": (
         (Logged.SCORE, "Score per response"),
         (Logged.PASS_AT, "Prompts solved, pass@{k}"),
+        (Logged.SOURCE_SCORE, "Score of the source {source}"),
+        (Logged.GREEDY_SCORE, "Mean score, greedily"),
+        (Logged.GREEDY_SOLVED, "Prompts solved, greedily"),
         (Logged.KL, "KL to the reference policy, nats per response"),
         (Logged.RESPONSE_LENGTH, "Response length, tokens"),
         (Logged.EOS_SHARE, "Share of responses that end"),

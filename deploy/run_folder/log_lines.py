@@ -67,20 +67,20 @@ def read_metrics(path: Path) -> list[Line]:
     return log.lines
 
 
-def held_out_scores(path: Path, responses: float | None = None) -> dict[int, float]:
-    """Return the mean score of each policy version that a run has logged an evaluation of.
+def held_out_scores(
+    path: Path, responses: float | None = None, metric: str = Logged.SCORE
+) -> dict[int, float]:
+    """Return `metric` of each policy version that a run has logged an evaluation of.
 
     Only scores of as many responses can be compared: as many as are given, or as in the last line.
     """
     lines = [
-        line
-        for line in read_lines(path).lines
-        if line.stage == HELD_OUT and Logged.SCORE in line.metrics
+        line for line in read_lines(path).lines if line.stage == HELD_OUT and metric in line.metrics
     ]
     if lines and responses is None:
         responses = lines[-1].metrics.get(Logged.RESPONSES)
     alike = [line for line in lines if line.metrics.get(Logged.RESPONSES) == responses]
-    return {line.step: line.metrics[Logged.SCORE] for line in alike}
+    return {line.step: line.metrics[metric] for line in alike}
 
 
 def best_of(scores: Mapping[int, float]) -> int | None:

@@ -17,6 +17,7 @@ from typing import TypeVar
 from common.config.model import ModelConfig, PretrainedConfig
 from common.config.rewards import EndpointComponent
 from common.config.run import RunConfig
+from common.files import is_local
 
 Model = TypeVar("Model", bound=ModelConfig | None)
 
@@ -38,7 +39,7 @@ def rebased(config: RunConfig, new: Path) -> RunConfig:
     old = config.run_dir
 
     def follow(path: str) -> str:
-        if "://" in path:
+        if not is_local(path):
             return path
         if Path(path).is_relative_to(old):
             return str(new / Path(path).relative_to(old))
@@ -96,4 +97,4 @@ def _is_there(path: str) -> bool:
 
 
 def _absolute(path: str) -> str:
-    return path if "://" in path else str(Path(os.path.expanduser(path)).absolute())
+    return str(Path(os.path.expanduser(path)).absolute()) if is_local(path) else path

@@ -28,7 +28,8 @@ from common.config.run import RunConfig
 from deploy.evaluation.intervals import best_of_n_kl, win_rate
 from deploy.evaluation.results import figures_of
 from deploy.evaluation.sampling import best_of, policy_weights, sample_scored
-from deploy.instruct.pipeline import bring_model, run_instruct
+from deploy.instruct.pipeline import prepare as prepare_instruct
+from deploy.instruct.pipeline import run_instruct
 from deploy.quickstart.evaluation import encoded_prompts, evaluate, stripped
 from deploy.quickstart.harvest import Pair, harvest, prompt_text
 from deploy.quickstart.pipeline import run_quickstart
@@ -128,7 +129,7 @@ def instruct(out: Path, name: str, seed: int, overrides: tuple[str, ...]) -> Non
     """
     start = f"model.start={out / 'SmolLM2-135M-Instruct'}"
     config = recipe(out, name, start, f"seed={seed}", *overrides, kind="instruct")
-    bring_model(config, console)
+    prepare_instruct(config, console)
     base = out / f"instruct-{next(iter(INSTRUCT))}-s{seed}"
     if overrides and (base / "summary.json").exists():
         for part in INSTRUCT_FILES:

@@ -20,7 +20,7 @@ from urllib.parse import quote
 from pyarrow import fs
 
 from common.errors import DataError
-from common.files import one_line, resolve
+from common.files import is_local, one_line, resolve
 
 LINES: Final = (".jsonl", ".ndjson")
 """Endings of JSON lines."""
@@ -73,8 +73,8 @@ def _files_of(path: str) -> list[str]:
                 f".parquet files into it, or name others by a pattern such as {path}/**/*.jsonl"
             )
         return files
-    text, _, options = path.partition("?") if _is_uri(path) else (path, "", "")
-    wild = (_WILD_IN_URI if _is_uri(path) else _WILD).search(text)
+    text, _, options = (path, "", "") if is_local(path) else path.partition("?")
+    wild = (_WILD if is_local(path) else _WILD_IN_URI).search(text)
     if wild is None:
         raise DataError(f"{path}: no such file; check the path")
     cut = text.rfind("/", 0, wild.start()) + 1
@@ -97,7 +97,7 @@ def _matching(folder: str, options: str, pattern: list[str]) -> list[str]:
     root = "" if folder == "." else folder if folder.endswith("/") else f"{folder}/"
     names = (info.path[len(inner) :].strip("/") for info in infos if info.is_file)
     fitting = [name for name in sorted(names) if _fits(name.split("/"), pattern)]
-    return [f"{root}{quote(name) if _is_uri(folder) else name}{options}" for name in fitting]
+    return [f"{root}{name if is_local(folder) else quote(name)}{options}" for name in fitting]
 
 
 def _fits(names: Sequence[str], pattern: Sequence[str]) -> bool:
@@ -117,7 +117,3 @@ def _kind(filesystem: fs.FileSystem, inner: str, path: str) -> fs.FileType:
         return filesystem.get_file_info(inner).type
     except OSError as error:
         raise DataError(f"{path}: cannot be reached ({one_line(error)}); check it") from error
-
-
-def _is_uri(path: str) -> bool:
-    return "://" in path

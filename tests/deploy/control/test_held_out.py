@@ -5,34 +5,39 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import re
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from rich.console import Console
 
 from common.config.run import RunConfig
 from common.data.tokenizer import load_tokenizer
 from common.wire.trajectory import ScoredTrajectory
 from deploy.control.held_out import HeldOut, measured, pass_at_k
+from deploy.evaluation.answering import answers
 from deploy.exchange.policies import choose
 from deploy.run_folder import checkpoints
 from deploy.run_folder.log_lines import held_out_scores, read_lines
 from deploy.run_folder.progress import is_final, recorded_facts
+from deploy.run_folder.weights import policy_start
 from deploy.stages.policy import _held_out
 from deploy.stages.session import Session
 from deploy.standing import standing_of
 from deploy.workers.gang import LearnerGang, LearnerLost
 from tests.conftest import run_copy
-from tests.deploy.control.runs import Run, finish, kill_worker, prompts_of, when
+from tests.deploy.control.runs import Run, finish, held_out_of, kill_worker, prompts_of, when
 from tests.learner.batch.test_trajectory_log import trajectories
 
 cluster = pytest.mark.usefixtures("cluster")
-EVALUATED = {"every": 2, "prompts": 12, "samples": 2, "solved": 0.0}
+EVALUATED = {"every": 2, "prompts": 12, "samples": 2, "solved": 0.0, "greedy": True}
 
 
 # ------------------------------------------------------------------ what is measured
@@ -64,6 +69,16 @@ def test_responses_to_one_prompt_are_counted_together() -> None:
     assert "pass@8" not in found and "pass@1" not in measured(rows, solved=None)
     # A response of one prompt was given up: what is known of fewer is not guessed.
     assert "pass@4" not in measured(rows[1:], solved=0.5)
+
+
+def test_each_source_has_a_score_of_its_own() -> None:
+    rows = [
+        replace(row(0, score), source=source)
+        for source, score in (("sums", 1.0), ("a/b", 0.0), ("sums", 0.5))
+    ]
+    found = measured(rows, solved=None)
+    assert (found["score/sums"], found["score/a:b"], found["score"]) == (0.75, 0.0, 0.5)
+    assert not [name for name in measured([row(0, 1.0)], solved=None) if name.startswith("score/")]
 
 
 # ------------------------------------------------------------------ when, and what is best
@@ -133,9 +148,57 @@ def test_training_does_not_notice(
     for _, metrics in found:
         assert metrics["unscored"] == 0 and metrics["evaluate_seconds"] > 0
         assert 0 <= metrics["pass@1"] <= metrics["pass@2"] <= 1
+        assert 0 <= metrics["greedy_solved"] <= 1
         assert 1 <= metrics["response_length"] <= 8
     status = standing_of(config)
     assert (status.state, status.stage, status.step) == ("finished", "train", 4)
+
+
+@cluster
+def test_greedy_answers_are_the_most_probable_ones_and_say_what_is_best(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path
+) -> None:
+    length = {"kind": "function", "target": "tests.rewards:length"}
+    config = run_copy(
+        workspace,
+        tmp_path,
+        reward_service={"components": {"length": length}},
+        evaluate={"every": 1, "prompts": 6, "greedy": True, "metric": "greedy_score"},
+        train={"iterations": 1},
+    )
+    finish(config, gang)
+    prompts = held_out_of(config)
+    said = answers(config, policy_start(config), prompts, label="elsewhere", greedy=True)
+    first = evaluations(config)[0][1]
+    assert first["greedy_score"] == pytest.approx(fmean(map(len, said.texts)))
+    assert first["greedy_score"] != pytest.approx(first["score"])
+    assert first["responses"] == 6
+    assert "greedy_solved" not in first
+    path = config.folder.metrics
+    found = held_out_scores(path, metric="greedy_score")
+    assert found == {v: metrics["greedy_score"] for v, metrics in evaluations(config)}
+    assert HeldOut.of(config, prompts).scores == found
+
+
+@pytest.mark.parametrize(
+    ("settings", "wrong"),
+    [
+        ({"metric": "scores"}, "metric=scores is none of score, greedy_score, greedy_solved, pass"),
+        ({"metric": "greedy_score"}, "metric=greedy_score is measured with greedy alone: set that"),
+        ({"metric": "greedy_solved", "greedy": True}, "is measured with solved alone: set that"),
+        ({"metric": "pass@1"}, "metric=pass@1 is measured with solved alone: set that too"),
+        (
+            {"metric": "pass@4", "solved": 1, "samples": 2},
+            "metric=pass@4: with samples=2 there are pass@1, pass@2$",
+        ),
+        ({"metric": "score/a"}, r"evaluate\.metric=score/a: data\.mixture names no such source"),
+    ],
+)
+def test_metrics_that_are_not_measured_are_refused(settings: dict[str, Any], wrong: str) -> None:
+    with pytest.raises(ValidationError) as raised:
+        RunConfig.model_validate({"evaluate": settings})
+    [error] = raised.value.errors()
+    assert re.search(wrong, error["msg"]), error["msg"]
 
 
 @cluster

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from deploy.evaluation.memory import Resident
 from deploy.instruct.elsewhere import (
     CAPITALS,
     TEXT_TOKENS,
@@ -20,7 +21,6 @@ from deploy.instruct.elsewhere import (
     questions,
     text_nll,
 )
-from deploy.instruct.memory import Resident
 
 
 def test_capitals_are_found_in_answers_of_any_case() -> None:

