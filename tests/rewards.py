@@ -58,3 +58,11 @@ def by_number(prompts: list[str], responses: list[str]) -> list[float]:
         float(kind == 0 or (kind == 2 and zlib.crc32(response.encode()) % 2))
         for kind, response in zip(kinds, responses, strict=True)
     ]
+
+
+def a_tenth_is_given_up(samples: Sequence[Sample]) -> list[float]:
+    """As `by_number`; of every tenth answer the function ends with an error."""
+    (sample,) = samples
+    if zlib.crc32(f"{sample.prompt}{sample.response}".encode()) % 10 == 0:
+        raise ValueError("given up")
+    return by_number([sample.prompt], [sample.response])

@@ -210,9 +210,13 @@ class Campaign:
         train = self.config.train
         logs = sorted((self.run_dir / "trajectories").glob("iteration-*.parquet"))
         ids = [i for log in logs for i in pq.read_table(log)["rollout_id"].to_pylist()]
-        wanted = train.iterations * train.batch_size
-        lost = wanted - len(set(ids)) + abs(facts["rollouts_issued"] - wanted)
-        return lost, len(ids) - len(set(ids)) + max(0, facts["rollouts_trained"] - wanted)
+        issued, trained, dropped = (
+            facts[f"rollouts_{n}"] for n in ("issued", "trained", "dropped")
+        )
+        # Prompts that have no signal are replaced by others, so more is issued than is trained.
+        wanted = issued if train.dynamic_sampling else train.iterations * train.batch_size
+        lost = abs(wanted - dropped - len(set(ids))) + abs(issued - wanted)
+        return lost, len(ids) - len(set(ids)) + max(0, trained + dropped - wanted)
 
 
 @contextlib.contextmanager

@@ -48,6 +48,31 @@ DEADLINES: dict[str, dict[str, object]] = {
     "rollout": {"lease_deadline_s": 8},
     "cluster": {"dashboard": False, "start_timeout_s": 60, "max_restarts": 20},
 }
+CHOSEN: dict[str, dict[str, object]] = {
+    "data": {
+        "mixture": {"prompts": {"limit": 40}},
+        "curriculum": {"solved": 0.5, "after": 8, "back_after": 6},
+    },
+    "train": {
+        "algorithm": "grpo",
+        "ppg": None,
+        "prompts_per_iteration": 4,
+        "samples_per_prompt": 4,
+        "dynamic_sampling": 2,
+    },
+    "evaluate": {"every": 3, "prompts": 6, "samples": 2, "solved": 0.5, "greedy": True},
+    "reward_service": {
+        "components": {
+            "n": {
+                "kind": "function",
+                "target": "tests.rewards:a_tenth_is_given_up",
+                "isolation": "process",
+            }
+        }
+    },
+}
+"""Dynamic sampling, a curriculum, evaluation while training, and a tenth of the responses without a
+score: what decides which rollouts are issued, trained and dropped."""
 FAULTS: dict[str, Fault] = {
     "rollout actor killed": killed("rollout"),
     "reward worker killed": killed("reward"),
@@ -131,6 +156,7 @@ def plans() -> list[Plan]:
         *("rollout actor killed", "learner rank killed", "reward worker killed"),
         *("controller killed", "learner rank killed in an auxiliary phase", "driver killed"),
     ]
+    chosen = [*POINTS, "rollout actor killed", "reward worker killed", "controller killed"]
     return [
         Plan("elastic workers", elastic, {}, 120),
         Plan("nodes, disks, checkpoints", harsh, {}, 120),
@@ -140,6 +166,7 @@ def plans() -> list[Plan]:
             for stage in (1, 2, 3)
         ),
         Plan("LoRA", adapted, {"train": {"lora": {"rank": 4}}, "learner": {"zero_stage": 3}}, 60),
+        Plan("rewards that choose", chosen, CHOSEN, 60),
         Plan("instruct", instruct, {}, 60, workspace=make_chat_workspace),
     ]
 
