@@ -9,16 +9,23 @@ scorer needs (`source`, `task`, `index`, `answer`). The package is an extra: ``t
 
 The library takes the seed of task number i to be ``seed + i``, so data of neighbouring seeds is
 nearly the same data. Ours are drawn apart: two seeds share a question by chance only.
+
+Who verifies makes the task again from its name and number, wherever it runs, and compares its
+question with the prompt's (`question`, a digest): another version of the library may make others.
 """
 
 from __future__ import annotations
 
 import difflib
+import io
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
+from contextlib import contextmanager
+from dataclasses import MISSING, Field, dataclass, fields
+from enum import Enum
 from functools import lru_cache
-from typing import Any, Final
+from hashlib import blake2b
+from typing import Any, ClassVar, Final
 from urllib.parse import parse_qsl, quote, urlencode
 
 from fsspec.implementations.memory import MemoryFileSystem
@@ -31,7 +38,16 @@ SCHEME: Final = "reasoning_gym:"
 SYSTEM: Final = "Answer between <answer> and </answer>."
 """What a system message asks for: the form that the library's `extract_answer` reads."""
 SIZE: Final = 1000
+COLUMNS: Final = ("task", "index", "question")
+"""What a scorer needs of a line to verify an answer."""
 _MOST: Final = 10_000_000
+_UNSTEADY: Final = frozenset(
+    {
+        *("isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note"),
+        "word_ladder",
+    }
+)
+"""Families whose questions follow Python's hash seed, so each process makes others (0.1.25)."""
 _OURS: Final = ("size", "seed", "chat", "system")
 
 
@@ -72,41 +88,75 @@ def file_of(path: str) -> tuple[fs.FileSystem, str]:
     """Return a name's tasks as a file of JSON lines in memory, with the file system that it is in.
 
     Raises:
-        DataError: the package is not installed, there is no such family or option, or a value of
-            one is none that the family takes.
+        DataError: as `require`; the library cannot make its tasks.
     """
-    memory = MemoryFileSystem()
+    memory = _Tasks()
     inner = f"/{quote(path, safe='')}.jsonl"
     if not memory.exists(inner):
         memory.pipe_file(inner, b"".join(_lines(path)))
     return fs.PyFileSystem(fs.FSSpecHandler(memory)), inner
 
 
-def verified(path: str, index: int, response: str) -> tuple[bool, float]:
+class _Tasks(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """Files of tasks; each reader has a position of its own, which a `MemoryFileSystem` shares."""
+
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        if mode != "rb":
+            return super()._open(path, mode, **options)
+        return io.BytesIO(self.store[self._strip_protocol(path)].getvalue())
+
+
+def require(path: str) -> None:
+    """Check a name, without making a task.
+
+    Raises:
+        DataError: the package is not installed, there is no such family or option, a value of one
+            is none that the family takes, or its questions differ from process to process.
+    """
+    _dataset(path)
+
+
+def verified(path: str, index: int, question: str, response: str) -> tuple[bool, float]:
     """Ask the library about a response to one task.
+
+    What some families do with an answer has no bounds, `eval` among it (``string_insertion``), so
+    what a policy wrote is verified in processes of its own (``isolation: process``).
 
     Args:
         path: the name that the task is of.
         index: its number there, from 0.
+        question: the digest that its line has under this name.
         response: all that was said.
 
     Returns:
         Whether there is an answer in the expected form, and the library's score of it, from 0 to 1:
         1 is right, and what some families give to an answer that is near lies between. Without an
-        answer it is 0.
+        answer it is 0, and likewise where an answer makes the library's own code fail.
 
     Raises:
-        DataError: as `file_of`; there is no task of this number.
+        DataError: as `file_of`; there is no task of this number, or it asks something else.
     """
     from reasoning_gym.utils import extract_answer
 
     dataset = _dataset(path)
     if not 0 <= index < len(dataset):
         raise DataError(f"{path}: has no task {index}; it has {len(dataset)}")
+    entry = _entry(path, index)
+    if _digest(entry) != question:
+        raise DataError(
+            f"{path}: task {index} asks something else here than where its prompt was made; "
+            "install the same version of reasoning-gym everywhere"
+        )
     answer = extract_answer(response)
     if answer is None:
         return False, 0.0
-    return True, float(dataset.score_answer(answer, entry=_entry(path, index)))
+    try:
+        return True, float(dataset.score_answer(answer, entry=entry))
+    except Exception:  # of 106 families some fail on what is no answer: "abc" for prime factors
+        return True, 0.0
 
 
 def _lines(path: str) -> Iterator[bytes]:
@@ -122,7 +172,13 @@ def _lines(path: str) -> Iterator[bytes]:
         # Some families can tell whether an answer is right, and give none of their own.
         answer = None if entry["answer"] is None else str(entry["answer"])
         shown = {} if answer is None else {"response": f"<answer>{answer}</answer>"}
-        facts = {"source": name.family, "task": path, "index": index, "answer": answer}
+        facts = {
+            "source": name.family,
+            "task": path,
+            "index": index,
+            "question": _digest(entry),
+            "answer": answer,
+        }
         row = asked | shown | facts
         yield json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
@@ -130,7 +186,24 @@ def _lines(path: str) -> Iterator[bytes]:
 @lru_cache(maxsize=65_536)
 def _entry(path: str, index: int) -> Any:
     """Make one task; its metadata is what the library asks for to score an answer."""
-    return _dataset(path)[index]
+    with _refusing(path):
+        return _dataset(path)[index]
+
+
+def _digest(entry: Mapping[str, Any]) -> str:
+    return blake2b(str(entry["question"]).encode(), digest_size=8).hexdigest()
+
+
+@contextmanager
+def _refusing(path: str) -> Iterator[None]:
+    """Raise whatever the library raises of a name's options as a DataError."""
+    try:
+        yield
+    except Exception as error:
+        wrong = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"{path}: the library refuses these options ({wrong}); change them"
+        ) from None
 
 
 @lru_cache(maxsize=256)
@@ -139,14 +212,11 @@ def _dataset(path: str) -> Any:
     name = _parsed(path)
     generator, config = _families(path)[name.family]
     seed = derive_seed(name.seed, SCHEME, name.family) >> 33  # any generator takes 31 bits
-    try:
+    with _refusing(path):
         made = config(**dict(name.options), seed=seed, size=name.size)
         if hasattr(made, "validate"):  # two families have none
             made.validate()
-    except (AssertionError, TypeError, ValueError) as error:
-        wrong = " ".join(str(error).split()) or "the library does not say why"
-        raise DataError(f"{path}: options that do not go together ({wrong}); change them") from None
-    return generator(config=made)
+        return generator(config=made)
 
 
 @lru_cache(maxsize=256)
@@ -157,6 +227,11 @@ def _parsed(path: str) -> _Name:
         near = difflib.get_close_matches(family, families, 1)
         hint = f"did you mean '{near[0]}'?" if near else "its documentation shows all of them"
         raise DataError(f"{path}: reasoning-gym has no family '{family}'; {hint}")
+    if family in _UNSTEADY:
+        raise DataError(
+            f"{path}: the questions of '{family}' differ from process to process, so no answer "
+            "could be verified elsewhere; take another family"
+        )
     own = {field.name: field for field in fields(families[family][1])}
     given: dict[str, Any] = {}
     for key, text in parse_qsl(path.partition("?")[2], keep_blank_values=True):
@@ -184,7 +259,7 @@ def _parsed(path: str) -> _Name:
         chat=given.pop("chat", True),
         system=given.pop("system", SYSTEM),
         options=tuple(
-            (key, _as_field(value, own[key].default, path, key)) for key, value in given.items()
+            (key, _as_field(value, _default(own[key]), path, key)) for key, value in given.items()
         ),
     )
 
@@ -197,20 +272,28 @@ def _value(text: str) -> Any:
         return text
 
 
+def _default(field: Field[Any]) -> Any:
+    """Return a field's default; None where it has none that tells its kind."""
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return None if field.default is MISSING else field.default
+
+
 def _as_field(value: Any, default: Any, path: str, key: str) -> Any:
     """Require the kind that the family's default has; the library checks no kinds itself."""
-    if isinstance(value, list):
-        value = tuple(value)
-    if default is None or default is MISSING or isinstance(default, type):
-        return value
+    shown = default.value if isinstance(default, Enum) else default
+    if isinstance(default, Enum) and value in [member.value for member in type(default)]:
+        return type(default)(value)
+    if isinstance(value, list) and isinstance(default, tuple):
+        return tuple(value)
     if isinstance(default, float) and type(value) is int:
         return float(value)
-    if type(value) is not type(default):
-        raise DataError(
-            f"{path}: option '{key}' is {json.dumps(value)}; write a value like its default, "
-            f"{json.dumps(default, default=str)}"
-        )
-    return value
+    if default is None or type(value) is type(default):
+        return value
+    raise DataError(
+        f"{path}: option '{key}' is {json.dumps(value)}; write a value like its default, "
+        f"{json.dumps(shown, default=str)}"
+    )
 
 
 @lru_cache(maxsize=1)

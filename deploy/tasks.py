@@ -20,6 +20,7 @@ from deploy.quickstart.outcome import show_outcome as show_docstrings
 from deploy.quickstart.pipeline import run_quickstart
 from deploy.reasoning.outcome import presentation
 from deploy.reasoning.outcome import show_outcome as show_reasoning
+from deploy.reasoning.pipeline import missing as missing_of_reasoning
 from deploy.reasoning.pipeline import prepare as prepare_reasoning
 from deploy.reasoning.pipeline import run_reasoning
 from deploy.reasoning.task import settings_of
@@ -67,7 +68,7 @@ TASKS: Final = {
     "instruct": Task(prepare_instruct, to_import, _run_instruct, lambda config: INSTRUCT_REPORT),
     "reasoning": Task(
         prepare_reasoning,
-        to_import,
+        missing_of_reasoning,
         _run_reasoning,
         lambda config: presentation(list(settings_of(config).families)),
     ),

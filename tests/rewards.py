@@ -61,8 +61,8 @@ def by_number(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def a_tenth_is_given_up(samples: Sequence[Sample]) -> list[float]:
-    """As `by_number`; of every tenth answer the function ends with an error."""
+    """As `by_number`; every tenth answer takes too much memory, which costs it its score."""
     (sample,) = samples
     if zlib.crc32(f"{sample.prompt}{sample.response}".encode()) % 10 == 0:
-        raise ValueError("given up")
+        raise MemoryError
     return by_number([sample.prompt], [sample.response])

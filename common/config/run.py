@@ -259,9 +259,10 @@ class RunConfig(Section):
                 "model.start to a checkpoint's folder"
             )
             conflicts.append((("sft.lora", "sft.start", "model.start"), text))
-        source = self.evaluate.metric.partition("/")[2]
-        if source and source not in (self.data.mixture or {}):
-            text = f"evaluate.metric={self.evaluate.metric}: data.mixture names no such source"
+        if "/" in self.evaluate.metric and self.data.mixture is None:
+            text = (
+                f"evaluate.metric={self.evaluate.metric}: without data.mixture nothing has a source"
+            )
             conflicts.append((("evaluate.metric", "data.mixture"), text))
         require_no_conflict(self, conflicts)
         return self

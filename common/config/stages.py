@@ -300,7 +300,7 @@ class EvaluateConfig(Section):
     """Answer each prompt once more with the most probable token each time."""
     metric: str = "score"
     """Which of their metrics says what version is the best: score, greedy_score, pass@K,
-    greedy_solved, or score/SOURCE of a mixture."""
+    greedy_solved, or score/SOURCE, of a source of the held-out prompts."""
     patience: PositiveInt | None = None
     """Of these evaluations, how many in a row may bring no better score before training ends; null
     trains all iterations."""
@@ -317,7 +317,7 @@ class EvaluateConfig(Section):
                 text = f"metric={self.metric}: with samples={self.samples} there are {shown}"
                 conflicts.append((("metric", "samples"), text))
             needs: tuple[str, ...] = ("solved",)
-        elif self.metric.startswith("score/"):
+        elif self.metric.startswith("score/") and self.metric != "score/":
             needs = ()
         elif self.metric in known:
             needs = known[self.metric]
@@ -334,6 +334,12 @@ class EvaluateConfig(Section):
             conflicts.append((("metric", missing[0]), text))
         require_no_conflict(self, conflicts)
         return self
+
+    @property
+    def logged_metric(self) -> str:
+        """The name that `metric` is logged under: a slash in a source's name is a colon there."""
+        name, slash, source = self.metric.partition("/")
+        return name + slash + source.replace("/", ":")
 
 
 class QuickstartConfig(Family):

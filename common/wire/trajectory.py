@@ -117,8 +117,6 @@ _SOURCE = pa.field("source", pa.string())
 _GREEDY = pa.field("greedy", pa.bool_())
 _TOKEN_SCORES = pa.field("token_scores", pa.list_(pa.float32()))
 _REASON = pa.field("score_reason", pa.string())
-_ADDED = (_CONVERSATION, _COLUMNS, _SOURCE, _GREEDY, _TOKEN_SCORES, _REASON)
-"""Nullable fields that logs of before do not have."""
 _REQUEST: list[pa.Field] = [
     pa.field("rollout_id", pa.string(), nullable=False),
     pa.field("group", pa.int32(), nullable=False),
@@ -157,6 +155,18 @@ SCHEMAS: dict[type[RolloutRequest], pa.Schema] = {
     Rollout: pa.schema(_ROLLOUT),
     ScoredTrajectory: pa.schema(_SCORED),
 }
+_BEFORE: dict[str, str | None] = {
+    "conversation": None,
+    "columns": None,
+    "source": None,
+    "adapter": "",
+    "greedy": None,
+    "unfiltered_logprobs": None,
+    "token_scores": None,
+    "score_reason": None,
+}
+"""Columns that tables of earlier versions lack, and what they stood for there: whole weights, a KL
+from `behavior_logprobs`, nothing."""
 _NAMES = {kind: tuple(schema.names) for kind, schema in SCHEMAS.items()}
 
 Record = TypeVar("Record", bound=RolloutRequest)
@@ -179,11 +189,7 @@ def to_table(records: Sequence[RolloutRequest], kind: type[RolloutRequest]) -> p
 
 def from_table(table: pa.Table, kind: type[Record]) -> list[Record]:
     """Read records back, of a log too. Raises ValueError when the table is not of this kind."""
-    schema, table = SCHEMAS[kind], without_iteration(table)
-    for added in _ADDED:
-        place = schema.get_field_index(added.name)
-        if place >= 0 and added.name not in table.schema.names:
-            table = table.add_column(place, added, pa.nulls(len(table), added.type))
+    schema, table = SCHEMAS[kind], completed(table, kind)
     if not table.schema.equals(schema):
         raise ValueError(f"not a table of {kind.__name__}: {table.schema.names}")
     rows = table.to_pylist()
@@ -191,6 +197,16 @@ def from_table(table: pa.Table, kind: type[Record]) -> list[Record]:
         for row in rows:
             row["score_components"] = dict(row["score_components"])
     return [kind(**row) for row in rows]
+
+
+def completed(table: pa.Table, kind: type[RolloutRequest]) -> pa.Table:
+    """Return a table, of a log too, with the columns that earlier versions did not write."""
+    schema, table = SCHEMAS[kind], without_iteration(table)
+    for place, field in enumerate(schema):
+        if field.name in _BEFORE and field.name not in table.column_names:
+            column = pa.array([_BEFORE[field.name]] * len(table), field.type)
+            table = table.add_column(min(place, table.num_columns), field, column)
+    return table
 
 
 def without_iteration(table: pa.Table) -> pa.Table:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import pyarrow as pa
 import ray
 
@@ -125,6 +126,14 @@ class Batches:
         """Take tables out of those that wait; returns their rollouts."""
         self.waiting = [s for s in self.waiting if s not in some]
         return [rollout_id for scored in some for rollout_id in scored.rollout_ids]
+
+
+def solves(score: float, threshold: float) -> bool:
+    """Whether a score is as high as a threshold of the recipe.
+
+    Scores are float32, and the 0.9 of a recipe is above the float32 that a reward of 0.9 becomes.
+    """
+    return score >= float(np.float32(threshold))
 
 
 def without_signal(batch: Sequence[Scored]) -> frozenset[str]:

@@ -10,18 +10,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from common.config.run import CurriculumConfig
+from deploy.control.batches import solves
 from deploy.control.jobs import Scored
+
+Kind = Literal["always", "never", "mixed"]
 
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """What is known of a prompt."""
+    """What is known of a prompt: its newest iterations that had all one outcome."""
 
+    kind: Kind
+    """Whether every response of these solved it, or none did."""
     responses: int
-    solved: int
+    """In these iterations."""
     last: int
     """Iteration that asked it last."""
 
@@ -52,7 +57,7 @@ class Curriculum:
     def state(self) -> dict[str, Any]:
         """Return what `rewind` takes, as JSON has it."""
         return {
-            "tried": {uid: [of.responses, of.solved, of.last] for uid, of in self._tried.items()},
+            "tried": {uid: [of.kind, of.responses, of.last] for uid, of in self._tried.items()},
             "pending": {str(number): dict(of) for number, of in self._pending.items()},
         }
 
@@ -63,7 +68,9 @@ class Curriculum:
             score = dict(zip(scored.rollout_ids, scored.scores, strict=True))
             for request in scored.requests:
                 responses[request.prompt_uid] += 1
-                solved[request.prompt_uid] += score[request.rollout_id] >= self._settings.solved
+                solved[request.prompt_uid] += solves(
+                    score[request.rollout_id], self._settings.solved
+                )
         self._pending[iteration] = {uid: (n, solved[uid]) for uid, n in responses.items()}
         self._next = iteration + 1
         for number in self._settled(self._next):
@@ -92,21 +99,22 @@ class Curriculum:
     def _after(
         self, tried: Mapping[str, Tried], iteration: int, outcomes: Outcomes
     ) -> dict[str, Tried]:
-        """Return what is known with an iteration's responses; of what came back, these alone."""
+        """Return what is known with an iteration's responses; what came back is counted anew."""
         known = dict(tried)
         for uid, (responses, solved) in outcomes.items():
+            kind: Kind = "always" if solved == responses else "mixed" if solved else "never"
             before = known.get(uid)
-            if before is not None and not self._settled_for(before):
-                responses, solved = responses + before.responses, solved + before.solved
-            known[uid] = Tried(responses, solved, iteration)
+            if before is not None and before.kind == kind and not self._has_enough(before):
+                responses += before.responses
+            known[uid] = Tried(kind, responses, iteration)
         return known
 
-    def _settled_for(self, of: Tried) -> bool:
+    def _has_enough(self, of: Tried) -> bool:
         """Whether a prompt was asked often enough, and always or never solved."""
-        always, never = of.solved == of.responses, of.solved == 0
-        wanted = (always and self._settings.always) or (never and self._settings.never)
-        return of.responses >= self._settings.after and wanted
+        settings = self._settings
+        wanted = {"always": settings.always, "never": settings.never, "mixed": False}[of.kind]
+        return wanted and of.responses >= settings.after
 
     def _useless(self, of: Tried, iteration: int) -> bool:
         back = self._settings.back_after
-        return self._settled_for(of) and (back is None or iteration - of.last <= back)
+        return self._has_enough(of) and (back is None or iteration - of.last <= back)

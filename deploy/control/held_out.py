@@ -21,6 +21,7 @@ from common.data.prompts import EncodedPrompt, evaluation_requests
 from common.errors import RewardError
 from common.metric_catalogue import Logged
 from common.wire.trajectory import RolloutRequest, ScoredTrajectory, from_table
+from deploy.control.batches import solves
 from deploy.control.collector import LEASES_PER_ACTOR, Collector
 from deploy.control.jobs import Scored, Weights
 from deploy.control.ledger import Ledger
@@ -103,7 +104,7 @@ class HeldOut:
         """Go on from what the run's folder says of evaluations before, of as many responses."""
         evaluate, path = config.evaluate, config.folder.metrics
         responses = len(prompts) * evaluate.samples
-        return cls(config, prompts, held_out_scores(path, responses, evaluate.metric))
+        return cls(config, prompts, held_out_scores(path, responses, evaluate.logged_metric))
 
     def rewind(self, version: int) -> None:
         """Forget the evaluations of later versions: their history is no longer true."""
@@ -180,8 +181,8 @@ class HeldOut:
         metrics[Logged.RESPONSES] = float(len(requests))
         metrics[Logged.UNSCORED] = float(len(requests) + len(greedy) - len(rows))
         metrics[Logged.EVALUATE_SECONDS] = time.perf_counter() - begin
-        if settings.metric in metrics:
-            self.scores[version] = metrics[settings.metric]
+        if settings.logged_metric in metrics:
+            self.scores[version] = metrics[settings.logged_metric]
         return metrics
 
 
@@ -209,10 +210,10 @@ def measured(rows: Sequence[ScoredTrajectory], solved: float | None) -> dict[str
         return metrics
     groups: defaultdict[int, list[bool]] = defaultdict(list)
     for row in rows:
-        groups[row.group].append(row.score >= solved)
-    k, fewest = 1, min(map(len, groups.values()))
-    while k <= fewest:
-        rates = [pass_at_k(len(group), sum(group), k) for group in groups.values()]
+        groups[row.group].append(solves(row.score, solved))
+    k, most = 1, max(map(len, groups.values()))
+    while k <= most:  # of prompts with fewer scored responses it is not known
+        rates = [pass_at_k(len(of), sum(of), k) for of in groups.values() if len(of) >= k]
         metrics[Logged.PASS_AT.of(k)] = sum(rates) / len(rates)
         k *= 2
     return metrics
@@ -224,7 +225,7 @@ def measured_greedily(rows: Sequence[ScoredTrajectory], solved: float | None) ->
         return {}
     metrics: dict[str, float] = {Logged.GREEDY_SCORE: sum(row.score for row in rows) / len(rows)}
     if solved is not None:
-        metrics[Logged.GREEDY_SOLVED] = sum(row.score >= solved for row in rows) / len(rows)
+        metrics[Logged.GREEDY_SOLVED] = sum(solves(row.score, solved) for row in rows) / len(rows)
     return metrics
 
 

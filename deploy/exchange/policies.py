@@ -212,7 +212,7 @@ def _scores(config: RunConfig) -> tuple[dict[int, float], str]:
     known = {number: score for number, score in held_out.items() if score is not None}
     if known and len(known) == len(numbers):
         return known, "held-out score"
-    metric = config.evaluate.metric
+    metric = config.evaluate.logged_metric
     while_training = held_out_scores(config.folder.metrics, metric=metric)
     if asked := {n: while_training[n] for n in numbers if n in while_training}:
         return asked, f"held-out {metric} while training"

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 from common.config.model import PretrainedConfig
+from common.config.rewards import IsolationConfig
 from common.config.run import RunConfig
 from common.data.prompts import EncodedPrompt, encode_prompts
 from common.data.records import Prompt
 from common.files import write_atomic
-from common.reasoning_tasks import verified
 from deploy.evaluation.answering import Answers, answers, apart
 from deploy.evaluation.intervals import Interval, bootstrap_mean, wilson_interval
-from deploy.evaluation.sampling import sample_both
+from deploy.evaluation.sampling import Sampled, sample_both
 from deploy.reasoning.outcome import Evaluation, Found, Side
 from deploy.reasoning.task import HeldOut
 from deploy.run_folder.weights import final_policy, policy_start
 from deploy.stages.session import Session
 from deploy.workers.pool import Pool
+from reward_service.isolation import IsolatedScorer
+from reward_service.samples import Sample
 
 LABEL = "eval"
 """Of the requests that all sides answer: from the same seeds."""
@@ -54,8 +57,9 @@ def evaluate(
             side: apart(config.rollout, answers, config, path, encoded, label="greedy", greedy=True)
             for side, path in weights.items()
         }
-        judged = {side: _verdicts(prompts, said.texts) for side, said in greedy.items()}
-        at_random = {side: _verdicts(prompts, texts) for side, texts in sampled.items()}
+        with closing(_verifier()) as verifier:
+            judged = {s: _verdicts(verifier, prompts, of.texts) for s, of in greedy.items()}
+            at_random = {s: _verdicts(verifier, prompts, of) for s, of in sampled.items()}
         _write_samples(session, prompts, greedy, judged)
     before: Side = "before" if "before" in weights else "came"
     of = {part.family: [i for i, f in enumerate(families) if f == part.family] for part in held_out}
@@ -102,13 +106,14 @@ def _sampled(
     )
     session.close()
     session.lock("quickstart")
-    sampled: dict[Side, list[str]] = {"after": new.responses}
+    count = len(prompts)
+    sampled: dict[Side, list[str]] = {"after": _of_all(new, count)}
     if "before" in weights:
-        sampled["before"] = old.responses
+        sampled["before"] = _of_all(old, count)
         came = apart(config.rollout, answers, config, weights["came"], prompts, label=LABEL)
         sampled["came"] = came.texts
     else:  # nothing was taught: policy training began with the model as it came
-        sampled["came"] = old.responses
+        sampled["came"] = _of_all(old, count)
     return sampled, fmean(new.kl)
 
 
@@ -120,12 +125,35 @@ def _weights(config: RunConfig) -> dict[Side, Path]:
     return {"came": came, **taught, "after": final_policy(config)}
 
 
-def _verdicts(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[_Verdict]:
-    found = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        answered, score = verified(prompt.columns["task"], prompt.columns["index"], response)
-        found.append(_Verdict(answered=answered, score=score))
-    return found
+def _of_all(found: Sampled, prompts: int) -> list[str]:
+    """Return a response to each prompt; what could not be verified in time is none."""
+    said = dict(zip(found.prompts, found.responses, strict=True))
+    return [said.get(prompt, "") for prompt in range(prompts)]
+
+
+def _verifier() -> IsolatedScorer:
+    """Return the library's verifier, in a process of its own: it may run what a policy wrote."""
+    limits = IsolationConfig()
+    return IsolatedScorer(
+        "reward_service.reasoning:score",
+        timeout_s=limits.timeout_s,
+        memory_mb=limits.memory_mb,
+        processes=limits.processes,
+        failed_score=0.0,
+    )
+
+
+def _verdicts(
+    verifier: IsolatedScorer, prompts: Sequence[Prompt], responses: Sequence[str]
+) -> list[_Verdict]:
+    samples = [
+        Sample(prompt=prompt.prompt, response=response, columns=prompt.columns)
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    return [
+        _Verdict(answered=bool(found.parts.get("form")), score=found.score or 0.0)
+        for found in verifier.score(samples)
+    ]
 
 
 def _found(

@@ -18,10 +18,10 @@ from common.files import write_atomic
 from common.models.pretrained.config_files import CONFIG
 from deploy.evaluation.memory import Resident
 from deploy.evaluation.report import write_report
-from deploy.exchange.packaged import bring_model
+from deploy.exchange.packaged import bring_model, to_import
 from deploy.reasoning.evaluation import evaluate
 from deploy.reasoning.outcome import Outcome, presentation
-from deploy.reasoning.task import held_out, settings_of, with_data
+from deploy.reasoning.task import held_out, require_tasks, settings_of, with_data
 from deploy.screen import say
 from deploy.stages import policy, preparation, supervised
 from deploy.stages.session import Session
@@ -32,13 +32,26 @@ def prepare(config: RunConfig, console: Console) -> None:
 
     Raises:
         ConfigError: the library, the model or the package that brings it is not there.
+        DataError: a family or an option is none of the library's.
     """
-    if find_spec("reasoning_gym") is None:
-        raise ConfigError(
-            "quickstart.kind=reasoning: needs the package reasoning-gym; run "
-            "`pip install 'talipot[reasoning]'`"
-        )
+    if without := _without_library():
+        raise ConfigError(without)
+    require_tasks(config)
     bring_model(config, console)
+
+
+def missing(config: RunConfig) -> str:
+    """Say what is not there yet and what brings it; empty where all is."""
+    return _without_library() or to_import(config)
+
+
+def _without_library() -> str:
+    if find_spec("reasoning_gym") is not None:
+        return ""
+    return (
+        "quickstart.kind=reasoning: needs the package reasoning-gym; run "
+        "`pip install 'talipot[reasoning]'`"
+    )
 
 
 def run_reasoning(session: Session) -> Outcome:

@@ -10,7 +10,7 @@ from common.config.stages import ReasoningConfig
 from common.data.records import Prompt, read_prompts
 from common.errors import ConfigError
 from common.randomness import derive_seed
-from common.reasoning_tasks import name_of
+from common.reasoning_tasks import COLUMNS, family_of, name_of, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,22 +44,41 @@ def with_data(config: RunConfig) -> RunConfig:
     Raises:
         ConfigError: it names other data, which would not be read.
     """
-    settings = settings_of(config)
-    data = DataConfig(
-        prompts=names_of(config, "prompts", settings.prompts),
-        demonstrations=names_of(config, "demonstrations", settings.demonstrations)
-        if settings.demonstrations
-        else (),
-        evaluation=names_of(config, "held out", settings.held_out_prompts),
-        columns=("task", "index"),
-        mixture={family: SourceConfig() for family in settings.families},
-    )
-    if config.data not in (DataConfig(), data):
-        raise ConfigError(
-            "data has no effect here: the recipe reasoning makes its own of quickstart.families; "
-            "leave it out, or take reasoning_gym: names through `talipot train`"
-        )
-    return config.model_copy(update={"data": data})
+    settings, taught = settings_of(config), settings_of(config).demonstrations
+    made = {
+        "prompts": names_of(config, "prompts", settings.prompts),
+        "demonstrations": names_of(config, "demonstrations", taught) if taught else (),
+        "evaluation": names_of(config, "held out", settings.held_out_prompts),
+        "columns": COLUMNS,
+        "mixture": {family: SourceConfig() for family in settings.families},
+    }
+    for field, value in made.items():
+        if getattr(config.data, field) not in (getattr(DataConfig(), field), value):
+            raise ConfigError(
+                f"data.{field} has no effect here: the recipe reasoning makes its own of "
+                "quickstart.families; leave it out, or take reasoning_gym: names through "
+                "`talipot train`"
+            )
+    return config.model_copy(update={"data": config.data.model_copy(update=made)})
+
+
+def require_tasks(config: RunConfig) -> None:
+    """Check the families and their options, before anything is imported or started.
+
+    Raises:
+        DataError: the package, a family or an option is not there.
+        ConfigError: a family that has no answers to imitate is to be imitated.
+    """
+    data = with_data(config).data
+    for name in (*data.prompts, *data.demonstrations):
+        require(name)
+    for name in names_of(config, "demonstrations", 1) if data.demonstrations else ():
+        [shown] = read_prompts([name], columns=("answer",))
+        if shown.columns["answer"] is None:
+            raise ConfigError(
+                f"quickstart.families.{family_of(name)}: gives no answers of its own to imitate; "
+                "set quickstart.demonstrations to 0, or leave the family out"
+            )
 
 
 def held_out(config: RunConfig) -> list[HeldOut]:

@@ -103,7 +103,7 @@ def is_final(facts: Mapping[str, Any] | None, config: RunConfig) -> bool:
     later = [p for p in config.folder.checkpoints.glob("step-*") if not p.suffix]
     if max((p.name for p in later), default="") > config.folder.checkpoint(iterations).name:
         return False
-    metric = config.evaluate.metric
+    metric = config.evaluate.logged_metric
     scores = held_out_scores(config.folder.metrics, metric=metric).items()
     told = {version: score for version, score in scores if version <= iterations}
     return out_of_patience(told, config.evaluate.patience)

@@ -185,6 +185,12 @@ def _held_out(
         return []
     prompts, fitting = read_held_out(tokenizer, config)
     say_fitting(session.console, fitting)
+    source = config.evaluate.metric.partition("/")[2]
+    if source and source not in (there := sorted({prompt.source or "" for prompt in prompts})):
+        raise ConfigError(
+            f"evaluate.metric={config.evaluate.metric}: no held-out prompt is of this source; "
+            f"there are {', '.join(there)}"
+        )
     if both := sum(prompt.uid in trained for prompt in prompts):
         text = f"{both} of {len(prompts)} held-out prompts (data.evaluation) are trained on too"
         say(session.console, (text, "yellow"))

@@ -25,13 +25,10 @@ from common.wire.trajectory import (
     LOGGED_ITERATION,
     SCHEMAS,
     ScoredTrajectory,
-    without_iteration,
+    completed,
 )
 
 _KEY = b"talipot"
-_ADDED = {"adapter": "", "unfiltered_logprobs": None}
-"""Columns that logs of earlier versions lack, and what they stood for there: whole weights, and a
-KL from `behavior_logprobs`."""
 
 
 def write_log(path: Path, table: pa.Table, iteration: int, config: RunConfig) -> None:
@@ -70,12 +67,7 @@ def read_log(run_dir: Path, iteration: int) -> tuple[pa.Table, RunConfig]:
         if note["iteration"] != iteration:
             raise DataError(f"{path}: is the log of iteration {note['iteration']}")
         schema = SCHEMAS[ScoredTrajectory]
-        table = without_iteration(table.replace_schema_metadata(None))
-        for name, value in _ADDED.items():
-            if name not in table.column_names:
-                at = schema.get_field_index(name)
-                column = pa.array([value] * len(table), schema.field(at).type)
-                table = table.add_column(at, schema.field(at), column)
+        table = completed(table.replace_schema_metadata(None), ScoredTrajectory)
         return table.cast(schema), config
     except FileNotFoundError:
         raise DataError(f"{path}: no such trajectory log; the run cannot be replayed") from None

@@ -156,7 +156,11 @@ def plans() -> list[Plan]:
         *("rollout actor killed", "learner rank killed", "reward worker killed"),
         *("controller killed", "learner rank killed in an auxiliary phase", "driver killed"),
     ]
-    chosen = [*POINTS, "rollout actor killed", "reward worker killed", "controller killed"]
+    chosen = [
+        *("learner rank killed in a policy phase", "rollout actor killed", "driver killed"),
+        *("learner rank killed in a checkpoint's write", "reward worker killed"),
+        *("controller killed in a checkpoint's write", "controller killed"),
+    ]
     return [
         Plan("elastic workers", elastic, {}, 120),
         Plan("nodes, disks, checkpoints", harsh, {}, 120),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +43,10 @@ def prompts(name: str) -> list[Prompt]:
     return list(read_prompts([name], columns=None))
 
 
+def digests(name: str) -> list[str]:
+    return [prompt.columns["question"] for prompt in prompts(name)]
+
+
 def test_lines_are_prompts_and_demonstrations_with_what_a_scorer_needs() -> None:
     asked, shown = prompts(SUMS), list(read_demonstrations([SUMS]))
     assert len(asked) == len(shown) == 20
@@ -71,8 +77,10 @@ def test_the_librarys_own_answers_are_right(family: str) -> None:
     name = name_of(family, {**FAMILIES[family], "size": 8, "seed": 5})
     for shown in read_demonstrations([name]):
         index = int(shown.place.rpartition(":")[2]) - 1
-        assert verified(name, index, f"Well. {shown.response}") == (True, 1.0)
-        assert verified(name, index, shown.response.removesuffix("</answer>")) == (False, 0.0)
+        asked = digests(name)[index]
+        assert verified(name, index, asked, f"Well. {shown.response}") == (True, 1.0)
+        unfinished = shown.response.removesuffix("</answer>")
+        assert verified(name, index, asked, unfinished) == (False, 0.0)
 
 
 def test_a_family_without_answers_of_its_own_has_prompts_alone() -> None:
@@ -83,14 +91,28 @@ def test_a_family_without_answers_of_its_own_has_prompts_alone() -> None:
 
 
 def test_what_is_wrong_or_near_is_not_right() -> None:
-    right = int(prompts(SUMS)[0].columns["answer"])
-    answered, score = verified(SUMS, 0, f"<answer>{right + 1}</answer>")
+    right, asked = int(prompts(SUMS)[0].columns["answer"]), digests(SUMS)[0]
+    answered, score = verified(SUMS, 0, asked, f"<answer>{right + 1}</answer>")
     assert answered
     assert score < 1.0
     # The last answer counts, as the library reads them.
-    assert verified(SUMS, 0, f"<answer>1000</answer><answer>{right}</answer>") == (True, 1.0)
+    said = f"<answer>1000</answer><answer>{right}</answer>"
+    assert verified(SUMS, 0, asked, said) == (True, 1.0)
     with pytest.raises(DataError, match=r"has no task 20; it has 20$"):
-        verified(SUMS, 20, "<answer>1</answer>")
+        verified(SUMS, 20, asked, "<answer>1</answer>")
+    with pytest.raises(DataError, match="task 1 asks something else here than where its prompt"):
+        verified(SUMS, 1, asked, "<answer>1</answer>")
+
+
+def test_an_answer_that_makes_the_library_fail_is_wrong() -> None:
+    name = "reasoning_gym:prime_factorization?size=1"
+    assert verified(name, 0, digests(name)[0], "<answer>abc</answer>") == (True, 0.0)
+
+
+def test_readers_of_one_name_do_not_disturb_each_other() -> None:
+    name = "reasoning_gym:chain_sum?size=4000"
+    pairs = zip(read_prompts([name]), read_prompts([name]), strict=True)
+    assert all(one == other for one, other in pairs)
 
 
 def test_neighbouring_seeds_are_other_data() -> None:
@@ -102,14 +124,42 @@ def test_neighbouring_seeds_are_other_data() -> None:
     assert len(one & other) < 10
 
 
+@pytest.mark.slow
 def test_the_same_name_is_the_same_data_in_every_process() -> None:
-    code = f"""
+    """Of every family that is not refused, whatever Python's hash seed is."""
+    code = """
+import json
+from reasoning_gym.factory import DATASETS
+from common.errors import DataError
 from deploy.run_folder.fingerprints import fingerprint
-print(fingerprint({SUMS!r}, "x").xxh3_128)
+found = {}
+for family in sorted(DATASETS):
+    try:
+        found[family] = fingerprint(f"reasoning_gym:{family}?size=6&seed=5", "x").xxh3_128
+    except DataError as error:
+        found[family] = ""
+print(json.dumps(found))
 """
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert said.stdout.split()[-1] == fingerprint(SUMS, "x").xxh3_128
+    one, other = (
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-c", code],
+                capture_output=True,
+                text=True,
+                check=True,
+                env=os.environ | {"PYTHONHASHSEED": seed},
+            ).stdout.splitlines()[-1]
+        )
+        for seed in ("1", "2")
+    )
+    assert {family for family in one if one[family] != other[family]} == set()
+    assert one["chain_sum"] == fingerprint("reasoning_gym:chain_sum?size=6&seed=5", "x").xxh3_128
     assert fingerprint(f"{SUMS}&seed=1", "x").xxh3_128 != fingerprint(SUMS, "x").xxh3_128
+    # `composite` is made of others, which nothing here names.
+    assert sorted(family for family, digest in one.items() if not digest) == [
+        *("composite", "isomorphic_strings", "knight_swap", "polynomial_multiplication"),
+        *("ransom_note", "word_ladder"),
+    ]
 
 
 def test_a_name_stands_wherever_a_file_does(tmp_path: Path) -> None:
@@ -153,7 +203,17 @@ def test_names_are_paths_that_tell_their_family(family: str, options: dict[str, 
         ("chain_sum?seed=-1", "write a size from 1 to 10000000 and a seed from 0 on$"),
         ("chain_sum?chat=1", "option 'chat' is '1'; write true or false$"),
         ("chain_sum?max_terms=two", "option 'max_terms' is \"two\"; write a value like its defau"),
-        ("chain_sum?max_terms=1", r"do not go together \(max_terms must be >= min_terms\); change"),
+        ("chain_sum?max_terms=1", r"refuses these options \(max_terms must be >= min_terms\); cha"),
+        ("simple_equations?operators_weights=[1,0]", "the library refuses these options"),
+        (
+            "word_sorting?transformation=loud",
+            'is "loud"; write a value like its default, "or',
+        ),
+        (
+            "time_intervals?task_types=time",
+            "option 'task_types' is \"time\"; write a value like",
+        ),
+        ("word_ladder", "questions of 'word_ladder' differ from process to process, so no answer"),
     ],
 )
 def test_bad_names_are_one_line(name: str, wrong: str) -> None:

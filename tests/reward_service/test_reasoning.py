@@ -14,7 +14,7 @@ NAME = "reasoning_gym:chain_sum?size=4&max_terms=2"
 
 def samples(*answers: str) -> list[Sample]:
     """Of the tasks in their order, each answered so; ``{}`` stands for what is right."""
-    asked = read_prompts([NAME], columns=("task", "index", "answer"))
+    asked = read_prompts([NAME], columns=("task", "index", "question", "answer"))
     return [
         Sample(
             prompt=prompt.prompt,
@@ -39,5 +39,5 @@ def test_right_answers_score_one_and_parts_say_why() -> None:
 
 def test_prompts_from_elsewhere_are_one_line() -> None:
     scorer = FunctionScorer("reward_service.reasoning:score")
-    with pytest.raises(RewardError, match="its prompt has no columns 'task' and 'index'; take pro"):
+    with pytest.raises(RewardError, match="its prompt has no columns task, index, question; take"):
         scorer.score([Sample(prompt="1 + 1", response="2", rollout_id="7")])

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,15 +41,15 @@ def expected(
     """What is left out of an iteration, by going through all that was ever scored."""
     out = set()
     for uid in uids:
-        scores: list[float] = []
+        known = [(asked, of) for asked, of in history.get(uid, []) if asked < iteration - staleness]
+        streak: list[float] = []  # of the newest iterations that are all alike
         last, settled = -1, False
-        for asked, of in history.get(uid, []):
-            if asked >= iteration - staleness:
-                break
-            scores = list(of) if settled else scores + of  # what came back counts anew
+        for asked, of in known:
+            alike = len({score >= settings.solved for score in streak + of}) == 1
+            streak = streak + of if alike and not settled else list(of)
             last = asked
-            solved = [score >= settings.solved for score in scores]
-            settled = len(scores) >= settings.after and (
+            solved = [score >= settings.solved for score in streak]
+            settled = len(streak) >= settings.after and (
                 (settings.always and all(solved)) or (settings.never and not any(solved))
             )
         if settled and (settings.back_after is None or iteration - last <= settings.back_after):
@@ -125,6 +126,25 @@ def test_it_is_what_all_scores_say(
         known.trained(iteration, batch(iteration, scores))
         for uid, of in scores.items():
             history[uid].append((iteration, of))
+
+
+def test_one_miss_long_ago_keeps_no_prompt_in() -> None:
+    known = Curriculum(CurriculumConfig(solved=1.0, after=8), 0)
+    known.trained(0, batch(0, {"a": [0.0, 1.0, 1.0, 1.0]}))
+    for iteration in (1, 2):
+        assert known.left_out(iteration, UIDS, 1) == set()
+        known.trained(iteration, batch(iteration, {"a": [1.0] * 4}))
+    assert known.left_out(3, UIDS, 1) == {"a"}
+
+
+def test_a_score_as_high_as_the_recipe_says_is_enough() -> None:
+    """Scores travel as float32, and 0.9 is more than the float32 next to it."""
+    known = Curriculum(CurriculumConfig(solved=0.9, after=2), 0)
+    known.trained(0, batch(0, {"a": [float(np.float32(0.9))] * 2, "b": [0.89] * 2}))
+    assert {uid: of[0] for uid, of in known.state()["tried"].items()} == {
+        "a": "always",
+        "b": "never",
+    }
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import pytest
 from common.config.recipe import load_config
 from common.config.run import RunConfig
 from common.data.records import read_prompts
-from common.errors import ConfigError
+from common.errors import ConfigError, DataError
 from common.reasoning_tasks import family_of
-from deploy.reasoning.task import held_out, with_data
+from deploy.reasoning.task import held_out, require_tasks, with_data
 
 RECIPE = Path("deploy/recipes/reasoning.yaml")
 
@@ -69,5 +69,27 @@ def test_settings_that_cannot_be_are_refused(override: str, wrong: str) -> None:
 
 
 def test_other_data_is_refused() -> None:
-    with pytest.raises(ConfigError, match="data has no effect here: the recipe reasoning makes"):
+    with pytest.raises(ConfigError, match=r"data\.prompts has no effect here: the recipe reaso"):
         with_data(recipe("data.prompts=[a.jsonl]"))
+    chosen = with_data(recipe("data.curriculum={solved: 1}")).data
+    assert chosen.curriculum is not None
+    assert chosen.prompts == with_data(recipe()).data.prompts
+
+
+@pytest.mark.parametrize(
+    ("families", "kind", "wrong"),
+    [
+        ("{chain_sun: {}}", DataError, "has no family 'chain_sun'; did you mean 'chain_sum'"),
+        ("{gcd: {max: 3}}", DataError, "gcd has no option 'max'; "),
+        (
+            "{propositional_logic: {}}",
+            ConfigError,
+            r"families\.propositional_logic: gives no answers of its own to imitate; set quick",
+        ),
+    ],
+)
+def test_families_that_cannot_be_are_refused_before_anything_starts(
+    families: str, kind: type[Exception], wrong: str
+) -> None:
+    with pytest.raises(kind, match=wrong):
+        require_tasks(recipe(f"quickstart.families={families}"))
