@@ -10,75 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
-from typing import Literal
 
-Kind = Literal["gauge", "counter"]
-"""gauge: of one step; counter: since the run began, restarts and resumes included."""
-Stage = Literal["sft", "reward", "train", "held_out"]
-
-LABELS: Mapping[str, str] = {
-    "age": "how many versions older than the trained policy",
-    "cause": "`died`, `hung`, `unstarted`, `preempted` or `corrupt`",
-    "component": "name of a reward component",
-    "k": "1, 2, 4 ... up to `evaluate.samples`",
-    "part": "name that a reward function gives to a part of its score",
-    "pool": "`rollout` or `reward`",
-    "source": "name of a source of `data.mixture`; a slash in it is written as a colon",
-    "reason": "`dead letter`: its scorer gave it up; `lone`: no other response of its prompt is "
-    "left to compare it with; `no signal`: all responses of its prompt have one score "
-    "(`train.dynamic_sampling`); `stale`: too old when its turn came; `lost`: its table went down "
-    "with a node; `late`: others of its table were committed first",
-}
-"""What varies within a metric, and its values."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """What is known of a metric beside its name."""
-
-    name: str
-    stages: tuple[Stage, ...]
-    kind: Kind
-    unit: str
-    meaning: str
-    look_for: str
-    when: str
-    """When it is logged; empty for always."""
-
-
-def _gauge(
-    name: str,
-    unit: str,
-    meaning: str,
-    *stages: Stage,
-    look_for: str = "",
-    when: str = "",
-) -> Facts:
-    return Facts(
-        name=name,
-        stages=stages or ("train",),
-        kind="gauge",
-        unit=unit,
-        meaning=meaning,
-        look_for=look_for,
-        when=when,
-    )
-
-
-def _counter(name: str, unit: str, meaning: str, *, look_for: str = "", when: str = "") -> Facts:
-    return Facts(
-        name=name,
-        stages=("train",),
-        kind="counter",
-        unit=unit,
-        meaning=meaning,
-        look_for=look_for,
-        when=when,
-    )
-
+from common.metric_facts import Facts, counter, gauge
 
 _VALUES = "where the algorithm has a value function"
 _NETWORK = "with a separate value network"
@@ -101,7 +36,7 @@ class Logged(StrEnum):
         return member
 
     # Supervised stages.
-    LOSS = _gauge(
+    LOSS = gauge(
         "loss",
         "nats",
         "loss per response token (sft), per comparison (reward)",
@@ -109,7 +44,7 @@ class Logged(StrEnum):
         "reward",
         look_for="should fall",
     )
-    HELDOUT_LOSS = _gauge(
+    HELDOUT_LOSS = gauge(
         "heldout_loss",
         "nats",
         "the same on data that is never trained on",
@@ -118,7 +53,7 @@ class Logged(StrEnum):
         look_for="a rise while `loss` falls is overfitting",
         when=_HELD_OUT,
     )
-    HELDOUT_LOSS_BEFORE = _gauge(
+    HELDOUT_LOSS_BEFORE = gauge(
         "heldout_loss_before",
         "nats",
         "the same before the first step",
@@ -127,7 +62,7 @@ class Logged(StrEnum):
         look_for="well above `heldout_loss`, or the stage has learnt little",
         when=_SUPERVISED_END,
     )
-    TOKENS = _gauge(
+    TOKENS = gauge(
         "tokens",
         "tokens",
         "tokens of the data that was trained on, all passes together",
@@ -135,18 +70,18 @@ class Logged(StrEnum):
         "reward",
         when=_SUPERVISED_END,
     )
-    EPOCHS = _gauge(
+    EPOCHS = gauge(
         "epochs", "passes", "passes over the data", "sft", "reward", when=_SUPERVISED_END
     )
-    ACCURACY = _gauge("accuracy", "share", "comparisons whose chosen side scores higher", "reward")
-    ACCURACY_HELDOUT = _gauge(
+    ACCURACY = gauge("accuracy", "share", "comparisons whose chosen side scores higher", "reward")
+    ACCURACY_HELDOUT = gauge(
         "accuracy_heldout",
         "share",
         "the same on comparisons that are never trained on",
         "reward",
         when=_HELD_OUT,
     )
-    REFERENCE_MEAN = _gauge(
+    REFERENCE_MEAN = gauge(
         "reference_mean",
         "score",
         "mean score of demonstrations, before the scores are shifted to make it 0",
@@ -155,10 +90,10 @@ class Logged(StrEnum):
     )
 
     # What the policy does.
-    SCORE = _gauge(
+    SCORE = gauge(
         "score", "score", "mean score of a response", "train", "held_out", look_for="should rise"
     )
-    PASS_AT = _gauge(
+    PASS_AT = gauge(
         "pass@{k}",
         "share",
         "prompts of which one of k responses has at least the score `evaluate.solved`, estimated "
@@ -167,7 +102,7 @@ class Logged(StrEnum):
         look_for="pass@1 that rises while others fall: variety is lost",
         when="with `evaluate.solved`",
     )
-    GREEDY_SCORE = _gauge(
+    GREEDY_SCORE = gauge(
         "greedy_score",
         "score",
         "mean score of greedy responses, one to each prompt",
@@ -175,7 +110,7 @@ class Logged(StrEnum):
         look_for="should rise",
         when="with `evaluate.greedy`",
     )
-    GREEDY_SOLVED = _gauge(
+    GREEDY_SOLVED = gauge(
         "greedy_solved",
         "share",
         "prompts whose greedy response has at least the score `evaluate.solved`",
@@ -183,27 +118,27 @@ class Logged(StrEnum):
         look_for="should rise",
         when="with `evaluate.greedy` and `evaluate.solved`",
     )
-    PROMPTS_TRAINED = _gauge(
+    PROMPTS_TRAINED = gauge(
         "prompts_trained",
         "prompts",
         "prompts of which responses were trained on",
         look_for="below `train.prompts_per_iteration`, prompts were given up or had no signal",
     )
-    PROMPTS_LEFT_OUT = _gauge(
+    PROMPTS_LEFT_OUT = gauge(
         "prompts_left_out",
         "prompts",
         "prompts that were not asked since they were always or never solved",
         look_for="nearly all of them: harder prompts would teach more",
         when="with `data.curriculum`",
     )
-    RESPONSES = _gauge("responses", "responses", "responses that were asked for", "held_out")
-    UNSCORED = _gauge(
+    RESPONSES = gauge("responses", "responses", "responses that were asked for", "held_out")
+    UNSCORED = gauge(
         "unscored", "responses", "responses that the reward service gave up", "held_out"
     )
-    EVALUATE_SECONDS = _gauge(
+    EVALUATE_SECONDS = gauge(
         "evaluate_seconds", "s", "what this evaluation took, no part of `seconds`", "held_out"
     )
-    SOURCE_SCORE = _gauge(
+    SOURCE_SCORE = gauge(
         "score/{source}",
         "score",
         "mean score of responses to prompts of one source",
@@ -211,16 +146,16 @@ class Logged(StrEnum):
         "held_out",
         when="with `data.mixture`",
     )
-    COMPONENT = _gauge(
+    COMPONENT = gauge(
         "component/{component}", "score", "mean of one part of the score, without its weight"
     )
-    COMPONENT_PART = _gauge(
+    COMPONENT_PART = gauge(
         "component/{component}/{part}",
         "score",
         "mean of what a reward function's `Score` calls a part of it",
         when="with a function that returns parts",
     )
-    KL = _gauge(
+    KL = gauge(
         "kl",
         "nats per response",
         "distance from the supervised policy, of whole distributions whatever `rollout.top_p` "
@@ -229,16 +164,16 @@ class Logged(StrEnum):
         "held_out",
         look_for="a steep rise with the score is over-optimisation",
     )
-    KL_COEF = _gauge(
+    KL_COEF = gauge(
         "kl_coef", "1", "weight of the KL in the rewards; constant without `train.kl_target`"
     )
-    ENTROPY = _gauge(
+    ENTROPY = gauge(
         "entropy",
         "nats per token",
         "of the whole distribution at temperature 1",
         look_for="falls; not to 0",
     )
-    RESPONSE_LENGTH = _gauge(
+    RESPONSE_LENGTH = gauge(
         "response_length",
         "tokens",
         "mean length of a response",
@@ -246,47 +181,45 @@ class Logged(StrEnum):
         "held_out",
         look_for="a drift to one length",
     )
-    EOS_SHARE = _gauge("eos_share", "share", "responses that end", "train", "held_out")
+    EOS_SHARE = gauge("eos_share", "share", "responses that end", "train", "held_out")
 
     # Sampler against learner.
-    RATIO_DEVIATION = _gauge(
+    RATIO_DEVIATION = gauge(
         "ratio_deviation",
         "1",
         "largest deviation of a probability ratio between sampler and learner from 1",
         look_for="about 0 in synchronous mode in fp32",
     )
-    MISMATCH_KL = _gauge(
+    MISMATCH_KL = gauge(
         "mismatch_kl",
         "nats per token",
         "distance between sampler and learner",
         look_for="about 0 in synchronous mode in fp32; elsewhere importance weights correct it, "
         "as far as `train.behavior_cap`",
     )
-    MISMATCH_RATIO = _gauge(
+    MISMATCH_RATIO = gauge(
         "mismatch_ratio",
         "1",
         "largest factor between two probabilities of one token by sampler and learner",
         look_for="about 1 in synchronous mode in fp32",
     )
-    STALENESS = _gauge(
+    STALENESS = gauge(
         "staleness",
         "versions",
         "age of the oldest rollout trained",
         look_for="at most `train.max_staleness`",
     )
-    STALENESS_COUNT = _gauge("staleness/{age}", "rollouts", "rollouts trained, by age")
+    STALENESS_COUNT = gauge("staleness/{age}", "rollouts", "rollouts trained, by age")
 
     # Updates.
-    LR = _gauge("lr", "1", "learning rate of the policy")
-    POLICY_LOSS = _gauge("policy_loss", "1", "clipped objective, less the entropy bonus")
-    POLICY_STEPS = _gauge(
-        "policy_steps", "steps", "optimizer steps of the policy in this iteration"
-    )
-    CLIP_FRACTION = _gauge("clip_fraction", "share", "tokens whose ratio is clipped")
-    UPDATE_KL = _gauge(
+    LR = gauge("lr", "1", "learning rate of the policy")
+    POLICY_LOSS = gauge("policy_loss", "1", "clipped objective, less the entropy bonus")
+    POLICY_STEPS = gauge("policy_steps", "steps", "optimizer steps of the policy in this iteration")
+    CLIP_FRACTION = gauge("clip_fraction", "share", "tokens whose ratio is clipped")
+    UPDATE_KL = gauge(
         "update_kl", "nats per token", "distance of the policy from the one before this update"
     )
-    GRADIENT_NORM = _gauge(
+    GRADIENT_NORM = gauge(
         "gradient_norm",
         "1",
         "mean norm of the gradients, before they are cut to `max_grad_norm`",
@@ -294,40 +227,38 @@ class Logged(StrEnum):
         "reward",
         "train",
     )
-    STOPPED_BY_KL = _gauge(
-        "stopped_by_kl", "1", "1 = the epochs were left early at `train.stop_kl`"
-    )
-    EXPLAINED_VARIANCE = _gauge(
+    STOPPED_BY_KL = gauge("stopped_by_kl", "1", "1 = the epochs were left early at `train.stop_kl`")
+    EXPLAINED_VARIANCE = gauge(
         "explained_variance",
         "share",
         "variance of the returns that the value function explains",
         look_for="towards 1",
         when=_VALUES,
     )
-    VALUE_LOSS = _gauge("value_loss", "1", "clipped value loss", when=_NETWORK)
-    VALUE_CLIP_FRACTION = _gauge(
+    VALUE_LOSS = gauge("value_loss", "1", "clipped value loss", when=_NETWORK)
+    VALUE_CLIP_FRACTION = gauge(
         "value_clip_fraction", "share", "tokens whose value is clipped", when=_NETWORK
     )
-    AUXILIARY_VALUE_LOSS = _gauge(
+    AUXILIARY_VALUE_LOSS = gauge(
         "auxiliary/value_loss",
         "1",
         "loss of the policy's own value head, of the last epoch",
         when=_AUXILIARY,
     )
-    AUXILIARY_CLONE_KL = _gauge(
+    AUXILIARY_CLONE_KL = gauge(
         "auxiliary/clone_kl",
         "nats per token",
         "distance of the policy from the one before the phase, in the last epoch",
         when=_AUXILIARY,
     )
-    AUXILIARY_CLONE_KL_FIRST = _gauge(
+    AUXILIARY_CLONE_KL_FIRST = gauge(
         "auxiliary/clone_kl_first",
         "nats per token",
         "the same before the first step",
         look_for="exactly 0",
         when=_AUXILIARY,
     )
-    AUXILIARY_SEPARATE_VALUE_LOSS = _gauge(
+    AUXILIARY_SEPARATE_VALUE_LOSS = gauge(
         "auxiliary/separate_value_loss",
         "1",
         "loss of the value network",
@@ -335,23 +266,23 @@ class Logged(StrEnum):
     )
 
     # Time.
-    SECONDS = _gauge("seconds", "seconds", "the whole iteration")
-    COLLECT_SECONDS = _gauge(
+    SECONDS = gauge("seconds", "seconds", "the whole iteration")
+    COLLECT_SECONDS = gauge(
         "collect_seconds", "seconds", "waiting for rollouts", look_for="where the time goes"
     )
-    LEARN_SECONDS = _gauge(
+    LEARN_SECONDS = gauge(
         "learn_seconds", "seconds", "the policy phase", look_for="where the time goes"
     )
-    AUXILIARY_SECONDS = _gauge(
+    AUXILIARY_SECONDS = gauge(
         "auxiliary_seconds", "seconds", "the auxiliary phase", when=_AUXILIARY
     )
-    PUBLISH_SECONDS = _gauge(
+    PUBLISH_SECONDS = gauge(
         "publish_seconds", "seconds", "laying out new weights", look_for="where the time goes"
     )
-    GENERATE_SECONDS = _gauge("generate_seconds", "seconds", "sampling, summed over actors")
-    LOAD_SECONDS = _gauge("load_seconds", "seconds", "loading weights, summed over actors")
-    SCORE_SECONDS = _gauge("score_seconds", "seconds", "scoring, summed over reward workers")
-    TOKENS_PER_SECOND = _gauge(
+    GENERATE_SECONDS = gauge("generate_seconds", "seconds", "sampling, summed over actors")
+    LOAD_SECONDS = gauge("load_seconds", "seconds", "loading weights, summed over actors")
+    SCORE_SECONDS = gauge("score_seconds", "seconds", "scoring, summed over reward workers")
+    TOKENS_PER_SECOND = gauge(
         "tokens_per_second",
         "tokens per second",
         "trained in a supervised stage; sampled by one actor in policy training",
@@ -360,65 +291,65 @@ class Logged(StrEnum):
     )
 
     # Workers.
-    POLICY_VERSION = _gauge(
+    POLICY_VERSION = gauge(
         "policy_version", "versions", "version of the weights that was published last"
     )
-    WORKERS = _gauge("workers/{pool}", "workers", "workers at the end of the iteration")
-    SCALE_SECONDS = _gauge(
+    WORKERS = gauge("workers/{pool}", "workers", "workers at the end of the iteration")
+    SCALE_SECONDS = gauge(
         "scale_seconds/{pool}",
         "seconds",
         "from the last command that added workers to the first result of one of them",
         when="after such a command",
     )
-    WORKERS_LOST = _counter(
+    WORKERS_LOST = counter(
         "workers_lost/{pool}",
         "workers",
         "workers lost, whatever the cause",
     )
-    WORKERS_LOST_BY = _counter(
+    WORKERS_LOST_BY = counter(
         "workers_lost/{pool}/{cause}", "workers", "workers lost, by cause", when="once one was"
     )
-    WORKERS_DRAINED = _counter(
+    WORKERS_DRAINED = counter(
         "workers_drained/{pool}",
         "workers",
         "workers that left when they were asked to",
         when="once one did",
     )
-    LEARNER_RESTARTS = _counter(
+    LEARNER_RESTARTS = counter(
         "learner_restarts", "restarts", "times that the learner was built again"
     )
-    LEASES_REISSUED = _counter("leases_reissued", "leases", "leases given to another worker")
-    LATE_COMMITS = _counter(
+    LEASES_REISSUED = counter("leases_reissued", "leases", "leases given to another worker")
+    LATE_COMMITS = counter(
         "late_commits", "rollouts", "results that came second and were discarded"
     )
-    DROPPED = _counter(
+    DROPPED = counter(
         "dropped/{reason}",
         "rollouts",
         "rollouts that were not trained",
         when="once one was dropped",
     )
-    RESAMPLED = _counter(
+    RESAMPLED = counter(
         "resampled/{reason}", "rollouts", "rollouts that were sampled again", when="once one was"
     )
-    WEIGHTS_RELOADED = _counter(
+    WEIGHTS_RELOADED = counter(
         "weights_reloaded", "slices", "slices of weights that arrived corrupted and were read again"
     )
-    HTTP_REQUESTS = _counter(
+    HTTP_REQUESTS = counter(
         "http/{component}/requests",
         "requests",
         "tries sent to the remote endpoint, over all reward workers",
         when=_HTTP,
     )
-    HTTP_RETRIES = _counter(
+    HTTP_RETRIES = counter(
         "http/{component}/retries", "requests", "tries after a first", when=_HTTP
     )
-    HTTP_FAILURES = _counter(
+    HTTP_FAILURES = counter(
         "http/{component}/failures", "requests", "tries that failed", when=_HTTP
     )
-    HTTP_DEAD_LETTERS = _counter(
+    HTTP_DEAD_LETTERS = counter(
         "http/{component}/dead_letters", "responses", "responses given up", when=_HTTP
     )
-    HTTP_CIRCUIT_OPENED = _counter(
+    HTTP_CIRCUIT_OPENED = counter(
         "http/{component}/circuit_opened",
         "times",
         "times that requests were held back after failures in a row",

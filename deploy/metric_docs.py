@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from common.metric_catalogue import LABELS, Logged
+from common.metric_catalogue import Logged
+from common.metric_facts import LABELS
 
 _HEAD = """\
 # Metrics

@@ -21,7 +21,7 @@ MAY_IMPORT = {
 }
 LAYERS: dict[str, list[set[str]]] = {
     "common": [
-        {"errors", "randomness", "unfinished"},
+        {"errors", "metric_facts", "randomness", "unfinished"},
         {"reasoning_tasks"},
         {"endings", "files", "metric_catalogue", "native_code", "run_folder"},
         {"metrics", "out_of_memory"},

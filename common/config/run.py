@@ -34,14 +34,8 @@ from common.config.model import (
     PretrainedConfig,
     TokenizerConfig,
 )
-from common.config.stages import (
-    DocstringsConfig,
-    EvaluateConfig,
-    QuickstartConfig,
-    RewardModelConfig,
-    SftConfig,
-    TrainConfig,
-)
+from common.config.quickstart import DocstringsConfig, QuickstartConfig
+from common.config.stages import EvaluateConfig, RewardModelConfig, SftConfig, TrainConfig
 from common.config.trackers import TrackersConfig
 from common.config.workers import Labels, RewardServiceConfig, RolloutConfig
 from common.run_folder import Reused, RunFolder

@@ -13,8 +13,8 @@ from pathlib import Path
 from rich.console import Console
 
 from common.config.model import PretrainedConfig
+from common.config.quickstart import InstructConfig
 from common.config.run import DataConfig, RunConfig
-from common.config.stages import InstructConfig
 from common.errors import ConfigError
 from common.files import write_atomic
 from common.models.pretrained.config_files import CONFIG

@@ -17,7 +17,7 @@ from typing import Final, Literal, get_args
 
 import numpy as np
 
-from common.config.stages import InstructConfig
+from common.config.quickstart import InstructConfig
 from common.files import write_atomic
 from common.randomness import derive_seed
 from deploy.instruct.instructions import (

@@ -11,8 +11,8 @@ from typing import Literal
 
 import numpy as np
 
+from common.config.quickstart import DocstringsConfig
 from common.config.run import DataConfig, RunConfig
-from common.config.stages import DocstringsConfig
 from common.data.records import Comparison, Demonstration, Prompt, write_jsonl
 from common.errors import ConfigError
 from common.files import write_atomic

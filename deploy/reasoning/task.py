@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from common.config.quickstart import ReasoningConfig
 from common.config.run import DataConfig, RunConfig, SourceConfig
-from common.config.stages import ReasoningConfig
 from common.data.records import Prompt, read_prompts
 from common.errors import ConfigError
 from common.randomness import derive_seed

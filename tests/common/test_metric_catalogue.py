@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from common.metric_catalogue import LABELS, Logged, logged_as
+from common.metric_catalogue import Logged, logged_as
+from common.metric_facts import LABELS
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config.stages import InstructConfig
+from common.config.quickstart import InstructConfig
 from deploy.instruct.instructions import KINDS, Instruction, say
 from deploy.instruct.reward import NEARLY, credit, score, substance
 from deploy.instruct.task import make_task

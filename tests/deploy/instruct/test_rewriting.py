@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from common.config.stages import InstructConfig
+from common.config.quickstart import InstructConfig
 from deploy.instruct import judge
 from deploy.instruct.instructions import TRAINED
 from deploy.instruct.reward import score

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from common.config.stages import InstructConfig
+from common.config.quickstart import InstructConfig
 from deploy.instruct.instructions import HELD_OUT, TRAINED, compatible, read
 from deploy.instruct.task import SPLITS, Ask, Task, make_task, split_pairs, write_prompts
 from deploy.instruct.topics import FORMS, THINGS, split_things

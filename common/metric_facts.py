@@ -1,0 +1,73 @@
+"""What is known of a metric beside its value: kind, unit, meaning, and what varies within it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["gauge", "counter"]
+"""gauge: of one step; counter: since the run began, restarts and resumes included."""
+Stage = Literal["sft", "reward", "train", "held_out"]
+
+LABELS: Mapping[str, str] = {
+    "age": "how many versions older than the trained policy",
+    "cause": "`died`, `hung`, `unstarted`, `preempted` or `corrupt`",
+    "component": "name of a reward component",
+    "k": "1, 2, 4 ... up to `evaluate.samples`",
+    "part": "name that a reward function gives to a part of its score",
+    "pool": "`rollout` or `reward`",
+    "source": "name of a source of `data.mixture`; a slash in it is written as a colon",
+    "reason": "`dead letter`: its scorer gave it up; `lone`: no other response of its prompt is "
+    "left to compare it with; `no signal`: all responses of its prompt have one score "
+    "(`train.dynamic_sampling`); `stale`: too old when its turn came; `lost`: its table went down "
+    "with a node; `late`: others of its table were committed first",
+}
+"""What varies within a metric, and its values."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What is known of a metric beside its name."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    kind: Kind
+    unit: str
+    meaning: str
+    look_for: str
+    when: str
+    """When it is logged; empty for always."""
+
+
+def gauge(
+    name: str,
+    unit: str,
+    meaning: str,
+    *stages: Stage,
+    look_for: str = "",
+    when: str = "",
+) -> Facts:
+    """Return what is known of a value of one step; of policy training unless a stage is named."""
+    return Facts(
+        name=name,
+        stages=stages or ("train",),
+        kind="gauge",
+        unit=unit,
+        meaning=meaning,
+        look_for=look_for,
+        when=when,
+    )
+
+
+def counter(name: str, unit: str, meaning: str, *, look_for: str = "", when: str = "") -> Facts:
+    """Return what is known of a count since policy training began."""
+    return Facts(
+        name=name,
+        stages=("train",),
+        kind="counter",
+        unit=unit,
+        meaning=meaning,
+        look_for=look_for,
+        when=when,
+    )
