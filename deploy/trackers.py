@@ -26,6 +26,8 @@ from common.files import one_line, write_atomic
 _PACKAGES: Final = {"wandb": "wandb", "mlflow": "mlflow-skinny", "trackio": "trackio"}
 _RETRY_S: Final = (1.0, 5.0, 15.0, 60.0)
 _NOT_MLFLOWS: Final = re.compile(r"[^\w\-. :]")
+BEGIN_S: Final = 90.0
+"""Longest wait for a service before anything starts."""
 _END_S: Final = 30.0
 """Longest wait at the end of a run for what is not sent yet."""
 
@@ -85,13 +87,26 @@ def begin(config: RunConfig) -> None:
     """
     require_installed(config)
     for name in names_of(config):
+        ended: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        threading.Thread(target=_try, args=(name, config, ended), daemon=True).start()
         try:
-            _open(name, config).close()
-        except Exception as error:
+            error = ended.get(timeout=BEGIN_S)
+        except queue.Empty:
+            error = TimeoutError(f"no answer within {BEGIN_S:.0f} s")
+        if error is not None:
             raise ConfigError(
                 f"trackers.{name}: cannot be reached ({type(error).__name__}: {one_line(error)}); "
                 "mend it, or leave it out"
-            ) from None
+            )
+
+
+def _try(name: str, config: RunConfig, ended: queue.SimpleQueue[Exception | None]) -> None:
+    """Open and close the run at a service, which may never answer; tells how that ended."""
+    try:
+        _open(name, config).close()
+        ended.put(None)
+    except Exception as error:
+        ended.put(error)
 
 
 def outboxes(config: RunConfig, note: Callable[[str], None]) -> list[Outbox]:

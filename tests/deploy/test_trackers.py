@@ -286,3 +286,22 @@ def test_a_service_that_refuses_is_told_before_anything_starts(
     monkeypatch.setattr("deploy.trackers.find_spec", lambda _: True)
     with pytest.raises(ConfigError, match=r"trackers\.trackio: .*PermissionError: no key for you"):
         trackers.begin(of(tmp_path, trackio={"project": "p"}))
+
+
+def test_a_service_that_never_answers_is_told_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs = threading.Event()
+
+    def wait(name: str, config: RunConfig) -> Fickle:
+        hangs.wait(60)
+        raise ConnectionError
+
+    monkeypatch.setattr("deploy.trackers._open", wait)
+    monkeypatch.setattr("deploy.trackers.find_spec", lambda _: True)
+    monkeypatch.setattr("deploy.trackers.BEGIN_S", 0.2)
+    try:
+        with pytest.raises(ConfigError, match=r"cannot be reached \(TimeoutError: no answer"):
+            trackers.begin(of(tmp_path, trackio={"project": "p"}))
+    finally:
+        hangs.set()
