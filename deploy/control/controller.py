@@ -44,7 +44,7 @@ from deploy.control.own_workers import OwnWorkers
 from deploy.control.status import Status
 from deploy.exchange.card import add_card
 from deploy.run_folder import checkpoints
-from deploy.run_folder.failures import note_untracked
+from deploy.run_folder.failures import note_restart, note_untracked
 from deploy.run_folder.lock import writing
 from deploy.run_folder.log_lines import HELD_OUT
 from deploy.run_folder.metrics_log import RunLog
@@ -352,6 +352,7 @@ class Controller:
                 ) from None
             self._restarts_left -= 1
             self.learner_restarts += 1
+            note_restart(self.config.folder.events, f"{error}; {self._restarts_left} more may follow")
             if error.data_lost:  # trained on again, it would be lost again
                 self._batch = []
             try:

@@ -34,6 +34,11 @@ def note_untracked(events: Path, detail: str) -> None:
     _note(events, "untracked", detail)
 
 
+def note_restart(events: Path, detail: str) -> None:
+    """Append a line on a learner that another takes the place of."""
+    _note(events, "learner restarted", detail)
+
+
 def note_success(events: Path, stage: str) -> None:
     """Append a line where a failure is the last that is known: not every stage has other events."""
     if last_failure(events):

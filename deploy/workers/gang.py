@@ -304,7 +304,8 @@ class LearnerGang:
             name, error = broken[0]
             return LearnerLost(f"{who} fell silent in {method}; {name} said: {one_line(error)}")
         return LearnerLost(
-            f"{who} did not finish {method} within {self.deadline_s:.0f} s (learner.deadline_s)"
+            f"{who} did not finish {method} within {self.deadline_s:.0f} s: it hangs, or this takes "
+            "longer here and learner.deadline_s has to be higher"
         )
 
 

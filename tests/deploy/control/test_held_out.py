@@ -338,6 +338,9 @@ def test_a_learner_that_dies_in_an_evaluation_leaves_the_workers_free(
         monkeypatch.setattr(controller, "_move_rollouts", dying)
         facts = controller.run()
     assert died and facts["learner_restarts"] == 1
+    events = [json.loads(line) for line in config.folder.events.read_text().splitlines()]
+    [told] = [event["detail"] for event in events if event["what"] == "learner restarted"]
+    assert told == "a rank is gone; 2 more may follow"
     assert facts["weights_hash"] == reference[1]["weights_hash"]
     assert facts["rollouts_issued"] == facts["rollouts_trained"] == 64
     assert {version for version, _ in evaluations(config)} == {0, 2, 4}

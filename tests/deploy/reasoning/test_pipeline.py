@@ -20,7 +20,7 @@ from deploy.stages.session import Session
 from deploy.tasks import task_of
 from tests.deploy.instruct.test_pipeline import chat_model
 
-FAMILIES = ("chain_sum", "spell_backward")
+FAMILIES = ("chain_sum", "word_sequence_reversal")
 SIZES = "prompts: 40, demonstrations: 20, held_out_prompts: 12"
 
 
@@ -63,7 +63,7 @@ def test_the_recipe_leaves_what_it_promises(tmp_path: Path, taught: bool) -> Non
     row = json.loads(lines[0])
     assert row["conforms_after"] == (row["score_after"] == 1.0)
     page = (config.run_dir / "report.html").read_text(encoding="utf8")
-    assert "spell backward: right" in page
+    assert "word sequence reversal: right" in page
     with pytest.raises(SystemExit) as ended:
         main(["report", str(config.run_dir)])
     assert ended.value.code == 0
