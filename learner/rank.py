@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import socket
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from common.metrics import read
 from common.out_of_memory import memory_for, return_freed
 from common.wire.trajectory import rows_without
 from common.wire.weights import Payload
+from learner.batch.pulse import telling
 from learner.batch.trajectory_log import write_log
 from learner.learner import Learner
 from learner.supervised.examples import EncodedComparison, EncodedPair
@@ -42,15 +43,26 @@ _states = memory_for(
 class LearnerRank:
     """One rank: the process, and the stage that it trains."""
 
-    def __init__(self, rank: int, world: int, compute: Compute) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world: int,
+        compute: Compute,
+        tell: Callable[[int], None] | None = None,
+        tell_every_s: float = 5.0,
+    ) -> None:
         """Begin without a stage.
 
         Args:
             rank: number in the gang, from 0.
             world: ranks in all.
             compute: what this rank computes with.
+            tell: is told how many micro-batches were taken up, while calls last.
+            tell_every_s: how often, where there are more.
         """
         compute.apply()
+        if tell is not None:
+            telling(tell, tell_every_s)
         torch.manual_seed(rank)
         self.rank, self.world = rank, world
         self._collectives = compute.collectives

@@ -161,7 +161,8 @@ class LearnerConfig(Section):
     labels: Labels = Field(default_factory=dict)
     """Labels of the nodes that ranks may be on, as in `rollout`."""
     deadline_s: PositiveFloat = 600.0
-    """Longest wait for one call to the gang; then a silent rank is taken for dead."""
+    """Longest wait for a call to the gang, or for another micro-batch of it; then a silent rank is
+    taken for dead."""
     max_restarts: NonNegativeInt = 3
     """Times that one controller builds the gang again after a rank died; then the run stops."""
 

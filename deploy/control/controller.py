@@ -25,7 +25,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from common.config.run import RunConfig
@@ -38,12 +37,12 @@ from deploy.control.batches import groups_of, nothing_left, staleness
 from deploy.control.collector import Collector
 from deploy.control.held_out import HeldOut
 from deploy.control.issuing import Issuer
-from deploy.control.jobs import Scored, Weights
+from deploy.control.jobs import Scored
 from deploy.control.ledger import Ledger
 from deploy.control.own_workers import OwnWorkers
+from deploy.control.position import Position
 from deploy.control.status import Status
 from deploy.exchange.card import add_card
-from deploy.run_folder import checkpoints
 from deploy.run_folder.failures import note_restart, note_untracked
 from deploy.run_folder.lock import writing
 from deploy.run_folder.log_lines import HELD_OUT
@@ -86,10 +85,10 @@ class Controller:
         self.config = config
         self.run_dir = config.run_dir
         self.gang = gang
-        self.ledger = Ledger()
         self.stop_after = stop_after
+        ledger = Ledger()
         self.collector = Collector(
-            self.ledger,
+            ledger,
             rollout,
             reward,
             deadline_s=config.rollout.lease_deadline_s,
@@ -100,17 +99,21 @@ class Controller:
         self.own_workers = OwnWorkers(config, gang, self.collector, self.elastic)
         self.issuer = Issuer(config, prompts)
         self.held_out = HeldOut.of(config, held_out)
-        self.iteration = 0
-        """Next iteration to train."""
+        self.position = Position(config, gang, ledger, self.collector, self.issuer, self.held_out)
         self.metrics: dict[str, float] = {}
         """Of the last iteration."""
-        self._batch: list[Scored] = []
-        """What the learner trains on now."""
-        self._saved = -1
-        """Iteration of the newest checkpoint written."""
-        self.learner_restarts = 0
         self._restarts_left = config.learner.max_restarts
         self._stop = False
+
+    @property
+    def iteration(self) -> int:
+        """Next iteration to train."""
+        return self.position.iteration
+
+    @property
+    def ledger(self) -> Ledger:
+        """The run's books."""
+        return self.position.ledger
 
     # ------------------------------------------------------------------ the loop
 
@@ -149,7 +152,7 @@ class Controller:
             "rollouts_dropped": sum(self.ledger.dropped.values()),
             "rollouts_in_flight": self.ledger.in_flight,
             "worker_failures": self.collector.tally.failures,
-            "learner_restarts": self.learner_restarts,
+            "learner_restarts": self.position.learner_restarts,
             "leases_reissued": self.ledger.reissued,
             "train_kl": self.metrics.get(Logged.KL, 0.0),
             "out_of_patience": self.held_out.hopeless,
@@ -169,7 +172,7 @@ class Controller:
         while True:
             try:
                 if not restored:
-                    self._restore()
+                    self.position.restore()
                     restored = True
                     self._evaluate_if_due(log)
                 while self.iteration < last and not (self._stop or self.held_out.hopeless):
@@ -177,7 +180,7 @@ class Controller:
                     with _timed(metrics, Logged.SECONDS):
                         self._iterate(metrics)
                     self.elastic.adapt(metrics)
-                    metrics[Logged.LEARNER_RESTARTS] = float(self.learner_restarts)
+                    metrics[Logged.LEARNER_RESTARTS] = float(self.position.learner_restarts)
                     self.metrics = metrics
                     log.write("train", self.iteration, metrics)
                     self._evaluate_if_due(log)
@@ -188,7 +191,7 @@ class Controller:
                 add_card(self.config.folder.policy.path, self.config, "train")
                 return weights_hash
             except _Stopped:
-                self._checkpoint()
+                self.position.checkpoint()
                 return ""
             except LearnerLost as error:
                 restored = False
@@ -208,15 +211,16 @@ class Controller:
             metrics |= self._policy_phase(iteration, batch)
         if asynchronous:  # Actors generate with the new weights while the auxiliary phase runs.
             with _timed(metrics, Logged.PUBLISH_SECONDS):
-                self._publish(iteration + 1)
+                self.position.publish(iteration + 1)
         if auxiliary_phase_due(train.ppg, iteration):
+            move = self.position.move_rollouts
             with _timed(metrics, Logged.AUXILIARY_SECONDS):
-                metrics |= self.gang.auxiliary_phase(iteration, meanwhile=self._move_rollouts)
+                metrics |= self.gang.auxiliary_phase(iteration, meanwhile=move)
         if not asynchronous:
             with _timed(metrics, Logged.PUBLISH_SECONDS):
-                self._publish(iteration + 1)
+                self.position.publish(iteration + 1)
         metrics[Logged.POLICY_VERSION] = iteration + 1
-        self._account(iteration, batch)
+        self.position.account(batch)
 
     def status(self) -> Status:
         """Return how far the run is; safe to call from another thread."""
@@ -235,7 +239,7 @@ class Controller:
             rollout_workers=len(rollout.workers),
             reward_workers=len(reward.workers) if reward else 0,
             worker_failures=self.collector.tally.failures,
-            learner_restarts=self.learner_restarts,
+            learner_restarts=self.position.learner_restarts,
             counts=self.collector.counts(),
             workers=self.elastic.views(),
         )
@@ -268,7 +272,9 @@ class Controller:
                 if self._stop:
                     raise _Stopped
                 if self.collector.weights is self.collector.lost_weights:
-                    self._publish(iteration)  # or the gang tells that a rank is lost with its node
+                    self.position.publish(
+                        iteration
+                    )  # or the gang tells that a rank is lost with its node
                 self.collector.pump()
             if (batch := self.issuer.telling(self.ledger, iteration, part)) is None:
                 self.collector.batches.waiting += part  # until others have come beside it
@@ -293,31 +299,14 @@ class Controller:
 
     def _policy_phase(self, iteration: int, batch: Sequence[Scored]) -> dict[str, float]:
         """Run the policy phase on a batch, less what has nothing to be compared with."""
-        self._batch = list(batch)
+        self.position.batch = list(batch)
         return self.gang.policy_phase(
             iteration,
             self.config.folder.trajectories(iteration),
             [s.table for s in batch],
             without=frozenset[str]().union(*(s.left_out for s in batch)),
-            meanwhile=self._move_rollouts,
+            meanwhile=self.position.move_rollouts,
         )
-
-    def _move_rollouts(self) -> None:
-        """Keep rollouts moving while the learner works: asynchronous mode has some in flight."""
-        self.collector.pump(0.0)
-
-    def _publish(self, version: int) -> None:
-        """Make a new version of the weights what actors must sample from."""
-        manifest, payloads = self.gang.publish(version)
-        self.collector.weights = Weights(manifest=manifest, payloads=payloads)
-
-    def _account(self, iteration: int, batch: Sequence[Scored]) -> None:
-        """Enter in the books that an iteration was trained."""
-        self.ledger.train(i for s in batch for i in s.trained)
-        self.ledger.check()
-        self.issuer.trained(iteration, batch)
-        self._batch = []
-        self.iteration = iteration + 1
 
     def _evaluate_if_due(self, log: RunLog) -> None:
         """Ask the held-out prompts of a version that the recipe wants to know of."""
@@ -327,12 +316,12 @@ class Controller:
         def meanwhile() -> None:
             if self._stop:
                 raise _Stopped
-            self._move_rollouts()
+            self.position.move_rollouts()
 
         log.write(
             HELD_OUT,
             self.iteration,
-            self.held_out.measure(self.iteration, self.collector, self._publish, meanwhile),
+            self.held_out.measure(self.iteration, self.collector, self.position.publish, meanwhile),
         )
 
     # ------------------------------------------------------------------ the learner's restart
@@ -346,15 +335,17 @@ class Controller:
         while True:
             if not self._restarts_left:
                 raise WorkerError(
-                    f"{error}; the learner was restarted {self.learner_restarts} times in this "
-                    "run, and learner.max_restarts allows no more; carry on with "
+                    f"{error}; the learner was restarted {self.position.learner_restarts} times in "
+                    "this run, and learner.max_restarts allows no more; carry on with "
                     f"`talipot train --resume {self.run_dir}`"
                 ) from None
             self._restarts_left -= 1
-            self.learner_restarts += 1
-            note_restart(self.config.folder.events, f"{error}; {self._restarts_left} more may follow")
+            self.position.learner_restarts += 1
+            note_restart(
+                self.config.folder.events, f"{error}; {self._restarts_left} more may follow"
+            )
             if error.data_lost:  # trained on again, it would be lost again
-                self._batch = []
+                self.position.batch = []
             try:
                 self.gang.restart(self.collector.tend)
                 return
@@ -374,57 +365,7 @@ class Controller:
             or self.held_out.best == self.iteration
             or self.held_out.hopeless
         ):
-            self._checkpoint()
-
-    def _checkpoint(self) -> None:
-        """Write what the run is after `iteration` iterations, unless that is written already."""
-        if self._saved != self.iteration:
-            keep = self.config.train.keep_checkpoints
-            best = self.held_out.best
-            checkpoints.write(self.run_dir, self.iteration, self._fill, keep=keep, best=best)
-            self._saved = self.iteration
-
-    def _fill(self, folder: Path) -> dict[str, Any]:
-        learner = self.gang.save(folder, meanwhile=self._move_rollouts)
-        return {
-            "iteration": self.iteration,
-            "config": self.config.model_dump(mode="json"),
-            "prompt_position": self.issuer.position(self.iteration),
-            "further_position": self.issuer.further_position,
-            "curriculum": self.issuer.curriculum(),
-            "ledger": self.ledger.state(),
-            "learner": learner,
-            "learner_restarts": self.learner_restarts,
-            "counts": self.collector.tally.counted(),
-        }
-
-    def _restore(self) -> None:
-        """Stand where the newest whole checkpoint stands, or at the start; publish its weights.
-
-        What was issued beyond is issued again, less what is in flight and still of use.
-        """
-        newest = checkpoints.newest(self.run_dir)
-        self.gang.begin_train(self.config, self.collector.tend)
-        state: dict[str, Any] = {}
-        if newest is not None:
-            folder, state = newest
-            self.gang.load(folder, state["learner"], meanwhile=self.collector.tend)
-        issued = self.issuer.next
-        self.iteration = self._saved = state.get("iteration", 0)
-        self.held_out.rewind(self.iteration)
-        checkpoints.rewind(self.run_dir, self.iteration)
-        self.learner_restarts = max(self.learner_restarts, state.get("learner_restarts", 0))
-        self.collector.tally.carry_on(state.get("counts", {}))
-        self.ledger = self.ledger.rewound(state.get("ledger"))
-        prompt, further = (state.get(f"{name}_position", 0) for name in ("prompt", "further"))
-        self.issuer.rewind(self.iteration, prompt, further, state.get("curriculum"))
-        ahead = self.iteration + self.config.train.max_staleness
-        self.issuer.issue(self.ledger, until=min(issued - 1, ahead))
-        self.collector.batches.waiting += self._batch
-        self._batch = []
-        self.collector.rewind(self.ledger, self.iteration, self.config.train.max_staleness)
-        self.ledger.check()
-        self._publish(self.iteration)
+            self.position.checkpoint()
 
 
 @contextmanager

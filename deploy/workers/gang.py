@@ -8,6 +8,7 @@ collective, so the gang is of no more use, and `restart` builds another one in i
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -31,6 +32,7 @@ from common.errors import ClusterError, TalipotError, WorkerError
 from common.files import one_line
 from common.wire.weights import Manifest, Payload
 from deploy.run_folder.weights import policy_start, reward_weights
+from deploy.workers import pulses
 from deploy.workers.calls import (
     Answer,
     Arguments,
@@ -50,6 +52,8 @@ _GRACE_S = 15.0
 """After a rank failed: how long the others have to show who died. A collective breaks for the
 survivors a moment before Ray notices the death."""
 _WAIT_S, _PUMP_S = 1.0, 0.02
+_PULSE_S = 5.0
+"""How often a rank tells how far it is, at most."""
 
 Meanwhile = Callable[[], None]
 """What keeps other work moving while ranks are waited for: short, and called again and again."""
@@ -65,7 +69,7 @@ class LearnerLost(WorkerError):
 class LearnerGang:
     """All ranks, called together.
 
-    Each verb raises LearnerLost when a rank dies or outruns the deadline, and what a rank raises.
+    Each verb raises LearnerLost when a rank dies or is silent for too long, and what a rank raises.
     `meanwhile` keeps other work moving while the ranks are waited for.
     """
 
@@ -75,6 +79,8 @@ class LearnerGang:
         self.deadline_s = config.learner.deadline_s
         self.ranks: list[Handle] = []
         self._group: PlacementGroup | None = None
+        self._pulses: list[str] = []
+        """Where each rank tells how far it is."""
         self._generation = 0
         if start:
             self.start()
@@ -109,6 +115,8 @@ class LearnerGang:
         group = self._place(cpus)
         # Ray frees a name some time after its holder's death, so a successor gets another name.
         suffix = f".{self._generation}" if self._generation else ""
+        own = f"{self.run}:{secrets.token_hex(4)}"
+        self._pulses = [f"{own}:{rank}" for rank in range(settings.ranks)]
         self.ranks = [
             ray.remote(LearnerRank)
             .options(
@@ -119,7 +127,13 @@ class LearnerGang:
                     group, placement_group_bundle_index=rank
                 ),
             )
-            .remote(rank, settings.ranks, compute)
+            .remote(
+                rank,
+                settings.ranks,
+                compute,
+                partial(pulses.tell, self._pulses[rank]),
+                min(_PULSE_S, self.deadline_s / 16),
+            )
             for rank in range(settings.ranks)
         ]
         asked = [start(self.ranks[0], LearnerRank.address)]
@@ -130,8 +144,9 @@ class LearnerGang:
         """End all ranks and free their resources, all of them; then raise what failed."""
         end = [partial(kill, rank) for rank in self.ranks]
         free = [partial(remove_placement_group, self._group)] if self._group else []
+        silent = [partial(pulses.forget, self._pulses)] if self.ranks else []
         self.ranks, self._group = [], None
-        take_all(*end, *free)
+        take_all(*end, *free, *silent)
 
     def restart(self, meanwhile: Meanwhile | None = None) -> None:
         """End what is left of this gang and start another; raises what `start` raises."""
@@ -277,6 +292,7 @@ class LearnerGang:
         names = {call: f"learner-{rank}" for rank, call in enumerate(calls)}
         waiting, answers = list(calls), dict[ray.ObjectRef[Answer], Answer]()
         deadline, broken = time.monotonic() + self.deadline_s, list[tuple[str, Exception]]()
+        listening = _Listening(self._pulses, self.deadline_s)
         while waiting:
             ready, waiting = ray.wait(waiting, timeout=_PUMP_S if meanwhile else _WAIT_S)
             for call in ready:
@@ -290,6 +306,8 @@ class LearnerGang:
                         raise cause from None
                     broken.append((names[call], cause))
                     deadline = min(deadline, time.monotonic() + _GRACE_S)
+            if not broken and listening.moved():
+                deadline = time.monotonic() + self.deadline_s
             if waiting and not ready and time.monotonic() > deadline:
                 raise self._late([names[call] for call in waiting], method, broken)
             if meanwhile:
@@ -304,9 +322,26 @@ class LearnerGang:
             name, error = broken[0]
             return LearnerLost(f"{who} fell silent in {method}; {name} said: {one_line(error)}")
         return LearnerLost(
-            f"{who} did not finish {method} within {self.deadline_s:.0f} s: it hangs, or this takes "
-            "longer here and learner.deadline_s has to be higher"
+            f"{who} did not finish {method}, nor a micro-batch of it, within "
+            f"{self.deadline_s:.0f} s (learner.deadline_s)"
         )
+
+
+class _Listening:
+    """Looks now and then whether ranks get on."""
+
+    def __init__(self, keys: Sequence[str], deadline_s: float) -> None:
+        self._keys, self._every_s = keys, deadline_s / 4
+        self._looked = time.monotonic()
+        self._told: tuple[bytes | None, ...] | None = None
+
+    def moved(self) -> bool:
+        """Whether a rank has told more than when this looked before; at first only looks."""
+        if time.monotonic() - self._looked < self._every_s:
+            return False
+        before, self._told = self._told, pulses.heard(self._keys)
+        self._looked = time.monotonic()
+        return before is not None and self._told != before
 
 
 def _put(value: Answer) -> Answer:

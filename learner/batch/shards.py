@@ -17,6 +17,7 @@ from common.batching import SequenceBatch
 from common.randomness import derive_seed
 from learner.batch.dealing import Share, deal
 from learner.batch.experience import Sequences
+from learner.batch.pulse import beat
 from learner.zero.process_group import all_sum, rank, world_size
 
 
@@ -63,6 +64,7 @@ class Shards:
     def micro_batches(self, sequences: Sequences, rows: Sequence[int]) -> Iterator[MicroBatch]:
         """Yield this rank's micro-batches of some rows, padded."""
         for share in self.deal(rows, sequences.lengths):
+            beat()
             data = sequences.batch(share.rows).to(self.device)
             yield MicroBatch(
                 data=data,

@@ -326,7 +326,7 @@ def test_a_learner_that_dies_in_an_evaluation_leaves_the_workers_free(
 ) -> None:
     config = run_copy(workspace, tmp_path, evaluate=EVALUATED, train={"checkpoint_every": 1})
     with Run(config, gang) as controller:
-        go_on, died = controller._move_rollouts, []
+        go_on, died = controller.position.move_rollouts, []
 
         def dying() -> None:
             busy = [w for pool in controller.collector._pools() for w in pool.workers.values()]
@@ -335,7 +335,7 @@ def test_a_learner_that_dies_in_an_evaluation_leaves_the_workers_free(
                 raise LearnerLost("a rank is gone")
             go_on()
 
-        monkeypatch.setattr(controller, "_move_rollouts", dying)
+        monkeypatch.setattr(controller.position, "move_rollouts", dying)
         facts = controller.run()
     assert died and facts["learner_restarts"] == 1
     events = [json.loads(line) for line in config.folder.events.read_text().splitlines()]

@@ -28,7 +28,7 @@ def test_weights_from_elsewhere_are_refused(
 ) -> None:
     """Invariant I6: a rollout whose fingerprint is not that of its version stops the run."""
     with Run(run_copy(workspace, tmp_path), gang) as controller:
-        publish = controller._publish
+        publish = controller.position.publish
 
         def forged(version: int) -> None:
             publish(version)
@@ -37,7 +37,7 @@ def test_weights_from_elsewhere_are_refused(
             for job in controller.collector.rollout.workers.values():
                 ray.get(job.handle.__ray_call__.remote(_lie))
 
-        controller._publish = forged  # type: ignore[method-assign]
+        controller.position.publish = forged  # type: ignore[method-assign]
         with pytest.raises(TrainingError, match="sampled from weights"):
             controller.run()
 
@@ -49,7 +49,7 @@ def test_weights_that_are_lost_before_anyone_holds_them_are_published_again(
     tmp_path: Path,
 ) -> None:
     with Run(run_copy(workspace, tmp_path), gang) as controller:
-        publish, published = controller._publish, Counter[int]()
+        publish, published = controller.position.publish, Counter[int]()
 
         def lose_one(version: int) -> None:
             publish(version)
@@ -59,7 +59,7 @@ def test_weights_that_are_lost_before_anyone_holds_them_are_published_again(
                 payloads = (lost_object(), *weights.payloads[1:])
                 controller.collector.weights = replace(weights, payloads=payloads)
 
-        controller._publish = lose_one  # type: ignore[method-assign]
+        controller.position.publish = lose_one  # type: ignore[method-assign]
         assert controller.run()["weights_hash"] == reference[1]["weights_hash"]
     assert published == {0: 1, 1: 2, 2: 1, 3: 1, 4: 1}
 

@@ -1,0 +1,37 @@
+"""What ranks tell of their progress while a call lasts, through the cluster's own key-value store.
+
+A rank computes in its only thread, so it cannot be asked; a thread beside that one writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+from ray.experimental.internal_kv import (
+    _internal_kv_del,
+    _internal_kv_get,
+    _internal_kv_put,
+)
+
+_SPACE = "talipot"
+
+
+def tell(key: str, count: int) -> None:
+    """Write how far a rank is."""
+    _internal_kv_put(key, str(count), overwrite=True, namespace=_SPACE)
+
+
+def heard(keys: Sequence[str]) -> tuple[bytes | None, ...]:
+    """Return what ranks have told last; None of one that has told nothing, or cannot be heard."""
+    try:
+        return tuple(_internal_kv_get(key, namespace=_SPACE) for key in keys)
+    except Exception:  # of the cluster, whichever it raises; who waits for an answer hears of it
+        return (None,) * len(keys)
+
+
+def forget(keys: Sequence[str]) -> None:
+    """Remove what was told: these ranks have ended, and the cluster may have before them."""
+    with suppress(Exception):
+        for key in keys:
+            _internal_kv_del(key, namespace=_SPACE)
