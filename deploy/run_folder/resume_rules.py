@@ -88,6 +88,7 @@ RULES: dict[str, tuple[Kind, str]] = {
     "data.prompts": ("fixed", "the run goes through the prompts that it began with"),
     "data.columns": ("fixed", "it decides what scorers are given"),
     "data.mixture": ("fixed", "it decides which prompts come when"),
+    "data.curriculum": ("fixed", "it decides which prompts come when"),
     "data.source_column": ("fixed", "it decides which prompts come when"),
     "data.too_long": ("fixed", "it decides which prompts there are"),
     "tokenizer": ("fixed", "the networks know the tokens that the run began with"),
