@@ -25,7 +25,7 @@ test: check   ## Install, check, and run all tests with coverage.
 	@COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml $(BIN)/python -m pytest --cov --cov-report=term
 
 test-fast: check   ## Install, check, and run the tests that need no cluster (some minutes).
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not chaos and not slow" -n 2 --dist loadscope
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not chaos and not slow and not checkpoint and not journey" -n 2 --dist loadscope
 
 check: $(VENV)/.tested   ## Lint, format and type checks.
 	@$(BIN)/ruff check .

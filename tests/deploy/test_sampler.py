@@ -53,6 +53,7 @@ def test_every_turn_answers_the_whole_conversation(config: RunConfig) -> None:
         conversation.say("ships and maps " * 30)
 
 
+@pytest.mark.slow
 def test_in_the_terminal(config: RunConfig) -> None:
     talipot = Path(sys.executable).with_name("talipot")
     done = subprocess.run(

@@ -80,6 +80,7 @@ def test_the_command_finds_ours(hostile: Path, on_path: bool) -> None:
     assert "seed: 7\n" in done.stdout
 
 
+@pytest.mark.slow
 def test_workers_find_ours_and_the_users_reward(hostile: Path) -> None:
     program = PROGRAM.format(root=str(ROOT))
     done = start(hostile, program, PYTHONPATH=f"{hostile}{os.pathsep}{ROOT}")

@@ -233,6 +233,7 @@ def test_bytes_that_are_no_text_and_a_terminal_of_ascii(
     assert out.splitlines()[0] == b"na\\xefve \\u540d\\u524d:"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", [{"LC_ALL": "C"}, {"PYTHONIOENCODING": "latin-1"}])
 def test_a_path_that_is_no_text(tmp_path: Path, environment: dict[str, str]) -> None:
     folder = os.fsencode(tmp_path) + b"/\xff"

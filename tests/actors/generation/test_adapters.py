@@ -72,6 +72,7 @@ def engine(merged: str | None = None, **more: Any) -> GenerationEngine:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=5),

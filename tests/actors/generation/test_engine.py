@@ -84,6 +84,7 @@ SERVED: dict[str, tuple[str | None, tuple[str, ...]]] = {
 """What an engine merges, and what its requests name."""
 
 
+@pytest.mark.slow
 @settings(max_examples=160, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=9),

@@ -170,6 +170,7 @@ def folder(workspace: RunConfig, tmp_path: Path) -> Path:
     return made.run_dir
 
 
+@pytest.mark.slow
 def test_a_command_ends_at_a_port_that_never_speaks(folder: Path) -> None:
     with silence() as address, writing(folder, "train", address):
         code, error, _, seconds = command("scale", str(folder), "--actors=2")
