@@ -36,14 +36,11 @@ from deploy.stages.driver import follow
 from deploy.stages.encoding import read_encoded_prompts, read_held_out
 from deploy.stages.preparation import check_inputs, require_paths, say_fitting
 from deploy.stages.session import Session
-from deploy.stages.sizing import say_trained
+from deploy.stages.sizing import ends_of, say_trained
 from deploy.workers.gang import LearnerGang
 from deploy.workers.placement import reward_pool, rollout_pool
 from deploy.workers.pool import Pool
 from deploy.workers.preflight import require_trainable
-
-_ENDS = 5
-"""So many iterations at either end of a run are its beginning and its outcome."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,13 +242,13 @@ def outcome_of(config: RunConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
     lines = read_lines(config.folder.metrics).lines
     # An iteration that was trained again after a failure is there twice: the later one counts.
     steps = list({line.step: line.metrics for line in lines if line.stage == "train"}.values())
-    few = max(1, min(_ENDS, len(steps) // 2))
     shown: dict[str, Any] = {}
+    few = 0
     for metric in (Logged.SCORE, Logged.KL, Logged.RESPONSE_LENGTH, Logged.ENTROPY):
         values = [step[metric] for step in steps if metric in step]
         if values:
-            first, last = (sum(part) / len(part) for part in (values[:few], values[-few:]))
-            shown[metric] = f"{first:.4g} -> {last:.4g}"
+            ends = ends_of(values)
+            shown[metric], few = f"{ends.first:.4g} -> {ends.last:.4g}", ends.of
     shown["iterations"] = f"{facts['iterations']} of {config.train.iterations}"
     if shown:
         shown["iterations"] += f"; a -> b: means of the first {few} and of the last {few}"

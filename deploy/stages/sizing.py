@@ -6,7 +6,9 @@ leaves is what the next stage goes on with, so it is told while it can still be 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
 
 from rich.console import Console
 
@@ -22,6 +24,8 @@ LEAST_ACCURACY = 0.55
 """Held-out accuracy of a reward model that is more than a coin."""
 LEAST_KL = 0.1
 """Nats per response that a trained policy should be away from its reference."""
+_ENDS = 5
+"""So many iterations at either end of a run are its beginning and its outcome."""
 
 _ADVICE = {
     "sft": "more demonstrations, sft.epochs, a smaller sft.batch_tokens or a larger sft.lr",
@@ -53,6 +57,22 @@ def say_moved(
     _tell(console, stage, facts, reasons)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ends:
+    """Where a metric of a run began and where it came to; one iteration alone says little."""
+
+    first: float
+    last: float
+    """Means of so many iterations."""
+    of: int
+
+
+def ends_of(values: Sequence[float]) -> Ends:
+    """Return the beginning and the outcome of a metric, of at least one iteration."""
+    few = max(1, min(_ENDS, len(values) // 2))
+    return Ends(first=fmean(values[:few]), last=fmean(values[-few:]), of=few)
+
+
 def say_trained(
     console: Console,
     steps: Mapping[int, Mapping[str, float]],
@@ -72,15 +92,17 @@ def say_trained(
     """
     if not steps:
         return
-    first, last = steps[min(steps)], steps[max(steps)]
+    last = steps[max(steps)]
     taken = round(sum(metrics.get(Logged.POLICY_STEPS, 0.0) for metrics in steps.values()))
     facts = [
         f"{len(steps):,} iterations",
         f"{taken:,} optimizer steps",
         f"{len(steps) * asked / prompts:.3g} passes over {prompts:,} prompts",
     ]
-    if Logged.SCORE in first and Logged.SCORE in last:
-        facts.append(f"score {first[Logged.SCORE]:.3f} -> {last[Logged.SCORE]:.3f}")
+    scores = [m[Logged.SCORE] for _, m in sorted(steps.items()) if Logged.SCORE in m]
+    if scores:
+        ends = ends_of(scores)
+        facts.append(f"score {ends.first:.3f} -> {ends.last:.3f} (means of {ends.of} iterations)")
     reasons, kl = [] if pretrained else _short("train", taken), last.get(Logged.KL)
     if kl is not None:
         facts.append(f"KL {kl:.2f} nats")

@@ -60,7 +60,7 @@ def test_policy_training_is_told_from_its_log() -> None:
     told = text_of(screen)
     for fact in ("10 iterations", "80 optimizer steps", "5 passes over 100 prompts"):
         assert fact in told
-    assert "score 0.100 -> 1.000 · KL 2.00" in told
+    assert "score 0.300 -> 0.800 (means of 5 iterations) · KL 2.00" in told
     assert "warning" not in told
     still = console()
     say_trained(
