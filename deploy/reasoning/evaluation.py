@@ -57,11 +57,12 @@ def evaluate(
             side: apart(config.rollout, answers, config, path, encoded, label="greedy", greedy=True)
             for side, path in weights.items()
         }
+        if "before" not in weights:  # nothing was taught: both are the model as it came
+            sampled["before"], greedy["before"] = sampled["came"], greedy["came"]
         with closing(_verifier()) as verifier:
             judged = {s: _verdicts(verifier, prompts, of.texts) for s, of in greedy.items()}
             at_random = {s: _verdicts(verifier, prompts, of) for s, of in sampled.items()}
         _write_samples(session, prompts, greedy, judged)
-    before: Side = "before" if "before" in weights else "came"
     of = {part.family: [i for i, f in enumerate(families) if f == part.family] for part in held_out}
     found = {
         side: {
@@ -72,16 +73,16 @@ def evaluate(
             )
             for family, rows in of.items()
         }
-        for side in weights
+        for side in greedy
     }
     return Evaluation(
-        found={**found, "before": found[before]},
+        found=found,
         rise={
-            family: _rise(judged[before], judged["after"], rows, config.seed)
+            family: _rise(judged["before"], judged["after"], rows, config.seed)
             for family, rows in of.items()
         },
         rise_sampled={
-            family: _rise(at_random[before], at_random["after"], rows, config.seed)
+            family: _rise(at_random["before"], at_random["after"], rows, config.seed)
             for family, rows in of.items()
         },
         questions={part.family: len(part.prompts) for part in held_out},

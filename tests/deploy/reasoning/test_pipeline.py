@@ -21,7 +21,7 @@ from deploy.tasks import task_of
 from tests.deploy.instruct.test_pipeline import chat_model
 
 FAMILIES = ("chain_sum", "word_sequence_reversal")
-SIZES = "prompts: 40, demonstrations: 20, held_out_prompts: 12"
+SIZES = "prompts: 40, held_out_prompts: 8"
 
 
 @pytest.mark.slow
@@ -34,11 +34,11 @@ def test_the_recipe_leaves_what_it_promises(tmp_path: Path, taught: bool) -> Non
             f"output={tmp_path}",
             "name=tiny",
             f"model.start={chat_model(tmp_path / 'model')}",
-            "model.context=320",
-            "rollout={lease_size: 8, max_response_tokens: 20, precision: fp32}",
+            "model.context=420",
+            "rollout={lease_size: 8, max_response_tokens: 60, precision: fp32}",
             "learner.precision=fp32",
             "train={iterations: 2, prompts_per_iteration: 4, samples_per_prompt: 4}",
-            f"quickstart={{{SIZES if taught else 'demonstrations: 0'}}}",
+            f"quickstart={{{SIZES}, demonstrations: {20 * taught}}}",
         ],
     )
     console = Console(file=io.StringIO(), width=160)
@@ -54,7 +54,9 @@ def test_the_recipe_leaves_what_it_promises(tmp_path: Path, taught: bool) -> Non
         accuracy = written[f"judge_accuracy_{side}"]
         assert tuple(accuracy) == FAMILIES
         low, high = written[f"judge_accuracy_low_{side}"], written[f"judge_accuracy_high_{side}"]
-        assert all(0 <= low[f] <= accuracy[f] <= high[f] <= 1 for f in FAMILIES)
+        for family in FAMILIES:  # Wilson's ends are rounded
+            assert 0 <= low[family] <= accuracy[family] + 1e-9
+            assert accuracy[family] <= high[family] + 1e-9 <= 1 + 1e-9
         assert accuracy == {f: written[f"right_{f}_{side}"] for f in FAMILIES}
     assert written["rollouts_trained"] == written["rollouts_issued"] == 32
     assert written["rollouts_dropped"] == 0
