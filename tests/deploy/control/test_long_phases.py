@@ -21,7 +21,7 @@ from tests.conftest import run_copy
 from tests.deploy.control.runs import Run, when
 
 pytestmark = pytest.mark.usefixtures("cluster")
-LONG: dict[str, Any] = {"iterations": 1, "e_pi": 80, "e_v": 80, "stop_kl": None, "ppg": None}
+LONG: dict[str, Any] = {"iterations": 1, "e_pi": 50, "e_v": 50, "stop_kl": None, "ppg": None}
 DEADLINE_S = 2.0
 
 
