@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from deploy.evaluation.intervals import Interval
 
@@ -50,6 +50,38 @@ class PolicyComparison:
     """Prompts of which both responses have a score and the judge's opinion."""
     pairs_asked: int
     """All prompts."""
+
+
+class HasFigures(Protocol):
+    """What an evaluation of a task found."""
+
+    def figures(self) -> Mapping[str, Any]:
+        """Return all figures by their keys in ``summary.json``."""
+
+
+Found = TypeVar("Found", bound=HasFigures)
+
+
+@dataclass(frozen=True, kw_only=True)  # Python 3.11 has no slots in frozen generics
+class RecipeOutcome(Generic[Found]):
+    """A whole run of a recipe that teaches a chat model."""
+
+    evaluation: Found
+    trained: Mapping[str, Any]
+    """The controller's facts on policy training."""
+    resident_gb: float
+    """The most memory that all processes held at once, in 10^9 bytes."""
+    seconds: Mapping[str, float]
+    """Wall time of each stage, and of all of them under ``pipeline``."""
+
+    def figures(self) -> dict[str, Any]:
+        """Return all figures by their keys in ``summary.json``."""
+        return {
+            **self.trained,
+            **self.evaluation.figures(),
+            "resident_gb": self.resident_gb,
+            **{f"seconds_{name}": seconds for name, seconds in self.seconds.items()},
+        }
 
 
 def figures_of(record: DataclassInstance, side: str = "") -> dict[str, float]:

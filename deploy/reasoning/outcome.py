@@ -12,7 +12,7 @@ from rich.text import Text
 
 from deploy.evaluation.intervals import Interval
 from deploy.evaluation.presentation import Measure, Presentation
-from deploy.evaluation.results import keyed
+from deploy.evaluation.results import RecipeOutcome, keyed
 from deploy.screen import say
 
 Side = Literal["came", "before", "after"]
@@ -75,26 +75,8 @@ class Evaluation:
         return figures
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """A whole run of the recipe."""
-
-    evaluation: Evaluation
-    trained: Mapping[str, Any]
-    """The controller's facts on policy training."""
-    resident_gb: float
-    """The most memory that all processes held at once, in 10^9 bytes."""
-    seconds: Mapping[str, float]
-    """Wall time of each stage, and of all of them under ``pipeline``."""
-
-    def figures(self) -> dict[str, Any]:
-        """Return all figures by their keys in ``summary.json``."""
-        return {
-            **self.trained,
-            **self.evaluation.figures(),
-            "resident_gb": self.resident_gb,
-            **{f"seconds_{name}": seconds for name, seconds in self.seconds.items()},
-        }
+Outcome = RecipeOutcome[Evaluation]
+"""A whole run of the recipe."""
 
 
 def _mapped(name: str, values: Mapping[str, Interval], side: str = "") -> dict[str, Any]:
