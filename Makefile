@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= build
 SEED ?= 0
+DAILY := not chaos and not checkpoint and not journey
+QUICK = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and $(DAILY)" -n 2 --dist loadscope
+MEASURED = COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml
 
 .PHONY: run run-instruct run-reasoning test test-fast test-checkpoint test-journey check bench chaos soak results clean help
 
@@ -20,12 +23,14 @@ run-instruct: $(VENV)/.instruct   ## Install a small chat model and its judge to
 run-reasoning: $(VENV)/.instruct $(VENV)/.reasoning   ## Install a small chat model and a library of verifiable tasks too, and train it on these.
 	@$(BIN)/talipot quickstart --config reasoning
 
+# Tests that need no cluster run side by side, then those that have one use the whole machine.
 test: check   ## Install, check, and run all tests with coverage.
 	@rm -f .coverage .coverage.*
-	@COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml $(BIN)/python -m pytest --cov --cov-report=term
+	@$(MEASURED) $(QUICK) --cov --cov-report= --cov-fail-under=0
+	@$(MEASURED) $(BIN)/python -m pytest -m "slow and $(DAILY)" --cov --cov-append --cov-report=term
 
 test-fast: check   ## Install, check, and run the tests that need no cluster (some minutes).
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not chaos and not slow and not checkpoint and not journey" -n 2 --dist loadscope
+	@$(QUICK)
 
 check: $(VENV)/.tested   ## Lint, format and type checks.
 	@$(BIN)/ruff check .
