@@ -9,6 +9,7 @@ Shape suffixes: B sequences, T positions, R response positions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ class SequenceBatch:
     tokens_BT: Tensor
     """int64 prompt + response, then zeros."""
     predict_BR: Tensor
-    """int64: the position whose logits predict response token t (0 outside the mask)."""
+    """int64: the position whose logits predict response token t (-1 outside the mask)."""
     response_BR: Tensor
     """int64 response tokens (0 outside the mask)."""
     response_mask_BR: Tensor
@@ -39,6 +40,11 @@ class SequenceBatch:
     def lengths_B(self) -> Tensor:
         """int64: tokens of each sequence."""
         return self.last_B + 1
+
+    @property
+    def prompts_B(self) -> Tensor:
+        """int64: tokens of each prompt."""
+        return self.predict_BR[:, 0] + 1
 
     def to(self, device: torch.device) -> SequenceBatch:
         """Return the same batch on a device."""
@@ -77,7 +83,7 @@ def sequence_batch(
     mask_BR = steps_1R < torch.tensor([r for _, r in sizes])[:, None]
     return SequenceBatch(
         tokens_BT=tokens_BT,
-        predict_BR=torch.where(mask_BR, first_B1 - 1 + steps_1R, torch.zeros_like(steps_1R)),
+        predict_BR=torch.where(mask_BR, first_B1 - 1 + steps_1R, -1),
         response_BR=response_BR,
         response_mask_BR=mask_BR,
         last_B=torch.tensor([p + r - 1 for p, r in sizes]),
@@ -116,6 +122,65 @@ def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
         groups.append(order[cuts[end] : end])
         end = cuts[end]
     return groups[::-1]
+
+
+def shared_micro_batches(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    budget: int,
+    ranks: int = 1,
+) -> list[list[list[int]]]:
+    """Group rows for a model that computes a prompt of several rows once (`shares_prompts`).
+
+    Rows of one prompt stay together as far as the budget and the ranks allow, and a group is as
+    large as its tokens without padding. Ranks carry like loads, in as few groups as fit.
+
+    Args:
+        prompts: tokens of each row's prompt.
+        responses: tokens of each row's response.
+        budget: tokens of a group; a row that is longer is a group by itself.
+        ranks: how many share the work.
+
+    Returns:
+        Row numbers of each group of each rank, largest groups first.
+    """
+    parts = _parts_of_prompts(prompts, [len(response) for response in responses], budget, ranks)
+    loads = [0] * ranks
+    filled: list[list[tuple[int, list[int]]]] = [[] for _ in range(ranks)]
+    for size, part in sorted(parts, key=lambda sized: (-sized[0], sized[1][0])):
+        rank = loads.index(min(loads))
+        loads[rank] += size
+        groups = filled[rank]
+        fitting = (i for i, (used, _) in enumerate(groups) if used + size <= budget)
+        if (at := next(fitting, None)) is None:
+            groups.append((size, part))
+        else:
+            groups[at] = groups[at][0] + size, [*groups[at][1], *part]
+    return [[rows for _, rows in groups] for groups in filled]
+
+
+def _parts_of_prompts(
+    prompts: Sequence[Sequence[int]], responses: Sequence[int], budget: int, ranks: int
+) -> list[tuple[int, list[int]]]:
+    """Return rows of one prompt and their tokens, in equal parts where they are too many."""
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        by_prompt.setdefault(tuple(prompt), []).append(row)
+    share = max(1, (sum(map(len, by_prompt)) + sum(responses)) // ranks)
+    parts: list[tuple[int, list[int]]] = []
+    for prompt, members in by_prompt.items():
+        own, total = len(prompt), sum(responses[row] for row in members)
+        count = max(math.ceil(total / max(1, budget - own)), (own + total) // share, 1)
+        limit = min(math.ceil(total / count), budget - own)
+        size, part = 0, list[int]()
+        for row in members:
+            if part and size + responses[row] > limit:
+                parts.append((own + size, part))
+                size, part = 0, []
+            size += responses[row]
+            part.append(row)
+        parts.append((own + size, part))
+    return parts
 
 
 def pad_rows(rows: Sequence[Sequence[float]], width: int) -> Tensor:

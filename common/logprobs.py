@@ -114,7 +114,7 @@ def chosen_reader(
     more: Callable[[Tensor], Tensor] | None = None,
     *,
     unfiltered: bool = False,
-) -> Callable[[Tensor, slice], Tensor]:
+) -> Callable[[Tensor, slice | Tensor], Tensor]:
     """Return `logprobs_at` for logits that come in pieces (`PolicyNetwork.forward`).
 
     Args:
@@ -127,7 +127,7 @@ def chosen_reader(
     steps_R = torch.arange(chosen_BR.shape[1], device=chosen_BR.device)
     positions = steps_R.expand_as(chosen_BR).flatten()
 
-    def read(logits: Tensor, part: slice) -> Tensor:
+    def read(logits: Tensor, part: slice | Tensor) -> Tensor:
         columns = [logprobs_at(logits, chosen[part], sampling, positions[part])]
         if more is not None:
             columns.append(more(logits))

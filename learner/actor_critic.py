@@ -64,6 +64,8 @@ class ActorCritic:
         policy.value.initialise(derive_seed(config.seed, "auxiliary head") >> 1)
         if settings.lora is not None:
             attach_adapter(policy, settings.adapter, settings.lora, config.seed)
+        self.shares_prompts = policy.decoder.shares_prompts
+        """`Decoder.shares_prompts` of the policy."""
         self.policy = self._engine(policy)
         self._publisher = publisher(
             self.policy,

@@ -63,6 +63,7 @@ class Learner:
             seed=config.seed,
             budget=config.learner.micro_batch_tokens,
             device=self.policy.device,
+            shares_prompts=self.networks.shares_prompts,
         )
         self.kl = rewards.kl_controller(
             config.train.kl_coef, config.train.kl_target, config.train.kl_horizon
@@ -145,7 +146,11 @@ class Learner:
             data = micro.data
             read = chosen_reader(data.response_BR, self.sampling, ppo.entropy, unfiltered=filters)
             read_BRC, head_BR = self.policy(
-                data.tokens_BT, lengths_B=data.lengths_B, predict_BR=data.predict_BR, read=read
+                data.tokens_BT,
+                lengths_B=data.lengths_B,
+                prompts_B=data.prompts_B,
+                predict_BR=data.predict_BR,
+                read=read,
             )
             return torch.cat((head_BR[..., None], read_BRC), dim=-1)
 

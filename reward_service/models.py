@@ -12,7 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common.batching import SequenceBatch, micro_batches, sequence_batch
+from common.batching import (
+    SequenceBatch,
+    micro_batches,
+    sequence_batch,
+    shared_micro_batches,
+)
 from common.config.model import ModelConfig
 from common.data.chat import Turn
 from common.data.encoding import rows_in_ids
@@ -47,7 +52,9 @@ class RewardModel:
 
     def __call__(self, batch: SequenceBatch) -> Tensor:
         """Score the sequences of a batch, fp32 ``[B]``."""
-        values_BT = self.network(batch.tokens_BT, lengths_B=batch.lengths_B)
+        values_BT = self.network(
+            batch.tokens_BT, lengths_B=batch.lengths_B, prompts_B=batch.prompts_B
+        )
         return read_last(values_BT, batch)
 
     def tokens_of(self, rollouts: Sequence[Rollout]) -> list[tuple[list[int], list[int]]]:
@@ -80,7 +87,11 @@ class ReferencePolicy:
         """
         read = chosen_reader(batch.response_BR, self.sampling.unfiltered)
         columns, _ = self.network(
-            batch.tokens_BT, lengths_B=batch.lengths_B, predict_BR=batch.predict_BR, read=read
+            batch.tokens_BT,
+            lengths_B=batch.lengths_B,
+            prompts_B=batch.prompts_B,
+            predict_BR=batch.predict_BR,
+            read=read,
         )
         logprobs_BR: Tensor = columns[..., 0]
         return logprobs_BR.masked_fill(~batch.response_mask_BR, 0.0)
@@ -119,7 +130,7 @@ def frozen_pass(
 ) -> tuple[list[float], list[list[float]]]:
     """Scores (zeros without a reward model) and ref_logprobs, in the rollouts' order.
 
-    Micro-batches are sorted by length within `budget` padded tokens.
+    Micro-batches have at most `budget` tokens, padded where the model does not share prompts.
     """
     scores = [0.0] * len(rollouts)
     logprobs: list[list[float]] = [[] for _ in rollouts]
@@ -127,25 +138,30 @@ def frozen_pass(
     own = reward_model if reward_model and reward_model.tokenizer is not None else None
     same = reward_model if own is None else None
     read = [(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts]
-    for rows, batch in _batches(read, budget):
+    for rows, batch in _batches(read, budget, reference.network.decoder):
         ref_BR = reference(batch)
         scores_B = same(batch).tolist() if same else [0.0] * len(rows)
         for row, index in enumerate(rows):
             scores[index] = scores_B[row]
             logprobs[index] = ref_BR[row, : len(rollouts[index].response_ids)].tolist()
     if own is not None:
-        for rows, batch in _batches(own.tokens_of(rollouts), budget):
+        for rows, batch in _batches(own.tokens_of(rollouts), budget, own.network.decoder):
             for index, score in zip(rows, own(batch).tolist(), strict=True):
                 scores[index] = score
     return scores, logprobs
 
 
 def _batches(
-    sequences: Sequence[tuple[list[int], list[int]]], budget: int
+    sequences: Sequence[tuple[list[int], list[int]]], budget: int, decoder: Decoder
 ) -> Iterator[tuple[list[int], SequenceBatch]]:
     """Yield micro-batches: the numbers of their rows, and prompts with responses laid out."""
-    for rows in micro_batches([len(p) + len(r) for p, r in sequences], budget):
-        yield rows, sequence_batch([sequences[i][0] for i in rows], [sequences[i][1] for i in rows])
+    prompts, responses = [p for p, _ in sequences], [r for _, r in sequences]
+    if decoder.shares_prompts:
+        [groups] = shared_micro_batches(prompts, responses, budget)
+    else:
+        groups = micro_batches([len(p) + len(r) for p, r in sequences], budget)
+    for rows in groups:
+        yield rows, sequence_batch([prompts[i] for i in rows], [responses[i] for i in rows])
 
 
 def _freeze(module: nn.Module) -> None:

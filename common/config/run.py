@@ -151,7 +151,8 @@ class LearnerConfig(Section):
     """Number type of products in policy training; bf16 keeps trained weights, their gradients,
     norms and scalar heads in fp32."""
     micro_batch_tokens: PositiveInt = 4096
-    """Padded tokens that one forward pass of one rank may hold."""
+    """Tokens that one forward pass of one rank may hold: of a pretrained model without padding,
+    and a prompt of several responses once; else padded."""
     cpus_per_rank: PositiveFloat | None = None
     """Cores each rank asks Ray for, as in `rollout`."""
     threads: PositiveInt | None = None

@@ -143,7 +143,7 @@ class RewardServiceConfig(Section):
     labels: Labels = Field(default_factory=dict)
     """Labels of the nodes that workers may be on, as in `rollout`."""
     micro_batch_tokens: PositiveInt = 8192
-    """Padded tokens of one frozen forward pass."""
+    """Tokens of one frozen forward pass, counted as `learner.micro_batch_tokens`."""
     reference: PretrainedConfig | None = None
     """A model of its own as the reference, which reads the policy's tokens; null is the supervised
     policy."""

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,23 +67,69 @@ def causal_attention(segments_BT: Tensor | None = None) -> Attention:
     return attend
 
 
-def sequence_attention(lengths: Sequence[int]) -> Attention:
-    """Attention of flat tokens ``[N]`` of sequences one after another, each on its own.
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Flat tokens of a sequence, or of a prompt and, behind it, all responses to it."""
 
-    No product is spent on padding or on pairs of different sequences, and what a sequence becomes
-    does not depend on the others.
+    prompt: int
+    """Tokens of the prompt, or of the sequence."""
+    responses: tuple[int, ...] = ()
+    """Tokens of each response, which attends to the prompt and to itself. None is empty."""
+
+
+def family_attention(families: Sequence[Family]) -> Attention:
+    """Attention of flat tokens ``[N]`` of families one after another, each on its own.
+
+    No product is spent on padding of sequences or on pairs of different ones, and what a sequence
+    becomes does not depend on the others.
     """
-    spans = list(pairwise(accumulate(lengths, initial=0)))
+    sizes = [family.prompt + sum(family.responses) for family in families]
+    begins = list(accumulate(sizes, initial=0))
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, mixing: Mixing = PLAIN) -> Tensor:
         out = []
-        for begin, end in spans:
-            own_q, own_k, own_v = (t[begin:end].transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+        for begin, family in zip(begins, families, strict=False):
+            middle = begin + family.prompt
+            own_q, own_k, own_v = (t[begin:middle].transpose(0, 1).unsqueeze(0) for t in (q, k, v))
             mixed = _whole(own_q, own_k, own_v, mixing, None)
             out.append(mixed.squeeze(0).transpose(0, 1))
+            if family.responses:
+                end = middle + sum(family.responses)
+                q_R, k_R, v_R = (t[middle:end].split(family.responses) for t in (q, k, v))
+                out += _responses(q_R, (k[begin:middle], v[begin:middle]), k_R, v_R, mixing)
         return torch.cat(out)
 
     return attend
+
+
+def _responses(
+    q: Sequence[Tensor],
+    prompt: tuple[Tensor, Tensor],
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    mixing: Mixing,
+) -> list[Tensor]:
+    """Attention of each response ``[T, H, K]`` to keys and values of its prompt and its own.
+
+    Shape suffixes: R responses, T tokens of the longest, L keys.
+    """
+    dtype = v[0].dtype
+    q_RHTK = pad_sequence(list(q), batch_first=True).transpose(1, 2)
+    k_RGLK, v_RGLK = (
+        torch.cat((first.expand(len(q), *first.shape), own), dim=1).transpose(1, 2)
+        for first, own in zip(
+            prompt, (pad_sequence(list(t), batch_first=True) for t in (k, v)), strict=True
+        )
+    )
+    if q_RHTK.device.type == "cpu":
+        q_RHTK, k_RGLK, v_RGLK = q_RHTK.float(), k_RGLK.float(), v_RGLK.float()
+    before, length = len(prompt[0]), q_RHTK.shape[-2]
+    mask_TL = torch.ones(length, before + length, dtype=torch.bool, device=q_RHTK.device)
+    mask_TL = mask_TL.tril(before)
+    if mixing.window is not None:
+        mask_TL = mask_TL.triu(before + 1 - mixing.window)
+    mixed_RTHK = masked_attention(q_RHTK, k_RGLK, v_RGLK, mixing, mask_TL).transpose(1, 2)
+    return [row[: len(own)].to(dtype) for row, own in zip(mixed_RTHK, q, strict=True)]
 
 
 def _whole(q: Tensor, k: Tensor, v: Tensor, mixing: Mixing, mask: Tensor | None) -> Tensor:

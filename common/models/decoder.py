@@ -45,6 +45,10 @@ class Sizes:
 class Decoder(nn.Module, ABC):
     """A language model up to its final states, and its output head."""
 
+    shares_prompts = False
+    """Whether `hidden` takes no padding and computes a prompt of several rows once: what makes a
+    micro-batch small is then other than where rows are padded (`common.batching`)."""
+
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.sizes = sizes
@@ -93,6 +97,7 @@ class Decoder(nn.Module, ABC):
         positions_BT: Tensor | None = None,
         segments_BT: Tensor | None = None,
         lengths_B: Tensor | None = None,
+        prompts_B: Tensor | None = None,
         adapter: Selection = OFF,
     ) -> Tensor:
         """Compute the final normalised states ``[B, T, D]`` of whole sequences.
@@ -104,6 +109,8 @@ class Decoder(nn.Module, ABC):
                 is -1.
             lengths_B: int64 tokens of each row. The states of what is behind them are never read,
                 so an architecture may leave them out of its products.
+            prompts_B: int64 tokens of each row's prompt. An architecture may compute a prompt that
+                several rows begin with once (`shares_prompts`).
             adapter: name of the adapter to run with, or one for each row.
 
         Raises:

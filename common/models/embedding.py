@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 from common.models.precision import product, wide
 
-Reader = Callable[[Tensor, slice], Tensor]
-"""Maps fp32 logits ``[n, V]`` of a slice of all N positions, and that slice, to ``[n, C]``."""
+Part = slice | Tensor
+"""Some of N positions: a stretch, or int64 indices."""
+
+Reader = Callable[[Tensor, Part], Tensor]
+"""Maps fp32 logits ``[n, V]`` of a part of all N positions, and that part, to ``[n, C]``."""
 
 
 class _Pieces(torch.autograd.Function):

@@ -75,6 +75,7 @@ class PolicyNetwork(DecoderNetwork):
         positions_BT: Tensor | None = None,
         segments_BT: Tensor | None = None,
         lengths_B: Tensor | None = None,
+        prompts_B: Tensor | None = None,
         predict_BR: Tensor | None = None,
         predict_BT: Tensor | None = None,
         read: Reader | None = None,
@@ -88,8 +89,10 @@ class PolicyNetwork(DecoderNetwork):
             positions_BT: as in `Decoder.hidden`.
             segments_BT: as in `Decoder.hidden`.
             lengths_B: as in `Decoder.hidden`.
-            predict_BR: int64 positions to read; default all. Logits of a vocabulary are large:
-                asking only for the positions that predict a response token saves the others.
+            prompts_B: as in `Decoder.hidden`.
+            predict_BR: int64 positions to read, -1 for none; default all. Logits of a vocabulary
+                are large: asking only for the positions that predict a response token saves the
+                others. What `read` made of none is 0.
             predict_BT: bool, the same selection as a mask (packed rows); the result is flat.
             read: what is wanted of the logits. They are then made in pieces of
                 `ModelConfig.logits_mb` and never stand in memory as a whole.
@@ -105,18 +108,29 @@ class PolicyNetwork(DecoderNetwork):
             positions_BT=positions_BT,
             segments_BT=segments_BT,
             lengths_B=lengths_B,
+            prompts_B=prompts_B,
             adapter=self.adapter if adapter is None else adapter,
         )
         if predict_BT is not None:
             hidden = hidden[predict_BT]
         if predict_BR is not None:
-            index = predict_BR[..., None].expand(-1, -1, hidden.shape[-1])
+            index = predict_BR.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1])
             hidden = hidden.gather(1, index)
         if states:
             return hidden, self.value(hidden)
         if read is None:
             return self.decoder.logits(hidden), self.value(hidden)
+        if predict_BR is not None:
+            return self._read_where(predict_BR >= 0, hidden, read), self.value(hidden)
         return self.decoder.read(hidden, read), self.value(hidden)
+
+    def _read_where(self, wanted_BR: Tensor, hidden_BRD: Tensor, read: Reader) -> Tensor:
+        """Return what `read` makes of the logits at some positions, and 0 at the others."""
+        places_N = wanted_BR.flatten().nonzero()[:, 0]
+        hidden_ND = hidden_BRD.flatten(0, 1)[places_N]
+        read_NC = self.decoder.read(hidden_ND, lambda logits, part: read(logits, places_N[part]))
+        columns = read_NC.new_zeros(wanted_BR.numel(), read_NC.shape[-1])
+        return columns.index_copy(0, places_N, read_NC).view(*wanted_BR.shape, -1)
 
 
 class ScalarNetwork(DecoderNetwork):
@@ -134,9 +148,17 @@ class ScalarNetwork(DecoderNetwork):
         self.decoder.initialise(seed)
         self.head.initialise(seed + 1)
 
-    def forward(self, tokens_BT: Tensor, *, lengths_B: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        lengths_B: Tensor | None = None,
+        prompts_B: Tensor | None = None,
+    ) -> Tensor:
         """fp32 ``[B, T]``; arguments are as in `Decoder.hidden`."""
-        hidden = self.decoder.hidden(tokens_BT, lengths_B=lengths_B, adapter=self.adapter)
+        hidden = self.decoder.hidden(
+            tokens_BT, lengths_B=lengths_B, prompts_B=prompts_B, adapter=self.adapter
+        )
         values: Tensor = self.head(hidden)
         return values
 

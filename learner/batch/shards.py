@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.batching import SequenceBatch
 from common.randomness import derive_seed
-from learner.batch.dealing import Share, deal
+from learner.batch.dealing import Share, deal, deal_shared
 from learner.batch.experience import Sequences
 from learner.batch.pulse import beat
 from learner.zero.process_group import all_sum, rank, world_size
@@ -41,15 +41,19 @@ class MicroBatch:
 class Shards:
     """Deals rows to this rank. Every rank gets the same number of micro-batches."""
 
-    def __init__(self, *, seed: int, budget: int, device: torch.device) -> None:
+    def __init__(
+        self, *, seed: int, budget: int, device: torch.device, shares_prompts: bool = False
+    ) -> None:
         """Deal for one run.
 
         Args:
             seed: of the run; the order of rows derives from it.
-            budget: padded tokens of one micro-batch.
+            budget: tokens of one micro-batch: padded, unless the model shares prompts.
             device: where micro-batches belong.
+            shares_prompts: `Decoder.shares_prompts` of the model that is trained.
         """
         self.seed, self.budget, self.device = seed, budget, device
+        self.shares_prompts = shares_prompts
 
     def minibatches(self, rows: int, parts: int, *purpose: int | str) -> Iterator[list[int]]:
         """Yield all rows in `parts` parts, in an order that is a function of (seed, purpose)."""
@@ -63,7 +67,7 @@ class Shards:
 
     def micro_batches(self, sequences: Sequences, rows: Sequence[int]) -> Iterator[MicroBatch]:
         """Yield this rank's micro-batches of some rows, padded."""
-        for share in self.deal(rows, sequences.lengths):
+        for share in self._shares(sequences, rows):
             beat()
             data = sequences.batch(share.rows).to(self.device)
             yield MicroBatch(
@@ -72,6 +76,18 @@ class Shards:
                 mask_BR=data.response_mask_BR & share.real,
                 last=share.last,
             )
+
+    def _shares(self, sequences: Sequences, rows: Sequence[int]) -> list[Share]:
+        if not self.shares_prompts:
+            return self.deal(rows, sequences.lengths)
+        return deal_shared(
+            rows,
+            sequences.prompts,
+            sequences.responses,
+            ranks=world_size(),
+            rank=rank(),
+            budget=self.budget,
+        )
 
     @torch.no_grad()
     def gather(self, sequences: Sequences, run: Callable[[MicroBatch], Tensor]) -> Tensor:

@@ -25,7 +25,7 @@ from common.metric_catalogue import Logged
 from common.metrics import Metrics, mean
 from common.models.adapters import adapter_tensors, drop_adapter, snapshot_adapter
 from common.models.build import build_decoder, build_policy
-from common.models.embedding import output_head
+from common.models.embedding import Part, output_head
 from common.models.networks import PolicyNetwork, compute_in
 from learner.algorithms import ppg
 from learner.batch.shards import MicroBatch
@@ -65,17 +65,25 @@ class JointObjective(Objective):
         data = micro.data
         with torch.no_grad():
             old_BRD, _ = self.old.run(
-                data.tokens_BT, lengths_B=data.lengths_B, predict_BR=data.predict_BR, states=True
+                data.tokens_BT,
+                lengths_B=data.lengths_B,
+                prompts_B=data.prompts_B,
+                predict_BR=data.predict_BR,
+                states=True,
             )
         old_ND = old_BRD.flatten(0, 1)
 
-        def read(logits: Tensor, part: slice) -> Tensor:
+        def read(logits: Tensor, part: Part) -> Tensor:
             with torch.no_grad():
                 old_logits = self.old.logits(old_ND[part])
             return ppg.clone_kl(old_logits, logits)[:, None]
 
         kl_BR1, values_BR = self.engine(
-            data.tokens_BT, lengths_B=data.lengths_B, predict_BR=data.predict_BR, read=read
+            data.tokens_BT,
+            lengths_B=data.lengths_B,
+            prompts_B=data.prompts_B,
+            predict_BR=data.predict_BR,
+            read=read,
         )
         joint = ppg.joint_loss(
             values_BR,

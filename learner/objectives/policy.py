@@ -74,7 +74,11 @@ class PolicyObjective(Objective):
         distant = targets.reference_NR is not None and self.sampling.filters
         read = chosen_reader(data.response_BR, self.sampling, more, unfiltered=distant)
         columns_BRC, values_BR = self.engine(
-            data.tokens_BT, lengths_B=data.lengths_B, predict_BR=data.predict_BR, read=read
+            data.tokens_BT,
+            lengths_B=data.lengths_B,
+            prompts_B=data.prompts_B,
+            predict_BR=data.predict_BR,
+            read=read,
         )
         logprobs_BR, proximal_BR = columns_BRC[..., 0], micro.cut(targets.proximal_NR)
         weights_NR = targets.importance_NR

@@ -61,8 +61,9 @@ class ValueObjective(Objective):
 
 def values_at(engine: ZeroEngine, micro: MicroBatch) -> Tensor:
     """Return the value network's values of the states that tokens were sampled in, ``[B, R]``."""
-    values_BT: Tensor = engine(micro.data.tokens_BT, lengths_B=micro.data.lengths_B)
-    return values_BT.gather(1, micro.data.predict_BR)
+    data = micro.data
+    values_BT: Tensor = engine(data.tokens_BT, lengths_B=data.lengths_B, prompts_B=data.prompts_B)
+    return values_BT.gather(1, data.predict_BR.clamp(min=0))
 
 
 def value_metrics(steps: Sequence[Step]) -> Metrics:

@@ -143,7 +143,9 @@ class RewardModelStage(SupervisedStage):
         """Scores ``[B]`` at each last response token, before any padding."""
         batch = sequence_batch(prompts, responses)
         batch = batch.to(self.engine.device)
-        values_BT: Tensor = self.engine(batch.tokens_BT, lengths_B=batch.lengths_B)
+        values_BT: Tensor = self.engine(
+            batch.tokens_BT, lengths_B=batch.lengths_B, prompts_B=batch.prompts_B
+        )
         return values_BT.gather(1, batch.last_B[:, None]).squeeze(1)
 
     def _margins(self, comparisons: Sequence[EncodedComparison], share: Share) -> Tensor:

@@ -2,7 +2,8 @@
 
 The weights are random, which no product takes longer or shorter for. Both sides of a training step
 compute the log-probabilities of the same tokens and their gradients by all weights; the library's
-rows are padded, with a mask, as a loop over a data loader has them.
+rows are padded, with a mask, as a loop over a data loader has them. A prompt of several responses,
+which we compute once, is compared with the same rows computed apart by the same module.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ class Sizes:
     response: int
     lengths: tuple[int, ...]
     """Tokens of the sequences of a training step."""
+    prompts: int
+    """Prompts of a micro-batch in which each has several responses."""
+    responses: tuple[int, ...]
+    """Tokens of the responses to each of them; a prompt has `prompt`."""
     repeats: Mapping[str, int]
 
 
@@ -60,6 +65,8 @@ SMOLLM2 = Sizes(
     prompt=64,
     response=64,
     lengths=(40, 47, 54, 61, 68, 76, 84, 92, 101, 110, 120, 130, 142, 156, 171, 186),
+    prompts=3,
+    responses=(8, 14, 20, 26, 32, 38, 44, 50),
     repeats={"generation": 3, "fp32": 2, "bf16": 3},
 )
 """SmolLM2-135M's."""
@@ -145,12 +152,15 @@ def rows(sizes: Sizes) -> SequenceBatch:
     return sequence_batch([row[:1] for row in made], [row[1:] for row in made])
 
 
-def packed_step(network: PolicyNetwork, batch: SequenceBatch) -> Tensor:
+def packed_step(
+    network: PolicyNetwork, batch: SequenceBatch, prompts_B: Tensor | None = None
+) -> Tensor:
     """Sum log-probabilities as a policy phase reads them, and take gradients."""
     network.zero_grad()
     columns_BRC, _ = network(
         batch.tokens_BT,
         lengths_B=batch.lengths_B,
+        prompts_B=prompts_B,
         predict_BR=batch.predict_BR,
         read=chosen_reader(batch.response_BR, Sampling()),
     )
@@ -203,6 +213,32 @@ def training(path: Path, sizes: Sizes, precision: str) -> Result:
     )
 
 
+def shared_prompts(path: Path, sizes: Sizes) -> Result:
+    """Forward and backward of several responses to each prompt, in bf16."""
+    network = policy(path, "bf16")
+    vocabulary = sizes.shape["vocab_size"]
+    prompts = torch.randint(1, vocabulary, (sizes.prompts, sizes.prompt)).tolist()
+    responses = [torch.randint(1, vocabulary, (n,)).tolist() for n in sizes.responses]
+    batch = sequence_batch(
+        [prompt for prompt in prompts for _ in responses], responses * sizes.prompts
+    )
+    runs = {
+        "shared": lambda: packed_step(network, batch, batch.prompts_B),
+        "apart": lambda: packed_step(network, batch),
+    }
+    interleaved(runs, 1)
+    took = interleaved(runs, sizes.repeats["bf16"])
+    tokens = sum(sizes.responses) * sizes.prompts
+    return Result(
+        key="pretrained_shared_prompts_bf16",
+        value=took["apart"] / took["shared"],
+        metric=f"SmolLM2's shape: gradients of {len(responses)} responses to each of "
+        f"{sizes.prompts} prompts of {sizes.prompt}, bf16",
+        ours=f"{tokens / took['shared']:,.0f} response tokens/s, each prompt once",
+        baseline=f"{tokens / took['apart']:,.0f} each prompt with each response",
+    )
+
+
 def run(sizes: Sizes = SMOLLM2) -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
         path = written(sizes, Path(folder) / "model")
@@ -210,4 +246,5 @@ def run(sizes: Sizes = SMOLLM2) -> list[Result]:
             *generation(path, sizes),
             training(path, sizes, "fp32"),
             training(path, sizes, "bf16"),
+            shared_prompts(path, sizes),
         ]

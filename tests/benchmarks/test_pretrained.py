@@ -45,5 +45,6 @@ def test_it_runs() -> None:
         "pretrained_decode_vs_hf_bf16",
         "pretrained_step_vs_padded",
         "pretrained_step_vs_padded_bf16",
+        "pretrained_shared_prompts_bf16",
     }
     assert all(result.value > 0 for result in results.values())

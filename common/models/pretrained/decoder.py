@@ -5,9 +5,9 @@ the same names, so that adapters, number types and ZeRO treat it as any other de
 is an argument (`common.models.pretrained.attention`), so that training and generation run the same
 blocks. The state dict has the checkpoint's own names.
 
-Rows are packed: tokens of all sequences one after another, without padding, each sequence attending
-to itself alone. The library's own packing by positions is not used: with a cache, or with a mask of
-ones, it lets sequences attend to each other.
+Rows are packed (`common.models.packing`): tokens of all sequences one after another, without
+padding, each response attending to its prompt and itself alone. The library's own packing by
+positions is not used: with a cache, or with a mask of ones, it lets sequences attend to each other.
 
 Shape suffixes: B sequences, T positions, N flat tokens, D width, V vocabulary.
 """
@@ -29,7 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.config.model import PretrainedConfig
 from common.errors import CheckpointError
-from common.models.attention import PLAIN, Attention, Mixing, sequence_attention
+from common.models.attention import PLAIN, Attention, Mixing
 from common.models.decoder import Decoder
 from common.models.embedding import OutputHead, Reader, TiedEmbedding
 from common.models.lora import (
@@ -41,6 +41,7 @@ from common.models.lora import (
     running_with,
     selected,
 )
+from common.models.packing import pack
 from common.models.precision import wide
 from common.models.pretrained import falcon
 from common.models.pretrained.attention import NAME, attending, attention_now
@@ -50,10 +51,6 @@ from common.models.pretrained.families import FAMILIES, Shape, read_shape, sizes
 _PROBE = 8
 """Tokens whose logits are compared with the library's."""
 _CLOSE = 1e-4
-_BLOCK = 64
-"""Packed rows are filled up to a multiple of so many tokens. oneDNN compiles its products for each
-number of rows and keeps them: without filling a learner of SmolLM2's shape grew by 12 MB with each
-new number, of which there are hundreds."""
 
 
 class InputEmbedding(TiedEmbedding):
@@ -85,6 +82,8 @@ class WideLayerNorm(nn.LayerNorm):
 
 class PretrainedDecoder(Decoder):
     """A module of `transformers` as a decoder, on the device of its parameters."""
+
+    shares_prompts = True
 
     def __init__(self, config: PretrainedConfig) -> None:
         """Build the module; `initialise` or a file of weights fills it.
@@ -144,29 +143,20 @@ class PretrainedDecoder(Decoder):
         positions_BT: Tensor | None = None,
         segments_BT: Tensor | None = None,
         lengths_B: Tensor | None = None,
+        prompts_B: Tensor | None = None,
         adapter: Selection = OFF,
     ) -> Tensor:
         """Compute the states of whole sequences packed; those of padding are zeros."""
         require_adapters(self, adapter)
-        rows, length = tokens_BT.shape
-        places_T = torch.arange(length, device=tokens_BT.device)
-        sequences_BT = torch.arange(rows, device=tokens_BT.device)[:, None].expand(rows, length)
-        real_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
-        if segments_BT is not None:
-            real_BT = segments_BT >= 0
-            sequences_BT = sequences_BT * (int(segments_BT.max()) + 1) + segments_BT
-        if lengths_B is not None:
-            real_BT = real_BT & (places_T < lengths_B[:, None])
-        if positions_BT is None:
-            positions_BT = places_T.expand(rows, length)
-        _, counts = sequences_BT[real_BT].unique_consecutive(return_counts=True)
-        tokens_N, positions_N, lengths = tokens_BT[real_BT], positions_BT[real_BT], counts.tolist()
-        if filler := -len(tokens_N) % _BLOCK:
-            lengths.append(filler)
-            tokens_N, positions_N = (F.pad(t, (0, filler)) for t in (tokens_N, positions_N))
-        states_ND = self.states(tokens_N, positions_N, sequence_attention(lengths), adapter)
-        hidden_BTD = states_ND.new_zeros(rows, length, states_ND.shape[-1])
-        return hidden_BTD.index_put((real_BT,), states_ND[: len(states_ND) - filler])
+        packed = pack(
+            tokens_BT,
+            positions_BT=positions_BT,
+            segments_BT=segments_BT,
+            lengths_B=lengths_B,
+            prompts_B=prompts_B,
+        )
+        states_ND = self.states(packed.tokens_N, packed.positions_N, packed.attention, adapter)
+        return packed.unpack(states_ND)
 
     def states(
         self, tokens: Tensor, positions: Tensor, attention: Attention, adapter: RowSelection

@@ -135,7 +135,7 @@ def worst(network: PaLM, asked: Sequence[RolloutRequest], found: Sequence[Genera
     """Largest difference of log-probabilities from those of an uncached forward."""
     batch = sequence_batch([r.prompt_ids for r in asked], [g.response_ids for g in found])
     hidden = network.hidden(batch.tokens_BT, adapter=[r.adapter for r in asked])
-    index = batch.predict_BR[..., None].expand(-1, -1, network.config.vocab_size)
+    index = batch.predict_BR.clamp(min=0)[..., None].expand(-1, -1, network.config.vocab_size)
     now = chosen_logprobs(network.logits(hidden).gather(1, index), batch.response_BR, Sampling())
     return max(
         float((now[row, : len(made.logprobs)] - torch.tensor(made.logprobs)).abs().max())

@@ -141,7 +141,7 @@ def test_behavior_logprobs_are_those_of_an_uncached_forward(
     found = made.generate(asked)
     batch = sequence_batch([r.prompt_ids for r in asked], [g.response_ids for g in found])
     hidden = made.decoder.hidden(batch.tokens_BT, adapter=[r.adapter for r in asked])
-    index = batch.predict_BR[..., None].expand(-1, -1, 53)
+    index = batch.predict_BR.clamp(min=0)[..., None].expand(-1, -1, 53)
     logits = made.decoder.logits(hidden).gather(1, index)
     now = chosen_logprobs(logits, batch.response_BR, sampling)
     for row, generated in enumerate(found):
@@ -185,7 +185,7 @@ def test_bf16_stays_within_its_bound_of_fp32() -> None:
     )
     found = made.generate(asked)
     batch = sequence_batch([r.prompt_ids for r in asked], ids(found))
-    index = batch.predict_BR[..., None].expand(-1, -1, 53)
+    index = batch.predict_BR.clamp(min=0)[..., None].expand(-1, -1, 53)
     now = chosen_logprobs(exact(batch.tokens_BT).gather(1, index), batch.response_BR, Sampling())
     for row, generated in enumerate(found):
         then = torch.tensor(generated.logprobs)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.batching import micro_batches, pad_rows, sequence_batch
+from common.batching import micro_batches, pad_rows, sequence_batch, shared_micro_batches
 from common.errors import TrainingError
 from common.metrics import Metric, mean, merge, read, require_finite
 from common.wire.trajectory import (
@@ -174,6 +174,39 @@ def test_micro_batches_are_the_cheapest_grouping(lengths: list[int], budget: int
         if all(len(g) == 1 or len(g) * lengths[g[0]] <= budget for g in groups):
             ways.append(cost(groups))
     assert cost(micro_batches(lengths, budget)) == min(ways)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([(1,), (2, 3), (4,) * 9]), st.integers(1, 20)), min_size=1),
+    st.integers(1, 60),
+    st.integers(1, 3),
+)
+def test_rows_of_one_prompt_stay_together(
+    rows: list[tuple[tuple[int, ...], int]], budget: int, ranks: int
+) -> None:
+    prompts, responses = [p for p, _ in rows], [[0] * n for _, n in rows]
+    by_rank = shared_micro_batches(prompts, responses, budget, ranks)
+    groups = [group for own in by_rank for group in own]
+    assert len(by_rank) == ranks
+    assert sorted(row for group in groups for row in group) == list(range(len(rows)))
+
+    def size(group: list[int]) -> int:
+        return sum(map(len, {prompts[i] for i in group})) + sum(len(responses[i]) for i in group)
+
+    assert all(len(group) == 1 or size(group) <= budget for group in groups)
+    if ranks == 1:
+        for prompt in set(prompts):
+            whole = [i for i, other in enumerate(prompts) if other == prompt]
+            if size(whole) <= min(budget, size(list(range(len(rows))))):
+                assert any(set(whole) <= set(group) for group in groups)
+        # No two groups would fit in one.
+        ordered = sorted(map(size, groups))
+        assert len(ordered) < 2 or ordered[0] + ordered[1] > budget
+
+
+def test_a_prompt_of_all_rows_is_split_over_ranks() -> None:
+    by_rank = shared_micro_batches([[1, 2]] * 8, [[3] * 4] * 8, 1000, ranks=2)
+    assert [[len(group) for group in own] for own in by_rank] == [[4], [4]]
 
 
 def test_padding_of_uniform_lengths_is_under_a_tenth() -> None:

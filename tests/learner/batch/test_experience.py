@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from common.errors import TrainingError
 from common.wire.trajectory import ScoredTrajectory, to_table
-from learner.batch.dealing import deal
+from learner.batch.dealing import deal, deal_shared
 from learner.batch.experience import Sequences, experience
 from learner.batch.memory import AuxiliaryMemory
 from learner.supervised.examples import EncodedPair
@@ -77,6 +77,23 @@ def test_every_row_is_dealt_once_and_ranks_keep_step(
     for share in (share for shares in dealt for share in shares):
         size = len(share.rows) * max(lengths[row] for row in share.rows)
         assert len(share.rows) == 1 or size <= budget
+
+
+@given(LENGTHS, st.integers(1, 4), st.integers(10, 200))
+def test_rows_that_share_prompts_are_dealt_once_and_ranks_keep_step(
+    lengths: list[int], ranks: int, budget: int
+) -> None:
+    rows = range(0, len(lengths), 2)  # a minibatch
+    prompts, responses = [[length % 3] for length in lengths], [[1] * n for n in lengths]
+    dealt = [
+        deal_shared(rows, prompts, responses, ranks=ranks, rank=rank, budget=budget)
+        for rank in range(ranks)
+    ]
+    real = sorted(row for shares in dealt for share in shares if share.real for row in share.rows)
+    assert real == list(rows)
+    assert len({len(shares) for shares in dealt}) == 1
+    for shares in dealt:
+        assert [share.last for share in shares] == [False] * (len(shares) - 1) + [True]
 
 
 def test_the_memory_comes_back_from_its_file(tmp_path: Path) -> None:

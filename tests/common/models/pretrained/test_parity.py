@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from common.batching import sequence_batch
 from common.logprobs import Sampling, chosen_reader
 from common.models.embedding import Reader
 from common.models.networks import PolicyNetwork, compute_in
@@ -68,6 +69,49 @@ def test_gradients_are_the_librarys(name: str, tmp_path: Path) -> None:
         assert expected is not None and parameter.grad is not None, key
         scale = float(expected.abs().max())
         torch.testing.assert_close(parameter.grad, expected, atol=1e-4 * scale, rtol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_prompt_of_several_rows_is_computed_once(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-probabilities and gradients are those of rows that are computed apart."""
+    decoder = loaded(reference(name), tmp_path, logits_mb=0.002, activation_checkpointing=True)
+    network = PolicyNetwork(decoder).double().train()
+    prompts = [[7, 3, 9, 11, 4] * 8, [7, 3, 9], [5]]
+    rows = [(0, 3), (1, 5), (0, 1), (0, 30), (1, 2), (2, 6)]
+    batch = sequence_batch(
+        [prompts[i] for i, _ in rows],
+        [[(13 * n + 5 * t) % VOCABULARY for t in range(n)] for _, n in rows],
+    )
+    states, computed, found = decoder.states, list[int](), []
+
+    def counted(tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+        computed.append(len(tokens))
+        return states(tokens, *rest)
+
+    monkeypatch.setattr(decoder, "states", counted)
+    for shared in ({}, {"prompts_B": batch.prompts_B}):
+        read, values_BR = network(
+            batch.tokens_BT,
+            lengths_B=batch.lengths_B,
+            predict_BR=batch.predict_BR,
+            read=chosen_reader(batch.response_BR, Sampling(), ppo.entropy),
+            **shared,
+        )
+        network.zero_grad()
+        columns = torch.cat((read, values_BR[..., None]), -1)[batch.response_mask_BR]
+        (columns * torch.tensor([1.0, 0.3, 0.1]).double()).sum().backward()
+        gradients = {k: p.grad.clone() for k, p in network.named_parameters() if p.grad is not None}
+        found.append((columns.detach(), gradients))
+        assert not read[~batch.response_mask_BR].any()
+    assert computed == [192, 128]  # 174 tokens, and 96 with every prompt once
+    (apart, gradients), (together, shared_gradients) = found
+    torch.testing.assert_close(together, apart, atol=1e-6, rtol=1e-5)
+    assert gradients.keys() == shared_gradients.keys()
+    for key, expected in gradients.items():
+        near = 1e-5 * float(expected.abs().max())
+        torch.testing.assert_close(shared_gradients[key], expected, atol=near, rtol=1e-4, msg=key)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
