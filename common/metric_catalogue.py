@@ -147,12 +147,19 @@ class Logged(StrEnum):
         when="with `data.mixture`",
     )
     COMPONENT = gauge(
-        "component/{component}", "score", "mean of one part of the score, without its weight"
+        "component/{component}",
+        "score",
+        "mean of one part of the score, without its weight; of held-out prompts also what is "
+        "`evaluation_only`, by a judge with `against` the win rate",
+        "train",
+        "held_out",
     )
     COMPONENT_PART = gauge(
         "component/{component}/{part}",
         "score",
         "mean of what a reward function's `Score` calls a part of it",
+        "train",
+        "held_out",
         when="with a function that returns parts",
     )
     KL = gauge(

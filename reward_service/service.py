@@ -143,6 +143,15 @@ class RewardWorker:
 
     def score(self, *tables: pa.Table) -> tuple[ScoreFacts, pa.Table]:
         """Score and add ref_logprobs to every rollout of the tables, in their order."""
+        return self._score(tables, self.settings.scoring)
+
+    def score_held_out(self, *tables: pa.Table) -> tuple[ScoreFacts, pa.Table]:
+        """As `score`, and ask what is `evaluation_only` too."""
+        return self._score(tables, self.settings.components)
+
+    def _score(
+        self, tables: Sequence[pa.Table], asked: Mapping[str, RewardComponent]
+    ) -> tuple[ScoreFacts, pa.Table]:
         begin, counted = time.perf_counter(), self._counted()
         batches = [from_table(table, Rollout) for table in tables]
         rollouts = [rollout for batch in batches for rollout in batch]
@@ -157,7 +166,7 @@ class RewardWorker:
                 scores, logprobs = frozen_pass(batch, budget, self.reward_model, self.reference)
             model_scores += scores
             ref_logprobs += logprobs
-        found, dead = self._components(rollouts, model_scores)
+        found, dead = self._components(rollouts, model_scores, asked)
         scored = [
             extend(
                 rollout,
@@ -195,9 +204,14 @@ class RewardWorker:
         return counts
 
     def _components(
-        self, rollouts: Sequence[Rollout], model_scores: Sequence[float]
+        self,
+        rollouts: Sequence[Rollout],
+        model_scores: Sequence[float],
+        asked: Mapping[str, RewardComponent],
     ) -> tuple[list[_Found], dict[str, str]]:
         """Return what the components say of each rollout, and the dead letters.
+
+        What is no part of the score gives none up: where it has no answer it has no value.
 
         Raises:
             RewardError: a value is not finite as a float32, which it is sent as.
@@ -205,7 +219,8 @@ class RewardWorker:
         found = [_Found() for _ in rollouts]
         dead: dict[str, str] = {}
         samples = [_sample(rollout) for rollout in rollouts]
-        for name, component in self.settings.components.items():
+        for name, component in asked.items():
+            weight = component.weight if name in self.settings.scoring else None
             if isinstance(component, ModelComponent):
                 results = [
                     ScoreResult(rollout_id=rollout.rollout_id, score=score)
@@ -214,10 +229,10 @@ class RewardWorker:
             else:
                 results = self.scorers[name].score(samples)
             for whole, result in zip(found, results, strict=True):
-                if result.score is None:
+                if result.score is not None:
+                    whole.add(name, weight, result)
+                elif weight is not None:
                     dead[result.rollout_id] = f"{name}: {result.error}"
-                else:
-                    whole.add(name, component.weight, result)
         return found, dead
 
 
@@ -233,18 +248,18 @@ class _Found:
     """Weighted rewards on tokens, a part of the score."""
     reason: str = ""
 
-    def add(self, name: str, weight: float, result: ScoreResult) -> None:
-        """Add a component's.
+    def add(self, name: str, weight: float | None, result: ScoreResult) -> None:
+        """Add a component's; without a weight it is no part of the score.
 
         Raises:
             RewardError: a value is not finite as a float32, which it is sent as.
         """
         assert result.score is not None
         self.components[name] = _finite(name, result.rollout_id, result.score)
-        self.score += weight * result.score
+        self.score += (weight or 0.0) * result.score
         for part, value in result.parts.items():
             self.components[f"{name}/{part}"] = _finite(name, result.rollout_id, value)
-        if result.tokens is not None:
+        if result.tokens is not None and weight is not None:
             before = self.tokens or [0.0] * len(result.tokens)
             self.tokens = [
                 was + weight * _finite(name, result.rollout_id, value)

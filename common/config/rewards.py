@@ -31,6 +31,14 @@ class RewardComponent(Family):
     """Factor of this component in the score."""
 
 
+class OutsideComponent(RewardComponent):
+    """What scores is not of this run."""
+
+    evaluation_only: bool = False
+    """Asked about the responses of `evaluate.every` alone, and no part of their score: what it says
+    is a metric of its own there (``component/NAME``), by a judge with `against` the win rate."""
+
+
 class ModelComponent(RewardComponent):
     """The trained reward model scores."""
 
@@ -57,7 +65,7 @@ class IsolationConfig(Section):
     gives the response up, as a dead letter."""
 
 
-class FunctionComponent(RewardComponent):
+class FunctionComponent(OutsideComponent):
     """A Python function scores, in the reward worker's process or in others."""
 
     kind: Literal["function"] = "function"
@@ -75,7 +83,7 @@ class FunctionComponent(RewardComponent):
     _has_target = model_validator(mode="after")(_require_target)
 
 
-class EndpointComponent(RewardComponent):
+class EndpointComponent(OutsideComponent):
     """What scores is asked over HTTP."""
 
     target: str = ""

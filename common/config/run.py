@@ -255,13 +255,27 @@ class RunConfig(Section):
                 "model.start to a checkpoint's folder"
             )
             conflicts.append((("sft.lora", "sft.start", "model.start"), text))
-        if "/" in self.evaluate.metric and self.data.mixture is None:
-            text = (
-                f"evaluate.metric={self.evaluate.metric}: without data.mixture nothing has a source"
-            )
-            conflicts.append((("evaluate.metric", "data.mixture"), text))
+        conflicts += self._evaluations_of_nothing()
         require_no_conflict(self, conflicts)
         return self
+
+    def _evaluations_of_nothing(self) -> Iterator[Conflict]:
+        evaluate, components = self.evaluate, self.reward_service.components
+        kind, _, name = evaluate.metric.partition("/")
+        if kind == "score" and name and self.data.mixture is None:
+            text = f"evaluate.metric={evaluate.metric}: without data.mixture nothing has a source"
+            yield ("evaluate.metric", "data.mixture"), text
+        if kind == "component" and name.partition("/")[0] not in components:
+            text = (
+                f"evaluate.metric={evaluate.metric}: reward_service.components has "
+                f"{', '.join(components)}; name one of these"
+            )
+            yield ("evaluate.metric",), text
+        if not evaluate.every:
+            for idle in (name for name in components if name not in self.reward_service.scoring):
+                field = f"reward_service.components.{idle}.evaluation_only"
+                text = f"{field}: nothing is evaluated; set evaluate.every, or leave '{idle}' out"
+                yield (field, "evaluate.every"), text
 
     def _sizes_that_clash(self) -> Iterator[Conflict]:
         rollout, train, ranks = self.rollout, self.train, self.learner.ranks

@@ -299,7 +299,8 @@ class EvaluateConfig(Section):
     """Answer each prompt once more with the most probable token each time."""
     metric: str = "score"
     """Which of their metrics says what version is the best: score, greedy_score, pass@K,
-    greedy_solved, or score/SOURCE, of a source of the held-out prompts."""
+    greedy_solved, score/SOURCE, of a source of the held-out prompts, or component/NAME, of a part
+    of the score or of what is `evaluation_only`."""
     patience: PositiveInt | None = None
     """Of these evaluations, how many in a row may bring no better score before training ends; null
     trains all iterations."""
@@ -316,14 +317,14 @@ class EvaluateConfig(Section):
                 text = f"metric={self.metric}: with samples={self.samples} there are {shown}"
                 conflicts.append((("metric", "samples"), text))
             needs: tuple[str, ...] = ("solved",)
-        elif self.metric.startswith("score/") and self.metric != "score/":
-            needs = ()
         elif self.metric in known:
             needs = known[self.metric]
+        elif self.metric.startswith(("score/", "component/")) and not self.metric.endswith("/"):
+            needs = ()
         else:
             text = (
-                f"metric={self.metric} is none of {', '.join(known)}, pass@K and score/SOURCE; "
-                "name one of these"
+                f"metric={self.metric} is none of {', '.join(known)}, pass@K, score/SOURCE and "
+                "component/NAME; name one of these"
             )
             conflicts.append((("metric",), text))
             needs = ()
@@ -337,5 +338,5 @@ class EvaluateConfig(Section):
     @property
     def logged_metric(self) -> str:
         """The name that `metric` is logged under: a slash in a source's name is a colon there."""
-        name, slash, source = self.metric.partition("/")
-        return name + slash + source.replace("/", ":")
+        name, slash, of = self.metric.partition("/")
+        return name + slash + (of.replace("/", ":") if name == "score" else of)

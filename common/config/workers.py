@@ -19,7 +19,7 @@ from common.config.base import (
     require_no_conflict,
 )
 from common.config.model import PretrainedConfig
-from common.config.rewards import ComponentName, ModelComponent, RewardComponent
+from common.config.rewards import ComponentName, ModelComponent, OutsideComponent, RewardComponent
 
 Labels = Mapping[
     Annotated[str, Field(min_length=1)],
@@ -154,11 +154,20 @@ class RewardServiceConfig(Section):
 
     @model_validator(mode="after")
     def _some(self) -> RewardServiceConfig:
-        if not self.components:
-            raise ValueError("at least one component is needed")
-        if not any(component.weight for component in self.components.values()):
+        if not (trained := self.scoring):
+            raise ValueError("at least one component is needed that is not `evaluation_only`")
+        if not any(component.weight for component in trained.values()):
             raise ValueError("every weight is 0, so every score would be; give one another weight")
         return self
+
+    @property
+    def scoring(self) -> dict[str, RewardComponent]:
+        """The components that the score is made of."""
+        return {
+            name: component
+            for name, component in self.components.items()
+            if not (isinstance(component, OutsideComponent) and component.evaluation_only)
+        }
 
     @property
     def needs_model(self) -> bool:

@@ -57,6 +57,7 @@ class Collector:
         deadline_s: float,
         score_together: bool,
         score_last: bool = False,
+        held_out: bool = False,
         call_tokens: int = CALL_TOKENS,
         leases_per_actor: int = LEASES_PER_ACTOR,
     ) -> None:
@@ -72,6 +73,7 @@ class Collector:
             score_last: score when nothing is left to sample. Workers of both pools that share
                 cores are in each other's way (measured on two cores: a third of the tokens a
                 second), and whoever waits for all scores gains little from scoring the first early.
+            held_out: score by what is `evaluation_only` too.
             call_tokens: most tokens that are scored together in a call.
             leases_per_actor: calls that an actor has at once.
         """
@@ -90,6 +92,7 @@ class Collector:
         self._corrupt_at = -1
         """Version of which a worker could not get an intact slice."""
         self._score_together, self._score_last = score_together, score_last
+        self._score = RewardWorker.score_held_out if held_out else RewardWorker.score
         self._call_tokens, self._leases_per_actor = call_tokens, leases_per_actor
         self._sampling: dict[ray.ObjectRef[LeaseFacts], Sampling] = {}
         self._calls_of: dict[str, list[ray.ObjectRef[LeaseFacts]]] = {}
@@ -222,7 +225,7 @@ class Collector:
             for sampled in part:
                 self.ledger.pass_on(sampled.lease.lease_id, scorer.name, until)
             tables = (as_argument(s.table) for s in part)
-            scores, table = start_pair(scorer.handle, RewardWorker.score, *tables)
+            scores, table = start_pair(scorer.handle, self._score, *tables)
             self._scoring[scores] = Scoring(scorer.name, part, table)
 
     def _next_to_score(self, workers: int) -> tuple[Sampled, ...]:

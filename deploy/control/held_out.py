@@ -25,6 +25,7 @@ from deploy.control.batches import solves
 from deploy.control.collector import LEASES_PER_ACTOR, Collector
 from deploy.control.jobs import Scored, Weights
 from deploy.control.ledger import Ledger
+from deploy.control.tally import component_metric
 from deploy.run_folder.log_lines import HELD_OUT, best_of, held_out_scores
 from deploy.run_folder.progress import out_of_patience
 from deploy.workers.pool import Pool
@@ -43,6 +44,7 @@ def collected(
     meanwhile: Callable[[], None] | None = None,
     renewed: Callable[[], Weights] | None = None,
     beside: bool = False,
+    held_out: bool = False,
 ) -> list[Scored]:
     """Take requests through the pools, with a ledger of their own.
 
@@ -56,6 +58,7 @@ def collected(
         renewed: publishes the weights once more where a slice was lost with its node.
         beside: another collector has work for the same workers: only those are taken that have
             nothing to do.
+        held_out: score by what is `evaluation_only` too.
 
     Raises:
         RewardError: no response was scored.
@@ -69,6 +72,7 @@ def collected(
         deadline_s=config.rollout.lease_deadline_s,
         score_together=False,
         score_last=True,
+        held_out=held_out,
         leases_per_actor=1 if beside else LEASES_PER_ACTOR,
     )
     collector.weights = weights
@@ -172,6 +176,7 @@ class HeldOut:
             meanwhile=meanwhile,
             renewed=renewed,
             beside=self.config.train.max_staleness > 0,
+            held_out=True,
         )
         rows = [row for s in tables for row in from_table(ray.get(s.table), ScoredTrajectory)]
         rows.sort(key=lambda row: row.rollout_id)
@@ -206,6 +211,11 @@ def measured(rows: Sequence[ScoredTrajectory], solved: float | None) -> dict[str
             of_source[row.source.replace("/", ":")].append(row.score)
     for source, scores in sorted(of_source.items()):
         metrics[Logged.SOURCE_SCORE.of(source)] = sum(scores) / len(scores)
+    said: defaultdict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        for name, value in row.score_components.items():
+            said[component_metric(name)].append(value)
+    metrics |= {name: sum(values) / len(values) for name, values in said.items()}
     if solved is None:
         return metrics
     groups: defaultdict[int, list[bool]] = defaultdict(list)

@@ -106,13 +106,13 @@ class Throughput:
             Logged.SCORE_SECONDS: self._score_s,
         }
         means = read(self._components)
-        metrics |= {_component(name): value for name, value in means.items()}
+        metrics |= {component_metric(name): value for name, value in means.items()}
         self._tokens, self._components = 0, {}
         self._generate_s = self._load_s = self._score_s = 0.0
         return metrics
 
 
-def _component(name: str) -> str:
+def component_metric(name: str) -> str:
     """Return the metric of a component, or of a part of one, which has a slash in its name."""
     component, *part = name.split("/")
     return Logged.COMPONENT_PART.of(component, *part) if part else Logged.COMPONENT.of(component)

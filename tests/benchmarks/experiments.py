@@ -34,6 +34,8 @@ from deploy.quickstart.evaluation import encoded_prompts, evaluate, stripped
 from deploy.quickstart.harvest import Pair, harvest, prompt_text
 from deploy.quickstart.pipeline import run_quickstart
 from deploy.quickstart.task import Task, judge_lines, make_task, settings_of
+from deploy.reasoning.pipeline import prepare as prepare_reasoning
+from deploy.reasoning.pipeline import run_reasoning
 from deploy.stages import policy, supervised
 from deploy.stages.policy import start_pools
 from deploy.stages.session import open_session
@@ -55,7 +57,25 @@ INSTRUCT = {
     "ppg": ("train.algorithm=ppo", "train.ppg={n_pi: 5}"),
 }
 """What the algorithms on the recipe `instruct` override; the first is the recipe's own."""
-INSTRUCT_FILES = ("tokenizer", "data", "sft")
+REASONING = {
+    "grpo": (),
+    "dr-grpo": ("train.algorithm=dr_grpo", "train.objective={aggregation: constant}"),
+    "dapo": ("train.objective={clip_high: 0.28, aggregation: tokens}", "train.dynamic_sampling=4"),
+    "gspo": (
+        "train.clip_range=3e-4",
+        "train.objective={ratio: sequence, aggregation: sequences, clip_high: 4e-4}",
+    ),
+    "reinforce-pp": ("train.algorithm=reinforce_pp",),
+    "ppo": ("train.algorithm=ppo",),
+    "ppg": ("train.algorithm=ppo", "train.ppg={n_pi: 5}"),
+}
+"""Likewise on the recipe `reasoning`."""
+CHAT_RECIPES: dict[str, Mapping[str, tuple[str, ...]]] = {
+    "instruct": INSTRUCT,
+    "reasoning": REASONING,
+}
+BEGUN = ("tokenizer", "data", "sft")
+"""What other algorithms begin with, as far as the recipe has it."""
 BASE_FILES = ("tokenizer.json", "sft", "reward_model", "data")
 
 console = Console()
@@ -122,20 +142,24 @@ def vary(out: Path, variation: Variation) -> None:
     save(config.run_dir, {**trained, **judged, "seconds_pipeline": time.perf_counter() - begin})
 
 
-def instruct(out: Path, name: str, seed: int, overrides: tuple[str, ...]) -> None:
-    """Run the recipe `instruct` with another algorithm, or seed; its model is imported once.
+def with_chat_model(out: Path, kind: str, name: str, seed: int, overrides: tuple[str, ...]) -> None:
+    """Run a recipe with a chat model by another algorithm, or seed; its model is imported once.
 
     Other algorithms begin with the taught policy of the recipe's own run of the same seed.
     """
     start = f"model.start={out / 'SmolLM2-135M-Instruct'}"
-    config = recipe(out, name, start, f"seed={seed}", *overrides, kind="instruct")
-    prepare_instruct(config, console)
-    base = out / f"instruct-{next(iter(INSTRUCT))}-s{seed}"
+    config = recipe(out, name, start, f"seed={seed}", *overrides, kind=kind)
+    (prepare_instruct if kind == "instruct" else prepare_reasoning)(config, console)
+    base = out / f"{kind}-{next(iter(CHAT_RECIPES[kind]))}-s{seed}"
     if overrides and (base / "summary.json").exists():
-        for part in INSTRUCT_FILES:
-            shutil.copytree(base / part, config.run_dir / part)
+        for part in BEGUN:
+            if (base / part).exists():
+                shutil.copytree(base / part, config.run_dir / part)
     with open_session(config, console) as session:
-        run_instruct(session)
+        if kind == "instruct":
+            run_instruct(session)
+        else:
+            run_reasoning(session)
 
 
 def best_of_n(out: Path) -> None:
@@ -299,10 +323,11 @@ def experiments(out: Path) -> dict[str, Callable[[], None]]:
     every["best-of-n"] = partial(best_of_n, out)
     every["reward-data"] = partial(reward_data, out)
     every["over-optimisation"] = partial(over_optimisation, out)
-    for kind, overrides in INSTRUCT.items():
-        for seed in SEEDS if not overrides else SEEDS[:1]:
-            name = f"instruct-{kind}-s{seed}"
-            every[name] = partial(instruct, out, name, seed, overrides)
+    for kind, algorithms in CHAT_RECIPES.items():
+        for algorithm, overrides in algorithms.items():
+            for seed in SEEDS if not overrides else SEEDS[:1]:
+                name = f"{kind}-{algorithm}-s{seed}"
+                every[name] = partial(with_chat_model, out, kind, name, seed, overrides)
     return every
 
 

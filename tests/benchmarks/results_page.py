@@ -28,6 +28,7 @@ from tests.benchmarks.experiments import (
     LORA_LRS,
     LORA_RANK,
     LORA_RANKS,
+    REASONING,
     SEEDS,
 )
 
@@ -305,6 +306,52 @@ def instruct_kinds(out: Path) -> list[str]:
     return table(["kind", "", "as it came", "trained"], rows)
 
 
+REASONING_NAMES = {
+    "grpo": "GRPO (the recipe)",
+    "dr-grpo": "Dr. GRPO",
+    "dapo": "DAPO",
+    "gspo": "GSPO",
+    "reinforce-pp": "REINFORCE++",
+    "ppo": "PPO",
+    "ppg": "PPG",
+}
+
+
+def reasoning(out: Path) -> list[str]:
+    """Show each run of the recipe `reasoning`; an arrow leads from the taught policy."""
+    own = next(iter(REASONING))
+    names = {f"reasoning-{kind}-s{seed}": (kind, seed) for kind in REASONING for seed in SEEDS}
+    runs = {name: found for name in names if (found := load(out, name)) is not None}
+    if not runs:
+        return table(["run"], [])
+    families = list(runs[f"reasoning-{own}-s0"]["judge_accuracy_after"])
+    head = ["algorithm", "seed"]
+    for family in families:
+        head += [f"`{family}`", "rise (95 %)", "sampled"]
+    head += ["KL, nats", "rollouts issued / trained / dropped", "seconds"]
+    rows = []
+    for name, found in runs.items():
+        kind, seed = names[name]
+        cells = [REASONING_NAMES[kind], str(seed)]
+        for family in families:
+            before, after = (
+                found[f"judge_accuracy_{side}"][family] for side in ("before", "after")
+            )
+            mean, low, high = (
+                100 * found[f"judge_accuracy_rise{end}"][family] for end in ("", "_low", "_high")
+            )
+            sampled = found["judge_accuracy_sampled_rise"][family]
+            cells += [
+                f"{100 * before:.1f} → {100 * after:.1f} %",
+                f"{mean:+.1f} ({low:+.1f} to {high:+.1f})",
+                f"{100 * sampled:+.1f}",
+            ]
+        counts = (found[f"rollouts_{kind}"] for kind in ("issued", "trained", "dropped"))
+        cells += [f"{found['kl']:.1f}", " / ".join(map(str, counts))]
+        rows.append([*cells, f"{found['seconds_pipeline']:.0f}"])
+    return table(head, rows)
+
+
 def fill(template: str, out: Path) -> str:
     """Fill the page: replace every ``<!-- table: NAME -->`` of the template by its table."""
     tables: dict[str, Callable[[], list[str]]] = {
@@ -325,6 +372,7 @@ def fill(template: str, out: Path) -> str:
         "instruct": lambda: instruct(out),
         "instruct-runs": lambda: instruct_runs(out),
         "instruct-kinds": lambda: instruct_kinds(out),
+        "reasoning": lambda: reasoning(out),
     }
     for name, make in tables.items():
         template = template.replace(f"<!-- table: {name} -->\n", "\n".join([*make(), ""]))

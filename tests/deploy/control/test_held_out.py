@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -196,6 +197,11 @@ def test_greedy_answers_are_the_most_probable_ones_and_say_what_is_best(
             "metric=pass@4: with samples=2 there are pass@1, pass@2$",
         ),
         ({"metric": "score/"}, "metric=score/ is none of score, "),
+        ({"metric": "component/"}, "metric=component/ is none of score, "),
+        (
+            {"metric": "component/taste"},
+            r"metric=component/taste: reward_service\.components has reward_model; name one of",
+        ),
         ({"metric": "score/a"}, r"metric=score/a: without data\.mixture nothing has a source"),
     ],
 )
@@ -204,6 +210,45 @@ def test_metrics_that_are_not_measured_are_refused(settings: dict[str, Any], wro
         RunConfig.model_validate({"evaluate": settings})
     [error] = raised.value.errors()
     assert re.search(wrong, error["msg"]), error["msg"]
+
+
+@cluster
+def test_what_only_evaluates_is_no_part_of_the_score(
+    workspace: RunConfig,
+    gang: LearnerGang,
+    reference: tuple[RunConfig, dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    """A judge that is too slow for every response; what it says may say what is best."""
+    length = {"kind": "function", "target": "tests.rewards:length", "evaluation_only": True}
+    components = {name: c.model_dump() for name, c in workspace.reward_service.components.items()}
+    config = run_copy(
+        workspace,
+        tmp_path,
+        reward_service={"components": {**components, "length": length}},
+        evaluate={**EVALUATED, "metric": "component/length"},
+    )
+    assert finish(config, gang)["weights_hash"] == reference[1]["weights_hash"]
+    for path in sorted((config.run_dir / "trajectories").glob("*.parquet")):
+        for said in pq.read_table(path)["score_components"].to_pylist():
+            assert set(dict(said)) == set(components)
+    found = evaluations(config)
+    assert all(metrics["component/length"] >= 1 for _, metrics in found)
+    assert all(metrics["component/length"] != metrics["score"] for _, metrics in found)
+    best = {version: metrics["component/length"] for version, metrics in found}
+    assert HeldOut.of(config, held_out_of(config)).scores == best
+    trained = [line for line in read_lines(config.folder.metrics).lines if line.stage == "train"]
+    assert not any("component/length" in line.metrics for line in trained)
+
+
+def test_what_only_evaluates_needs_evaluations_and_another_that_scores() -> None:
+    length = {"kind": "function", "target": "tests.rewards:length", "evaluation_only": True}
+    with pytest.raises(ValidationError, match=r"nothing is evaluated; set evaluate\.every, or"):
+        RunConfig.model_validate(
+            {"reward_service": {"components": {"reward_model": {}, "length": length}}}
+        )
+    with pytest.raises(ValidationError, match="at least one component is needed that is not"):
+        RunConfig.model_validate({"reward_service": {"components": {"length": length}}})
 
 
 @cluster
