@@ -98,12 +98,12 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("model", [palm, phi])
 def test_pieces_are_the_whole(model: Callable[..., ModelConfig], tmp_path: Path) -> None:
     found: list[tuple[float, float, list[Tensor]]] = []
-    for logits_mb, most in ((1e3, 10), (2 * 4 * VOCABULARY / 2**20, 2)):
+    for logits_mb, most in ((1e3, 7), (2 * 4 * VOCABULARY / 2**20, 2)):
         policy, old = pair(model(logits_mb, tmp_path / "model"), "fp32")
         with Largest() as largest:
             loss = objective(moved(policy), old).loss(micro(), WHOLE)
             loss.total.backward()
-        assert largest.rows == most, "rows of logits at once"
+        assert largest.rows == most, "rows of logits at once: of response tokens alone"
         gradients = [p.grad for p in policy.parameters() if p.grad is not None]
         found.append((float(loss.total.detach()), float(loss.sums["clone_kl"]), gradients))
     (whole, whole_kl, expected), (total, kl, gradients) = found
