@@ -23,12 +23,12 @@ run-instruct: $(VENV)/.instruct   ## Install a small chat model and its judge to
 run-reasoning: $(VENV)/.instruct $(VENV)/.reasoning   ## Install a small chat model and a library of verifiable tasks too, and train it on these.
 	@$(BIN)/talipot quickstart --config reasoning
 
-# Both parts run on two workers. Those that have a cluster wait for processes most of the time, so each
-# worker has a cluster of its own.
+# Both parts run on two workers; in the second each has a cluster of its own. Threads that wait for others
+# would spin there, on cores that the other worker's processes need.
 test: check   ## Install, check, and run all tests with coverage.
 	@rm -f .coverage .coverage.*
 	@$(MEASURED) $(QUICK) --cov --cov-report= --cov-fail-under=0
-	@$(MEASURED) $(BIN)/python -m pytest -m "slow and $(DAILY)" -n 2 --dist worksteal --cov --cov-append --cov-report=term
+	@$(MEASURED) OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "slow and $(DAILY)" -n 2 --dist worksteal --cov --cov-append --cov-report=term
 
 test-fast: check   ## Install, check, and run the tests that need no cluster (some minutes).
 	@$(QUICK)

@@ -138,6 +138,22 @@ class Logged(StrEnum):
     EVALUATE_SECONDS = gauge(
         "evaluate_seconds", "s", "what this evaluation took, no part of `seconds`", "held_out"
     )
+    SCORE_DEVIATION = gauge(
+        "score_deviation", "score", "standard deviation of the scores of all responses"
+    )
+    EQUAL_GROUPS = gauge(
+        "equal_groups",
+        "share",
+        "prompts whose responses all have one score",
+        when="with several samples a prompt",
+        look_for="above a half little is learnt by comparing them",
+    )
+    METRIC_ERROR = gauge(
+        "metric_error",
+        "1",
+        "standard error of `evaluate.metric` over prompts",
+        "held_out",
+    )
     SOURCE_SCORE = gauge(
         "score/{source}",
         "score",

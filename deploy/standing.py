@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 from common.config.run import RunConfig
 from common.metric_catalogue import Logged, logged_as
+from deploy.health.checks import verdicts
+from deploy.health.history import History, Verdict
 from deploy.run_folder.failures import last_failure
 from deploy.run_folder.lock import Holder, at_work
 from deploy.run_folder.log_lines import HELD_OUT, Line, Log, read_lines
@@ -66,8 +68,10 @@ class Standing:
     """Issued, trained, dropped and in flight; only while policy training works."""
     workers: tuple[Mapping[str, Any], ...] = ()
     """Rollout actors and reward workers, likewise."""
+    health: tuple[Verdict, ...] = ()
+    """What checks find wrong with policy training."""
     notes: tuple[str, ...] = ()
-    """What is wrong, and what to do next."""
+    """What is wrong else, and what to do next."""
 
 
 def standing_of(config: RunConfig) -> Standing:
@@ -111,6 +115,7 @@ def _live(config: RunConfig, holder: Holder, last: Told, log: Log) -> Standing:
         metrics={**facts["metrics"], **facts["counts"]},
         rollouts={name: facts[name] for name in ("issued", "trained", "dropped", "in_flight")},
         workers=tuple(facts["workers"]),
+        health=tuple(verdicts(History.of(config, log.lines, time.time()))),
         notes=(*((silent,) if age > _QUIET_S else ()), *_damages(log)),
     )
 
@@ -129,6 +134,7 @@ def _at_rest(config: RunConfig, log: Log) -> Standing:
         step=last.step if last else 0,
         steps=iterations if trained else None,
         metrics=last.metrics if last else {},
+        health=tuple(verdicts(History.of(config, log.lines))),
         notes=(
             *(() if last else ("nothing is logged yet",)),
             *((f"failed in {failure}",) if failure and not finished else ()),
@@ -171,6 +177,10 @@ def lines_of(standing: Standing) -> list[list[Part]]:
         if title and rows:
             lines.append([(f" {title}", "dim")])
         lines += [[f"   {name:<{width}}  ", (value, "bold")] for name, value in rows]
+    for verdict in standing.health:
+        style = "red" if verdict.severity == "critical" else "yellow"
+        lines.append([(f" {verdict.severity} ", f"bold {style}"), verdict.evidence])
+        lines.append([f"   {verdict.advice} ", (f"({verdict.section})", "dim")])
     return lines + [[(f" {note}", "yellow")] for note in standing.notes]
 
 

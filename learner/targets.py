@@ -149,6 +149,7 @@ def batch_metrics(batch: Experience, proximal: Proximal, values: ValueTargets | 
     drift_NR = ((proximal.logprobs_NR - batch.behavior_NR) * batch.mask_NR).exp() - 1.0
     metrics: Metrics = {
         Logged.SCORE: mean(float(batch.scores_N.sum()), rows),
+        Logged.SCORE_DEVIATION: mean(float(batch.scores_N.double().std(correction=0)), 1),
         Logged.RESPONSE_LENGTH: mean(tokens, rows),
         Logged.EOS_SHARE: mean(float(batch.ended_N.sum()), rows),
         Logged.ENTROPY: mean(float(proximal.entropy_NR.sum(dtype=torch.float64)), tokens),
@@ -156,6 +157,10 @@ def batch_metrics(batch: Experience, proximal: Proximal, values: ValueTargets | 
         Logged.MISMATCH_KL: mean(apart.kl, tokens),
         Logged.MISMATCH_RATIO: mean(apart.ratio, 1),
     }
+    compared = [scores for scores in _by_group(batch) if len(scores) > 1]
+    if compared:
+        equal = sum(min(scores) == max(scores) for scores in compared)
+        metrics[Logged.EQUAL_GROUPS] = mean(equal, len(compared))
     of_source: defaultdict[str, list[float]] = defaultdict(list)
     for source, score in zip(batch.sources, batch.scores_N.tolist(), strict=True):
         if source is not None:
@@ -167,3 +172,11 @@ def batch_metrics(batch: Experience, proximal: Proximal, values: ValueTargets | 
         explained = gae.explained_variance(proximal.values_NR, values.returns_NR, batch.mask_NR)
         metrics[Logged.EXPLAINED_VARIANCE] = mean(explained, 1)
     return metrics
+
+
+def _by_group(batch: Experience) -> list[list[float]]:
+    """Return the scores of each prompt's responses."""
+    groups: defaultdict[int, list[float]] = defaultdict(list)
+    for group, score in zip(batch.groups_N.tolist(), batch.scores_N.tolist(), strict=True):
+        groups[group].append(score)
+    return list(groups.values())

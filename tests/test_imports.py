@@ -51,7 +51,7 @@ LAYERS: dict[str, list[set[str]]] = {
     "deploy": [
         {"screen", "trackers"},
         {"exits", "run_folder"},
-        {"exchange", "workers"},
+        {"exchange", "health", "workers"},
         {"control", "validation"},
         {"evaluation", "stages"},
         {"commands", "config_docs", "instruct", "metric_docs", "quickstart", "reasoning"}

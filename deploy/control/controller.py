@@ -22,7 +22,7 @@ restored weights allow it. The surviving history trains every rollout once.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -43,7 +43,8 @@ from deploy.control.own_workers import OwnWorkers
 from deploy.control.position import Position
 from deploy.control.status import Status
 from deploy.exchange.card import add_card
-from deploy.run_folder.failures import note_restart, note_untracked
+from deploy.health.watch import Watch
+from deploy.run_folder.failures import note_health, note_restart, note_untracked
 from deploy.run_folder.lock import writing
 from deploy.run_folder.log_lines import HELD_OUT
 from deploy.run_folder.metrics_log import RunLog
@@ -102,6 +103,7 @@ class Controller:
         self.position = Position(config, gang, ledger, self.collector, self.issuer, self.held_out)
         self.metrics: dict[str, float] = {}
         """Of the last iteration."""
+        self.watch = Watch(config)
         self._restarts_left = config.learner.max_restarts
         self._stop = False
 
@@ -182,7 +184,7 @@ class Controller:
                     self.elastic.adapt(metrics)
                     metrics[Logged.LEARNER_RESTARTS] = float(self.position.learner_restarts)
                     self.metrics = metrics
-                    log.write("train", self.iteration, metrics)
+                    self._write(log, "train", metrics)
                     self._evaluate_if_due(log)
                     self._checkpoint_if_due()
                 if self.iteration < last and not self.held_out.hopeless:
@@ -242,6 +244,7 @@ class Controller:
             learner_restarts=self.position.learner_restarts,
             counts=self.collector.counts(),
             workers=self.elastic.views(),
+            health=list(self.watch.verdicts),
         )
 
     def scale(self, actors: int | None, replicas: int | None) -> list[Scaled]:
@@ -318,11 +321,16 @@ class Controller:
                 raise _Stopped
             self.position.move_rollouts()
 
-        log.write(
-            HELD_OUT,
-            self.iteration,
-            self.held_out.measure(self.iteration, self.collector, self.position.publish, meanwhile),
+        measured = self.held_out.measure(
+            self.iteration, self.collector, self.position.publish, meanwhile
         )
+        self._write(log, HELD_OUT, measured)
+
+    def _write(self, log: RunLog, stage: str, metrics: Mapping[str, float]) -> None:
+        """Log a step, and what it says of the run's health."""
+        log.write(stage, self.iteration, metrics)
+        for verdict in self.watch.look(stage, self.iteration, metrics):
+            note_health(self.config.folder.events, f"{verdict.check}: {verdict.evidence}")
 
     # ------------------------------------------------------------------ the learner's restart
 

@@ -13,10 +13,12 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean, stdev
 
 import ray
 
 from common.config.run import RunConfig
+from common.config.stages import EvaluateConfig
 from common.data.prompts import EncodedPrompt, evaluation_requests
 from common.errors import RewardError
 from common.metric_catalogue import Logged
@@ -183,6 +185,9 @@ class HeldOut:
         sampled = [row for row in rows if not row.greedy]
         metrics = measured(sampled, settings.solved) if sampled else {}
         metrics |= measured_greedily([row for row in rows if row.greedy], settings.solved)
+        told = _by_prompt(rows, settings)
+        if len(told) > 1:
+            metrics[Logged.METRIC_ERROR] = stdev(told) / len(told) ** 0.5
         metrics[Logged.RESPONSES] = float(len(requests))
         metrics[Logged.UNSCORED] = float(len(requests) + len(greedy) - len(rows))
         metrics[Logged.EVALUATE_SECONDS] = time.perf_counter() - begin
@@ -237,6 +242,27 @@ def measured_greedily(rows: Sequence[ScoredTrajectory], solved: float | None) ->
     if solved is not None:
         metrics[Logged.GREEDY_SOLVED] = sum(solves(row.score, solved) for row in rows) / len(rows)
     return metrics
+
+
+def _by_prompt(rows: Sequence[ScoredTrajectory], settings: EvaluateConfig) -> list[float]:
+    """Return `evaluate.metric` of each prompt: what it is known of as exactly as they are many."""
+    kind, _, of = settings.logged_metric.partition("/")
+    greedy = kind.startswith("greedy_")
+    groups: defaultdict[int, list[ScoredTrajectory]] = defaultdict(list)
+    for row in rows:
+        other = kind == "score" and of and (row.source or "").replace("/", ":") != of
+        if bool(row.greedy) == greedy and not other:
+            groups[row.group].append(row)
+    if kind == "component":
+        said = ([r.score_components.get(of) for r in group] for group in groups.values())
+        known = ([value for value in values if value is not None] for values in said)
+        return [fmean(values) for values in known if values]
+    if settings.solved is None or kind in ("score", "greedy_score"):
+        return [fmean(row.score for row in group) for group in groups.values()]
+    limit = settings.solved
+    solved = [[solves(row.score, limit) for row in group] for group in groups.values()]
+    k = int(kind.partition("@")[2] or 1)
+    return [pass_at_k(len(group), sum(group), k) for group in solved if len(group) >= k]
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

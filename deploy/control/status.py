@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from deploy.health.history import Verdict
 from deploy.workers.scaling import WorkerView
 
 
@@ -26,3 +27,5 @@ class Status:
     counts: dict[str, float]
     """Losses by cause, reissues, staleness and the like, as in the metrics."""
     workers: list[WorkerView]
+    health: list[Verdict]
+    """What is wrong, after the last iteration."""

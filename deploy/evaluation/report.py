@@ -24,6 +24,8 @@ from deploy.evaluation.intervals import Interval
 from deploy.evaluation.logged_samples import logged_samples
 from deploy.evaluation.presentation import EVALUATION, Presentation, tone_of
 from deploy.evaluation.results import figure
+from deploy.health.checks import CHECKS, verdicts
+from deploy.health.history import History
 from deploy.run_folder.log_lines import Line, read_metrics
 
 SAMPLES = 24
@@ -63,6 +65,8 @@ def write_report(
             table_note=note,
             intervals=any(cell.interval for _, cells in table.rows for cell in cells),
             stages=_stage_times(figures, shown.stages),
+            health=verdicts(History.of(config, lines)) if config else [],
+            checks=len(CHECKS) if config and steps_of(lines, "train") else 0,
             sections=sections(lines),
             samples=samples,
             samples_note=summary.samples_note,

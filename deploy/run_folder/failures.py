@@ -39,6 +39,11 @@ def note_restart(events: Path, detail: str) -> None:
     _note(events, "learner restarted", detail)
 
 
+def note_health(events: Path, detail: str) -> None:
+    """Append a line on what a health check has begun to find wrong."""
+    _note(events, "health", detail)
+
+
 def note_success(events: Path, stage: str) -> None:
     """Append a line where a failure is the last that is known: not every stage has other events."""
     if last_failure(events):

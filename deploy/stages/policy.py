@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from common.errors import ClusterError, ConfigError
 from common.metric_catalogue import Logged
 from deploy.control.issuing import mixed
 from deploy.control.status import Status
+from deploy.health.checks import verdicts
+from deploy.health.history import History, Verdict
 from deploy.run_folder import checkpoints
 from deploy.run_folder.inputs import RunInputs
 from deploy.run_folder.log_lines import read_lines
@@ -143,10 +145,12 @@ def run_train(
         controller = _start(session, config, prompts, held_out, pools, stop_after)
     done = 0 if resumption is None else resumption.iteration
     with session.progress("policy", config.train.iterations, done) as bar:
-        facts = follow(controller, config, lambda status: _show(bar.update, status))
+        screen = _Screen(session.console, bar.update)
+        facts = follow(controller, config, screen)
     _say_end(session.console, config, facts)
+    lines = read_lines(session.folder.metrics).lines
+    screen.warn(verdicts(History.of(config, lines)))
     if known:  # who attached to a run has not read its prompts
-        lines = read_lines(session.folder.metrics).lines
         logged = {line.step: line.metrics for line in lines if line.stage == "train"}
         say_trained(
             session.console,
@@ -261,13 +265,35 @@ def outcome_of(config: RunConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
     return shown | {name.replace("_", " "): facts[name] for name in counts if facts[name]}
 
 
-def _show(update: Callable[[int, str], None], status: Status) -> None:
-    if status.policy_version < 0:
-        return  # it has not read its checkpoint yet
-    metrics = status.metrics
-    note = "  ".join(
-        f"{name} {metrics[name]:.2f}"
-        for name in (Logged.SCORE, Logged.KL, Logged.ENTROPY)
-        if name in metrics
-    )
-    update(status.iteration, note)
+class _Screen:
+    """Shows a run while it works: its bar, and what a health check begins to find wrong."""
+
+    def __init__(self, console: Console, update: Callable[[int, str], None]) -> None:
+        self._console, self._update = console, update
+        self._wrong: set[str] = set()
+
+    def __call__(self, status: Status) -> None:
+        """Show where the run is."""
+        if status.policy_version < 0:
+            return  # it has not read its checkpoint yet
+        metrics = status.metrics
+        note = "  ".join(
+            f"{name} {metrics[name]:.2f}"
+            for name in (Logged.SCORE, Logged.KL, Logged.ENTROPY)
+            if name in metrics
+        )
+        self._update(status.iteration, note)
+        self.warn(status.health)
+
+    def warn(self, found: Sequence[Verdict]) -> None:
+        """Say what was not wrong when it was looked at last."""
+        for verdict in found:
+            if verdict.check not in self._wrong:
+                style = "bold red" if verdict.severity == "critical" else "bold yellow"
+                say(
+                    self._console,
+                    (f"{verdict.severity} ", style),
+                    f"iteration {verdict.iteration}: {verdict.evidence}; {verdict.advice} ",
+                    (f"({verdict.section})", "dim"),
+                )
+        self._wrong = {verdict.check for verdict in found}

@@ -1,0 +1,42 @@
+"""A run's health while it works: its history in memory, and what has been told of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from itertools import product
+
+from ray.util.metrics import Gauge
+
+from common.config.run import RunConfig
+from deploy.health.checks import CHECKS, verdicts
+from deploy.health.history import SEVERITIES, History, Verdict, followed
+from deploy.run_folder.log_lines import HELD_OUT, Line, read_lines
+
+
+class Watch:
+    """Looks at a run after each of its steps, and sets Ray's metric `talipot_health`."""
+
+    def __init__(self, config: RunConfig) -> None:
+        """Begin with what the run's folder has of it already."""
+        self._run = config.run_dir.name
+        self._gauge = Gauge(
+            "talipot_health",
+            description="1 where a check finds something wrong with the run (docs/diagnosis.md)",
+            tag_keys=("run", "check", "severity"),
+        )
+        self._history = History.of(config, read_lines(config.folder.metrics).lines)
+        self.verdicts: tuple[Verdict, ...] = ()
+        """Of the last look."""
+
+    def look(self, stage: str, step: int, metrics: Mapping[str, float]) -> list[Verdict]:
+        """Add a step of policy training, or an evaluation; return what was not wrong before it."""
+        line = Line(stage=stage, step=step, metrics=metrics, time=time.time())
+        followed(self._history.held_out if stage == HELD_OUT else self._history.iterations, line)
+        known = {verdict.check for verdict in self.verdicts}
+        self.verdicts = tuple(verdicts(self._history))
+        found = {(verdict.check, verdict.severity) for verdict in self.verdicts}
+        for check, severity in product(CHECKS, SEVERITIES):
+            tags = {"run": self._run, "check": check, "severity": severity}
+            self._gauge.set(float((check, severity) in found), tags)
+        return [verdict for verdict in self.verdicts if verdict.check not in known]
