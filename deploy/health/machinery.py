@@ -21,7 +21,7 @@ def workers(history: History) -> Said | None:
     if restarts and restarts[-1] > 0:
         return (
             "critical",
-            f"the learner was built again {restarts[-1]:.0f} times",
+            f"restarts of the learner: {restarts[-1]:.0f}",
             "events.jsonl of the run says why; learner.max_restarts ends the run at some time",
         )
     recent = [

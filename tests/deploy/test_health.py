@@ -109,7 +109,7 @@ FIRES: dict[str, list[tuple[History, str]]] = {
     "value": [(history({"explained_variance": [-0.1] * 10}), r"explains -0\.10 of the returns'")],
     "gradient": [(history({"gradient_norm": [9.0]}), r"gradient norm 9, over 10 times its median")],
     "workers": [
-        (history({"learner_restarts": [1.0]}), r"the learner was built again 1 times"),
+        (history({"learner_restarts": [1.0]}), r"restarts of the learner: 1"),
         (
             history({"workers_lost/rollout": [2.0] * 5, "workers_lost/reward": [1.0] * 2}),
             r"3 workers lost within 10 minutes",
