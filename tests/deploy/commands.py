@@ -33,3 +33,13 @@ def parse(command: str) -> tuple[str, dict[str, Any]]:
     found = group.get_command(context, name)
     assert found is not None, f"no subcommand {name}"
     return name, found.make_context(name, arguments, parent=context).params
+
+
+def refused(outcome: Outcome, code: int, *says: str) -> None:
+    """The whole contract of an error."""
+    assert outcome.code == code, outcome
+    assert len(outcome.error.splitlines()) == 1, outcome.error
+    assert outcome.error.startswith("error ")
+    assert "Traceback" not in outcome.error + outcome.out
+    for text in says:
+        assert text in outcome.error, outcome.error

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,42 +16,13 @@ import pytest
 import ray
 import yaml
 
-from common.config.run import RunConfig
 from common.devices import compute_of
 from common.errors import ClusterError
 from deploy.run_folder import checkpoints
 from learner.rank import LearnerRank
-from tests.conftest import run_copy
-from tests.deploy.commands import Outcome, Run
+from tests.deploy.commands import Run, refused
 
 pytestmark = pytest.mark.usefixtures("cluster")
-
-
-@pytest.fixture
-def recipe(workspace: RunConfig, tmp_path: Path) -> Callable[..., str]:
-    """Writes a recipe: a good one with some sections changed."""
-
-    def write(**sections: Any) -> str:
-        values = workspace.model_dump(mode="json")
-        for name, changes in sections.items():
-            merged = {**values[name], **changes} if isinstance(changes, dict) else changes
-            values[name] = merged
-        copied = run_copy(RunConfig.model_validate(values), tmp_path)
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(copied.model_dump(mode="json")), encoding="utf8")
-        return str(path)
-
-    return write
-
-
-def refused(outcome: Outcome, code: int, *says: str) -> None:
-    """The whole contract of an error."""
-    assert outcome.code == code, outcome
-    assert len(outcome.error.splitlines()) == 1, outcome.error
-    assert outcome.error.startswith("error ")
-    assert "Traceback" not in outcome.error + outcome.out
-    for text in says:
-        assert text in outcome.error, outcome.error
 
 
 # ------------------------------------------------------------------ recipe and command line
@@ -387,77 +354,3 @@ def test_a_port_in_use(cluster: None) -> None:
         with pytest.raises(ClusterError, match="free the port"):
             ray.get(rank.connect.remote("127.0.0.1", taken.getsockname()[1], 20.0))
         ray.kill(rank)
-
-
-def start(command: str, path: str, *options: str, address: str = "") -> subprocess.Popen[str]:
-    """A real command of its own process."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "deploy.cli", command, "--config", path, *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "RAY_ADDRESS": address},
-        # A shell may have started the tests with Ctrl-C ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def until_logged(started: subprocess.Popen[str], log: Path) -> None:
-    """Wait for the first line of a run's log."""
-    deadline = time.monotonic() + 150
-    while not (log.exists() and log.stat().st_size):
-        assert started.poll() is None, started.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
-@pytest.mark.parametrize(
-    ("command", "sent", "code"),
-    [
-        pytest.param("sft", signal.SIGINT, 130, marks=pytest.mark.chaos),
-        ("train", signal.SIGTERM, 143),
-    ],
-)
-def test_interruption(
-    recipe: Callable[..., str], tmp_path: Path, command: str, sent: signal.Signals, code: int
-) -> None:
-    path = recipe(sft={"epochs": 1000}, train={"iterations": 1000, "checkpoint_every": 0})
-    options = ["learner.ranks=1", "rollout.actors=1"]
-    started = start(command, path, *options, address=ray.get_runtime_context().gcs_address)
-    log = tmp_path / "run" / "metrics.jsonl"
-    until_logged(started, log)
-    started.send_signal(sent)
-    out, error = started.communicate(timeout=100)
-    assert started.returncode == code, error
-    assert ("interrupted" if sent == signal.SIGINT else "terminated") in error
-    assert "Traceback" not in out + error
-    assert json.loads(log.read_text(encoding="utf8").splitlines()[0])["stage"] == command
-    found = checkpoints.newest(tmp_path / "run")
-    if command == "train":
-        assert found is not None
-        assert f"stopped after iteration {found[1]['iteration']} with a checkpoint" in error
-
-
-@pytest.mark.chaos
-def test_a_run_outlives_its_driver_and_can_be_attached_to(
-    run: Run, recipe: Callable[..., str], tmp_path: Path
-) -> None:
-    path = recipe(train={"iterations": 40, "ppg": None})
-    driver = start("train", path, address=ray.get_runtime_context().gcs_address)
-    until_logged(driver, tmp_path / "run" / "metrics.jsonl")
-    driver.kill()
-    driver.communicate(timeout=30)
-    folder = str(tmp_path / "run")
-    refused(run("train", "--resume", folder, "rollout.actors=1"), 2, "at work", "rollout.actors")
-    attached = run("train", "--resume", folder)
-    assert attached.code == 0, attached
-    assert "attached to run:controller" in attached.out
-    facts = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf8"))
-    assert facts["finished"]
-    assert facts["rollouts_trained"] == facts["rollouts_issued"] == 40 * 16
-    again = run("train", "--resume", folder)
-    assert again.code == 0
-    assert "nothing to train" in " ".join(again.out.split())
-    with pytest.raises(ValueError, match="Failed to look up actor"):
-        ray.get_actor("run:controller", namespace="talipot")

@@ -248,7 +248,9 @@ def test_watch_status_and_report_say_the_same(tmp_path: Path) -> None:
         file.write(f"{json.dumps(asdict(rest))}\n")
     standing = standing_of(config)
     assert standing.health == (first,)
-    shown = "\n".join("".join(p if isinstance(p, str) else p[0] for p in line) for line in lines_of(standing))
+    shown = "\n".join(
+        "".join(p if isinstance(p, str) else p[0] for p in line) for line in lines_of(standing)
+    )
     assert first.evidence in shown
     page = write_report(config.run_dir, config=config).read_text(encoding="utf8")
     assert html.escape(first.evidence) in page and html.escape(first.section) in page
