@@ -9,7 +9,6 @@ Shape suffixes: B sequences, T positions, R response positions.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +18,9 @@ from torch import Tensor
 
 _PASS_TOKENS = 256
 """Padded tokens that cost about as much as one more forward and backward pass."""
+_SPREAD = 8
+"""Rows times the longest of a group whose prompts are shared, in budgets: states are read by rows
+again, and a prompt's of all its rows stand in memory once for each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,49 +140,85 @@ def shared_micro_batches(
     Args:
         prompts: tokens of each row's prompt.
         responses: tokens of each row's response.
-        budget: tokens of a group; a row that is longer is a group by itself.
+        budget: tokens of a group, and its rows times the longest are at most `_SPREAD` as many; a
+            row that is longer is a group by itself.
         ranks: how many share the work.
 
     Returns:
-        Row numbers of each group of each rank, largest groups first.
+        Row numbers of each group of each rank.
     """
     parts = _parts_of_prompts(prompts, [len(response) for response in responses], budget, ranks)
     loads = [0] * ranks
-    filled: list[list[tuple[int, list[int]]]] = [[] for _ in range(ranks)]
-    for size, part in sorted(parts, key=lambda sized: (-sized[0], sized[1][0])):
+    filled: list[list[_Group]] = [[] for _ in range(ranks)]
+    for part in sorted(parts, key=lambda group: (-group.tokens, group.rows[0])):
         rank = loads.index(min(loads))
-        loads[rank] += size
-        groups = filled[rank]
-        fitting = (i for i, (used, _) in enumerate(groups) if used + size <= budget)
-        if (at := next(fitting, None)) is None:
-            groups.append((size, part))
+        loads[rank] += part.tokens
+        for at, group in enumerate(filled[rank]):
+            if (together := group.joined(part)).fits(budget):
+                filled[rank][at] = together
+                break
         else:
-            groups[at] = groups[at][0] + size, [*groups[at][1], *part]
-    return [[rows for _, rows in groups] for groups in filled]
+            filled[rank].append(part)
+    return [[group.rows for group in groups] for groups in filled]
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Rows that are computed together."""
+
+    rows: list[int]
+    tokens: int
+    """Every prompt once."""
+    longest: int
+    """Tokens of the longest row, its prompt included."""
+
+    def joined(self, other: _Group) -> _Group:
+        """Return both together; they have no prompt in common."""
+        return _Group(
+            self.rows + other.rows, self.tokens + other.tokens, max(self.longest, other.longest)
+        )
+
+    def fits(self, budget: int) -> bool:
+        """Whether it is small enough."""
+        return self.tokens <= budget and len(self.rows) * self.longest <= _SPREAD * budget
 
 
 def _parts_of_prompts(
     prompts: Sequence[Sequence[int]], responses: Sequence[int], budget: int, ranks: int
-) -> list[tuple[int, list[int]]]:
-    """Return rows of one prompt and their tokens, in equal parts where they are too many."""
+) -> list[_Group]:
+    """Return the rows of each prompt, in like parts where they are too many for a group or rank."""
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for row, prompt in enumerate(prompts):
         by_prompt.setdefault(tuple(prompt), []).append(row)
     share = max(1, (sum(map(len, by_prompt)) + sum(responses)) // ranks)
-    parts: list[tuple[int, list[int]]] = []
+    parts: list[_Group] = []
     for prompt, members in by_prompt.items():
-        own, total = len(prompt), sum(responses[row] for row in members)
-        count = max(math.ceil(total / max(1, budget - own)), (own + total) // share, 1)
-        limit = min(math.ceil(total / count), budget - own)
-        size, part = 0, list[int]()
-        for row in members:
-            if part and size + responses[row] > limit:
-                parts.append((own + size, part))
-                size, part = 0, []
-            size += responses[row]
-            part.append(row)
-        parts.append((own + size, part))
+        total = len(prompt) + sum(responses[row] for row in members)
+        room = max(1, budget - len(prompt))
+        count = max(total // share, -(-(total - len(prompt)) // room), 1)
+        own = _in_parts(members, len(prompt), responses, count)
+        while any(len(part.rows) > 1 and not part.fits(budget) for part in own):
+            count += 1
+            own = _in_parts(members, len(prompt), responses, count)
+        parts += own
     return parts
+
+
+def _in_parts(
+    members: Sequence[int], prompt: int, responses: Sequence[int], count: int
+) -> list[_Group]:
+    """Deal the rows of one prompt, longest first, each to the part with the fewest tokens."""
+    dealt: list[list[int]] = [[] for _ in range(count)]
+    sizes = [0] * count
+    for row in sorted(members, key=lambda row: (-responses[row], row)):
+        at = sizes.index(min(sizes))
+        dealt[at].append(row)
+        sizes[at] += responses[row]
+    return [
+        _Group(sorted(rows), prompt + size, prompt + max(responses[row] for row in rows))
+        for rows, size in zip(dealt, sizes, strict=True)
+        if rows
+    ]
 
 
 def pad_rows(rows: Sequence[Sequence[float]], width: int) -> Tensor:

@@ -135,6 +135,14 @@ class Logged(StrEnum):
     UNSCORED = gauge(
         "unscored", "responses", "responses that the reward service gave up", "held_out"
     )
+    UNJUDGED = gauge(
+        "unjudged/{component}",
+        "responses",
+        "responses of which what is `evaluation_only` said nothing",
+        "held_out",
+        when="with `evaluation_only`",
+        look_for="0, or its `component/NAME` is of the others alone",
+    )
     EVALUATE_SECONDS = gauge(
         "evaluate_seconds", "s", "what this evaluation took, no part of `seconds`", "held_out"
     )

@@ -115,7 +115,7 @@ def _live(config: RunConfig, holder: Holder, last: Told, log: Log) -> Standing:
         metrics={**facts["metrics"], **facts["counts"]},
         rollouts={name: facts[name] for name in ("issued", "trained", "dropped", "in_flight")},
         workers=tuple(facts["workers"]),
-        health=tuple(verdicts(History.of(config, log.lines, time.time()))),
+        health=tuple(verdicts(History.of(config, log.lines, time.time(), holder.began))),
         notes=(*((silent,) if age > _QUIET_S else ()), *_damages(log)),
     )
 

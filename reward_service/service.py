@@ -160,7 +160,7 @@ class RewardWorker:
         for batch in [rollouts] if self.merge else batches:
             budget = self.settings.micro_batch_tokens
             with memory_for(
-                f"a frozen pass of up to {budget} padded tokens",
+                f"a frozen pass of up to {budget} tokens",
                 "lower reward_service.micro_batch_tokens",
             ):
                 scores, logprobs = frozen_pass(batch, budget, self.reward_model, self.reference)
@@ -211,8 +211,6 @@ class RewardWorker:
     ) -> tuple[list[_Found], dict[str, str]]:
         """Return what the components say of each rollout, and the dead letters.
 
-        What is no part of the score gives none up: where it has no answer it has no value.
-
         Raises:
             RewardError: a value is not finite as a float32, which it is sent as.
         """
@@ -221,6 +219,9 @@ class RewardWorker:
         samples = [_sample(rollout) for rollout in rollouts]
         for name, component in asked.items():
             weight = component.weight if name in self.settings.scoring else None
+            if weight is None:
+                self._tell(name, rollouts, found)
+                continue
             if isinstance(component, ModelComponent):
                 results = [
                     ScoreResult(rollout_id=rollout.rollout_id, score=score)
@@ -229,11 +230,23 @@ class RewardWorker:
             else:
                 results = self.scorers[name].score(samples)
             for whole, result in zip(found, results, strict=True):
-                if result.score is not None:
-                    whole.add(name, weight, result)
-                elif weight is not None:
+                if result.score is None:
                     dead[result.rollout_id] = f"{name}: {result.error}"
+                else:
+                    whole.add(name, weight, result)
         return found, dead
+
+    def _tell(self, name: str, rollouts: Sequence[Rollout], found: Sequence[_Found]) -> None:
+        """Add what only evaluates, of the responses that are sampled.
+
+        It gives none up: where it has no answer it has no value.
+        """
+        of = [i for i, rollout in enumerate(rollouts) if not rollout.greedy]
+        samples = [_sample(rollouts[i]) for i in of]
+        results = self.scorers[name].score(samples) if samples else []
+        for i, result in zip(of, results, strict=True):
+            if result.score is not None:
+                found[i].add(name, None, result)
 
 
 @dataclass(slots=True)

@@ -18,7 +18,6 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +33,8 @@ class Mixing:
 
 
 PLAIN = Mixing()
+_FEW, _MANY = 128, 1024
+"""Tokens of responses to one prompt that are computed together, whatever the prompt's length."""
 
 
 class Attention(Protocol):
@@ -80,69 +81,99 @@ class Family:
 def family_attention(families: Sequence[Family]) -> Attention:
     """Attention of flat tokens ``[N]`` of families one after another, each on its own.
 
-    No product is spent on padding of sequences or on pairs of different ones, and what a sequence
-    becomes does not depend on the others.
+    No product is spent on padding or on pairs of different families, and what a sequence becomes
+    does not depend on the others.
     """
     sizes = [family.prompt + sum(family.responses) for family in families]
     begins = list(accumulate(sizes, initial=0))
+    chunks = [_chunks(family) for family in families]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, mixing: Mixing = PLAIN) -> Tensor:
         out = []
-        for begin, family in zip(begins, families, strict=False):
+        for begin, family, behind in zip(begins, families, chunks, strict=False):
             middle = begin + family.prompt
-            own_q, own_k, own_v = (t[begin:middle].transpose(0, 1).unsqueeze(0) for t in (q, k, v))
-            mixed = _whole(own_q, own_k, own_v, mixing, None)
-            out.append(mixed.squeeze(0).transpose(0, 1))
-            if family.responses:
-                end = middle + sum(family.responses)
-                q_R, k_R, v_R = (t[middle:end].split(family.responses) for t in (q, k, v))
-                out += _responses(q_R, (k[begin:middle], v[begin:middle]), k_R, v_R, mixing)
+            own_q, own_k, own_v = (_headed(t[begin:middle]) for t in (q, k, v))
+            out.append(_flat(_whole(own_q, own_k, own_v, mixing, None)))
+            for chunk in behind:
+                end = middle + len(chunk.members)
+                keys, values = (
+                    torch.cat((first, _headed(t[middle:end])), dim=-2)
+                    for first, t in ((own_k, k), (own_v, v))
+                )
+                mask = chunk.mask(family.prompt, mixing.window, q.device)
+                out.append(_flat(_mixed(_headed(q[middle:end]), keys, values, mixing, mask)))
+                middle = end
         return torch.cat(out)
 
     return attend
 
 
-def _responses(
-    q: Sequence[Tensor],
-    prompt: tuple[Tensor, Tensor],
-    k: Sequence[Tensor],
-    v: Sequence[Tensor],
-    mixing: Mixing,
-) -> list[Tensor]:
-    """Attention of each response ``[T, H, K]`` to keys and values of its prompt and its own.
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Responses to one prompt that are computed together, their tokens one after another."""
 
-    Shape suffixes: R responses, T tokens of the longest, L keys.
+    members: Tensor
+    """int64: which response a token is of."""
+    places: Tensor
+    """int64: its place in that response."""
+
+    def mask(self, prompt: int, window: int | None, device: torch.device) -> Tensor:
+        """Return what these tokens attend to, of the prompt's tokens and of these."""
+        queries, keys = self.places[:, None] + prompt, self.places[None] + prompt
+        own = (self.members[:, None] == self.members[None]) & (keys <= queries)
+        whole = torch.cat((torch.ones(len(own), prompt, dtype=torch.bool), own), dim=1)
+        if window is not None:
+            every = torch.cat((torch.arange(prompt)[None], keys), dim=1)
+            whole &= queries - every < window
+        return whole.to(device)
+
+
+def _chunks(family: Family) -> list[_Chunk]:
+    """Cut the responses of a family into what is computed together.
+
+    A chunk has about as many tokens as its prompt: so products are at most about twice those of
+    each response alone, and as many keys and values are copied as there are tokens.
     """
-    dtype = v[0].dtype
-    q_RHTK = pad_sequence(list(q), batch_first=True).transpose(1, 2)
-    k_RGLK, v_RGLK = (
-        torch.cat((first.expand(len(q), *first.shape), own), dim=1).transpose(1, 2)
-        for first, own in zip(
-            prompt, (pad_sequence(list(t), batch_first=True) for t in (k, v)), strict=True
-        )
-    )
-    if q_RHTK.device.type == "cpu":
-        q_RHTK, k_RGLK, v_RGLK = q_RHTK.float(), k_RGLK.float(), v_RGLK.float()
-    before, length = len(prompt[0]), q_RHTK.shape[-2]
-    mask_TL = torch.ones(length, before + length, dtype=torch.bool, device=q_RHTK.device)
-    mask_TL = mask_TL.tril(before)
-    if mixing.window is not None:
-        mask_TL = mask_TL.triu(before + 1 - mixing.window)
-    mixed_RTHK = masked_attention(q_RHTK, k_RGLK, v_RGLK, mixing, mask_TL).transpose(1, 2)
-    return [row[: len(own)].to(dtype) for row, own in zip(mixed_RTHK, q, strict=True)]
+    most = min(max(family.prompt, _FEW), _MANY)
+    chunks: list[_Chunk] = []
+    part: list[int] = []
+    for index, length in enumerate(family.responses):
+        part.append(length)
+        following = family.responses[index + 1 : index + 2]
+        if not following or sum(part) + following[0] > most:
+            lengths = torch.tensor(part)
+            members = torch.arange(len(part)).repeat_interleave(lengths)
+            chunks.append(_Chunk(members, torch.cat([torch.arange(n) for n in part])))
+            part = []
+    return chunks
+
+
+def _headed(flat: Tensor) -> Tensor:
+    """``[T, H, K]`` as ``[1, H, T, K]``."""
+    return flat.transpose(0, 1).unsqueeze(0)
+
+
+def _flat(headed: Tensor) -> Tensor:
+    """``[1, H, T, K]`` as ``[T, H, K]``."""
+    return headed.squeeze(0).transpose(0, 1)
 
 
 def _whole(q: Tensor, k: Tensor, v: Tensor, mixing: Mixing, mask: Tensor | None) -> Tensor:
     """Attention ``[B, H, T, K]`` of whole sequences; `mask` None is causal."""
-    dtype = v.dtype
-    if q.device.type == "cpu":
-        # The backward of attention in bf16 takes three times as long there as in fp32.
-        q, k, v = q.float(), k.float(), v.float()
     length = q.shape[-2]
     if mixing.window is not None and mixing.window < length:
         ones = torch.ones(length, length, dtype=torch.bool, device=q.device)
         near = ones.triu(1 - mixing.window)
         mask = near.tril() if mask is None else mask & near
+    return _mixed(q, k, v, mixing, mask)
+
+
+def _mixed(q: Tensor, k: Tensor, v: Tensor, mixing: Mixing, mask: Tensor | None) -> Tensor:
+    """As `masked_attention`, in the dtype of the values."""
+    dtype = v.dtype
+    if q.device.type == "cpu":
+        # The backward of attention in bf16 takes three times as long there as in fp32.
+        q, k, v = q.float(), k.float(), v.float()
     return masked_attention(q, k, v, mixing, mask).to(dtype)
 
 

@@ -27,7 +27,7 @@ from deploy.control.batches import solves
 from deploy.control.collector import LEASES_PER_ACTOR, Collector
 from deploy.control.jobs import Scored, Weights
 from deploy.control.ledger import Ledger
-from deploy.control.tally import component_metric
+from deploy.control.tally import Tally, component_metric
 from deploy.run_folder.log_lines import HELD_OUT, best_of, held_out_scores
 from deploy.run_folder.progress import out_of_patience
 from deploy.workers.pool import Pool
@@ -47,6 +47,7 @@ def collected(
     renewed: Callable[[], Weights] | None = None,
     beside: bool = False,
     held_out: bool = False,
+    tally: Tally | None = None,
 ) -> list[Scored]:
     """Take requests through the pools, with a ledger of their own.
 
@@ -61,6 +62,7 @@ def collected(
         beside: another collector has work for the same workers: only those are taken that have
             nothing to do.
         held_out: score by what is `evaluation_only` too.
+        tally: the run's, to which what workers count meanwhile is added.
 
     Raises:
         RewardError: no response was scored.
@@ -88,6 +90,9 @@ def collected(
     except BaseException:
         collector.abandon()
         raise
+    finally:
+        if tally is not None:
+            tally.add(collector.tally.reported)
     if not tables:
         raise RewardError(
             f"evaluation: every one of {len(requests)} responses was given up by the reward "
@@ -179,12 +184,17 @@ class HeldOut:
             renewed=renewed,
             beside=self.config.train.max_staleness > 0,
             held_out=True,
+            tally=own.tally,
         )
         rows = [row for s in tables for row in from_table(ray.get(s.table), ScoredTrajectory)]
         rows.sort(key=lambda row: row.rollout_id)
         sampled = [row for row in rows if not row.greedy]
         metrics = measured(sampled, settings.solved) if sampled else {}
         metrics |= measured_greedily([row for row in rows if row.greedy], settings.solved)
+        service = self.config.reward_service
+        for name in service.components.keys() - service.scoring.keys():
+            told_of = sum(name in row.score_components for row in sampled)
+            metrics[Logged.UNJUDGED.of(name)] = float(len(sampled) - told_of)
         told = _by_prompt(rows, settings)
         if len(told) > 1:
             metrics[Logged.METRIC_ERROR] = stdev(told) / len(told) ** 0.5

@@ -33,6 +33,11 @@ class Tally:
         for name, count in reported.items():  # a count of 0 is shown too
             self._reported[name] += count
 
+    @property
+    def reported(self) -> dict[str, int]:
+        """What workers reported to this process."""
+        return dict(self._reported)
+
     def carry_on(self, counted: Mapping[str, int]) -> None:
         """Take up what a checkpoint says was `counted`.
 

@@ -58,7 +58,7 @@ def algorithm_of(config: RunConfig) -> str:
 def reward_of(config: RunConfig) -> str:
     """Return the parts of the score with their weights."""
     parts = []
-    for name, component in config.reward_service.components.items():
+    for name, component in config.reward_service.scoring.items():
         what = name.replace("_", " ")
         if isinstance(component, FunctionComponent):
             what = f"{name} (function {component.target})"

@@ -51,11 +51,36 @@ class History:
     """Evaluations while it trained, likewise."""
     now: float | None = None
     """Unix seconds, of a run that is at work; None: it has ended."""
+    since: float = 0.0
+    """Unix seconds at which what is at work began."""
 
     @classmethod
-    def of(cls, config: RunConfig, lines: Sequence[Line], now: float | None = None) -> History:
+    def of(
+        cls,
+        config: RunConfig,
+        lines: Sequence[Line],
+        now: float | None = None,
+        since: float = 0.0,
+    ) -> History:
         """Take the lines of a log: of what was trained again, the later one."""
-        return cls(config, _surviving(lines, "train"), _surviving(lines, HELD_OUT), now)
+        history = cls(config, [], [], now, since)
+        for line in lines:
+            history.add(line)
+        return history
+
+    def add(self, line: Line) -> None:
+        """Add the next line of the log.
+
+        What is trained again takes the place of what was, and of all that came after it: a run that
+        went back to a checkpoint goes on from there.
+        """
+        if line.stage == "train":
+            _cut(self.iterations, line.step)
+            _cut(self.held_out, line.step)
+            self.iterations.append(line)
+        elif line.stage == HELD_OUT:
+            _cut(self.held_out, line.step)
+            self.held_out.append(line)
 
     def last(self, metric: str, count: int) -> list[float]:
         """Return a metric in the last iterations; nothing where there are fewer that have it."""
@@ -69,19 +94,7 @@ class History:
         return [line.metrics[metric] for line in islice(lines, count)]
 
 
-def followed(kept: list[Line], line: Line) -> None:
-    """Add a stage's next line. What is trained again takes the place of what was, and of all after.
-
-    A run that went back to a checkpoint goes on from there.
-    """
-    while kept and kept[-1].step >= line.step:
-        kept.pop()
-    kept.append(line)
-
-
-def _surviving(lines: Sequence[Line], stage: str) -> list[Line]:
-    kept: list[Line] = []
-    for line in lines:
-        if line.stage == stage:
-            followed(kept, line)
-    return kept
+def _cut(lines: list[Line], step: int) -> None:
+    """Take off what is of this step, or of a later one."""
+    while lines and lines[-1].step >= step:
+        lines.pop()

@@ -5,13 +5,17 @@ Numbers without a source are our choice, and silent on healthy runs.
 
 from __future__ import annotations
 
-from statistics import fmean, median
+from math import hypot
+from statistics import fmean, median, stdev
 
 from common.metric_catalogue import Logged
 from deploy.health.history import LASTING, History, Said
+from deploy.run_folder.log_lines import Line
 
 _KL_WITHOUT_TARGET = 10.0
 """Nats per response; Ziegler 2019 aimed at 6 to 10."""
+_KL_BELOW = -0.05
+_WINDOW = 20
 _CLIPPED, _CLIPPED_MUCH = 0.3, 0.5
 _UPDATE_KL = 0.02
 """Nats per token."""
@@ -19,32 +23,36 @@ _MISMATCH_KL = 3e-3
 """Nats per token. NeMo RL's guide names 1e-3; adapters that are merged into bf16 weights are at
 1.5e-3 in runs of ours that learn well."""
 _ENTROPY_LEFT, _ENTROPY_LEAST = 0.2, 0.1
-_LONGER, _CUT = 1.5, 0.2
+_LONGER, _CUT, _CUT_MUCH = 1.5, 0.2, 0.5
 _WITHOUT_SIGNAL = 0.5
 _NORM_JUMP = 10.0
 
 
 def kl(history: History) -> Said | None:
-    """Tell that the policy is far from where it began."""
-    target = history.config.train.kl_target
+    """Tell that the policy is far from where it began, where the recipe wants to hold it there."""
+    train, found = history.config.train, history.last(Logged.KL, LASTING)
+    held = train.kl_coef or train.objective.kl_loss is not None
+    target = train.kl_target
     limit = _KL_WITHOUT_TARGET if target is None else 2 * target
-    found = history.last(Logged.KL, LASTING)
-    if found and min(found) > limit:
-        why = "no train.kl_target is set" if target is None else f"twice train.kl_target={target:g}"
+    if held and found and min(found) > limit:
+        why = (
+            "there is no train.kl_target" if target is None else f"twice train.kl_target={target:g}"
+        )
         return (
             "warning",
             f"KL to the reference {found[-1]:.1f} nats per response, over {limit:g} ({why}) for "
             f"{LASTING} iterations",
-            "raise train.kl_coef, or lower train.lr; read samples for answers that please the "
-            "reward alone",
+            "read samples for answers that please the reward alone; in the next run raise "
+            "train.kl_coef or lower train.lr",
         )
-    if found and fmean(found) < 0 and max(found) < 0:
+    many = history.last(Logged.KL, _WINDOW)
+    if many and fmean(many) < min(_KL_BELOW, -3 * stdev(many) / len(many) ** 0.5):
         return (
             "warning",
-            f"KL to the reference {fmean(found):.3f} nats per response, below 0 on the mean of "
-            f"{LASTING} iterations",
-            "the estimate is of sampled tokens alone: more rollouts an iteration steady it, and a "
-            "value that stays below 0 says that reference and policy are not computed alike",
+            f"KL to the reference {fmean(many):.2f} nats per response, the mean of {_WINDOW} "
+            "iterations: below 0 by more than its noise",
+            "reference and policy are not computed alike: compare their precision, and which model "
+            "the reference is",
         )
     return None
 
@@ -52,39 +60,42 @@ def kl(history: History) -> Said | None:
 def over_optimisation(history: History) -> Said | None:
     """Tell that the score of training rises while what is held out has fallen from its best.
 
-    (Stiennon 2020, section 4.3.) The held-out metric is `evaluate.metric`.
+    (Stiennon 2020, section 4.3.) The held-out metric is `evaluate.metric`, of evaluations that
+    asked for as many responses as the last and know their error.
     """
     metric = history.config.evaluate.logged_metric
-    told = [line for line in history.held_out if metric in line.metrics]
-    error = [line.metrics.get(Logged.METRIC_ERROR, 0.0) for line in told]
+    told = [
+        line
+        for line in history.held_out
+        if metric in line.metrics
+        and Logged.METRIC_ERROR in line.metrics
+        and line.metrics.get(Logged.RESPONSES) == history.held_out[-1].metrics.get(Logged.RESPONSES)
+    ]
     if len(told) < 3:
         return None
-    values = [line.metrics[metric] for line in told]
-    best = max(range(len(values)), key=lambda at: values[at])
-    fallen = [
-        values[at] < values[best] - 2 * (error[at] ** 2 + error[best] ** 2) ** 0.5
-        for at in range(len(values))
-    ]
-    since = told[best].step
+    best = max(told, key=lambda line: line.metrics[metric])
+    if not all(_below(line, best, metric) for line in told[-2:]):
+        return None
+    # What iteration s trained was sampled from version s - 1.
+    scored = [line for line in history.iterations if Logged.SCORE in line.metrics]
     before, after = (
-        [
-            line.metrics[Logged.SCORE]
-            for line in history.iterations
-            if (line.step > since) == later and Logged.SCORE in line.metrics
-        ]
+        [line.metrics[Logged.SCORE] for line in scored if (line.step > best.step + 1) == later]
         for later in (False, True)
     )
-    if not (fallen[-1] and fallen[-2]) or not before or not after:
-        return None
-    if fmean(after[-LASTING:]) <= fmean(before[-LASTING:]):
+    if not before or not after or fmean(after[-LASTING:]) <= fmean(before[-LASTING:]):
         return None
     return (
         "critical",
-        f"held-out {metric} fell from {values[best]:.3f} (iteration {since}) to {values[-1]:.3f}, "
-        f"over two standard errors in two evaluations, while the score of training rose to "
-        f"{fmean(after[-LASTING:]):.3f}",
+        f"held-out {metric} fell from {best.metrics[metric]:.3f} (iteration {best.step}) to "
+        f"{told[-1].metrics[metric]:.3f}, by over two standard errors of the difference in two "
+        f"evaluations, and the score of training rose to {fmean(after[-LASTING:]):.3f}",
         "stop, and take `--checkpoint best`; then raise train.kl_coef, or train for less",
     )
+
+
+def _below(line: Line, best: Line, metric: str) -> bool:
+    errors = (of.metrics[Logged.METRIC_ERROR] for of in (line, best))
+    return line.metrics[metric] < best.metrics[metric] - 2 * hypot(*errors)
 
 
 def update(history: History) -> Said | None:
@@ -143,7 +154,8 @@ def entropy(history: History) -> Said | None:
 
 def length(history: History) -> Said | None:
     """Tell that responses grow, or are cut at the limit."""
-    start, found = (of(Logged.RESPONSE_LENGTH, LASTING) for of in (history.first, history.last))
+    start = history.first(Logged.RESPONSE_LENGTH)
+    found = history.last(Logged.RESPONSE_LENGTH, LASTING)
     most = history.config.rollout.max_response_tokens
     if len(history.iterations) > 2 * LASTING and found and min(found) > _LONGER * fmean(start):
         return (
@@ -152,28 +164,31 @@ def length(history: History) -> Said | None:
             f"of the start for {LASTING} iterations",
             "read the longest samples; train.objective.overlong makes length cost something",
         )
-    ended, at_first = history.last(Logged.EOS_SHARE, LASTING), history.first(Logged.EOS_SHARE)
-    if ended and 1 - max(ended) > max(_CUT, _LONGER * (1 - fmean(at_first))):
-        return (
-            "warning",
-            f"{1 - ended[-1]:.0%} of responses are cut at {most} tokens, over {_CUT:.0%} for "
-            f"{LASTING} iterations",
-            "raise rollout.max_response_tokens, or set train.missing_eos_penalty",
-        )
-    return None
+    cut = [1 - share for share in history.last(Logged.EOS_SHARE, LASTING)]
+    at_first = [1 - share for share in history.first(Logged.EOS_SHARE)]
+    if not cut or min(cut) <= (limit := max(_CUT, min(_LONGER * fmean(at_first), _CUT_MUCH))):
+        return None
+    return (
+        "warning",
+        f"{cut[-1]:.0%} of responses are cut at {most} tokens, over {limit:.0%} for "
+        f"{LASTING} iterations",
+        "raise rollout.max_response_tokens; a lower train.missing_eos_penalty makes an answer "
+        "without an end cost more",
+    )
 
 
 def signal(history: History) -> Said | None:
     """Tell that scores do not tell responses apart."""
+    train = history.config.train
     equal = history.last(Logged.EQUAL_GROUPS, LASTING)
     spread = history.last(Logged.SCORE_DEVIATION, LASTING)
-    if spread and max(spread) < 1e-6:
+    if train.batch_size > 1 and spread and max(spread) < 1e-6:
         return (
             "critical",
-            f"all responses had one score for {LASTING} iterations",
+            f"all responses of an iteration had one score, for {LASTING} iterations",
             "look at the reward with `talipot validate`: it gives every response the same",
         )
-    if equal and min(equal) > _WITHOUT_SIGNAL:
+    if train.needs.least_responses > 1 and equal and min(equal) > _WITHOUT_SIGNAL:
         return (
             "warning",
             f"{equal[-1]:.0%} of prompts have responses of one score, over {_WITHOUT_SIGNAL:.0%} "
@@ -185,7 +200,7 @@ def signal(history: History) -> Said | None:
 
 
 def value(history: History) -> Said | None:
-    """Tell that the value function explains nothing, or that gradients jump."""
+    """Tell that the value function explains nothing."""
     explained = history.last(Logged.EXPLAINED_VARIANCE, LASTING * 2)
     if len(history.iterations) > 4 * LASTING and explained and max(explained) < 0:
         return (
@@ -199,7 +214,7 @@ def value(history: History) -> Said | None:
 
 
 def gradient(history: History) -> Said | None:
-    """Tell that gradients jump, or are nearly always cut."""
+    """Tell that gradients jump."""
     norms = [
         line.metrics[Logged.GRADIENT_NORM]
         for line in history.iterations

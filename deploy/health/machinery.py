@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from statistics import fmean, median
 
 from common.metric_catalogue import Logged
@@ -16,28 +15,26 @@ _WINDOW = 20
 
 
 def workers(history: History) -> Said | None:
-    """Tell of lost workers and of a learner that was built again."""
-    restarts = history.last(Logged.LEARNER_RESTARTS, 1)
-    if restarts and restarts[-1] > 0:
+    """Tell of a learner that was built again, and of lost workers."""
+    if restarts := _grown(history, Logged.LEARNER_RESTARTS, _WINDOW):
         return (
             "critical",
-            f"restarts of the learner: {restarts[-1]:.0f}",
-            "events.jsonl of the run says why; learner.max_restarts ends the run at some time",
+            f"restarts of the learner in the last {_WINDOW} iterations: {restarts:.0f}",
+            "events.jsonl of the run says why; after learner.max_restarts of them the run ends",
         )
-    recent = [
-        line
-        for line in history.iterations
-        if line.time >= history.iterations[-1].time - _LOST_WITHIN_S
-    ]
-    begin = history.iterations[-len(recent) - 1] if len(recent) < len(history.iterations) else None
-    lost = _lost(history.iterations[-1].metrics) - (_lost(begin.metrics) if begin else 0.0)
-    if lost >= _LOST:
-        return (
-            "warning",
-            f"{lost:.0f} workers lost within {_LOST_WITHIN_S / 60:.0f} minutes",
-            "`talipot status` shows the causes; nothing was lost with them, and each costs a start",
-        )
-    return None
+    end = history.iterations[-1].time
+    recent = sum(line.time >= end - _LOST_WITHIN_S for line in history.iterations)
+    lost = sum(_grown(history, name, recent) for name in _counts(history, "workers_lost/"))
+    if lost < _LOST:
+        return None
+    begin = history.iterations[-recent - 1] if recent < len(history.iterations) else None
+    minutes = (end - begin.time) / 60 if begin else 0.0
+    within = f" within {minutes:.0f} minutes" if minutes else ""
+    return (
+        "warning",
+        f"{lost:.0f} workers lost{within}",
+        "`talipot status` shows the causes; no rollout was lost with them, and each costs a start",
+    )
 
 
 def progress(history: History) -> Said | None:
@@ -47,7 +44,7 @@ def progress(history: History) -> Said | None:
     took = [line.metrics[Logged.SECONDS] for line in history.iterations[-_WINDOW:]]
     usual = median(took)
     limit = max(_SILENT_ITERATIONS * usual, _SILENT_S)
-    waited = history.now - history.iterations[-1].time
+    waited = history.now - max(history.iterations[-1].time, history.since)
     if waited <= limit:
         return None
     return (
@@ -59,17 +56,15 @@ def progress(history: History) -> Said | None:
 
 def starvation(history: History) -> Said | None:
     """Tell that work is thrown away, or that the learner waits for rollouts."""
-    if (wasted := _share(history, ("dropped/", "resampled/"), "stale")) > _WASTED:
+    if (wasted := _share(history, "dropped/stale", "resampled/stale")) > _WASTED:
         return (
             "warning",
-            f"{wasted:.0%} of rollouts were too old and dropped or sampled again, over "
-            f"{_WASTED:.0%}",
+            f"{wasted:.0%} of the rollouts of the last {_WINDOW} iterations were too old and "
+            f"dropped or sampled again, over {_WASTED:.0%}",
             "raise train.max_staleness, or take fewer actors",
         )
-    waits, takes = (
-        history.last(Logged.COLLECT_SECONDS, _WINDOW),
-        history.last(Logged.SECONDS, _WINDOW),
-    )
+    waits = history.last(Logged.COLLECT_SECONDS, _WINDOW)
+    takes = history.last(Logged.SECONDS, _WINDOW)
     if not history.config.train.max_staleness or not waits or not takes:
         return None  # in synchronous mode it waits for each batch
     shares = [wait / max(take, 1e-9) for wait, take in zip(waits, takes, strict=True)]
@@ -85,30 +80,36 @@ def starvation(history: History) -> Said | None:
 
 def dead_letters(history: History) -> Said | None:
     """Tell that the reward service gives responses up."""
-    share = _share(history, ("dropped/",), "dead letter")
+    share = _share(history, "dropped/dead letter")
     if share <= _DEAD:
         return None
     return (
         "warning",
-        f"{share:.1%} of rollouts were given up by what scores them, over {_DEAD:.0%}",
+        f"{share:.1%} of the rollouts of the last {_WINDOW} iterations were given up by what "
+        f"scores them, over {_DEAD:.0%}",
         "the endpoint's failures are `http/NAME/failures`, and what was refused is in its "
         "dead_letters file",
     )
 
 
-def _lost(metrics: Mapping[str, float]) -> float:
-    """Count the workers lost so far, over both pools."""
-    return sum(
-        count
-        for name, count in metrics.items()
-        if name.startswith("workers_lost/") and name.count("/") == 1
-    )
+def _counts(history: History, kind: str) -> list[str]:
+    """Return the counters of a kind that stand for all causes."""
+    return [
+        name
+        for name in history.iterations[-1].metrics
+        if name.startswith(kind) and name.count("/") == 1
+    ]
 
 
-def _share(history: History, kinds: tuple[str, ...], reason: str) -> float:
-    """Return the share of rollouts that went one way, over the run."""
-    last = history.iterations[-1]
-    of = sum(last.metrics.get(f"{kind}{reason}", 0.0) for kind in kinds)
-    train = history.config.train
-    made = last.step * train.prompts_per_iteration * train.samples_per_prompt
-    return of / max(made + of, 1.0)
+def _grown(history: History, counter: str, iterations: int) -> float:
+    """Return by how much a counter of the whole run has grown in the last iterations."""
+    lines = history.iterations
+    before = lines[-iterations - 1].metrics.get(counter, 0.0) if iterations < len(lines) else 0.0
+    return lines[-1].metrics.get(counter, 0.0) - before
+
+
+def _share(history: History, *counters: str) -> float:
+    """Return the share of the last iterations' rollouts that such counters have counted."""
+    lost = sum(_grown(history, counter, _WINDOW) for counter in counters)
+    made = min(_WINDOW, len(history.iterations)) * history.config.train.batch_size
+    return lost / max(made + lost, 1.0)

@@ -10,8 +10,8 @@ from ray.util.metrics import Gauge
 
 from common.config.run import RunConfig
 from deploy.health.checks import CHECKS, verdicts
-from deploy.health.history import SEVERITIES, History, Verdict, followed
-from deploy.run_folder.log_lines import HELD_OUT, Line, read_lines
+from deploy.health.history import SEVERITIES, History, Verdict
+from deploy.run_folder.log_lines import Line, read_lines
 
 
 class Watch:
@@ -32,11 +32,11 @@ class Watch:
     def look(self, stage: str, step: int, metrics: Mapping[str, float]) -> list[Verdict]:
         """Add a step of policy training, or an evaluation; return what was not wrong before it."""
         line = Line(stage=stage, step=step, metrics=metrics, time=time.time())
-        followed(self._history.held_out if stage == HELD_OUT else self._history.iterations, line)
-        known = {verdict.check for verdict in self.verdicts}
+        self._history.add(line)
+        known = {(verdict.check, verdict.severity) for verdict in self.verdicts}
         self.verdicts = tuple(verdicts(self._history))
         found = {(verdict.check, verdict.severity) for verdict in self.verdicts}
         for check, severity in product(CHECKS, SEVERITIES):
             tags = {"run": self._run, "check": check, "severity": severity}
             self._gauge.set(float((check, severity) in found), tags)
-        return [verdict for verdict in self.verdicts if verdict.check not in known]
+        return [v for v in self.verdicts if (v.check, v.severity) not in known]

@@ -39,6 +39,9 @@ _UNKNOWN = -1
 _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
+_SINCE = "%Y-%m-%d %H:%M:%S UTC"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
     """Who holds a run's lock, as its note says."""
@@ -50,11 +53,16 @@ class Holder:
     empty where the system does not say."""
     stage: str
     since: str
-    """UTC, ISO 8601."""
+    """UTC, as `_SINCE`."""
     token: str
     """Tells one holding from the next."""
     cluster: str = ""
     """Address of the Ray cluster that it is at work on; empty where it has none yet."""
+
+    @property
+    def began(self) -> float:
+        """Unix seconds of `since`."""
+        return datetime.strptime(f"{self.since}+0000", f"{_SINCE}%z").timestamp()
 
     def __str__(self) -> str:
         return f"`talipot {self.stage}` on host {self.host}, process {self.pid}, since {self.since}"
@@ -78,7 +86,7 @@ class RunLock:
             pid=os.getpid(),
             born=_born(os.getpid()),
             stage=stage,
-            since=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+            since=datetime.now(UTC).strftime(_SINCE),
             token=secrets.token_hex(8),
             cluster=cluster,
         )

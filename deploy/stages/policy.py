@@ -270,7 +270,7 @@ class _Screen:
 
     def __init__(self, console: Console, update: Callable[[int, str], None]) -> None:
         self._console, self._update = console, update
-        self._wrong: set[str] = set()
+        self._wrong: set[tuple[str, str]] = set()
 
     def __call__(self, status: Status) -> None:
         """Show where the run is."""
@@ -288,7 +288,7 @@ class _Screen:
     def warn(self, found: Sequence[Verdict]) -> None:
         """Say what was not wrong when it was looked at last."""
         for verdict in found:
-            if verdict.check not in self._wrong:
+            if (verdict.check, verdict.severity) not in self._wrong:
                 style = "bold red" if verdict.severity == "critical" else "bold yellow"
                 say(
                     self._console,
@@ -296,4 +296,4 @@ class _Screen:
                     f"iteration {verdict.iteration}: {verdict.evidence}; {verdict.advice} ",
                     (f"({verdict.section})", "dim"),
                 )
-        self._wrong = {verdict.check for verdict in found}
+        self._wrong = {(verdict.check, verdict.severity) for verdict in found}

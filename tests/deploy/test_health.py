@@ -6,7 +6,7 @@ import html
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ WELL = {
     "workers_lost/reward": 0.0,
 }
 COUNT = 30
+GROUPS = {"algorithm": "grpo", "ppg": None, "samples_per_prompt": 4}
 
 
 def history(
@@ -48,6 +49,7 @@ def history(
     *,
     count: int = COUNT,
     held_out: Sequence[tuple[int, float]] = (),
+    error: float | None = 0.01,
     now: float | None = None,
     **settings: Any,
 ) -> History:
@@ -62,7 +64,9 @@ def history(
                 metrics[name] = known[at - behind]
         lines.append(Line(stage="train", step=at + 1, metrics=metrics, time=1000.0 + 30.0 * at))
     for version, score in held_out:
-        told = {"score": score, "metric_error": 0.01}
+        told = {"score": score, "responses": 64.0}
+        if error is not None:
+            told["metric_error"] = error
         lines.append(Line(stage=HELD_OUT, step=version, metrics=told, time=1000.0))
     return History.of(RunConfig.model_validate(settings), lines, now)
 
@@ -77,9 +81,9 @@ def rising(begin: float, end: float) -> list[float]:
 
 FIRES: dict[str, list[tuple[History, str]]] = {
     "kl": [
-        (history({"kl": [11.0] * 5}), r"11\.0 nats per response, over 10 \(no train\.kl_target"),
+        (history({"kl": [11.0] * 5}), r"11\.0 nats per response, over 10 \(there is no train\.kl"),
         (history({"kl": [13.0] * 5}, train={"kl_target": 6}), r"over 12 \(twice train\.kl_targ"),
-        (history({"kl": [-0.02] * 5}), r"-0\.020 nats per response, below 0"),
+        (history({"kl": [-0.1, -0.2] * 10}), r"-0\.15 nats per response, the mean of 20 iter"),
     ],
     "over-optimisation": [
         (
@@ -89,7 +93,15 @@ FIRES: dict[str, list[tuple[History, str]]] = {
                 evaluate={"every": 5},
             ),
             r"held-out score fell from 0\.500 \(iteration 5\) to 0\.300",
-        )
+        ),
+        (
+            history(  # from the first evaluation on, before training
+                {"score": rising(0.0, 1.0)},
+                held_out=[(0, 0.9), (10, 0.7), (20, 0.5), (30, 0.3)],
+                evaluate={"every": 10},
+            ),
+            r"held-out score fell from 0\.900 \(iteration 0\) to 0\.300",
+        ),
     ],
     "update": [
         (history({"clip_fraction": [0.35] * 3}), r"35% of tokens clipped, over 30%"),
@@ -100,19 +112,26 @@ FIRES: dict[str, list[tuple[History, str]]] = {
     "entropy": [(history({"entropy": [0.15] * 5}), r"under 0\.200 .* \(it began with 1\.00\)")],
     "length": [
         (history({"response_length": [31.0] * 5}), r"over 1\.5 times the 20 of the start"),
-        (history({"eos_share": [0.7] * 5}), r"30% of responses are cut at"),
+        (history({"eos_share": [0.7] * 5}), r"30% of responses are cut at .*, over 20%"),
+        (history({"eos_share": 0.1}), r"90% of responses are cut at .*, over 50%"),
     ],
     "signal": [
-        (history({"equal_groups": [0.6] * 5}), r"60% of prompts have responses of one score"),
-        (history({"score_deviation": [0.0] * 5}), r"all responses had one score"),
+        (
+            history({"equal_groups": [0.6] * 5}, train=GROUPS),
+            r"60% of prompts have responses of one score",
+        ),
+        (history({"score_deviation": [0.0] * 5}), r"all responses of an iteration had one score"),
     ],
     "value": [(history({"explained_variance": [-0.1] * 10}), r"explains -0\.10 of the returns'")],
     "gradient": [(history({"gradient_norm": [9.0]}), r"gradient norm 9, over 10 times its median")],
     "workers": [
-        (history({"learner_restarts": [1.0]}), r"restarts of the learner: 1"),
+        (
+            history({"learner_restarts": [1.0]}),
+            r"restarts of the learner in the last 20 iterations: 1",
+        ),
         (
             history({"workers_lost/rollout": [2.0] * 5, "workers_lost/reward": [1.0] * 2}),
-            r"3 workers lost within 10 minutes",
+            r"3 workers lost within \d+ minutes",
         ),
     ],
     "progress": [
@@ -120,7 +139,7 @@ FIRES: dict[str, list[tuple[History, str]]] = {
     ],
     "starvation": [
         (
-            history({"resampled/stale": 3000.0}, train={"max_staleness": 1}),
+            history({"resampled/stale": rising(0.0, 3000.0)}, train={"max_staleness": 1}),
             r"were too old and dropped or sampled again",
         ),
         (
@@ -129,14 +148,19 @@ FIRES: dict[str, list[tuple[History, str]]] = {
         ),
     ],
     "dead-letters": [
-        (history({"dropped/dead letter": 500.0}), r"of rollouts were given up by what scores"),
+        (
+            history({"dropped/dead letter": [0.0, *rising(0.0, 900.0)]}),
+            r"of the rollouts of the last 20 iterations were given up",
+        ),
     ],
 }
 SILENT: dict[str, list[History]] = {
     "kl": [
         history({"kl": [11.0] * 4}),
         history({"kl": [11.0] * 5}, train={"kl_target": 6}),
-        history({"kl": [-0.1, -0.1, 0.2, -0.1, -0.1]}),
+        history({"kl": [-0.2, 0.15] * 10}),  # noise around 0
+        history({"kl": [-1e-6] * 20}),
+        history({"kl": 30.0}, train={"kl_coef": 0}),  # nothing holds it there, on purpose
     ],
     "over-optimisation": [
         history(  # both rise
@@ -147,6 +171,12 @@ SILENT: dict[str, list[History]] = {
         history(  # fell once, within its error the other time
             {"score": rising(0.0, 1.0)},
             held_out=[(0, 0.2), (5, 0.5), (15, 0.49), (20, 0.3)],
+            evaluate={"every": 5},
+        ),
+        history(  # nobody knows how exact they are
+            {"score": rising(0.0, 1.0)},
+            held_out=[(0, 0.2), (5, 0.5), (15, 0.4), (20, 0.3)],
+            error=None,
             evaluate={"every": 5},
         ),
         history(  # the score of training falls too: something else is wrong
@@ -164,15 +194,24 @@ SILENT: dict[str, list[History]] = {
         history({"mismatch_kl": 0.002}),
     ],
     "entropy": [history({"entropy": [0.15] * 4}), history({"entropy": 0.08})],
-    "length": [history({"response_length": [31.0] * 4}), history({"eos_share": 0.7})],
-    "signal": [history({"equal_groups": [0.6] * 4}), history({"score_deviation": [0.0] * 4})],
+    "length": [history({"response_length": [31.0] * 4}), history({"eos_share": 0.72})],
+    "signal": [
+        history({"equal_groups": [0.6] * 4}, train=GROUPS),
+        history({"score_deviation": [0.0] * 4}),
+        history({"equal_groups": 0.6}),  # PPO compares none
+    ],
     "value": [history({"explained_variance": -0.1}, count=20)],
     "gradient": [history({"gradient_norm": [7.0]}), history({"gradient_norm": [9.0]}, count=9)],
     "workers": [
         history({"workers_lost/rollout": 5.0}),  # long ago
         history({"workers_lost/rollout": [2.0] * 5}),
+        history({"learner_restarts": [1.0] * 25}),  # healed long ago
     ],
-    "progress": [history({}), history({}, now=1000.0 + 29 * 30 + 140)],
+    "progress": [
+        history({}),
+        history({}, now=1000.0 + 29 * 30 + 140),
+        replace(history({}, now=90_000.0), since=89_900.0),  # resumed a day later
+    ],
     "starvation": [
         history({"collect_seconds": [29.0] * 20}),
         history({"collect_seconds": [29.0] * 19}, train={"max_staleness": 1}),
@@ -242,6 +281,8 @@ def test_watch_status_and_report_say_the_same(tmp_path: Path) -> None:
     assert first.check == "kl"
     assert watch.look("train", COUNT + 1, {**WELL, "kl": 12.0}) == [], "it is told once"
     assert watch.look("train", COUNT + 2, WELL) == [] and watch.verdicts == ()
+    [much] = watch.look("train", COUNT + 3, {**WELL, "learner_restarts": 1.0})
+    assert (much.check, much.severity) == ("workers", "critical")
     [again] = watch.look("train", COUNT + 2, {**WELL, "kl": 12.0})
     assert again.check == "kl", "it went back, to a history in which it is wrong"
     with config.folder.metrics.open("a", encoding="utf8") as file:

@@ -10,6 +10,7 @@ import torch
 
 from common.batching import sequence_batch
 from common.logprobs import Sampling, chosen_reader
+from common.models import attention
 from common.models.embedding import Reader
 from common.models.networks import PolicyNetwork, compute_in
 from learner.algorithms import ppo
@@ -76,6 +77,7 @@ def test_a_prompt_of_several_rows_is_computed_once(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Log-probabilities and gradients are those of rows that are computed apart."""
+    monkeypatch.setattr(attention, "_FEW", 4)  # responses to the short prompt are two chunks
     decoder = loaded(reference(name), tmp_path, logits_mb=0.002, activation_checkpointing=True)
     network = PolicyNetwork(decoder).double().train()
     prompts = [[7, 3, 9, 11, 4] * 8, [7, 3, 9], [5]]
