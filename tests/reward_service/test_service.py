@@ -208,6 +208,31 @@ def test_a_dead_letter_is_dropped_named_and_costs_no_other(
     assert sorted(line["rollout_id"] for line in lines) == lost
 
 
+def test_what_only_evaluates_is_asked_of_sampled_held_out_answers_alone(
+    workspace: RunConfig,
+) -> None:
+    """A judge that is too slow for all; what it refuses stays, without a value of its own."""
+    records = [replace(record, greedy=i == 3) for i, record in enumerate(rollouts(5))]
+
+    def behave(number: int, rows: Rows) -> Reply:
+        if rows[0]["response"] == "1":
+            return Reply(status=400)
+        return scores([(row["rollout_id"], 1.0) for row in rows])
+
+    with Endpoint(behave) as endpoint:
+        judge = http(endpoint, evaluation_only=True, weight=5.0)
+        made = worker(workspace, {**SPELLED, "judge": judge})
+        facts, trained = made.score(table(records))
+        assert len(endpoint.calls) == 0
+        held, evaluated = made.score_held_out(table(records))
+        assert len(endpoint.calls) == 4
+    assert facts.dead_letters == held.dead_letters == {}
+    assert held.scores == facts.scores
+    of = [row.score_components for row in from_table(evaluated, ScoredTrajectory)]
+    assert ["judge" in said for said in of] == [True, False, True, False, True]
+    assert not any("judge" in r.score_components for r in from_table(trained, ScoredTrajectory))
+
+
 def test_when_all_are_given_up_the_table_is_empty(workspace: RunConfig) -> None:
     with Endpoint(lambda number, rows: Reply(status=500)) as endpoint:
         made = worker(workspace, {**MODEL, "remote": http(endpoint, max_concurrency=1)})

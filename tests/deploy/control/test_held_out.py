@@ -235,6 +235,8 @@ def test_what_only_evaluates_is_no_part_of_the_score(
     found = evaluations(config)
     assert all(metrics["component/length"] >= 1 for _, metrics in found)
     assert all(metrics["component/length"] != metrics["score"] for _, metrics in found)
+    assert all(metrics["unjudged/length"] == 0 for _, metrics in found)
+    assert all(metrics["metric_error"] > 0 for _, metrics in found)
     best = {version: metrics["component/length"] for version, metrics in found}
     assert HeldOut.of(config, held_out_of(config)).scores == best
     trained = [line for line in read_lines(config.folder.metrics).lines if line.stage == "train"]
