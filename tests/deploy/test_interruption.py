@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,32 +11,9 @@ import pytest
 import ray
 
 from deploy.run_folder import checkpoints
-from tests.deploy.commands import Run, refused
+from tests.deploy.commands import Run, refused, start, until_logged
 
 pytestmark = pytest.mark.usefixtures("cluster")
-
-
-def start(command: str, path: str, *options: str, address: str = "") -> subprocess.Popen[str]:
-    """A real command of its own process."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "deploy.cli", command, "--config", path, *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "RAY_ADDRESS": address},
-        # A shell may have started the tests with Ctrl-C ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def until_logged(started: subprocess.Popen[str], log: Path) -> None:
-    """Wait for the first line of a run's log."""
-    deadline = time.monotonic() + 150
-    while not (log.exists() and log.stat().st_size):
-        assert started.poll() is None, started.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 @pytest.mark.parametrize(

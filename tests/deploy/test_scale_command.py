@@ -22,9 +22,8 @@ from deploy.workers.attach import own_address
 from deploy.workers.gang import LearnerGang
 from deploy.workers.placement import reward_pool, rollout_pool
 from tests.conftest import run_copy
-from tests.deploy.commands import Run
+from tests.deploy.commands import Run, refused
 from tests.deploy.control.runs import prompts_of
-from tests.deploy.test_cli import refused
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

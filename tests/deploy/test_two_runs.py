@@ -14,7 +14,7 @@ from common.config.recipe import save_config
 from common.config.run import RunConfig
 from deploy.standing import Standing, standing_of
 from tests.conftest import run_copy
-from tests.deploy.test_cli import start, until_logged
+from tests.deploy.commands import start, until_logged
 from tests.deploy.workers.test_attach import command
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]

@@ -28,8 +28,7 @@ from deploy.run_folder.reads import reads_of
 from deploy.stages import policy, preparation
 from deploy.stages.session import Session
 from tests.conftest import make_workspace
-from tests.deploy.commands import Run
-from tests.deploy.test_cli import refused
+from tests.deploy.commands import Run, refused
 
 
 def session_of(config: RunConfig) -> Session:
