@@ -9,7 +9,7 @@ Shape suffixes: B sequences, T positions, R response positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,6 +126,14 @@ def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return groups[::-1]
 
 
+def rows_by_prompt(prompts: Iterable[Sequence[int]]) -> dict[tuple[int, ...], list[int]]:
+    """Return the row numbers of each prompt, in the order in which prompts come first."""
+    rows: dict[tuple[int, ...], list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows.setdefault(tuple(prompt), []).append(row)
+    return rows
+
+
 def shared_micro_batches(
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
@@ -187,9 +195,7 @@ def _parts_of_prompts(
     prompts: Sequence[Sequence[int]], responses: Sequence[int], budget: int, ranks: int
 ) -> list[_Group]:
     """Return the rows of each prompt, in like parts where they are too many for a group or rank."""
-    by_prompt: dict[tuple[int, ...], list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        by_prompt.setdefault(tuple(prompt), []).append(row)
+    by_prompt = rows_by_prompt(prompts)
     share = max(1, (sum(map(len, by_prompt)) + sum(responses)) // ranks)
     parts: list[_Group] = []
     for prompt, members in by_prompt.items():

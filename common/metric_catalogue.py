@@ -9,9 +9,7 @@ that are written.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from enum import StrEnum
-from functools import cache
 
 from common.metric_facts import Facts, counter, gauge
 
@@ -395,17 +393,3 @@ class Logged(StrEnum):
     def of(self, *values: object) -> str:
         """Return the name that is written for these values of its labels."""
         return self.format(**dict(zip(self.labels, map(str, values), strict=True)))
-
-
-@cache
-def logged_as(name: str) -> tuple[Logged, Mapping[str, str]]:
-    """Find the metric that a written name is of, and the values of its labels.
-
-    Raises:
-        KeyError: it is none of the catalogue.
-    """
-    for metric in Logged:
-        pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+)", re.escape(metric))
-        if match := re.fullmatch(pattern, name):
-            return metric, match.groupdict()
-    raise KeyError(f"metric '{name}' is not in common/metric_catalogue.py")

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from common.config.run import RunConfig
-from common.metric_catalogue import Logged, logged_as
+from common.metric_catalogue import Logged
+from common.metric_names import logged_as
 from deploy.health.checks import verdicts
 from deploy.health.history import History, Verdict
 from deploy.run_folder.failures import last_failure

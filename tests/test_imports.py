@@ -24,7 +24,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"errors", "metric_facts", "randomness", "unfinished"},
         {"reasoning_tasks"},
         {"endings", "files", "metric_catalogue", "native_code", "run_folder"},
-        {"metrics", "out_of_memory"},
+        {"metric_names", "metrics", "out_of_memory"},
         {"config"},
         {"batching", "devices", "logprobs"},
         {"wire"},

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from typing import Protocol
 
@@ -88,19 +89,26 @@ def family_attention(families: Sequence[Family]) -> Attention:
     begins = list(accumulate(sizes, initial=0))
     chunks = [_chunks(family) for family in families]
 
+    @cache  # all layers of a kind have the same
+    def masks(window: int | None, device: torch.device) -> list[list[Tensor]]:
+        return [
+            [chunk.mask(family.prompt, window).to(device) for chunk in behind]
+            for family, behind in zip(families, chunks, strict=True)
+        ]
+
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, mixing: Mixing = PLAIN) -> Tensor:
         out = []
-        for begin, family, behind in zip(begins, families, chunks, strict=False):
+        behind = masks(mixing.window, q.device)
+        for begin, family, own_masks in zip(begins, families, behind, strict=False):
             middle = begin + family.prompt
             own_q, own_k, own_v = (_headed(t[begin:middle]) for t in (q, k, v))
             out.append(_flat(_whole(own_q, own_k, own_v, mixing, None)))
-            for chunk in behind:
-                end = middle + len(chunk.members)
+            for mask in own_masks:
+                end = middle + len(mask)
                 keys, values = (
                     torch.cat((first, _headed(t[middle:end])), dim=-2)
                     for first, t in ((own_k, k), (own_v, v))
                 )
-                mask = chunk.mask(family.prompt, mixing.window, q.device)
                 out.append(_flat(_mixed(_headed(q[middle:end]), keys, values, mixing, mask)))
                 middle = end
         return torch.cat(out)
@@ -117,7 +125,7 @@ class _Chunk:
     places: Tensor
     """int64: its place in that response."""
 
-    def mask(self, prompt: int, window: int | None, device: torch.device) -> Tensor:
+    def mask(self, prompt: int, window: int | None) -> Tensor:
         """Return what these tokens attend to, of the prompt's tokens and of these."""
         queries, keys = self.places[:, None] + prompt, self.places[None] + prompt
         own = (self.members[:, None] == self.members[None]) & (keys <= queries)
@@ -125,7 +133,7 @@ class _Chunk:
         if window is not None:
             every = torch.cat((torch.arange(prompt)[None], keys), dim=1)
             whole &= queries - every < window
-        return whole.to(device)
+        return whole
 
 
 def _chunks(family: Family) -> list[_Chunk]:

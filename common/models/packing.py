@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.batching import rows_by_prompt
 from common.models.attention import Attention, Family, family_attention
 
 _BLOCK = 64
@@ -99,9 +100,7 @@ def _shared(
 ) -> tuple[Tensor, Tensor, list[Family]]:
     """As `_apart`, with every prompt once, before all responses to it."""
     rows, lengths, prompts = tokens_BT.tolist(), lengths_B.tolist(), prompts_B.tolist()
-    by_prompt: dict[tuple[int, ...], list[int]] = {}
-    for row, (tokens, prompt) in enumerate(zip(rows, prompts, strict=True)):
-        by_prompt.setdefault(tuple(tokens[:prompt]), []).append(row)
+    by_prompt = rows_by_prompt(row[:own] for row, own in zip(rows, prompts, strict=True))
     width, end = tokens_BT.shape[1], 0
     places_BT = torch.full(tokens_BT.shape, -1)
     order: list[Tensor] = []

@@ -7,27 +7,23 @@ goes on as if nothing had been asked.
 
 from __future__ import annotations
 
-import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import fmean, stdev
 
 import ray
 
 from common.config.run import RunConfig
-from common.config.stages import EvaluateConfig
 from common.data.prompts import EncodedPrompt, evaluation_requests
 from common.errors import RewardError
 from common.metric_catalogue import Logged
 from common.wire.trajectory import RolloutRequest, ScoredTrajectory, from_table
-from deploy.control.batches import solves
 from deploy.control.collector import LEASES_PER_ACTOR, Collector
 from deploy.control.jobs import Scored, Weights
 from deploy.control.ledger import Ledger
-from deploy.control.tally import Tally, component_metric
+from deploy.control.measures import evaluated
+from deploy.control.tally import Tally
 from deploy.run_folder.log_lines import HELD_OUT, best_of, held_out_scores
 from deploy.run_folder.progress import out_of_patience
 from deploy.workers.pool import Pool
@@ -81,12 +77,7 @@ def collected(
     )
     collector.weights = weights
     try:
-        while (tables := collector.take(0, oldest=-1, stale="wait")) is None:
-            if meanwhile is not None:
-                meanwhile()
-            if renewed is not None and collector.weights is collector.lost_weights:
-                collector.weights = renewed()
-            collector.pump()
+        tables = _taken(collector, meanwhile, renewed)
     except BaseException:
         collector.abandon()
         raise
@@ -98,6 +89,21 @@ def collected(
             f"evaluation: every one of {len(requests)} responses was given up by the reward "
             f"service; the last: {collector.last_dead_letter}"
         )
+    return tables
+
+
+def _taken(
+    collector: Collector,
+    meanwhile: Callable[[], None] | None,
+    renewed: Callable[[], Weights] | None,
+) -> list[Scored]:
+    """Collect until all is there."""
+    while (tables := collector.take(0, oldest=-1, stale="wait")) is None:
+        if meanwhile is not None:
+            meanwhile()
+        if renewed is not None and collector.weights is collector.lost_weights:
+            collector.weights = renewed()
+        collector.pump()
     return tables
 
 
@@ -187,97 +193,10 @@ class HeldOut:
             tally=own.tally,
         )
         rows = [row for s in tables for row in from_table(ray.get(s.table), ScoredTrajectory)]
-        rows.sort(key=lambda row: row.rollout_id)
-        sampled = [row for row in rows if not row.greedy]
-        metrics = measured(sampled, settings.solved) if sampled else {}
-        metrics |= measured_greedily([row for row in rows if row.greedy], settings.solved)
-        service = self.config.reward_service
-        for name in service.components.keys() - service.scoring.keys():
-            told_of = sum(name in row.score_components for row in sampled)
-            metrics[Logged.UNJUDGED.of(name)] = float(len(sampled) - told_of)
-        told = _by_prompt(rows, settings)
-        if len(told) > 1:
-            metrics[Logged.METRIC_ERROR] = stdev(told) / len(told) ** 0.5
+        metrics = evaluated(sorted(rows, key=lambda row: row.rollout_id), self.config)
         metrics[Logged.RESPONSES] = float(len(requests))
         metrics[Logged.UNSCORED] = float(len(requests) + len(greedy) - len(rows))
         metrics[Logged.EVALUATE_SECONDS] = time.perf_counter() - begin
         if settings.logged_metric in metrics:
             self.scores[version] = metrics[settings.logged_metric]
         return metrics
-
-
-def measured(rows: Sequence[ScoredTrajectory], solved: float | None) -> dict[str, float]:
-    """Return the metrics of scored responses, in rollout_id order.
-
-    Args:
-        rows: the responses; those to one prompt share their group.
-        solved: score from which on a response has solved its prompt; None: no pass@k.
-    """
-    count = len(rows)
-    metrics: dict[str, float] = {
-        Logged.SCORE: sum(row.score for row in rows) / count,
-        Logged.KL: sum(sum(row.policy_logprobs) - sum(row.ref_logprobs) for row in rows) / count,
-        Logged.RESPONSE_LENGTH: sum(len(row.response_ids) for row in rows) / count,
-        Logged.EOS_SHARE: sum(row.finish_reason != "length" for row in rows) / count,
-    }
-    of_source: defaultdict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        if row.source is not None:
-            of_source[row.source.replace("/", ":")].append(row.score)
-    for source, scores in sorted(of_source.items()):
-        metrics[Logged.SOURCE_SCORE.of(source)] = sum(scores) / len(scores)
-    said: defaultdict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        for name, value in row.score_components.items():
-            said[component_metric(name)].append(value)
-    metrics |= {name: sum(values) / len(values) for name, values in said.items()}
-    if solved is None:
-        return metrics
-    groups: defaultdict[int, list[bool]] = defaultdict(list)
-    for row in rows:
-        groups[row.group].append(solves(row.score, solved))
-    k, most = 1, max(map(len, groups.values()))
-    while k <= most:  # of prompts with fewer scored responses it is not known
-        rates = [pass_at_k(len(of), sum(of), k) for of in groups.values() if len(of) >= k]
-        metrics[Logged.PASS_AT.of(k)] = sum(rates) / len(rates)
-        k *= 2
-    return metrics
-
-
-def measured_greedily(rows: Sequence[ScoredTrajectory], solved: float | None) -> dict[str, float]:
-    """Return the metrics of greedy responses, one to each prompt; none of none."""
-    if not rows:
-        return {}
-    metrics: dict[str, float] = {Logged.GREEDY_SCORE: sum(row.score for row in rows) / len(rows)}
-    if solved is not None:
-        metrics[Logged.GREEDY_SOLVED] = sum(solves(row.score, solved) for row in rows) / len(rows)
-    return metrics
-
-
-def _by_prompt(rows: Sequence[ScoredTrajectory], settings: EvaluateConfig) -> list[float]:
-    """Return `evaluate.metric` of each prompt: what it is known of as exactly as they are many."""
-    kind, _, of = settings.logged_metric.partition("/")
-    greedy = kind.startswith("greedy_")
-    groups: defaultdict[int, list[ScoredTrajectory]] = defaultdict(list)
-    for row in rows:
-        other = kind == "score" and of and (row.source or "").replace("/", ":") != of
-        if bool(row.greedy) == greedy and not other:
-            groups[row.group].append(row)
-    if kind == "component":
-        said = ([r.score_components.get(of) for r in group] for group in groups.values())
-        known = ([value for value in values if value is not None] for values in said)
-        return [fmean(values) for values in known if values]
-    if settings.solved is None or kind in ("score", "greedy_score"):
-        return [fmean(row.score for row in group) for group in groups.values()]
-    limit = settings.solved
-    solved = [[solves(row.score, limit) for row in group] for group in groups.values()]
-    k = int(kind.partition("@")[2] or 1)
-    return [pass_at_k(len(group), sum(group), k) for group in solved if len(group) >= k]
-
-
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """Return the unbiased estimate that one of k samples solves a prompt of which c of n do.
-
-    ``1 - C(n - c, k) / C(n, k)`` (Chen 2021, equation 1).
-    """
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
-from common.metric_catalogue import Logged, logged_as
+from common.metric_catalogue import Logged
+from common.metric_names import logged_as
 from deploy.evaluation.charts import MOST_MARKS, Series, line_chart
 from deploy.run_folder.log_lines import Line
 

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from common.endings import take_all
 from common.errors import StorageError
-from common.metric_catalogue import logged_as
+from common.metric_names import logged_as
 from common.run_folder import RunFolder
 from deploy.run_folder.log_lines import cut_torn_end
 from deploy.trackers import Outbox, Step, close_all

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from common.metric_catalogue import Logged, logged_as
+from common.metric_catalogue import Logged
 from common.metric_facts import LABELS
+from common.metric_names import logged_as
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [

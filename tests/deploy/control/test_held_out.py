@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import re
-from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import ValidationError
 from rich.console import Console
 
 from common.config.run import RunConfig
 from common.data.tokenizer import load_tokenizer
-from common.wire.trajectory import ScoredTrajectory
-from deploy.control.held_out import HeldOut, measured, pass_at_k
+from deploy.control.held_out import HeldOut
 from deploy.evaluation.answering import answers
 from deploy.exchange.policies import choose
 from deploy.run_folder import checkpoints
@@ -36,54 +29,9 @@ from deploy.standing import standing_of
 from deploy.workers.gang import LearnerGang, LearnerLost
 from tests.conftest import run_copy
 from tests.deploy.control.runs import Run, finish, held_out_of, kill_worker, prompts_of, when
-from tests.learner.batch.test_trajectory_log import trajectories
 
 cluster = pytest.mark.usefixtures("cluster")
 EVALUATED = {"every": 2, "prompts": 12, "samples": 2, "solved": 0.0, "greedy": True}
-
-
-# ------------------------------------------------------------------ what is measured
-
-
-@given(st.integers(1, 9), st.data())
-def test_pass_at_k_is_the_share_of_all_choices_that_hold_a_solution(
-    n: int, data: st.DataObject
-) -> None:
-    c, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
-    choices = list(itertools.combinations([i < c for i in range(n)], k))
-    assert pass_at_k(n, c, k) == pytest.approx(
-        float(Fraction(sum(map(any, choices)), len(choices)))
-    )
-
-
-def row(group: int, score: float) -> ScoredTrajectory:
-    return replace(trajectories("")[0], score=score, group=group)
-
-
-def test_responses_to_one_prompt_are_counted_together() -> None:
-    scores = {0: [1.0, 0.0, 0.0, 0.0], 1: [0.0] * 4, 2: [1.0] * 4}
-    rows = [row(group, score) for group, of in scores.items() for score in of]
-    found = measured(rows, solved=0.5)
-    assert found["score"] == pytest.approx(5 / 12)
-    assert found["pass@1"] == pytest.approx((0.25 + 0 + 1) / 3)
-    assert found["pass@2"] == pytest.approx((0.5 + 0 + 1) / 3)
-    assert found["pass@4"] == pytest.approx((1.0 + 0 + 1) / 3)
-    assert "pass@8" not in found and "pass@1" not in measured(rows, solved=None)
-    # A response of one prompt was given up: it is not among those that pass@4 is known of.
-    assert measured(rows[1:], solved=0.5)["pass@4"] == pytest.approx((0 + 1) / 2)
-    assert measured(rows[1:], solved=0.5)["pass@2"] == pytest.approx((0 + 0 + 1) / 3)
-    nearly = [row(0, float(np.float32(0.9)))]
-    assert measured(nearly, solved=0.9)["pass@1"] == 1.0, "scores are float32"
-
-
-def test_each_source_has_a_score_of_its_own() -> None:
-    rows = [
-        replace(row(0, score), source=source)
-        for source, score in (("sums", 1.0), ("a/b", 0.0), ("sums", 0.5))
-    ]
-    found = measured(rows, solved=None)
-    assert (found["score/sums"], found["score/a:b"], found["score"]) == (0.75, 0.0, 0.5)
-    assert not [name for name in measured([row(0, 1.0)], solved=None) if name.startswith("score/")]
 
 
 # ------------------------------------------------------------------ when, and what is best
