@@ -197,7 +197,10 @@ class Run:
             yield from from_table(read_log(self.path, iteration)[0], ScoredTrajectory)
 
     def trajectory_table(self, iterations: Sequence[int] | None = None) -> pa.Table:
-        """Read the same as one Arrow table, with a column `iteration`; ``.to_pandas()`` goes on.
+        """Read the same as one Arrow table; ``.to_pandas()`` goes on.
+
+        Beside the records it has `iteration`, and what the learner made of each token: rewards,
+        values, advantages, its own log-probabilities.
 
         Raises:
             DataError: a file of the log is missing or damaged, or nothing is logged.
@@ -205,15 +208,9 @@ class Run:
         import pyarrow as pa
 
         from common.errors import DataError
-        from learner.batch.trajectory_log import read_log
+        from learner.batch.trajectory_log import read_learnt
 
-        tables = []
-        for iteration in self._logged(iterations):
-            table = read_log(self.path, iteration)[0]
-            if "iteration" not in table.column_names:
-                numbers = pa.array([iteration] * len(table), pa.int64())
-                table = table.add_column(0, "iteration", numbers)
-            tables.append(table)
+        tables = [read_learnt(self.path, iteration)[0] for iteration in self._logged(iterations)]
         if not tables:
             raise DataError(f"{self.path}: no trajectory is logged; `talipot train` writes them")
         return pa.concat_tables(tables)

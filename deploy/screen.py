@@ -34,7 +34,10 @@ Part = str | tuple[str, str]
 LOG_EVERY_S = 30.0
 """Seconds between lines of progress in a file."""
 _WATCH_S = 2.0
+_BIDI = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+"""Characters that turn the direction of what follows, on the whole line."""
 _CONTROLS = {n: f"\\x{n:02x}" for n in (*range(0x20), *range(0x7F, 0xA0))}
+_CONTROLS |= {n: f"\\u{n:04x}" for n in _BIDI}
 _IN_LINES = _CONTROLS | {ord("\n"): "\\n", ord("\r"): "\\r", ord("\t"): "\\t"}
 _IN_TEXTS = {n: shown for n, shown in _CONTROLS.items() if chr(n) not in "\n\t"}
 

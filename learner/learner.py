@@ -29,6 +29,7 @@ from learner.algorithms.schedule import linear_to_zero
 from learner.batch.experience import Experience, experience
 from learner.batch.memory import AuxiliaryMemory
 from learner.batch.shards import MicroBatch, Shards
+from learner.batch.trajectory_log import write_log
 from learner.objectives.auxiliary import JointObjective, auxiliary_metrics, frozen_policy
 from learner.objectives.policy import PolicyObjective, PolicyTargets
 from learner.objectives.value import ValueObjective, ValueTargets, value_metrics, values_at
@@ -72,11 +73,19 @@ class Learner:
 
     # ------------------------------------------------------------------ the algorithm boxes
 
-    def policy_phase(self, tables: Sequence[pa.Table], iteration: int) -> Metrics:
+    def policy_phase(
+        self, tables: Sequence[pa.Table], iteration: int, log: Path | None = None
+    ) -> Metrics:
         """Train on one iteration's trajectories (a collective).
+
+        Args:
+            tables: ScoredTrajectory.
+            iteration: its number, from 0.
+            log: Parquet file to write them to before the first step; None writes none.
 
         Raises:
             TrainingError: a loss or gradient is not finite, or other weights sampled.
+            StorageError: the log cannot be written.
         """
         batch = experience(tables, self.settings.adapter)
         proximal = self._proximal(batch)
@@ -86,6 +95,9 @@ class Learner:
         policy_targets = targets.policy_targets(
             batch, proximal, estimate, value_targets, self.config
         )
+        if log is not None:
+            learnt = targets.learnt(batch, proximal, shaped, policy_targets, self.settings)
+            write_log(log, pa.concat_tables(tables), learnt, iteration, self.config)
 
         kl = targets.kl_of(batch, proximal)
         metrics: Metrics = {Logged.KL: mean(kl, len(batch)), Logged.KL_COEF: mean(self.kl.coef, 1)}

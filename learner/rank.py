@@ -24,7 +24,6 @@ from common.out_of_memory import memory_for, return_freed
 from common.wire.trajectory import rows_without
 from common.wire.weights import Payload
 from learner.batch.pulse import telling
-from learner.batch.trajectory_log import write_log
 from learner.learner import Learner
 from learner.supervised.examples import EncodedComparison, EncodedPair
 from learner.supervised.reward_model import RewardModelStage
@@ -188,14 +187,14 @@ class LearnerRank:
 
         Args:
             iteration: its number, from 0.
-            log: Parquet file that rank 0 first writes what is trained on to; None writes none.
+            log: Parquet file that rank 0 writes what is trained on to, before the first step; None
+                writes none.
             *tables: ScoredTrajectory.
             without: ids of rollouts that are left out, whether the tables have them or not.
         """
-        learner, kept = self.learner, [rows_without(table, without) for table in tables]
-        if self.rank == 0 and log is not None:
-            write_log(Path(log), pa.concat_tables(kept), iteration, learner.config)
-        return read(learner.policy_phase(kept, iteration))
+        kept = [rows_without(table, without) for table in tables]
+        own = Path(log) if self.rank == 0 and log is not None else None
+        return read(self.learner.policy_phase(kept, iteration, own))
 
     @_passes
     def auxiliary_phase(self, iteration: int) -> dict[str, float]:

@@ -21,6 +21,7 @@ from learner.algorithms.estimators import ESTIMATORS, Estimate, Outcomes
 from learner.algorithms.kl import kl_k1
 from learner.algorithms.surrogates import mismatch_weights
 from learner.batch.experience import Experience
+from learner.batch.trajectory_log import Learnt
 from learner.objectives.policy import PolicyTargets
 from learner.objectives.value import ValueTargets
 
@@ -139,6 +140,24 @@ def policy_targets(
         importance_NR=importance_NR,
         reference_NR=batch.reference_NR if settings.objective.kl_loss else None,
         shared_values=None if settings.separate_values else values,
+    )
+
+
+def learnt(
+    batch: Experience,
+    proximal: Proximal,
+    shaped: rewards.Rewards,
+    policy: PolicyTargets,
+    settings: TrainConfig,
+) -> Learnt:
+    """Return what the trajectory log says of each token."""
+    return Learnt(
+        learner_logprobs_NR=proximal.logprobs_NR,
+        rewards_NR=shaped.total_BR,
+        kl_penalties_NR=shaped.penalties_BR,
+        values_NR=proximal.values_NR if settings.needs.values else None,
+        advantages_NR=policy.advantages_NR,
+        mask_NR=batch.mask_NR,
     )
 
 

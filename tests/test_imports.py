@@ -55,7 +55,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"control", "validation"},
         {"evaluation", "stages"},
         {"commands", "config_docs", "instruct", "metric_docs", "quickstart", "reasoning"}
-        | {"recipes", "sampler", "scorer", "standing"},
+        | {"recipes", "sampler", "samples", "scorer", "standing"},
         {"tasks"},
         {"cli"},
     ],

@@ -220,6 +220,11 @@ class OwnTokenizer:
         """The largest id and one: the rows of the embedding, special tokens included."""
         return self._size
 
+    def spelling(self, place: int) -> str:
+        """Return a token as the tokenizer's file spells it; empty where there is none."""
+        token: str | None = self._rust.id_to_token(place)
+        return token or ""
+
     def fingerprint(self) -> str:
         """Return 32 hex digits of what the tokenizer does; equal after save and load."""
         canonical = json.dumps(json.loads(self._rust.to_str()), sort_keys=True)

@@ -63,6 +63,10 @@ class Tokenizer(Protocol):
         """Return the text of ids, without special tokens."""
         ...
 
+    def spelling(self, place: int) -> str:
+        """Return a token as the tokenizer's file spells it; empty where there is none."""
+        ...
+
     def fingerprint(self) -> str:
         """Return 32 hex digits of all that it does."""
         ...

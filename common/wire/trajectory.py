@@ -111,6 +111,15 @@ class ScoredTrajectory(Rollout):
 LOGGED_ITERATION = pa.field("iteration", pa.int64(), nullable=False)
 """First column of a trajectory log: the iteration that a row was trained in, which nothing on the
 wire knows yet. Logs of earlier versions lack it."""
+LEARNT: tuple[pa.Field, ...] = (
+    pa.field("learner_logprobs", pa.list_(pa.float32()), nullable=False),
+    pa.field("rewards", pa.list_(pa.float64()), nullable=False),
+    pa.field("kl_penalties", pa.list_(pa.float64()), nullable=False),
+    pa.field("values", pa.list_(pa.float32())),
+    pa.field("advantages", pa.list_(pa.float32()), nullable=False),
+)
+"""Last columns of a trajectory log: what the learner made of each response token before its first
+step (`learner.batch.trajectory_log.Learnt`). Logs of earlier versions lack them."""
 _CONVERSATION = pa.field("conversation", pa.string())
 _COLUMNS = pa.field("columns", pa.string())
 _SOURCE = pa.field("source", pa.string())
@@ -201,7 +210,7 @@ def from_table(table: pa.Table, kind: type[Record]) -> list[Record]:
 
 def completed(table: pa.Table, kind: type[RolloutRequest]) -> pa.Table:
     """Return a table, of a log too, with the columns that earlier versions did not write."""
-    schema, table = SCHEMAS[kind], without_iteration(table)
+    schema, table = SCHEMAS[kind], without_logged(table)
     for place, field in enumerate(schema):
         if field.name in _BEFORE and field.name not in table.column_names:
             column = pa.array([_BEFORE[field.name]] * len(table), field.type)
@@ -209,10 +218,10 @@ def completed(table: pa.Table, kind: type[RolloutRequest]) -> pa.Table:
     return table
 
 
-def without_iteration(table: pa.Table) -> pa.Table:
-    """Return a log's table without the column that it has beside its records."""
-    logged = LOGGED_ITERATION.name in table.column_names
-    return table.drop_columns([LOGGED_ITERATION.name]) if logged else table
+def without_logged(table: pa.Table) -> pa.Table:
+    """Return a log's table without the columns that it has beside its records."""
+    logged = {field.name for field in (LOGGED_ITERATION, *LEARNT)}
+    return table.drop_columns([name for name in table.column_names if name in logged])
 
 
 def rows_without(table: pa.Table, rollout_ids: Collection[str]) -> pa.Table:

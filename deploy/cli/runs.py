@@ -120,6 +120,41 @@ def chat(
 
 
 @app.command()
+def samples(
+    run: RunArgument,
+    iteration: Annotated[
+        int | None, typer.Option(min=0, help="Which iteration; left out, the newest.")
+    ] = None,
+    order: Annotated[
+        str, typer.Option(help="What comes first: best, worst, kl, longest, first or random.")
+    ] = "random",
+    number: Annotated[int, typer.Option("--number", "-n", min=1, help="How many.")] = 4,
+    rollout: Annotated[str, typer.Option(help="This one alone, by its name.")] = "",
+    tokens: Annotated[bool, typer.Option("--tokens", help="Show each token.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object each.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the order random.")] = 0,
+) -> None:
+    """Show responses that a run was trained on; needs its folder alone."""
+    from deploy.samples import COLUMNS, head_of, rows_of, samples_of
+    from deploy.screen import table
+
+    config = of_run(run, None, None)
+    for sample in samples_of(
+        config, iteration=iteration, order=order, number=number, seed=seed, rollout_id=rollout
+    ):
+        if as_json:
+            show(console, json.dumps(asdict(sample)))
+            continue
+        say(console, *head_of(sample))
+        show(console, sample.prompt, "dim")
+        if tokens:
+            table(console, COLUMNS, rows_of(sample))
+        else:
+            show(console, sample.response)
+        say(console)
+
+
+@app.command()
 def status(
     run: RunArgument,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

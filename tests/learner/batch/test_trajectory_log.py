@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from common.config.run import RunConfig
 from common.errors import DataError
 from common.run_folder import RunFolder
 from common.wire.trajectory import ScoredTrajectory, from_table, to_table
-from learner.batch.trajectory_log import read_log, write_log
+from learner.batch.trajectory_log import Learnt, read_learnt, read_log, write_log
 
 
 def trajectories(adapter: str) -> list[ScoredTrajectory]:
@@ -41,24 +42,38 @@ def trajectories(adapter: str) -> list[ScoredTrajectory]:
     ]
 
 
+def learnt() -> Learnt:
+    numbers = torch.zeros(3, 2)
+    return Learnt(
+        learner_logprobs_NR=numbers,
+        rewards_NR=numbers.double(),
+        kl_penalties_NR=numbers.double(),
+        values_NR=None,
+        advantages_NR=numbers,
+        mask_NR=torch.ones(3, 2, dtype=torch.bool),
+    )
+
+
 def written(run_dir: Path, adapter: str) -> Path:
     path = RunFolder(run_dir).trajectories(0)
     path.parent.mkdir(parents=True)
-    write_log(path, to_table(trajectories(adapter), ScoredTrajectory), 0, RunConfig())
+    write_log(path, to_table(trajectories(adapter), ScoredTrajectory), learnt(), 0, RunConfig())
     return path
 
 
 def test_a_log_names_its_iteration_in_every_row(tmp_path: Path) -> None:
     path = RunFolder(tmp_path).trajectories(7)
     path.parent.mkdir(parents=True)
-    write_log(path, to_table(trajectories(""), ScoredTrajectory), 7, RunConfig())
+    write_log(path, to_table(trajectories(""), ScoredTrajectory), learnt(), 7, RunConfig())
     whole = pq.read_table(path)
     assert whole.column_names[:2] == ["iteration", "rollout_id"]
     assert whole["iteration"].to_pylist() == [7, 7, 7]
     assert from_table(whole, ScoredTrajectory) == trajectories("")
     # One of an earlier version has no such column, and is read as the same.
     assert read_log(tmp_path, 7)[0].column_names[0] == "rollout_id"
+    assert read_learnt(tmp_path, 7)[0]["iteration"].to_pylist() == [7, 7, 7]
     pq.write_table(whole.drop_columns(["iteration"]), path)
+    assert read_learnt(tmp_path, 7)[0]["iteration"].to_pylist() == [7, 7, 7]
     assert from_table(read_log(tmp_path, 7)[0], ScoredTrajectory) == trajectories("")
 
 

@@ -1,0 +1,261 @@
+"""What a run was trained on, response by response and token by token, out of its trajectory log.
+
+Needs the run's folder alone: no cluster, no weights.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Final
+
+import pyarrow as pa
+
+from common.config.run import RunConfig
+from common.data.tokenizer import Tokenizer, load_tokenizer
+from common.errors import ConfigError, DataError
+from common.wire.trajectory import LEARNT
+from deploy.screen import Part
+from learner.batch.trajectory_log import logged_iterations, read_learnt
+
+_CUT: Final = "\ufffd"
+"""What a tokenizer writes in place of a character of which bytes are missing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """One token of a response; None where the log says nothing of it."""
+
+    text: str
+    """What it adds to the text; the name of a token that adds nothing, as EOS."""
+    behavior_logprob: float
+    """By the engine that sampled it."""
+    learner_logprob: float | None
+    """By the learner, before its first step."""
+    ref_logprob: float
+    """By the reference policy, without a filter."""
+    reward: float | None
+    """Score and KL penalty."""
+    kl_penalty: float | None
+    """The penalty in the reward."""
+    value: float | None
+    """By the value function, of the state that it was sampled in."""
+    advantage: float | None
+    """As the policy's objective takes it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One response that was trained on."""
+
+    iteration: int
+    rollout_id: str
+    prompt: str
+    response: str
+    score: float
+    components: Mapping[str, float]
+    reason: str
+    """Of the score, in the components' own words; often empty."""
+    source: str
+    kl: float
+    """To the reference, in nats."""
+    finish_reason: str
+    policy_version: int
+    tokens: tuple[Token, ...]
+
+
+def _by_score(row: Mapping[str, Any]) -> float:
+    return float(row["score"])
+
+
+def _kl(row: Mapping[str, Any]) -> float:
+    own = row["unfiltered_logprobs"] or row["behavior_logprobs"]
+    return float(sum(own) - sum(row["ref_logprobs"]))
+
+
+ORDERS: Final[Mapping[str, tuple[Callable[[Mapping[str, Any]], float], bool] | None]] = {
+    "best": (_by_score, True),
+    "worst": (_by_score, False),
+    "kl": (_kl, True),
+    "longest": (lambda row: len(row["response_ids"]), True),
+    "first": (lambda row: 0.0, False),
+    "random": None,
+}
+"""What comes first: by what, and whether from the highest."""
+
+
+def samples_of(
+    config: RunConfig,
+    *,
+    iteration: int | None = None,
+    order: str = "random",
+    number: int = 4,
+    seed: int = 0,
+    rollout_id: str = "",
+) -> list[Sample]:
+    """Choose responses of one iteration.
+
+    Args:
+        config: the run's.
+        iteration: which, from 0; None: the newest that is logged.
+        order: which come first, one of `ORDERS`.
+        number: how many.
+        seed: of the order `random`.
+        rollout_id: this one alone, of the iteration that its name begins with.
+
+    Raises:
+        ConfigError: no such order.
+        DataError: nothing is logged, not this iteration, not this rollout, or the file is damaged.
+    """
+    if order not in ORDERS:
+        near = get_close_matches(order, ORDERS, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"--order {order}: there are {', '.join(ORDERS)}{meant}")
+    if rollout_id and iteration is None:
+        iteration = _iteration_of(rollout_id)
+    table, _ = read_learnt(config.run_dir, _logged(config, iteration))
+    rows = _chosen(table, order, number, seed, rollout_id)
+    if not rows:
+        raise DataError(f"{config.run_dir}: iteration {iteration} has no rollout '{rollout_id}'")
+    tokenizer = load_tokenizer(config.folder.tokenizer)
+    return [_sample(row, tokenizer) for row in rows]
+
+
+def _logged(config: RunConfig, iteration: int | None) -> int:
+    """Return the iteration to read: the newest where none is named."""
+    there = logged_iterations(config.run_dir)
+    if not there:
+        raise DataError(f"{config.run_dir}: no trajectory is logged; `talipot train` writes them")
+    if iteration is not None and iteration not in there:
+        raise DataError(
+            f"{config.run_dir}: iteration {iteration} is not logged; there are {len(there)}, "
+            f"from {there[0]} to {there[-1]}"
+        )
+    return there[-1] if iteration is None else iteration
+
+
+def _iteration_of(rollout_id: str) -> int:
+    number = rollout_id.partition("-")[0]
+    if not number.isdecimal():
+        raise DataError(
+            f"'{rollout_id}' names no rollout: a name is ITERATION-NUMBER, such as 000003-000012"
+        )
+    return int(number)
+
+
+def _chosen(
+    table: pa.Table, order: str, number: int, seed: int, rollout_id: str
+) -> list[dict[str, Any]]:
+    """Return the rows to show; of the others only what orders them is read."""
+    ids: list[str] = table["rollout_id"].to_pylist()
+    if rollout_id:
+        places = [place for place, name in enumerate(ids) if name == rollout_id]
+    elif (by := ORDERS[order]) is None:
+        places = random.Random(seed).sample(range(len(ids)), min(number, len(ids)))
+    else:
+        key, falling = by
+        light = table.select(
+            ["score", "unfiltered_logprobs", "behavior_logprobs", "ref_logprobs", "response_ids"]
+        ).to_pylist()
+        places = sorted(range(len(ids)), key=lambda i: key(light[i]), reverse=falling)[:number]
+    rows: list[dict[str, Any]] = table.take(pa.array(places, pa.int64())).to_pylist()
+    return rows
+
+
+def _sample(row: Mapping[str, Any], tokenizer: Tokenizer) -> Sample:
+    return Sample(
+        iteration=row["iteration"],
+        rollout_id=row["rollout_id"],
+        prompt=row["prompt_text"],
+        response=row["response_text"],
+        score=row["score"],
+        components=dict(row["score_components"] or ()),
+        reason=row["score_reason"] or "",
+        source=row["source"] or "",
+        kl=_kl(row),
+        finish_reason=row["finish_reason"],
+        policy_version=row["policy_version"],
+        tokens=tuple(_tokens(row, tokenizer)),
+    )
+
+
+def _tokens(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[Token]:
+    ids = row["response_ids"]
+    learnt = {
+        field.name: [None] * len(ids) if row[field.name] is None else row[field.name]
+        for field in LEARNT
+    }
+    return [
+        Token(
+            text=text,
+            behavior_logprob=row["behavior_logprobs"][t],
+            learner_logprob=learnt["learner_logprobs"][t],
+            ref_logprob=row["ref_logprobs"][t],
+            reward=learnt["rewards"][t],
+            kl_penalty=learnt["kl_penalties"][t],
+            value=learnt["values"][t],
+            advantage=learnt["advantages"][t],
+        )
+        for t, text in enumerate(pieces(ids, tokenizer))
+    ]
+
+
+def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    """Return what each token adds to the text; together they are the text, and names of controls.
+
+    A character of several tokens is added by its last one. A token that adds nothing, as EOS, is
+    called by its name in the tokenizer's file.
+    """
+    found, before = [], ""
+    for t, place in enumerate(ids):
+        text = tokenizer.decode(ids[: t + 1])
+        if text.endswith(_CUT) and t + 1 < len(ids):
+            found.append("")
+            continue
+        found.append(text[len(before) :] or tokenizer.spelling(place))
+        before = text
+    return found
+
+
+# ------------------------------------------------------------------ for people
+
+COLUMNS: Final = ("token", "engine", "learner", "reference", "reward", "value", "advantage")
+"""Of the table of a sample's tokens."""
+
+
+def head_of(sample: Sample) -> list[Part]:
+    """Say in a line what a sample is."""
+    components = ", ".join(f"{name} {value:.3g}" for name, value in sample.components.items())
+    several = f" ({components})" if len(sample.components) > 1 else ""
+    facts = [
+        f"score {sample.score:.3g}{several}",
+        f"KL {sample.kl:.2f}",
+        f"{len(sample.tokens)} tokens",
+        f"ended by {sample.finish_reason}",
+        *([sample.source] if sample.source else []),
+        *([sample.reason] if sample.reason else []),
+    ]
+    return [(f"{sample.rollout_id}  ", "bold"), " · ".join(facts)]
+
+
+def rows_of(sample: Sample) -> list[list[str]]:
+    """Return a sample's tokens as rows of `COLUMNS`; what is not known stays empty."""
+    return [
+        [
+            repr(token.text),
+            *(
+                "" if number is None else f"{number:.3f}"
+                for number in (
+                    token.behavior_logprob,
+                    token.learner_logprob,
+                    token.ref_logprob,
+                    token.reward,
+                    token.value,
+                    token.advantage,
+                )
+            ),
+        ]
+        for token in sample.tokens
+    ]
