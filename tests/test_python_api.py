@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import talipot
 from common.errors import ConfigError, DataError
-from common.wire.trajectory import SCHEMAS, ScoredTrajectory
+from common.wire.trajectory import LEARNT, LOGGED_ITERATION, SCHEMAS, ScoredTrajectory
 from tests.conftest import WORDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,8 +178,8 @@ def test_the_pages_examples(walked: Walked, project: Path) -> None:
 
 def test_the_table_of_columns_is_the_schema() -> None:
     rows = re.findall(r"^\| `(\w+)` \| ([\w<>, ]+) \|", LOG_PAGE, re.MULTILINE)
-    schema = [("iteration", pa.int64()), *((f.name, f.type) for f in SCHEMAS[ScoredTrajectory])]
-    assert rows == [(name, _shown(kind)) for name, kind in schema]
+    schema = [LOGGED_ITERATION, *SCHEMAS[ScoredTrajectory], *LEARNT]
+    assert rows == [(field.name, _shown(field.type)) for field in schema]
 
 
 def _shown(kind: Any) -> str:
