@@ -12,9 +12,10 @@ from difflib import get_close_matches
 from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from common.config.run import RunConfig
-from common.data.tokenizer import Tokenizer, load_tokenizer
+from common.data.tokenizer import Tokenizer
 from common.errors import ConfigError, DataError
 from common.wire.trajectory import LEARNT
 from deploy.screen import Part
@@ -61,9 +62,12 @@ class Sample:
     source: str
     kl: float
     """To the reference, in nats."""
+    length: int
+    """Tokens of the response."""
     finish_reason: str
     policy_version: int
     tokens: tuple[Token, ...]
+    """Empty where they were not asked for."""
 
 
 def _by_score(row: Mapping[str, Any]) -> float:
@@ -86,6 +90,35 @@ ORDERS: Final[Mapping[str, tuple[Callable[[Mapping[str, Any]], float], bool] | N
 """What comes first: by what, and whether from the highest."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overview:
+    """All responses of an iteration at once."""
+
+    iteration: int
+    iterations: tuple[int, int]
+    """The first and the last that is logged."""
+    lengths: list[int]
+    """Tokens of each response."""
+    scores: list[float]
+
+
+def overview(config: RunConfig, iteration: int | None = None) -> Overview:
+    """Return length and score of every response of an iteration; None: of the newest.
+
+    Raises:
+        DataError: nothing is logged, not this iteration, or the file is damaged.
+    """
+    there = _there(config)
+    iteration = _logged(config, iteration)
+    table, _ = read_learnt(config.run_dir, iteration)
+    return Overview(
+        iteration=iteration,
+        iterations=(there[0], there[-1]),
+        lengths=pc.list_value_length(table["response_ids"]).to_pylist(),
+        scores=table["score"].to_pylist(),
+    )
+
+
 def samples_of(
     config: RunConfig,
     *,
@@ -94,6 +127,7 @@ def samples_of(
     number: int = 4,
     seed: int = 0,
     rollout_id: str = "",
+    tokenizer: Tokenizer | None = None,
 ) -> list[Sample]:
     """Choose responses of one iteration.
 
@@ -104,6 +138,7 @@ def samples_of(
         number: how many.
         seed: of the order `random`.
         rollout_id: this one alone, of the iteration that its name begins with.
+        tokenizer: the run's, to show their tokens too.
 
     Raises:
         ConfigError: no such order.
@@ -119,15 +154,19 @@ def samples_of(
     rows = _chosen(table, order, number, seed, rollout_id)
     if not rows:
         raise DataError(f"{config.run_dir}: iteration {iteration} has no rollout '{rollout_id}'")
-    tokenizer = load_tokenizer(config.folder.tokenizer)
     return [_sample(row, tokenizer) for row in rows]
+
+
+def _there(config: RunConfig) -> list[int]:
+    there = logged_iterations(config.run_dir)
+    if not there:
+        raise DataError(f"{config.run_dir}: no trajectory is logged; `talipot train` writes them")
+    return there
 
 
 def _logged(config: RunConfig, iteration: int | None) -> int:
     """Return the iteration to read: the newest where none is named."""
-    there = logged_iterations(config.run_dir)
-    if not there:
-        raise DataError(f"{config.run_dir}: no trajectory is logged; `talipot train` writes them")
+    there = _there(config)
     if iteration is not None and iteration not in there:
         raise DataError(
             f"{config.run_dir}: iteration {iteration} is not logged; there are {len(there)}, "
@@ -164,7 +203,7 @@ def _chosen(
     return rows
 
 
-def _sample(row: Mapping[str, Any], tokenizer: Tokenizer) -> Sample:
+def _sample(row: Mapping[str, Any], tokenizer: Tokenizer | None) -> Sample:
     return Sample(
         iteration=row["iteration"],
         rollout_id=row["rollout_id"],
@@ -175,9 +214,10 @@ def _sample(row: Mapping[str, Any], tokenizer: Tokenizer) -> Sample:
         reason=row["score_reason"] or "",
         source=row["source"] or "",
         kl=_kl(row),
+        length=len(row["response_ids"]),
         finish_reason=row["finish_reason"],
         policy_version=row["policy_version"],
-        tokens=tuple(_tokens(row, tokenizer)),
+        tokens=() if tokenizer is None else tuple(_tokens(row, tokenizer)),
     )
 
 
@@ -208,14 +248,17 @@ def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
     A character of several tokens is added by its last one. A token that adds nothing, as EOS, is
     called by its name in the tokenizer's file.
     """
-    found, before = [], ""
+    found: list[str] = []
+    before, since = 0, 0
+    # A token's text may depend on the one before it, and on no earlier one: what is decoded again
+    # begins there.
     for t, place in enumerate(ids):
-        text = tokenizer.decode(ids[: t + 1])
+        known, text = tokenizer.decode(ids[before:since]), tokenizer.decode(ids[before : t + 1])
         if text.endswith(_CUT) and t + 1 < len(ids):
             found.append("")
             continue
-        found.append(text[len(before) :] or tokenizer.spelling(place))
-        before = text
+        found.append(text[len(known) :] or tokenizer.spelling(place))
+        before, since = since, t + 1
     return found
 
 
@@ -232,7 +275,7 @@ def head_of(sample: Sample) -> list[Part]:
     facts = [
         f"score {sample.score:.3g}{several}",
         f"KL {sample.kl:.2f}",
-        f"{len(sample.tokens)} tokens",
+        f"{sample.length} tokens",
         f"ended by {sample.finish_reason}",
         *([sample.source] if sample.source else []),
         *([sample.reason] if sample.reason else []),

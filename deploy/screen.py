@@ -42,6 +42,14 @@ _IN_LINES = _CONTROLS | {ord("\n"): "\\n", ord("\r"): "\\r", ord("\t"): "\\t"}
 _IN_TEXTS = {n: shown for n, shown in _CONTROLS.items() if chr(n) not in "\n\t"}
 
 
+def visible(text: str) -> str:
+    """Return a text with escapes in place of characters that steer a terminal or turn a line.
+
+    Lines and tabs stay.
+    """
+    return text.translate(_IN_TEXTS)
+
+
 def make_console(*, stderr: bool = False) -> Console:
     """Make a console that takes no text for markup, also in tables."""
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
@@ -63,7 +71,7 @@ def show(console: Console, text: str, style: str = "") -> None:
     On a terminal, characters that would steer it are shown as escapes.
     """
     if console.is_terminal:
-        console.print(Text(text.translate(_IN_TEXTS), style=style), soft_wrap=True)
+        console.print(Text(visible(text), style=style), soft_wrap=True)
     elif not console.quiet:
         console.file.write(text + "\n")
 

@@ -75,13 +75,18 @@ class Standing:
     """What is wrong else, and what to do next."""
 
 
-def standing_of(config: RunConfig) -> Standing:
+def standing_of(config: RunConfig, log: Log | None = None) -> Standing:
     """Look into a run's folder.
+
+    Args:
+        config: the run's.
+        log: its log, where that was read already.
 
     Raises:
         DataError: its result is damaged.
     """
-    holder, log = at_work(config.run_dir), read_lines(config.folder.metrics)
+    holder = at_work(config.run_dir)
+    log = read_lines(config.folder.metrics) if log is None else log
     if holder is None:
         return _at_rest(config, log)
     last = told(config.run_dir)

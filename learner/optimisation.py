@@ -106,7 +106,7 @@ def optimise(
     steps: list[Step] = []
     for epoch in range(plan.epochs):
         for rows in shards.minibatches(
-            len(sequences), plan.minibatches, plan.phase, plan.iteration, epoch
+            sequences, plan.minibatches, plan.phase, plan.iteration, epoch
         ):
             where = f"{plan.phase} phase of iteration {plan.iteration}, step {len(steps)}"
             whole = Whole(tokens=sequences.response_tokens(rows), sequences=float(len(rows)))

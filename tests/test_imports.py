@@ -56,7 +56,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"evaluation", "stages"},
         {"commands", "config_docs", "instruct", "metric_docs", "quickstart", "reasoning"}
         | {"recipes", "sampler", "samples", "scorer", "standing"},
-        {"tasks"},
+        {"tasks", "watch"},
         {"cli"},
     ],
 }

@@ -67,7 +67,8 @@ class ReasoningConfig(QuickstartConfig):
     kind: Literal["reasoning"] = "reasoning"
     families: dict[str, dict[str, Any]] = Field(default={"chain_sum": {}, "spell_backward": {}})
     """Families of tasks, each with options of the library (its difficulty) and of ours (`chat`,
-    `system`), as in the name ``reasoning_gym:FAMILY?option=value``."""
+    `system`), as in the name ``reasoning_gym:FAMILY?option=value``, and with a `weight`, its share
+    of the prompts (1)."""
     prompts: PositiveInt = 2_000
     """Prompts of each family that the policy is trained on."""
     demonstrations: NonNegativeInt = 100
@@ -86,4 +87,15 @@ class ReasoningConfig(QuickstartConfig):
                 raise ValueError(
                     f"{name}: '{own[0]}' follows from the recipe's seed and sizes; take it out"
                 )
+            weight = options.get("weight", 1.0)
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
+                raise ValueError(f"{name}: weight is {weight!r}; it is a number above 0")
         return families
+
+    def options_of(self, family: str) -> dict[str, Any]:
+        """Return a family's options, without what the library and its names know nothing of."""
+        return {name: value for name, value in self.families[family].items() if name != "weight"}
+
+    def weight_of(self, family: str) -> float:
+        """Return a family's share of the prompts that the policy is trained on, beside others'."""
+        return float(self.families[family].get("weight", 1.0))

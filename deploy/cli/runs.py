@@ -135,12 +135,19 @@ def samples(
     seed: Annotated[int, typer.Option(help="Seed of the order random.")] = 0,
 ) -> None:
     """Show responses that a run was trained on; needs its folder alone."""
+    from common.data.tokenizer import load_tokenizer
     from deploy.samples import COLUMNS, head_of, rows_of, samples_of
     from deploy.screen import table
 
     config = of_run(run, None, None)
     for sample in samples_of(
-        config, iteration=iteration, order=order, number=number, seed=seed, rollout_id=rollout
+        config,
+        iteration=iteration,
+        order=order,
+        number=number,
+        seed=seed,
+        rollout_id=rollout,
+        tokenizer=load_tokenizer(config.folder.tokenizer) if tokens else None,
     ):
         if as_json:
             show(console, json.dumps(asdict(sample)))
@@ -179,6 +186,27 @@ def status(
     else:
         for line in lines_of(standing_of(config)):
             say(console, *line)
+
+
+@app.command()
+def watch(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of runs, or one they lie in.", metavar="RUN...")
+    ],
+    host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Left out, the first free one from 8990.")
+    ] = None,
+) -> None:
+    """Show runs on a live page, by their folders alone; Ctrl-C ends it."""
+    import asyncio
+
+    from deploy.watch.server import runs_in, serve
+
+    watched = runs_in(runs)
+    say(console, f"watching {', '.join(run.name for run in watched)}; Ctrl-C ends it")
+    with suppress(KeyboardInterrupt):  # the way to leave it
+        asyncio.run(serve(watched, host, port, lambda url: say(console, (url, "bold"))))
 
 
 @app.command()

@@ -27,6 +27,7 @@ from deploy.evaluation.results import figure
 from deploy.health.checks import CHECKS, verdicts
 from deploy.health.history import History
 from deploy.run_folder.log_lines import Line, read_metrics
+from deploy.screen import visible
 
 SAMPLES = 24
 """Samples shown, evenly spaced over all that there are: a rule, not a choice."""
@@ -81,10 +82,14 @@ def write_report(
 
 
 def environment() -> Environment:
-    """Return the templates of our pages; what they are given is text, never markup."""
+    """Return the templates of our pages; what they are given is text, never markup.
+
+    Characters that turn the direction of a line, or steer a terminal, are shown as escapes.
+    """
     return Environment(
         loader=PackageLoader("deploy.evaluation", "."),
         autoescape=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
         undefined=StrictUndefined,
         trim_blocks=True,
     )

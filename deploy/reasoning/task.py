@@ -31,15 +31,16 @@ def settings_of(config: RunConfig) -> ReasoningConfig:
 
 def names_of(config: RunConfig, side: str, size: int) -> tuple[str, ...]:
     """Return the name of each family's tasks of one side; the sides have seeds of their own."""
+    settings = settings_of(config)
     seed = derive_seed(config.seed, "reasoning", side) >> 32
     return tuple(
-        name_of(family, {**options, "size": size, "seed": seed})
-        for family, options in settings_of(config).families.items()
+        name_of(family, {**settings.options_of(family), "size": size, "seed": seed})
+        for family in settings.families
     )
 
 
 def with_data(config: RunConfig) -> RunConfig:
-    """Return the config with the names of its data, the families in equal shares.
+    """Return the config with the names of its data, the families in their shares.
 
     Raises:
         ConfigError: it names other data, which would not be read.
@@ -50,7 +51,9 @@ def with_data(config: RunConfig) -> RunConfig:
         "demonstrations": names_of(config, "demonstrations", taught) if taught else (),
         "evaluation": names_of(config, "held out", settings.held_out_prompts),
         "columns": COLUMNS,
-        "mixture": {family: SourceConfig() for family in settings.families},
+        "mixture": {
+            family: SourceConfig(weight=settings.weight_of(family)) for family in settings.families
+        },
     }
     for field, value in made.items():
         if getattr(config.data, field) not in (getattr(DataConfig(), field), value):

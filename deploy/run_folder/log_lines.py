@@ -42,15 +42,57 @@ class Log:
 
 def read_lines(path: Path) -> Log:
     """Read all steps of all stages; nothing where there is no file. Raises for no content."""
-    raw = path.read_bytes() if path.exists() else b""
-    *whole, rest = raw.split(b"\n")
-    lines, damaged = [], []
-    for number, text in enumerate(whole, 1):
-        try:
-            lines.append(_line(text))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            damaged.append(f"{path}:{number}: not a line of metrics ({error!r})")
-    return Log(lines=lines, damaged=damaged, torn=bool(rest))
+    return Follower(path).log()
+
+
+class Follower:
+    """Reads a log again and again, and each time only what was added."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._begin()
+
+    def _begin(self) -> None:
+        self._read = 0
+        """Bytes of whole lines that are taken in."""
+        self._last = b""
+        """The last of these, which tells this log from another in its place."""
+        self._numbered = 0
+        self._lines: list[Line] = []
+        self._damaged: list[str] = []
+
+    def log(self) -> Log:
+        """Return what is there now; its lists are not to be changed, and grow with the next call.
+
+        Of a log that was cut, or that another took the place of, everything is read anew.
+        """
+        rest = self._rest()
+        if rest is None:
+            self._begin()
+            rest = self._rest() or b""
+        *whole, torn = rest.split(b"\n")
+        for text in whole:
+            self._numbered += 1
+            try:
+                self._lines.append(_line(text))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                self._damaged.append(
+                    f"{self._path}:{self._numbered}: not a line of metrics ({error!r})"
+                )
+        if whole:
+            self._read += len(rest) - len(torn)
+            self._last = whole[-1] + b"\n"
+        return Log(lines=self._lines, damaged=self._damaged, torn=bool(torn))
+
+    def _rest(self) -> bytes | None:
+        """Return what comes after what was read; None where that is not there any more."""
+        if not self._path.exists():
+            return b"" if not self._read else None
+        with self._path.open("rb") as file:
+            file.seek(self._read - len(self._last))
+            if file.read(len(self._last)) != self._last:
+                return None
+            return file.read()
 
 
 def read_metrics(path: Path) -> list[Line]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.batching import SequenceBatch
+from common.batching import SequenceBatch, rows_by_prompt
 from common.randomness import derive_seed
 from learner.batch.dealing import Share, deal, deal_shared
 from learner.batch.experience import Sequences
@@ -55,11 +55,28 @@ class Shards:
         self.seed, self.budget, self.device = seed, budget, device
         self.shares_prompts = shares_prompts
 
-    def minibatches(self, rows: int, parts: int, *purpose: int | str) -> Iterator[list[int]]:
-        """Yield all rows in `parts` parts, in an order that is a function of (seed, purpose)."""
-        order = np.random.default_rng(derive_seed(self.seed, *purpose)).permutation(rows)
-        for part in np.array_split(order, min(parts, rows)):
-            yield part.tolist()
+    def minibatches(
+        self, sequences: Sequences, parts: int, *purpose: int | str
+    ) -> Iterator[list[int]]:
+        """Yield all rows in `parts` parts, in an order that is a function of (seed, purpose).
+
+        All responses to a prompt are in one part, so that the prompt is computed once in an epoch.
+        Where one prompt has more than its share, or there are fewer rows than parts, rows are dealt
+        one by one.
+        """
+        rows, parts = len(sequences), min(parts, len(sequences))
+        groups = list(rows_by_prompt(sequences.prompts).values())
+        if max(map(len, groups)) * parts > rows:
+            groups = [[row] for row in range(rows)]
+        order = np.random.default_rng(derive_seed(self.seed, *purpose)).permutation(len(groups))
+        dealt: list[list[int]] = [[] for _ in range(parts)]
+        before = 0
+        for place in order.tolist():
+            group = groups[place]
+            # By the middle of each group: no part stays empty, as none is larger than a part.
+            dealt[(2 * before + len(group)) * parts // (2 * rows)] += group
+            before += len(group)
+        yield from dealt
 
     def deal(self, rows: Sequence[int], lengths: Sequence[int]) -> list[Share]:
         """Return this rank's micro-batches of some rows, as row numbers."""

@@ -57,17 +57,25 @@ INSTRUCT = {
     "ppg": ("train.algorithm=ppo", "train.ppg={n_pi: 5}"),
 }
 """What the algorithms on the recipe `instruct` override; the first is the recipe's own."""
+SHORT = "train.iterations=10"
+"""Of the comparison of algorithms on the recipe `reasoning`: half of its own."""
 REASONING = {
     "grpo": (),
-    "dr-grpo": ("train.algorithm=dr_grpo", "train.objective={aggregation: constant}"),
-    "dapo": ("train.objective={clip_high: 0.28, aggregation: tokens}", "train.dynamic_sampling=4"),
+    "grpo-short": (SHORT,),
+    "dr-grpo": (SHORT, "train.algorithm=dr_grpo", "train.objective={aggregation: constant}"),
+    "dapo": (
+        SHORT,
+        "train.objective={clip_high: 0.28, aggregation: tokens}",
+        "train.dynamic_sampling=4",
+    ),
     "gspo": (
+        SHORT,
         "train.clip_range=3e-4",
         "train.objective={ratio: sequence, aggregation: sequences, clip_high: 4e-4}",
     ),
-    "reinforce-pp": ("train.algorithm=reinforce_pp",),
-    "ppo": ("train.algorithm=ppo",),
-    "ppg": ("train.algorithm=ppo", "train.ppg={n_pi: 5}"),
+    "reinforce-pp": (SHORT, "train.algorithm=reinforce_pp"),
+    "ppo": (SHORT, "train.algorithm=ppo"),
+    "ppg": (SHORT, "train.algorithm=ppo", "train.ppg={n_pi: 5, e_aux: 3}"),
 }
 """Likewise on the recipe `reasoning`."""
 CHAT_RECIPES: dict[str, Mapping[str, tuple[str, ...]]] = {

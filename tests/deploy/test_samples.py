@@ -82,12 +82,12 @@ def test_the_order_chooses(run: Run, logged: RunConfig, order: str, first: int) 
     done = run("samples", str(logged.run_dir), "--order", order, "-n", "1", "--json")
     found = json.loads(done.out)
     assert (done.code, found["rollout_id"]) == (0, f"000003-{first:06d}")
-    assert found["kl"] == pytest.approx(first * len(found["tokens"]))
+    assert found["kl"] == pytest.approx(first * found["length"])
     assert found["components"] == {"model": pytest.approx(found["score"]), "short": 0.25}
 
 
 def test_tokens_are_aligned(run: Run, logged: RunConfig) -> None:
-    done = run("samples", str(logged.run_dir), "--rollout", "000003-000001", "--json")
+    done = run("samples", str(logged.run_dir), "--rollout", "000003-000001", "--tokens", "--json")
     sample = json.loads(done.out)
     texts = [token["text"] for token in sample["tokens"]]
     spelled = OwnTokenizer.load(logged.run_dir / "tokenizer.json").spelling(1)

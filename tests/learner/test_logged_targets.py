@@ -11,6 +11,7 @@ import torch
 
 from common.config.recipe import save_config
 from common.config.run import RunConfig
+from common.data.tokenizer import load_tokenizer
 from common.run_folder import RunFolder
 from common.wire.trajectory import LEARNT
 from deploy.run_folder.folder import config_of
@@ -37,7 +38,9 @@ def logged(workspace: RunConfig, folder: Path, **train: object) -> RunConfig:
 
 
 def samples(config: RunConfig) -> list[Sample]:
-    return samples_of(config_of(config.run_dir), order="first", number=ROWS)
+    tokenizer = load_tokenizer(config.folder.tokenizer)
+    own = config_of(config.run_dir)
+    return samples_of(own, order="first", number=ROWS, tokenizer=tokenizer)
 
 
 def gae_error(shown: list[Sample], config: RunConfig) -> float:

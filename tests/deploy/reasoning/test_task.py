@@ -28,7 +28,11 @@ def test_the_recipe_names_data_of_each_family_on_each_side() -> None:
         assert [family_of(name) for name in names] == families
         assert len(list(read_prompts(names))) == size * len(families)
     assert len({name for names in sides for name in names}) == 3 * len(families)
-    assert list(config.data.mixture or ()) == families
+    assert {name: of.weight for name, of in (config.data.mixture or {}).items()} == {
+        "spiral_matrix": 1.0,
+        "word_sequence_reversal": 2.0,
+    }
+    assert not any("weight" in name for names in sides for name in names)
     other = with_data(recipe("seed=1")).data
     assert not {*other.prompts} & {*with_data(recipe()).data.prompts}
     assert with_data(config) == config
@@ -57,6 +61,8 @@ def test_no_held_out_question_is_in_training() -> None:
     ("override", "wrong"),
     [
         ("quickstart.families={}", r"quickstart\.families: names no family; name one"),
+        ("quickstart.families={gcd: {weight: 0}}", r"gcd: weight is 0; it is a number above 0"),
+        ("quickstart.families={gcd: {weight: yes}}", r"gcd: weight is True; it is a number above"),
         (
             "quickstart.families={gcd: {seed: 3}}",
             r"quickstart\.families: gcd: 'seed' follows from the recipe's seed and sizes; take it ",

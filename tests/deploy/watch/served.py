@@ -1,0 +1,146 @@
+"""A run's folder as a run would leave it, and the live page's server over it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.config.recipe import save_config
+from common.config.run import RunConfig
+from common.data.own_tokenizer import OwnTokenizer
+from common.run_folder import RunFolder
+from common.wire.trajectory import ScoredTrajectory, to_table
+from deploy.watch.runs import WatchedRun
+from deploy.watch.server import serve
+from learner.batch.trajectory_log import Learnt, write_log
+from tests.conftest import run_copy
+
+
+def run_folder(workspace: RunConfig, folder: Path, iterations: int = 6) -> RunConfig:
+    """A run of some iterations that is not at work."""
+    config = run_copy(workspace, folder, train={"iterations": 500})
+    save_config(config, config.run_dir / "config.yaml")
+    for iteration in range(1, iterations + 1):
+        log(config, "train", iteration, metrics_of(iteration))
+        if iteration % 2 == 0:
+            log(config, "held_out", iteration, {"score": iteration / 20, "responses": 8.0})
+    event(config, "rollout-0", "started", "after 2.0 s", 100.0)
+    event(config, "rollout-1", "started", "after 2.1 s", 100.1)
+    event(config, "rollout-1", "died", "killed by signal 9", 130.0)
+    event(config, "rollout-2", "started", "after 3.0 s", 134.0)
+    return config
+
+
+def metrics_of(iteration: int) -> dict[str, float]:
+    """What an iteration logs, with figures that no rounding makes equal."""
+    return {
+        "score": 0.1 * iteration + 1 / 7,
+        "kl": iteration / 3,
+        "entropy": 2.0 / iteration,
+        "response_length": 7.0 + iteration / 9,
+        "component/model": 0.5 * iteration,
+        "component/short": -iteration / 11,
+        "seconds": 3.0,
+        "learn_seconds": 2.0,
+        "tokens_per_second": 100.0 + iteration,
+        "workers/rollout": 2.0,
+        "workers_lost/rollout": float(iteration > 3),
+    }
+
+
+def log(config: RunConfig, stage: str, step: int, metrics: dict[str, float]) -> None:
+    """Append a line of metrics."""
+    line = {"stage": stage, "step": step, "time": 100.0 + 10 * step, "metrics": metrics}
+    with config.folder.metrics.open("a", encoding="utf8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def event(config: RunConfig, worker: str, what: str, detail: str, at: float) -> None:
+    """Append a line of events."""
+    line = {"time": at, "worker": worker, "what": what, "detail": detail}
+    with config.folder.events.open("a", encoding="utf8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def log_samples(
+    config: RunConfig, iteration: int, texts: Sequence[str], prompt: str = "open the:"
+) -> list[ScoredTrajectory]:
+    """Log an iteration's responses; token t of row i has the advantage i - t."""
+    tokenizer = OwnTokenizer.load(config.folder.tokenizer)
+    rows = [
+        ScoredTrajectory(
+            rollout_id=f"{iteration:06d}-{index:06d}",
+            group=index,
+            prompt_uid="p",
+            prompt_text=prompt,
+            prompt_ids=[5],
+            seed=index,
+            response_ids=[*(ids := tokenizer.encode(text)), 1],
+            response_text=text,
+            behavior_logprobs=[-1.0] * (len(ids) + 1),
+            finish_reason="eos",
+            policy_version=iteration,
+            weights_fingerprint="f",
+            actor_id="a",
+            score=index / 7,
+            score_components={"model": index / 7},
+            ref_logprobs=[-1.5] * (len(ids) + 1),
+            reward_version=0,
+        )
+        for index, text in enumerate(texts)
+    ]
+    mask = torch.zeros(len(rows), max(len(row.response_ids) for row in rows), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        mask[i, : len(row.response_ids)] = True
+    numbers = torch.arange(len(rows))[:, None] - torch.arange(mask.shape[1])[None] * 1.0
+    learnt = Learnt(
+        learner_logprobs_NR=numbers,
+        rewards_NR=numbers.double(),
+        kl_penalties_NR=numbers.double(),
+        values_NR=numbers,
+        advantages_NR=numbers,
+        mask_NR=mask,
+    )
+    path = RunFolder(config.run_dir).trajectories(iteration)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_log(path, to_table(rows, ScoredTrajectory), learnt, iteration, config)
+    return rows
+
+
+@contextmanager
+def served(folders: Sequence[Path], host: str = "127.0.0.1") -> Iterator[str]:
+    """The address of a server over these runs, in a thread of its own."""
+    said: list[str] = []
+    tasks: list[Any] = []
+
+    async def work() -> None:
+        tasks.extend([asyncio.get_running_loop(), asyncio.current_task()])
+        runs = [WatchedRun(folder) for folder in folders]
+        await serve(runs, host, 0, said.append)
+
+    def go() -> None:
+        with suppress(asyncio.CancelledError):
+            asyncio.run(work())
+
+    thread = threading.Thread(target=go, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 60
+    while not said:
+        assert thread.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    try:
+        yield said[0]
+    finally:
+        loop, task = tasks
+        loop.call_soon_threadsafe(task.cancel)
+        thread.join(timeout=30)
+        assert not thread.is_alive()

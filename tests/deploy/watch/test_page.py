@@ -1,0 +1,241 @@
+"""The live page in a real browser: Debian's Chromium, where it is installed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from common.config.run import RunConfig
+from deploy.evaluation.report import write_report
+from deploy.run_folder.log_lines import read_lines
+from tests.deploy.watch.served import event, log, log_samples, metrics_of, run_folder, served
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's package chromium"),
+]
+TABS = ("outcome", "learning", "throughput", "workers", "samples", "health")
+HOSTILE = [
+    "<script>document.title = 'stolen'</script>",
+    "<img src=x onerror=\"document.title = 'stolen'\">",
+    "![picture](http://example.com/x.png) [link](javascript:alert(1))",
+    "\x1b]0;stolen\x07\x1b[31mred",
+    "\u202egnp.exe \u2066",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+
+class Watched:
+    """A page, what it asked for, and what it complained of."""
+
+    def __init__(self, page: Page, url: str) -> None:
+        self.page, self.url = page, url
+        self.asked: list[str] = []
+        self.complaints: list[str] = []
+        page.on("request", lambda request: self.asked.append(request.url))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on(
+            "console",
+            lambda message: (
+                self.complaints.append(message.text)
+                if message.type in ("error", "warning")
+                else None
+            ),
+        )
+        page.goto(url)
+        page.wait_for_selector("#view > *")
+
+    def open(self, tab: str) -> None:
+        self.page.click(f"#tab-{tab}")
+        self.page.wait_for_selector(f"#tab-{tab}[aria-selected=true]")
+        self.page.wait_for_function("document.querySelector('#view').children.length === 1")
+        self.page.wait_for_timeout(150)
+
+    def values(self) -> dict[tuple[str, str], float]:
+        """What the panels of a tab say, by panel and curve."""
+        found: list[list[Any]] = self.page.eval_on_selector_all(
+            "figure[data-panel] b[data-curve]",
+            "all => all.map(b => [b.closest('figure').dataset.panel, b.dataset.curve,"
+            " Number(b.dataset.value)])",
+        )
+        return {(panel, curve): value for panel, curve, value in found}
+
+    def sound(self) -> None:
+        """It asked nobody else, and complained of nothing."""
+        assert [url for url in self.asked if not url.startswith((self.url, "data:"))] == []
+        assert self.complaints == []
+
+
+def test_values_are_the_logs_and_a_new_iteration_is_seen(
+    browser: Browser, workspace: RunConfig, tmp_path: Path
+) -> None:
+    config = run_folder(workspace, tmp_path)
+    log_samples(config, 5, ["file", "read the file"])
+    with served([config.run_dir]) as url, browser.new_page() as page:
+        seen = Watched(page, url)
+        last = {line.stage: line.metrics for line in read_lines(config.folder.metrics).lines}
+        values = seen.values()
+        assert values["Score", "training, score"] == last["train"]["score"]
+        assert values["Score", "held-out, score"] == last["held_out"]["score"]
+        assert (
+            values["Parts of the score", "training, component/short"]
+            == metrics_of(6)["component/short"]
+        )
+        tile = page.get_attribute("#tiles b[data-metric=kl]", "data-value")
+        assert float(tile or "nan") == last["train"]["kl"]
+        assert page.locator("figure canvas").count() == page.locator("figure[data-panel]").count()
+
+        log(config, "train", 7, metrics_of(7))
+        page.wait_for_selector("#standing[data-step='7']", timeout=3000)
+        page.wait_for_selector(
+            f"b[data-curve='training, score'][data-value='{metrics_of(7)['score']}']", timeout=3000
+        )
+        for tab in TABS:
+            seen.open(tab)
+            if tab in ("learning", "throughput"):
+                assert set(seen.values().values()) <= {*metrics_of(7).values(), 0.0}
+        seen.sound()
+
+
+def test_samples_are_read_token_by_token_and_do_nothing(
+    browser: Browser, workspace: RunConfig, tmp_path: Path
+) -> None:
+    config = run_folder(workspace, tmp_path)
+    log_samples(config, 5, HOSTILE, prompt=HOSTILE[0])
+    event(config, "rollout-0", "died", f"{HOSTILE[1]} {HOSTILE[4]}", 140.0)
+    with served([config.run_dir]) as url, browser.new_page() as page:
+        seen = Watched(page, url)
+        seen.open("workers")
+        assert page.locator("#view img, #view script").count() == 0
+        assert HOSTILE[1] in page.inner_text("#view .events")
+        seen.open("samples")
+        page.select_option("#order", "best")
+        page.wait_for_function(
+            "document.querySelector('#samples tbody th')?.innerText === '000005-000004'"
+        )
+        page.click("#samples button:text-is('000005-000001')")
+        page.wait_for_selector("#tokens")
+        assert page.inner_text("#tokens").startswith(HOSTILE[1])
+        advantages = page.eval_on_selector_all(
+            "tbody tr td:last-child", "all => all.map(cell => Number(cell.innerText))"
+        )
+        assert advantages == [1 - t for t in range(len(advantages))]
+        page.click("text=back to all")
+        page.wait_for_selector("#samples")
+        text = page.inner_text("#samples")
+        assert "\\u202egnp.exe" in text and "\u202e" not in text and "\x1b" not in text
+        assert page.title() != "stolen"
+        assert page.locator("#view img, #view script").count() == 0
+        seen.sound()
+
+        page.goto(write_report(config.run_dir, config=config).as_uri())
+        text = page.inner_text("body")
+        assert "\u202e" not in text and "\x1b" not in text
+        assert page.title() != "stolen"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everybody_can_use_it_on_any_screen(
+    browser: Browser, workspace: RunConfig, tmp_path: Path, scheme: Any
+) -> None:
+    config = run_folder(workspace, tmp_path)
+    log(config, "train", 7, {**metrics_of(7), "entropy": 0.01, "kl": 60.0})
+    log_samples(config, 5, ["file " * 60, *HOSTILE])
+    context = browser.new_context(color_scheme=scheme)
+    with served([config.run_dir, config.run_dir]) as url, context.new_page() as page:
+        seen = Watched(page, url)
+        for width in (1280, 390):
+            page.set_viewport_size({"width": width, "height": 900})
+            for tab in TABS:
+                seen.open(tab)
+                wide = page.evaluate("document.documentElement.scrollWidth")
+                assert wide <= width, f"{tab} is {wide} wide at {width}"
+                found = Axe().run(page).response["violations"]
+                grave = [v for v in found if v["impact"] in ("serious", "critical")]
+                assert grave == [], json.dumps(grave, indent=1)[:2000]
+        seen.sound()
+    context.close()
+
+
+def test_runs_are_laid_over_each_other(
+    browser: Browser, workspace: RunConfig, tmp_path: Path
+) -> None:
+    one = run_folder(workspace, tmp_path / "a")
+    two = run_folder(workspace, tmp_path / "b", iterations=4)
+    other = two.run_dir.rename(tmp_path / "other")
+    with served([one.run_dir, other]) as url, browser.new_page() as page:
+        seen = Watched(page, url)
+        assert page.locator("#chosen").is_visible()
+        page.check("#run-1")
+        page.wait_for_selector("b[data-curve='other: training, kl']")
+        values = seen.values()
+        title = "KL to the reference"
+        assert values[title, f"{one.name}: training, kl"] == metrics_of(6)["kl"]
+        assert values[title, "other: training, kl"] == metrics_of(4)["kl"]
+        page.uncheck("#run-0")
+        page.wait_for_function("document.querySelector('#name').innerText === 'other'")
+        seen.sound()
+
+
+def test_keys_lead_from_tab_to_tab(browser: Browser, workspace: RunConfig, tmp_path: Path) -> None:
+    config = run_folder(workspace, tmp_path)
+    with served([config.run_dir]) as url, browser.new_page() as page:
+        Watched(page, url)
+        page.focus("#tab-outcome")
+        page.keyboard.press("ArrowRight")
+        assert page.evaluate("document.activeElement.id") == "tab-learning"
+        page.wait_for_selector("#tab-learning[aria-selected=true]")
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("ArrowLeft")
+        assert page.evaluate("document.activeElement.id") == "tab-health"
+
+
+def test_a_server_that_has_gone_is_told(
+    browser: Browser, workspace: RunConfig, tmp_path: Path
+) -> None:
+    config = run_folder(workspace, tmp_path)
+    with browser.new_page() as page:
+        with served([config.run_dir]) as url:
+            Watched(page, url)
+        page.wait_for_selector("body.gone", timeout=5000)
+        assert "does not answer" in page.inner_text("#standing")
+
+
+def test_long_runs_of_many_workers_are_light(
+    browser: Browser, workspace: RunConfig, tmp_path: Path
+) -> None:
+    config = run_folder(workspace, tmp_path, iterations=0)
+    with config.folder.metrics.open("w", encoding="utf8") as file:
+        for step in range(1, 10_001):
+            line = {"stage": "train", "step": step, "time": step, "metrics": metrics_of(step)}
+            file.write(json.dumps(line) + "\n")
+    with config.folder.events.open("w", encoding="utf8") as file:
+        for number in range(1000):
+            made = {"time": 100.0 + number, "worker": f"rollout-{number}", "detail": ""}
+            file.write(json.dumps({**made, "what": "started"}) + "\n")
+            if number % 3 == 0:
+                file.write(json.dumps({**made, "what": "died", "time": 5000.0}) + "\n")
+    sizes: list[int] = []
+    with served([config.run_dir]) as url, browser.new_page() as page:
+        page.on("response", lambda response: sizes.append(len(response.body())))
+        seen = Watched(page, url)
+        page.wait_for_selector("figure canvas")
+        painted = page.evaluate("performance.now()")
+        seen.open("workers")
+        page.wait_for_function("document.querySelectorAll('td.lane').length === 1000")
+        assert sum(sizes) < 5_000_000, "bytes before compression"
+        assert painted < 20_000, f"{painted} ms; 900 alone on two cores"
+        seen.sound()

@@ -1,0 +1,48 @@
+"""Minibatches: every row once, a prompt's responses together, and the order by seed and purpose."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from learner.batch.experience import Sequences
+from learner.batch.shards import Shards
+
+
+def sequences(sizes: list[int]) -> Sequences:
+    """Prompts of so many responses each, the responses of all of them in turn."""
+    prompts = [p for turn in range(max(sizes)) for p, size in enumerate(sizes) if turn < size]
+    return Sequences(prompts=[[p] for p in prompts], responses=[[1]] * len(prompts))
+
+
+def parts_of(of: Sequences, parts: int, *purpose: int | str, seed: int = 0) -> list[list[int]]:
+    shards = Shards(seed=seed, budget=100, device=torch.device("cpu"))
+    return list(shards.minibatches(of, parts, *purpose))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 8), st.integers(0, 99))
+def test_rows_are_dealt_once_and_a_prompts_together(
+    sizes: list[int], parts: int, iteration: int
+) -> None:
+    of = sequences(sizes)
+    dealt = parts_of(of, parts, "policy", iteration)
+    assert sorted(row for part in dealt for row in part) == list(range(len(of)))
+    assert len(dealt) == min(parts, len(of))
+    assert all(dealt)
+    if max(sizes) * len(dealt) <= len(of):
+        prompts = [{of.prompts[row][0] for row in part} for part in dealt]
+        assert sum(map(len, prompts)) == len(sizes), "each prompt is in one part"
+        share = len(of) / len(dealt)
+        assert all(abs(len(part) - share) < max(sizes) for part in dealt)
+    else:
+        assert max(map(len, dealt)) - min(map(len, dealt)) <= 1, "rows one by one"
+
+
+def test_the_order_is_a_function_of_seed_and_purpose() -> None:
+    of = sequences([4] * 12)
+    first = parts_of(of, 3, "policy", 0, 0)
+    assert first == parts_of(of, 3, "policy", 0, 0)
+    assert first != parts_of(of, 3, "policy", 0, 1)
+    assert first != parts_of(of, 3, "policy", 1, 0)
+    assert first != parts_of(of, 3, "policy", 0, 0, seed=1)
