@@ -37,6 +37,8 @@ check: $(VENV)/.tested   ## Lint, format and type checks.
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/python -m deploy.monitoring.dashboard | cmp - deploy/monitoring/talipot.json || { \
+	  echo "run: python -m deploy.monitoring.dashboard > deploy/monitoring/talipot.json"; exit 1; }
 
 test-checkpoint: $(VENV)/.tested $(VENV)/.instruct   ## Tests on a real checkpoint, SmolLM2 (some minutes).
 	@$(BIN)/python -m pytest -m checkpoint

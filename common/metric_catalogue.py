@@ -8,10 +8,7 @@ that are written.
 
 from __future__ import annotations
 
-import re
-from enum import StrEnum
-
-from common.metric_facts import Facts, counter, gauge
+from common.metric_facts import Catalogue, counter, gauge
 
 _VALUES = "where the algorithm has a value function"
 _NETWORK = "with a separate value network"
@@ -21,17 +18,8 @@ _SUPERVISED_END = "at the end of the stage"
 _HELD_OUT = "at the end of the stage, and each `evaluate_every` steps"
 
 
-class Logged(StrEnum):
+class Logged(Catalogue):
     """The metrics, by the names that are written to metrics.jsonl."""
-
-    facts: Facts
-
-    def __new__(cls, facts: Facts) -> Logged:
-        """Make a member whose text is its name."""
-        member = str.__new__(cls, facts.name)
-        member._value_ = facts.name
-        member.facts = facts
-        return member
 
     # Supervised stages.
     LOSS = gauge(
@@ -97,6 +85,7 @@ class Logged(StrEnum):
         "prompts of which one of k responses has at least the score `evaluate.solved`, estimated "
         "without bias (Chen 2021)",
         "held_out",
+        series="pass_at",
         look_for="pass@1 that rises while others fall: variety is lost",
         when="with `evaluate.solved`",
     )
@@ -166,6 +155,7 @@ class Logged(StrEnum):
         "mean score of responses to prompts of one source",
         "train",
         "held_out",
+        series="score_by_source",
         when="with `data.mixture`",
     )
     COMPONENT = gauge(
@@ -182,6 +172,7 @@ class Logged(StrEnum):
         "mean of what a reward function's `Score` calls a part of it",
         "train",
         "held_out",
+        series="component_part",
         when="with a function that returns parts",
     )
     KL = gauge(
@@ -238,7 +229,9 @@ class Logged(StrEnum):
         "age of the oldest rollout trained",
         look_for="at most `train.max_staleness`",
     )
-    STALENESS_COUNT = gauge("staleness/{age}", "rollouts", "rollouts trained, by age")
+    STALENESS_COUNT = gauge(
+        "staleness/{age}", "rollouts", "rollouts trained, by age", series="rollouts_by_age"
+    )
 
     # Updates.
     LR = gauge("lr", "1", "learning rate of the policy")
@@ -336,7 +329,11 @@ class Logged(StrEnum):
         "workers lost, whatever the cause",
     )
     WORKERS_LOST_BY = counter(
-        "workers_lost/{pool}/{cause}", "workers", "workers lost, by cause", when="once one was"
+        "workers_lost/{pool}/{cause}",
+        "workers",
+        "workers lost, by cause",
+        when="once one was",
+        series="workers_lost_by_cause",
     )
     WORKERS_DRAINED = counter(
         "workers_drained/{pool}",
@@ -384,12 +381,3 @@ class Logged(StrEnum):
         "times that requests were held back after failures in a row",
         when=_HTTP,
     )
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """What varies within it, in the order in which the name has it."""
-        return tuple(re.findall(r"{(\w+)}", self))
-
-    def of(self, *values: object) -> str:
-        """Return the name that is written for these values of its labels."""
-        return self.format(**dict(zip(self.labels, map(str, values), strict=True)))

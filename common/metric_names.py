@@ -21,3 +21,11 @@ def logged_as(name: str) -> tuple[Logged, Mapping[str, str]]:
         if match := re.fullmatch(pattern, name):
             return metric, match.groupdict()
     raise KeyError(f"metric '{name}' is not in common/metric_catalogue.py")
+
+
+def known_as(name: str) -> Logged | None:
+    """Find the metric of a written name; None of one that another version wrote."""
+    try:
+        return logged_as(name)[0]
+    except KeyError:
+        return None

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
@@ -70,137 +71,121 @@ class Sample:
     """Empty where they were not asked for."""
 
 
-def _by_score(row: Mapping[str, Any]) -> float:
-    return float(row["score"])
-
-
 def _kl(row: Mapping[str, Any]) -> float:
     own = row["unfiltered_logprobs"] or row["behavior_logprobs"]
     return float(sum(own) - sum(row["ref_logprobs"]))
 
 
-ORDERS: Final[Mapping[str, tuple[Callable[[Mapping[str, Any]], float], bool] | None]] = {
-    "best": (_by_score, True),
-    "worst": (_by_score, False),
-    "kl": (_kl, True),
-    "longest": (lambda row: len(row["response_ids"]), True),
-    "first": (lambda row: 0.0, False),
+class LoggedIteration:
+    """The responses of one iteration."""
+
+    def __init__(self, run_dir: Path, iteration: int, table: pa.Table) -> None:
+        self.iteration = iteration
+        self._run_dir, self._table = run_dir, table
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each response."""
+        found: list[int] = pc.list_value_length(self._table["response_ids"]).to_pylist()
+        return found
+
+    @property
+    def scores(self) -> list[float]:
+        """Of each response."""
+        found: list[float] = self._table["score"].to_pylist()
+        return found
+
+    def samples(
+        self,
+        *,
+        order: str = "random",
+        number: int = 4,
+        seed: int = 0,
+        tokenizer: Tokenizer | None = None,
+    ) -> list[Sample]:
+        """Choose some.
+
+        Args:
+            order: which come first, one of `ORDERS`.
+            number: how many.
+            seed: of the order `random`.
+            tokenizer: the run's, to show their tokens too.
+
+        Raises:
+            ConfigError: no such order.
+        """
+        if order not in ORDERS:
+            near = get_close_matches(order, ORDERS, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"--order {order}: there are {', '.join(ORDERS)}{meant}")
+        places = list(range(len(self._table)))
+        if order == "random":
+            places = random.Random(seed).sample(places, min(number, len(places)))
+        elif by := ORDERS[order]:
+            keys = by(self)
+            places.sort(key=lambda place: keys[place])
+        return self._taken(places[:number], tokenizer)
+
+    def sample(self, rollout_id: str, tokenizer: Tokenizer | None = None) -> Sample:
+        """Return one by its name. Raises DataError where there is none of it."""
+        place = pc.index(self._table["rollout_id"], rollout_id).as_py()
+        if place < 0:
+            raise DataError(
+                f"{self._run_dir}: iteration {self.iteration} has no rollout '{rollout_id}'"
+            )
+        return self._taken([place], tokenizer)[0]
+
+    def kl(self) -> list[float]:
+        """Return the KL of each response to the reference, in nats."""
+        names = ["unfiltered_logprobs", "behavior_logprobs", "ref_logprobs"]
+        return [_kl(row) for row in self._table.select(names).to_pylist()]
+
+    def _taken(self, places: Sequence[int], tokenizer: Tokenizer | None) -> list[Sample]:
+        rows = self._table.take(pa.array(places, pa.int64())).to_pylist()
+        return [_sample(row, tokenizer) for row in rows]
+
+
+def _falling(values: Sequence[float]) -> list[float]:
+    return [-value for value in values]
+
+
+ORDERS: Final[Mapping[str, Callable[[LoggedIteration], Sequence[float]] | None]] = {
+    "best": lambda logged: _falling(logged.scores),
+    "worst": lambda logged: logged.scores,
+    "kl": lambda logged: _falling(logged.kl()),
+    "longest": lambda logged: _falling(logged.lengths),
+    "first": None,
     "random": None,
 }
-"""What comes first: by what, and whether from the highest."""
+"""What comes first: the smallest of what is given for each response."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Overview:
-    """All responses of an iteration at once."""
-
-    iteration: int
-    iterations: tuple[int, int]
-    """The first and the last that is logged."""
-    lengths: list[int]
-    """Tokens of each response."""
-    scores: list[float]
-
-
-def overview(config: RunConfig, iteration: int | None = None) -> Overview:
-    """Return length and score of every response of an iteration; None: of the newest.
+def read_iteration(config: RunConfig, iteration: int | None = None) -> LoggedIteration:
+    """Read an iteration's responses; None: of the newest that is logged.
 
     Raises:
         DataError: nothing is logged, not this iteration, or the file is damaged.
     """
-    there = _there(config)
-    iteration = _logged(config, iteration)
-    table, _ = read_learnt(config.run_dir, iteration)
-    return Overview(
-        iteration=iteration,
-        iterations=(there[0], there[-1]),
-        lengths=pc.list_value_length(table["response_ids"]).to_pylist(),
-        scores=table["score"].to_pylist(),
-    )
-
-
-def samples_of(
-    config: RunConfig,
-    *,
-    iteration: int | None = None,
-    order: str = "random",
-    number: int = 4,
-    seed: int = 0,
-    rollout_id: str = "",
-    tokenizer: Tokenizer | None = None,
-) -> list[Sample]:
-    """Choose responses of one iteration.
-
-    Args:
-        config: the run's.
-        iteration: which, from 0; None: the newest that is logged.
-        order: which come first, one of `ORDERS`.
-        number: how many.
-        seed: of the order `random`.
-        rollout_id: this one alone, of the iteration that its name begins with.
-        tokenizer: the run's, to show their tokens too.
-
-    Raises:
-        ConfigError: no such order.
-        DataError: nothing is logged, not this iteration, not this rollout, or the file is damaged.
-    """
-    if order not in ORDERS:
-        near = get_close_matches(order, ORDERS, n=1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"--order {order}: there are {', '.join(ORDERS)}{meant}")
-    if rollout_id and iteration is None:
-        iteration = _iteration_of(rollout_id)
-    table, _ = read_learnt(config.run_dir, _logged(config, iteration))
-    rows = _chosen(table, order, number, seed, rollout_id)
-    if not rows:
-        raise DataError(f"{config.run_dir}: iteration {iteration} has no rollout '{rollout_id}'")
-    return [_sample(row, tokenizer) for row in rows]
-
-
-def _there(config: RunConfig) -> list[int]:
     there = logged_iterations(config.run_dir)
     if not there:
         raise DataError(f"{config.run_dir}: no trajectory is logged; `talipot train` writes them")
-    return there
-
-
-def _logged(config: RunConfig, iteration: int | None) -> int:
-    """Return the iteration to read: the newest where none is named."""
-    there = _there(config)
     if iteration is not None and iteration not in there:
         raise DataError(
             f"{config.run_dir}: iteration {iteration} is not logged; there are {len(there)}, "
             f"from {there[0]} to {there[-1]}"
         )
-    return there[-1] if iteration is None else iteration
+    number = there[-1] if iteration is None else iteration
+    return LoggedIteration(config.run_dir, number, read_learnt(config.run_dir, number)[0])
 
 
-def _iteration_of(rollout_id: str) -> int:
+def iteration_of(rollout_id: str) -> int:
+    """Return the iteration that a rollout's name begins with. Raises DataError: it is no name."""
     number = rollout_id.partition("-")[0]
     if not number.isdecimal():
         raise DataError(
             f"'{rollout_id}' names no rollout: a name is ITERATION-NUMBER, such as 000003-000012"
         )
     return int(number)
-
-
-def _chosen(
-    table: pa.Table, order: str, number: int, seed: int, rollout_id: str
-) -> list[dict[str, Any]]:
-    """Return the rows to show; of the others only what orders them is read."""
-    ids: list[str] = table["rollout_id"].to_pylist()
-    if rollout_id:
-        places = [place for place, name in enumerate(ids) if name == rollout_id]
-    elif (by := ORDERS[order]) is None:
-        places = random.Random(seed).sample(range(len(ids)), min(number, len(ids)))
-    else:
-        key, falling = by
-        light = table.select(
-            ["score", "unfiltered_logprobs", "behavior_logprobs", "ref_logprobs", "response_ids"]
-        ).to_pylist()
-        places = sorted(range(len(ids)), key=lambda i: key(light[i]), reverse=falling)[:number]
-    rows: list[dict[str, Any]] = table.take(pa.array(places, pa.int64())).to_pylist()
-    return rows
 
 
 def _sample(row: Mapping[str, Any], tokenizer: Tokenizer | None) -> Sample:

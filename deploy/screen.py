@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress import (
     BarColumn,
@@ -34,6 +35,7 @@ Part = str | tuple[str, str]
 LOG_EVERY_S = 30.0
 """Seconds between lines of progress in a file."""
 _WATCH_S = 2.0
+_BLOCKS = "▁▂▃▄▅▆▇█"
 _BIDI = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 """Characters that turn the direction of what follows, on the whole line."""
 _CONTROLS = {n: f"\\x{n:02x}" for n in (*range(0x20), *range(0x7F, 0xA0))}
@@ -149,15 +151,14 @@ def at_work(console: Console, title: str) -> Iterator[None]:
 
 @contextmanager
 def progress_bar(console: Console, title: str, total: int, done: int = 0) -> Iterator[Bar]:
-    """Show a live progress bar with metrics beside it; it begins where `done` steps are done."""
-    with Progress(
+    """Show a live progress bar with metrics beneath it; it begins where `done` steps are done."""
+    with _Bars(
         SpinnerColumn(),
-        TextColumn("{task.description:<22}", style="bold", markup=False),
+        TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
         console=console,
         transient=True,
         disable=not console.is_terminal,  # in a log file it would be blank lines
@@ -165,6 +166,34 @@ def progress_bar(console: Console, title: str, total: int, done: int = 0) -> Ite
         name = title.translate(_IN_LINES)
         task = progress.add_task(name, total=total, completed=done, note="")
         yield Bar(progress, task, None if console.is_terminal else console)
+
+
+class _Bars(Progress):
+    """Bars with their notes beneath them, as far as these fit: nothing is cut within a word."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """Yield the bars, and a line of notes for each that has some."""
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if note := fitting(task.fields["note"], self.console.width - 2):
+                yield Text(f"  {note}", no_wrap=True, overflow="ellipsis")
+
+
+def fitting(note: str, width: int) -> str:
+    """Return as many of a note's parts, which stand two blanks apart, as are this wide together."""
+    parts = note.split("  ")
+    while len(parts) > 1 and cell_len("  ".join(parts)) > width:
+        parts.pop()
+    return "  ".join(parts)
+
+
+def spark(values: Sequence[float]) -> str:
+    """Draw values as a line of blocks, each as high as it is between the least and the largest."""
+    least, most = min(values), max(values)
+    if least == most:
+        return _BLOCKS[0] * len(values)
+    steps = len(_BLOCKS) - 1
+    return "".join(_BLOCKS[round(steps * (v - least) / (most - least))] for v in values)
 
 
 @dataclass(slots=True)

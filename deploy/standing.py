@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from common.config.run import RunConfig
 from common.metric_catalogue import Logged
-from common.metric_names import logged_as
+from common.metric_names import known_as
 from deploy.health.checks import verdicts
 from deploy.health.history import History, Verdict
 from deploy.run_folder.failures import last_failure
@@ -210,19 +210,12 @@ def _metrics(standing: Standing) -> dict[str, list[tuple[str, str]]]:
     """Group the metrics by the catalogue, and sort them as it does."""
     order = {metric: place for place, metric in enumerate(Logged)}
     groups: dict[str, list[tuple[str, str]]] = {title: [] for title in _GROUPS}
-    known = {name: order[metric] for name in standing.metrics if (metric := _metric(name))}
+    known = {name: order[metric] for name in standing.metrics if (metric := known_as(name))}
     for name in sorted(known, key=lambda name: (known[name], name)):
         title = [title for title, first in _GROUPS.items() if order[first] <= known[name]][-1]
         groups[title].append((name, f"{standing.metrics[name]:.4g}"))
     other = sorted(standing.metrics.keys() - known.keys())
     return groups | {"other": [(name, f"{standing.metrics[name]:.4g}") for name in other]}
-
-
-def _metric(name: str) -> Logged | None:
-    try:
-        return logged_as(name)[0]
-    except KeyError:  # of another version
-        return None
 
 
 def _workers(standing: Standing) -> list[tuple[str, str]]:

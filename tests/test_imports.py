@@ -23,7 +23,7 @@ LAYERS: dict[str, list[set[str]]] = {
     "common": [
         {"errors", "metric_facts", "randomness", "unfinished"},
         {"reasoning_tasks"},
-        {"endings", "files", "metric_catalogue", "native_code", "run_folder"},
+        {"endings", "files", "live_metrics", "metric_catalogue", "native_code", "run_folder"},
         {"metric_names", "metrics", "out_of_memory"},
         {"config"},
         {"batching", "devices", "logprobs"},
@@ -49,7 +49,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"service"},
     ],
     "deploy": [
-        {"screen", "trackers"},
+        {"gauges", "monitoring", "screen", "trackers"},
         {"exits", "run_folder"},
         {"exchange", "health", "workers"},
         {"control", "validation"},

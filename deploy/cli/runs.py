@@ -136,19 +136,20 @@ def samples(
 ) -> None:
     """Show responses that a run was trained on; needs its folder alone."""
     from common.data.tokenizer import load_tokenizer
-    from deploy.samples import COLUMNS, head_of, rows_of, samples_of
+    from deploy.samples import COLUMNS, head_of, iteration_of, read_iteration, rows_of
     from deploy.screen import table
 
     config = of_run(run, None, None)
-    for sample in samples_of(
-        config,
-        iteration=iteration,
-        order=order,
-        number=number,
-        seed=seed,
-        rollout_id=rollout,
-        tokenizer=load_tokenizer(config.folder.tokenizer) if tokens else None,
-    ):
+    if rollout and iteration is None:
+        iteration = iteration_of(rollout)
+    logged = read_iteration(config, iteration)
+    tokenizer = load_tokenizer(config.folder.tokenizer) if tokens else None
+    chosen = (
+        [logged.sample(rollout, tokenizer)]
+        if rollout
+        else logged.samples(order=order, number=number, seed=seed, tokenizer=tokenizer)
+    )
+    for sample in chosen:
         if as_json:
             show(console, json.dumps(asdict(sample)))
             continue
@@ -203,7 +204,7 @@ def watch(
 
     from deploy.watch.server import runs_in, serve
 
-    watched = runs_in(runs)
+    watched = runs_in(runs, note)
     say(console, f"watching {', '.join(run.name for run in watched)}; Ctrl-C ends it")
     with suppress(KeyboardInterrupt):  # the way to leave it
         asyncio.run(serve(watched, host, port, lambda url: say(console, (url, "bold"))))

@@ -86,7 +86,7 @@ class Collector:
         self.batches = Batches()
         self.throughput = Throughput()
         self.last_dead_letter = ""
-        pools = self._pools()
+        pools = self.pools
         self.tally = Tally(pools)
         self._deadlines = Deadlines(pools, deadline_s)
         self._corrupt_at = -1
@@ -106,7 +106,7 @@ class Collector:
         Raises:
             TalipotError: too many were lost, or none can start.
         """
-        for pool in self._pools():
+        for pool in self.pools:
             pool.tend()
 
     def pump(self, timeout: float = 0.1) -> None:
@@ -118,7 +118,7 @@ class Collector:
         self.tend()
         self._dispatch()
         outstanding = [*self._sampling, *self._scoring]
-        waited = [*outstanding, *(ref for pool in self._pools() for ref in pool.probes())]
+        waited = [*outstanding, *(ref for pool in self.pools for ref in pool.probes())]
         if not waited:
             time.sleep(timeout)
             return
@@ -151,7 +151,7 @@ class Collector:
         """Give up what is under way: its workers finish it, and are free for others from now on."""
         names = [job.worker for job in self._sampling.values()]
         names += [job.worker for job in self._scoring.values()]
-        for pool in self._pools():
+        for pool in self.pools:
             for name in names:
                 if worker := pool.workers.get(name):
                     worker.busy -= 1
@@ -354,5 +354,7 @@ class Collector:
         if not tables_lost:
             self._sampled = [*job.sampled, *self._sampled]
 
-    def _pools(self) -> list[Pool]:
+    @property
+    def pools(self) -> list[Pool]:
+        """Rollout actors, and reward workers where there are some."""
         return [self.rollout] if self.reward is None else [self.rollout, self.reward]

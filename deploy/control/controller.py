@@ -41,8 +41,10 @@ from deploy.control.jobs import Scored
 from deploy.control.ledger import Ledger
 from deploy.control.own_workers import OwnWorkers
 from deploy.control.position import Position
+from deploy.control.readings import readings_of
 from deploy.control.status import Status
 from deploy.exchange.card import add_card
+from deploy.gauges import Reading
 from deploy.health.watch import Watch
 from deploy.run_folder.failures import note_health, note_restart, note_untracked
 from deploy.run_folder.lock import writing
@@ -106,6 +108,8 @@ class Controller:
         self.watch = Watch(config)
         self._restarts_left = config.learner.max_restarts
         self._stop = False
+        self._progress = time.time()
+        """When the last iteration ended, or this began."""
 
     @property
     def iteration(self) -> int:
@@ -140,7 +144,7 @@ class Controller:
             untracked.append(text)
             note_untracked(self.config.folder.events, text)
 
-        log = RunLog(self.run_dir, trackers.outboxes(self.config, tell))
+        log = RunLog(self.run_dir, trackers.outboxes(self.config, tell), self._readings)
         with at_the_end(self.elastic.release_room, log.close):
             self.own_workers.start()
             weights = self._train(log)
@@ -187,6 +191,7 @@ class Controller:
                     self._write(log, "train", metrics)
                     self._evaluate_if_due(log)
                     self._checkpoint_if_due()
+                    self._progress = time.time()
                 if self.iteration < last and not self.held_out.hopeless:
                     return ""
                 weights_hash = self.gang.export_policy(self.config.folder.policy.path)
@@ -245,6 +250,15 @@ class Controller:
             counts=self.collector.counts(),
             workers=self.elastic.views(),
             health=list(self.watch.verdicts),
+        )
+
+    def _readings(self) -> list[Reading]:
+        """Return what is true now, for Ray's metrics; from any thread."""
+        return readings_of(
+            self.collector,
+            self.watch,
+            restarts=self.position.learner_restarts,
+            progress=self._progress,
         )
 
     def scale(self, actors: int | None, replicas: int | None) -> list[Scaled]:

@@ -20,12 +20,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from common.errors import TalipotError
 from common.wire.trajectory import RolloutRequest
 from deploy.control.leases import Entry, Lease, LeasesInFlight, State, lone
 from deploy.control.settled import Settled
+
+Dropped = Literal["dead letter", "lone", "no signal", "stale"]
+"""Why a rollout is not trained."""
+Resampled = Literal["late", "lost", "stale"]
+"""Why a committed rollout is sampled again."""
 
 
 class LedgerError(TalipotError):
@@ -189,7 +194,7 @@ class Ledger:
         """Settle committed rollouts that the learner has consumed."""
         self.trained += self._settle(rollout_ids, "trained", ("committed",))
 
-    def drop(self, rollout_ids: Iterable[str], reason: str) -> None:
+    def drop(self, rollout_ids: Iterable[str], reason: Dropped) -> None:
         """Settle rollouts that will not be trained, for a stated reason.
 
         Committed ones may be dropped singly; of a queued or leased lease, all or none.
@@ -198,7 +203,7 @@ class Ledger:
         if dropped:
             self.dropped[reason] += dropped
 
-    def resample(self, rollout_ids: Iterable[str], reason: str) -> None:
+    def resample(self, rollout_ids: Iterable[str], reason: Resampled) -> None:
         """Put committed rollouts that cannot be trained as they are back to the queue.
 
         Raises:

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import product
 
-from ray.util.metrics import Gauge
-
 from common.config.run import RunConfig
+from common.live_metrics import Live
+from deploy.gauges import Reading
 from deploy.health.checks import CHECKS, verdicts
 from deploy.health.history import SEVERITIES, History, Verdict
 from deploy.run_folder.log_lines import Line, read_lines
 
 
 class Watch:
-    """Looks at a run after each of its steps, and sets Ray's metric `talipot_health`."""
+    """Looks at a run after each of its steps."""
 
     def __init__(self, config: RunConfig) -> None:
         """Begin with what the run's folder has of it already."""
-        self._run = config.run_dir.name
-        self._gauge = Gauge(
-            "talipot_health",
-            description="1 where a check finds something wrong with the run (docs/diagnosis.md)",
-            tag_keys=("run", "check", "severity"),
-        )
         self._history = History.of(config, read_lines(config.folder.metrics).lines)
         self.verdicts: tuple[Verdict, ...] = ()
         """Of the last look."""
@@ -35,8 +29,10 @@ class Watch:
         self._history.add(line)
         known = {(verdict.check, verdict.severity) for verdict in self.verdicts}
         self.verdicts = tuple(verdicts(self._history))
+        return [v for v in self.verdicts if (v.check, v.severity) not in known]
+
+    def readings(self) -> Iterator[Reading]:
+        """Yield Ray's metric `talipot_health` of every check; from any thread."""
         found = {(verdict.check, verdict.severity) for verdict in self.verdicts}
         for check, severity in product(CHECKS, SEVERITIES):
-            tags = {"run": self._run, "check": check, "severity": severity}
-            self._gauge.set(float((check, severity) in found), tags)
-        return [v for v in self.verdicts if (v.check, v.severity) not in known]
+            yield Reading.of(Live.HEALTH, (check, severity) in found, check, severity)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from ray.util.metrics import Gauge
 from torch.utils.tensorboard import SummaryWriter
 
 from common.endings import take_all
 from common.errors import StorageError
-from common.metric_names import logged_as
 from common.run_folder import RunFolder
+from deploy.gauges import Gauges, Reading
 from deploy.run_folder.log_lines import cut_torn_end
 from deploy.trackers import Outbox, Step, close_all
 
@@ -24,8 +22,16 @@ from deploy.trackers import Outbox, Step, close_all
 class RunLog:
     """Appends to a run's logs. One writer per run at a time."""
 
-    def __init__(self, run_dir: Path, outboxes: Sequence[Outbox] = ()) -> None:
-        """Go on with the logs of a run's folder; every line goes to the outboxes too."""
+    def __init__(
+        self,
+        run_dir: Path,
+        outboxes: Sequence[Outbox] = (),
+        ask: Callable[[], Iterable[Reading]] = tuple,
+    ) -> None:
+        """Go on with the logs of a run's folder; every line goes to the outboxes too.
+
+        `ask` tells what changes between the lines, for Ray's metrics.
+        """
         self.run_dir, folder = run_dir, RunFolder(run_dir)
         self._outboxes = outboxes
         try:
@@ -35,7 +41,7 @@ class RunLog:
             self._board = SummaryWriter(str(folder.tensorboard))
         except OSError as error:
             raise StorageError(f"{run_dir}: cannot be written: {error}") from None
-        self._gauges: dict[str, Gauge] = {}
+        self.gauges = Gauges(run_dir.name, ask)
 
     def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Append one step of a stage.
@@ -45,13 +51,13 @@ class RunLog:
             StorageError: the disk is full.
         """
         line = Step(stage=stage, step=step, time=time.time(), metrics=dict(metrics))
-        gauges = {name: self._gauge(stage, name) for name in metrics}
+        readings = [Reading.logged(stage, name, value) for name, value in metrics.items()]
         try:
             self._file.write(json.dumps(asdict(line)) + "\n")
             self._file.flush()
             for name, value in metrics.items():
                 self._board.add_scalar(f"{stage}/{name}", value, step)
-                gauges[name].set(value, {"run": self.run_dir.name})
+            self.gauges.set(readings, whole=True)
             for outbox in self._outboxes:
                 outbox.put(line)
         except OSError as error:
@@ -64,15 +70,11 @@ class RunLog:
             StorageError: the disk is full.
         """
         try:
-            take_all(self._file.close, self._board.close, partial(close_all, self._outboxes))
+            take_all(
+                self._file.close,
+                self._board.close,
+                self.gauges.close,
+                partial(close_all, self._outboxes),
+            )
         except OSError as error:
             raise StorageError(f"{self.run_dir}: metrics cannot be written: {error}") from None
-
-    def _gauge(self, stage: str, name: str) -> Gauge:
-        facts = logged_as(name)[0].facts
-        # Ray throws away what is named otherwise, "dropped/dead letter" for one.
-        key = re.sub(r"[^a-zA-Z0-9_]", "_", f"talipot_{stage}_{name}")
-        if key not in self._gauges:
-            description = f"{facts.meaning} ({facts.unit})"
-            self._gauges[key] = Gauge(key, description=description, tag_keys=("run",))
-        return self._gauges[key]

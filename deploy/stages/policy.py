@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from deploy.health.checks import verdicts
 from deploy.health.history import History, Verdict
 from deploy.run_folder import checkpoints
 from deploy.run_folder.inputs import RunInputs
-from deploy.run_folder.log_lines import read_lines
+from deploy.run_folder.log_lines import Line, read_lines
 from deploy.run_folder.paths import anchored, rebased
 from deploy.run_folder.progress import is_final, recorded_facts
 from deploy.run_folder.resume_rules import Change, require_resumable
 from deploy.run_folder.weights import policy_start, reward_weights
-from deploy.screen import say
+from deploy.screen import say, spark
 from deploy.stages.controller_actor import (
     RemoteController,
     controller_name,
@@ -145,7 +145,7 @@ def run_train(
         controller = _start(session, config, prompts, held_out, pools, stop_after)
     done = 0 if resumption is None else resumption.iteration
     with session.progress("policy", config.train.iterations, done) as bar:
-        screen = _Screen(session.console, bar.update)
+        screen = _Screen(session.console, bar.update, read_lines(session.folder.metrics).lines)
         facts = follow(controller, config, screen)
     _say_end(session.console, config, facts)
     lines = read_lines(session.folder.metrics).lines
@@ -265,25 +265,46 @@ def outcome_of(config: RunConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
     return shown | {name.replace("_", " "): facts[name] for name in counts if facts[name]}
 
 
+_BENEATH = {Logged.SCORE: "score", Logged.KL: "KL", Logged.ENTROPY: "entropy"}
+_DRAWN = 8
+"""Iterations in a little picture."""
+
+
 class _Screen:
     """Shows a run while it works: its bar, and what a health check begins to find wrong."""
 
-    def __init__(self, console: Console, update: Callable[[int, str], None]) -> None:
+    def __init__(
+        self, console: Console, update: Callable[[int, str], None], before: Sequence[Line]
+    ) -> None:
+        """Go on after the log's lines `before`."""
         self._console, self._update = console, update
         self._wrong: set[tuple[str, str]] = set()
+        self._seen = {line.step: line.metrics for line in before if line.stage == "train"}
+        # A file has no use for pictures, and some terminals no letters for them.
+        self._draws = console.is_terminal and console.encoding.startswith("utf")
 
     def __call__(self, status: Status) -> None:
         """Show where the run is."""
         if status.policy_version < 0:
             return  # it has not read its checkpoint yet
-        metrics = status.metrics
-        note = "  ".join(
-            f"{name} {metrics[name]:.2f}"
-            for name in (Logged.SCORE, Logged.KL, Logged.ENTROPY)
-            if name in metrics
-        )
-        self._update(status.iteration, note)
+        # For a moment, and after a restart of the learner, they are of another iteration.
+        if status.metrics.get(Logged.POLICY_VERSION) == status.iteration:
+            self._seen[status.iteration] = status.metrics
+        self._update(status.iteration, "  ".join(self._notes(status)))
         self.warn(status.health)
+
+    def _notes(self, status: Status) -> Iterator[str]:
+        """Yield what stands beneath the bar, what matters most first."""
+        last = self._seen.get(status.iteration, status.metrics)
+        steps = sorted(step for step in self._seen if step <= status.iteration)[-_DRAWN:]
+        for metric, name in _BENEATH.items():
+            if metric in last:
+                values = [self._seen[s][metric] for s in steps if metric in self._seen[s]]
+                drawn = f" {spark(values)}" if self._draws and len(values) > 1 else ""
+                yield f"{name} {last[metric]:.2f}{drawn}"
+        if Logged.TOKENS_PER_SECOND in last:
+            yield f"{last[Logged.TOKENS_PER_SECOND]:.0f} tokens/s"
+        yield f"{status.rollout_workers + status.reward_workers} workers"
 
     def warn(self, found: Sequence[Verdict]) -> None:
         """Say what was not wrong when it was looked at last."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from common.metric_catalogue import Logged
-from common.metric_names import logged_as
+from common.metric_names import known_as
 from deploy.run_folder.log_lines import HELD_OUT, Line
 
 Tab = str
@@ -189,7 +189,7 @@ def drawn(tab: Tab, columns: Columns) -> list[Drawn]:
         found.append(
             Drawn(
                 title=panel.title,
-                unit="" if facts.unit == "1" else facts.unit,
+                unit="" if facts.unit in ("1", panel.title.lower()) else facts.unit,
                 note=facts.look_for,
                 steps=[step for step in _means(steps, every) if step is not None],
                 every=every,
@@ -201,23 +201,20 @@ def drawn(tab: Tab, columns: Columns) -> list[Drawn]:
 
 def _series(panel: Panel, columns: Columns) -> Iterator[tuple[Logged, str, Mapping[int, float]]]:
     """Yield metric, label and values by step of each curve that has some."""
-    for stage in panel.stages:
-        found = {
+    there = {
+        stage: {
             name: (panel.metrics.index(metric), metric)
             for name in columns.get(stage, {})
-            if (metric := _metric(name)) in panel.metrics and metric is not None
+            if (metric := known_as(name)) in panel.metrics and metric is not None
         }
+        for stage in panel.stages
+    }
+    several = sum(map(bool, there.values())) > 1
+    for stage, found in there.items():
         # pass@8 comes before pass@16.
         for name in sorted(found, key=lambda name: (found[name][0], len(name), name)):
-            words = [_STAGE_NAMES[stage]] if len(panel.stages) > 1 else []
+            words = [_STAGE_NAMES[stage]] if several else []
             yield found[name][1], ", ".join([*words, name.replace("_", " ")]), columns[stage][name]
-
-
-def _metric(name: str) -> Logged | None:
-    try:
-        return logged_as(name)[0]
-    except KeyError:  # of another version
-        return None
 
 
 def _means(values: Sequence[float | None], every: int) -> list[float | None]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -20,8 +22,7 @@ from deploy.health.checks import CHECKS
 from deploy.health.history import History
 from deploy.run_folder.folder import config_of
 from deploy.run_folder.log_lines import HELD_OUT, Follower, Line, Log
-from deploy.samples import ORDERS, Sample, overview, samples_of
-from deploy.screen import visible
+from deploy.samples import ORDERS, iteration_of, read_iteration
 from deploy.standing import Standing, standing_of
 from deploy.watch.panels import TABS, Columns, columns_of, drawn
 
@@ -87,7 +88,12 @@ class WatchedRun:
             standing = standing_of(config, log)
         events = _events(config.folder.events)
         at_work = {str(worker["name"]): worker for worker in standing.workers}
-        return {"lanes": _lanes(events, at_work), "events": events[-_EVENTS:][::-1]}
+        times = sorted([line.time for line in log.lines] + [event["time"] for event in events])
+        running = standing.state == "running"
+        return {
+            "lanes": _lanes(events, at_work if running else {}, times),
+            "events": events[-_EVENTS:][::-1],
+        }
 
     def samples(self, iteration: int | None, order: str, seed: int) -> dict[str, Any]:
         """Return responses of an iteration, without their tokens, and score and length of all.
@@ -95,17 +101,14 @@ class WatchedRun:
         Raises:
             TalipotError: no such iteration or order, or a damaged file.
         """
-        points = overview(self.config, iteration)
-        chosen = samples_of(
-            self.config, iteration=points.iteration, order=order, number=_SAMPLES, seed=seed
-        )
+        logged = read_iteration(self.config, iteration)
+        chosen = logged.samples(order=order, number=_SAMPLES, seed=seed)
         return {
-            "iteration": points.iteration,
-            "iterations": points.iterations,
+            "iteration": logged.iteration,
             "orders": list(ORDERS),
-            "lengths": points.lengths,
-            "scores": points.scores,
-            "samples": [_shown(sample) for sample in chosen],
+            "lengths": logged.lengths,
+            "scores": logged.scores,
+            "samples": [asdict(sample) for sample in chosen],
         }
 
     def sample(self, rollout_id: str) -> dict[str, Any]:
@@ -113,8 +116,8 @@ class WatchedRun:
         with self._lock:
             if self._tokenizer is None:
                 self._tokenizer = load_tokenizer(self.config.folder.tokenizer)
-        (sample,) = samples_of(self.config, rollout_id=rollout_id, tokenizer=self._tokenizer)
-        return _shown(sample)
+        logged = read_iteration(self.config, iteration_of(rollout_id))
+        return asdict(logged.sample(rollout_id, self._tokenizer))
 
     # ------------------------------------------------------------------ parts
 
@@ -174,7 +177,7 @@ def _tiles(standing: Standing) -> list[dict[str, Any]]:
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
-    """Read what has happened, as texts that steer nothing; half a line at the end is left out."""
+    """Read what has happened; half a line at the end is left out."""
     found = []
     with suppress(OSError):
         for text in path.read_bytes().splitlines():
@@ -183,20 +186,28 @@ def _events(path: Path) -> list[dict[str, Any]]:
                 found.append(
                     {
                         "time": float(line["time"]),
-                        "worker": visible(str(line["worker"])),
-                        "what": visible(str(line["what"])),
-                        "detail": visible(str(line["detail"])),
+                        "worker": str(line["worker"]),
+                        "what": str(line["what"]),
+                        "detail": str(line["detail"]),
                     }
                 )
     return found
 
 
 def _lanes(
-    events: Sequence[Mapping[str, Any]], at_work: Mapping[str, Mapping[str, Any]]
+    events: Sequence[Mapping[str, Any]],
+    at_work: Mapping[str, Mapping[str, Any]],
+    times: Sequence[float],
 ) -> list[dict[str, Any]]:
     """Return each worker's life: from when, in which states, until when and why.
 
-    A name is given again when a run is resumed: what starts after an end is another worker.
+    A name is given again when a run is resumed: what starts after an end is another worker. Where
+    nobody was left to tell of a worker's end, as the run was killed, it is when the run told last.
+
+    Args:
+        events: of the run, in their order.
+        at_work: the workers that there are, by their names.
+        times: when the run told something, in their order.
     """
     lanes: dict[str, list[dict[str, Any]]] = {}
     for event in events:
@@ -204,16 +215,19 @@ def _lanes(
         spans = lanes.setdefault(name, [])
         if name and what in ("started", "draining", "waiting"):
             state = {"started": "working"}.get(what, what)
-            _end(spans, event["time"], "")
+            _end(spans, _before(event["time"], times) if what == "started" else event["time"], "")
             spans.append({"from": event["time"], "to": None, "state": state, "end": ""})
         elif name and what in _ENDS:
             why = f"{what}: {event['detail']}" if event["detail"] else what
             _end(spans, event["time"], why)
+    begun = min((lanes[name][-1]["from"] for name in at_work if lanes.get(name)), default=math.inf)
     found = []
     for name in [*lanes, *(name for name in at_work if name not in lanes)]:
         worker, spans = at_work.get(name), lanes.get(name, [])
         if not spans and worker is None:
             continue  # a pool's own event, or one of the whole run
+        if worker is None:
+            _end(spans, _before(begun, times), "")
         found.append(
             {
                 "name": name,
@@ -227,16 +241,13 @@ def _lanes(
     return found
 
 
+def _before(moment: float, times: Sequence[float]) -> float:
+    """Return the last time before a moment, or the moment itself."""
+    place = bisect_left(times, moment)
+    return times[place - 1] if place else moment
+
+
 def _end(spans: list[dict[str, Any]], when: float, why: str) -> None:
-    """End what goes on."""
+    """End what goes on, though never before its beginning."""
     if spans and spans[-1]["to"] is None:
-        spans[-1]["to"], spans[-1]["end"] = when, why
-
-
-def _shown(sample: Sample) -> dict[str, Any]:
-    """Return a sample as texts that steer nothing."""
-    facts = asdict(sample)
-    for name in ("prompt", "response", "reason", "source"):
-        facts[name] = visible(facts[name])
-    facts["tokens"] = [{**token, "text": visible(token["text"])} for token in facts["tokens"]]
-    return facts
+        spans[-1]["to"], spans[-1]["end"] = max(when, spans[-1]["from"]), why

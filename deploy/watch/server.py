@@ -16,7 +16,9 @@ import hmac
 import ipaddress
 import os
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+import socket
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
@@ -27,13 +29,14 @@ from common.errors import ConfigError, DataError, TalipotError
 from common.files import one_line
 from common.run_folder import RunFolder
 from deploy.run_folder.folder import folder_of
+from deploy.screen import visible
 from deploy.watch.panels import TABS
 from deploy.watch.runs import WatchedRun
 
 PORT: Final = 8990
 _TRIED: Final = 20
 """Ports that are tried, where none is asked for."""
-_COOKIE: Final = "talipot_watch"
+_EVERYWHERE: Final = ("0.0.0.0", "::")
 _ONLY_OURS: Final = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -47,11 +50,15 @@ _TYPES: Final = {".html": "text/html", ".js": "text/javascript", ".css": "text/c
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def runs_in(paths: Sequence[Path]) -> list[WatchedRun]:
+def runs_in(paths: Sequence[Path], note: Callable[[str], None]) -> list[WatchedRun]:
     """Open runs, each named by its folder, or by a folder that they lie in.
 
+    Args:
+        paths: the folders.
+        note: is told which runs in a folder of several are left out, and why.
+
     Raises:
-        DataError: there is none.
+        DataError: one that is named is none, or none is left.
     """
     found: list[WatchedRun] = []
     for path in paths:
@@ -59,8 +66,14 @@ def runs_in(paths: Sequence[Path]) -> list[WatchedRun]:
         inside = sorted(folder.glob("*/config.yaml"), key=lambda p: p.stat().st_mtime)
         if RunFolder(folder).config.exists() or not inside:
             found.append(WatchedRun(folder_of(folder)))
-        else:  # the newest is shown first
-            found += [WatchedRun(folder_of(recipe.parent)) for recipe in reversed(inside)]
+            continue
+        for recipe in reversed(inside):  # the newest is shown first
+            try:
+                found.append(WatchedRun(folder_of(recipe.parent)))
+            except TalipotError as error:
+                note(f"left out: {error}")
+    if not found:
+        raise DataError(f"{', '.join(map(str, paths))}: no run that can be read")
     return found
 
 
@@ -69,7 +82,6 @@ async def serve(
     host: str,
     port: int | None,
     say: Callable[[str], None],
-    ready: asyncio.Event | None = None,
 ) -> None:
     """Serve until it is cancelled.
 
@@ -78,34 +90,35 @@ async def serve(
         host: where to listen.
         port: likewise; None takes the first free one from `PORT` on.
         say: is told the address.
-        ready: set once it listens.
 
     Raises:
         ConfigError: it cannot listen there.
     """
     token = "" if _is_local(host) else secrets.token_urlsafe(24)
-    runner = web.AppRunner(application(runs, token), access_log=None)
-    await runner.setup()
-    try:
-        bound = await _listen(runner, host, port)
-        shown = f"[{host}]" if ":" in host else host
-        say(f"http://{shown}:{bound}/" + (f"?token={token}" if token else ""))
-        if ready is not None:
-            ready.set()
-        await asyncio.Event().wait()
-    finally:
-        await runner.cleanup()
-
-
-async def _listen(runner: web.AppRunner, host: str, port: int | None) -> int:
-    tried = [port] if port is not None else list(range(PORT, PORT + _TRIED))
-    for candidate in tried:
-        site = web.TCPSite(runner, host, candidate)
+    with _listening(host, port) as listening:
+        bound = int(listening.getsockname()[1])
+        # Cookies are of a host, whatever the port: each page has one of its own name.
+        guard = _guard(token, cookie=f"talipot_watch_{bound}")
+        runner = web.AppRunner(application(runs, guard), access_log=None)
+        await runner.setup()
         try:
-            await site.start()
-            return int(runner.addresses[-1][1])
+            await web.SockSite(runner, listening).start()
+            named = _own_name() if host in _EVERYWHERE else host
+            shown = f"[{named}]" if ":" in named else named
+            say(f"http://{shown}:{bound}/" + (f"?token={token}" if token else ""))
+            await asyncio.Event().wait()
+        finally:
+            await runner.cleanup()
+
+
+def _listening(host: str, port: int | None) -> socket.socket:
+    """Listen at a port, or at the first free one from `PORT` on."""
+    tried = [port] if port is not None else list(range(PORT, PORT + _TRIED))
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for candidate in tried:
+        try:
+            return socket.create_server((host, candidate), family=family)
         except OSError as error:
-            await site.stop()
             if error.errno != errno.EADDRINUSE:
                 raise ConfigError(
                     f"--host {host} --port {candidate}: cannot listen there ({one_line(error)})"
@@ -114,9 +127,18 @@ async def _listen(runner: web.AppRunner, host: str, port: int | None) -> int:
     raise ConfigError(f"{which} of {host} in use; give another one with --port")
 
 
-def application(runs: Sequence[WatchedRun], token: str = "") -> web.Application:
-    """Return the application; with a token it answers nobody without it."""
-    app = web.Application(middlewares=[_guard(token), _told])
+def _own_name() -> str:
+    """Return a name that other machines may know this one by: what means all addresses is none."""
+    name = socket.gethostname()
+    with suppress(OSError):
+        socket.getaddrinfo(name, None)
+        return name
+    return "127.0.0.1"
+
+
+def application(runs: Sequence[WatchedRun], guard: Any) -> web.Application:
+    """Return the application; `guard` is the middleware that lets requests in."""
+    app = web.Application(middlewares=[guard, _told])
     page = resources.files("deploy.watch") / "page"
 
     files = {entry.name: entry for entry in page.iterdir()}
@@ -141,7 +163,7 @@ def application(runs: Sequence[WatchedRun], token: str = "") -> web.Application:
                 raise web.HTTPNotFound
             # Reading a folder may take long, on a network's disk for one.
             facts = await asyncio.to_thread(ask, runs[number], request)
-            response = web.json_response(facts)
+            response = web.json_response(_inert(facts))
             response.enable_compression()
             return response
 
@@ -189,11 +211,20 @@ async def _told(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except TalipotError as error:
-        return web.json_response({"error": str(error)}, status=422)
+        return web.json_response(_inert({"error": str(error)}), status=422)
 
 
-def _guard(token: str) -> Any:
-    """Let in who asked for this machine by its own name, or has the token."""
+def _inert(value: Any) -> Any:
+    """Return the same with texts that turn no line around and steer nothing."""
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, Mapping):
+        return {visible(name): _inert(each) for name, each in value.items()}
+    return [_inert(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _guard(token: str, cookie: str) -> Any:
+    """Let in who asked for this machine by its own name, or has the token, in the cookie."""
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -213,9 +244,10 @@ def _guard(token: str) -> Any:
             return await handler(request)
         if _same(request.query.get("token", ""), token):
             answer = web.HTTPFound("/")
-            answer.set_cookie(_COOKIE, token, httponly=True, samesite="Strict", path="/")
+            # Lax: the link may be followed out of another page, a notebook's terminal for one.
+            answer.set_cookie(cookie, token, httponly=True, samesite="Lax", path="/")
             raise answer
-        if not _same(request.cookies.get(_COOKIE, ""), token):
+        if not _same(request.cookies.get(cookie, ""), token):
             raise web.HTTPForbidden(
                 text="open the address that `talipot watch` printed: its token is missing here\n"
             )

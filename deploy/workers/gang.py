@@ -32,7 +32,7 @@ from common.errors import ClusterError, TalipotError, WorkerError
 from common.files import one_line
 from common.wire.weights import Manifest, Payload
 from deploy.run_folder.weights import policy_start, reward_weights
-from deploy.workers import pulses
+from deploy.workers import hosted_rank, pulses
 from deploy.workers.calls import (
     Answer,
     Arguments,
@@ -45,6 +45,7 @@ from deploy.workers.calls import (
     summary,
 )
 from deploy.workers.reservations import reserved
+from deploy.workers.told import Identity
 from learner.rank import LearnerRank
 from learner.supervised.examples import EncodedComparison, EncodedPair
 
@@ -118,7 +119,7 @@ class LearnerGang:
         own = f"{self.run}:{secrets.token_hex(4)}"
         self._pulses = [f"{own}:{rank}" for rank in range(settings.ranks)]
         self.ranks = [
-            ray.remote(LearnerRank)
+            ray.remote(hosted_rank.LearnerRank)
             .options(
                 name=f"{self.run}:learner-{rank}{suffix}",
                 num_cpus=cpus,
@@ -128,6 +129,7 @@ class LearnerGang:
                 ),
             )
             .remote(
+                Identity(run=self.config.run_dir.name, role="learner", worker=f"learner-{rank}"),
                 rank,
                 settings.ranks,
                 compute,

@@ -29,6 +29,7 @@ from deploy.workers.calls import Handle
 from deploy.workers.hosted import RewardWorker, RolloutActor
 from deploy.workers.pool import Pool
 from deploy.workers.reservations import reservations, reserved
+from deploy.workers.told import Identity
 from deploy.workers.worker import ClusterQueries, MakeWorker
 
 NAMESPACE = "talipot"
@@ -55,12 +56,13 @@ def rollout_pool(
         DecoderGenerator, config.model, str(tokenizer), settings, adapted
     )
     options = _options(cpus, settings.gpus_per_actor, settings.labels)
+    label = config.run_dir.name
 
     def make(name: str) -> Handle:
         return (
             ray.remote(RolloutActor)
             .options(name=f"{run}:{name}", **options)
-            .remote(name, build, compute)
+            .remote(Identity(run=label, role="rollout", worker=name), name, build, compute)
         )
 
     return _pool("rollout", make, settings.actors_at_start if start else 0, config, options)
@@ -86,12 +88,14 @@ def reward_pool(
         frugal=config.pretrained,
     )
     options = _options(cpus, settings.gpus_per_replica, settings.labels)
+    label = config.run_dir.name
 
     def make(name: str) -> Handle:
         return (
             ray.remote(RewardWorker)
             .options(name=f"{run}:{name}", **options)
             .remote(
+                Identity(run=label, role="reward", worker=name),
                 settings,
                 config.model,
                 str(reference),

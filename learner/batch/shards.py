@@ -61,22 +61,16 @@ class Shards:
         """Yield all rows in `parts` parts, in an order that is a function of (seed, purpose).
 
         All responses to a prompt are in one part, so that the prompt is computed once in an epoch.
-        Where one prompt has more than its share, or there are fewer rows than parts, rows are dealt
-        one by one.
+        Where there are fewer prompts than parts, or one has more than twice its share of the
+        responses, rows are dealt one by one.
         """
         rows, parts = len(sequences), min(parts, len(sequences))
         groups = list(rows_by_prompt(sequences.prompts).values())
-        if max(map(len, groups)) * parts > rows:
+        if len(groups) < parts or max(map(len, groups)) * parts > 2 * rows:
             groups = [[row] for row in range(rows)]
         order = np.random.default_rng(derive_seed(self.seed, *purpose)).permutation(len(groups))
-        dealt: list[list[int]] = [[] for _ in range(parts)]
-        before = 0
-        for place in order.tolist():
-            group = groups[place]
-            # By the middle of each group: no part stays empty, as none is larger than a part.
-            dealt[(2 * before + len(group)) * parts // (2 * rows)] += group
-            before += len(group)
-        yield from dealt
+        for part in np.array_split(order, parts):
+            yield [row for place in part.tolist() for row in groups[place]]
 
     def deal(self, rows: Sequence[int], lengths: Sequence[int]) -> list[Share]:
         """Return this rank's micro-batches of some rows, as row numbers."""

@@ -15,7 +15,7 @@ from common.data.tokenizer import load_tokenizer
 from common.run_folder import RunFolder
 from common.wire.trajectory import LEARNT
 from deploy.run_folder.folder import config_of
-from deploy.samples import Sample, samples_of
+from deploy.samples import Sample, read_iteration
 from learner.batch.trajectory_log import Learnt
 from learner.learner import Learner
 from tests import literal
@@ -39,8 +39,8 @@ def logged(workspace: RunConfig, folder: Path, **train: object) -> RunConfig:
 
 def samples(config: RunConfig) -> list[Sample]:
     tokenizer = load_tokenizer(config.folder.tokenizer)
-    own = config_of(config.run_dir)
-    return samples_of(own, order="first", number=ROWS, tokenizer=tokenizer)
+    logged = read_iteration(config_of(config.run_dir))
+    return logged.samples(order="first", number=ROWS, tokenizer=tokenizer)
 
 
 def gae_error(shown: list[Sample], config: RunConfig) -> float:

@@ -21,7 +21,9 @@ export function chart({ title, runs }, tab) {
   const data = tables.length > 1 ? uPlot.join(tables) : tables[0];
   const place = el("div", { class: "plot", role: "img", "aria-label": spoken(title, curves) });
   const every = Math.max(...runs.map(({ panel }) => panel.every));
-  const notes = [first.note, every > 1 ? `means of ${every} steps` : ""].filter(Boolean).join("; ");
+  const advice = first.note.startsWith("should") ? first.note : first.note && `look for: ${first.note}`;
+  const notes = [advice.replaceAll("`", ""), every > 1 && `means of ${every} steps`]
+    .filter(Boolean).join("; ");
   const latest = el("ul", { class: "latest" }, ...curves.map((curve) => el("li", { title: curve.meaning },
     key(curve), ` ${curves.length > 1 ? curve.label : ""} `,
     el("b", { "data-curve": curve.label, "data-value": curve.last }, fmt(curve.last)))));
@@ -52,6 +54,12 @@ function axes() {
   return [axis, { ...axis, size: 56, values: (_, ticks) => ticks.map(fmt) }];
 }
 
+// What never changes is in the middle.
+function range(_, least, most) {
+  if (least === most) return [least - 1, most + 1];
+  return uPlot.rangeNum(least, most, 0.1, true);
+}
+
 function whenSeen(place, make) {
   // The width is known once it stands in the page; of another width it is drawn anew.
   let plot = null;
@@ -69,7 +77,7 @@ function draw(place, data, curves, unit) {
   whenSeen(place, (width) => new uPlot({
     width, height: HEIGHT, legend: { show: false }, axes: axes(),
     cursor: { sync: { key: unit }, y: false },
-    scales: { x: { time: false } },
+    scales: { x: { time: false }, y: { range } },
     series: [{ label: unit }, ...curves.map((curve) => ({
       label: curve.label, stroke: colourOf(curve.run, curve.number), width: 1.6, spanGaps: true,
       dash: curve.run ? DASHES[curve.number % DASHES.length] : [],
@@ -98,7 +106,7 @@ export function cloud(lengths, scores) {
     "aria-label": `Score against length of ${lengths.length} responses` });
   whenSeen(place, (width) => new uPlot({
     width, height: HEIGHT, legend: { show: false }, axes: axes(), cursor: { show: false },
-    scales: { x: { time: false } },
+    scales: { x: { time: false }, y: { range } },
     series: [{ label: "tokens" }, { label: "score", stroke: colourOf("", 0), paths: () => null,
       points: { show: true, size: 5, fill: colourOf("", 0) } }],
   }, data, place));

@@ -2,11 +2,13 @@
 // Texts are put in as texts, never as markup; nothing is asked of any other place.
 import { chart, forget } from "./charts.js";
 import { button, el, fixed, fmt, get, replace, timeOf } from "./parts.js";
-import { samples } from "./samples.js";
+import { leave, samples } from "./samples.js";
 
 const POLL_MS = 1500;
 const TABS = ["outcome", "learning", "throughput", "workers", "samples", "health", "supervised"];
-const now = { runs: [], chosen: [0], tab: "outcome", states: new Map(), drawn: "", busy: false };
+const now = {
+  runs: [], chosen: [0], tab: "outcome", states: new Map(), drawn: "", busy: false, again: false,
+};
 const at = (id) => document.getElementById(id);
 
 // ------------------------------------------------------------------ the head
@@ -29,7 +31,7 @@ function head() {
   shown.dataset.step = standing.step;
   replace(at("tiles"), state.tiles.map(tile));
   replace(at("warnings"), [
-    ...standing.notes.map((note) => el("p", { class: "warning" }, note)),
+    ...standing.notes.map((note) => el("p", { class: "told" }, note)),
     ...state.health.slice(0, 1).map((verdict) => el("p", { class: verdict.severity },
       el("b", {}, `${verdict.check} `), verdict.evidence)),
   ]);
@@ -61,6 +63,7 @@ function choices() {
       const others = now.chosen.filter((other) => other !== number);
       now.chosen = box.checked ? [...others, number].sort((a, b) => a - b) : others;
       if (!now.chosen.length) now.chosen = [number], box.checked = true;
+      leave();
       now.drawn = "";
       tick();
     });
@@ -89,6 +92,7 @@ function tabs() {
 }
 
 function open(tab) {
+  leave();
   now.tab = tab;
   now.drawn = "";
   location.hash = tab;
@@ -107,14 +111,14 @@ function mark() {
 
 // ------------------------------------------------------------------ the tabs
 
-async function panels(tab) {
-  const answers = await Promise.all(now.chosen.map((run) => get(`api/runs/${run}/panels/${tab}`)));
+async function panels(tab, chosen) {
+  const answers = await Promise.all(chosen.map((run) => get(`api/runs/${run}/panels/${tab}`)));
   const titles = [...new Set(answers.flatMap((answer) => answer.panels.map((panel) => panel.title)))];
-  const several = now.chosen.length > 1;
+  const several = chosen.length > 1;
   const parts = titles.map((title) => ({
     title,
     runs: answers.map((answer, i) => ({
-      name: several ? now.runs[now.chosen[i]] : "",
+      name: several ? now.runs[chosen[i]] : "",
       panel: answer.panels.find((panel) => panel.title === title),
     })).filter(({ panel }) => panel),
   }));
@@ -123,17 +127,18 @@ async function panels(tab) {
     : el("p", { class: "note" }, "Nothing is logged of this yet.");
 }
 
-async function workers() {
-  const run = now.chosen[0];
-  const [curves, { lanes, events }] = await Promise.all([panels("workers"), get(`api/runs/${run}/workers`)]);
+async function workers(chosen) {
+  const asked = [panels("workers", chosen), get(`api/runs/${chosen[0]}/workers`)];
+  const [curves, { lanes, events }] = await Promise.all(asked);
   return el("div", {}, lanesOf(lanes), eventsOf(events), curves);
 }
 
 function lanesOf(lanes) {
   const spans = lanes.flatMap((lane) => lane.spans);
   if (!lanes.length) return el("p", { class: "note" }, "No worker has started yet.");
-  const begin = Math.min(...spans.map((part) => part.from));
-  const end = Math.max(begin + 1, ...spans.map((part) => part.to ?? Date.now() / 1000));
+  const here = Date.now() / 1000;  // they may all be starting yet
+  const begin = Math.min(here, ...spans.map((part) => part.from));
+  const end = Math.max(begin + 1, ...spans.map((part) => part.to ?? here));
   const rows = lanes.map((lane) => el("tr", {},
     el("th", { scope: "row" }, lane.name), el("td", {}, lane.state),
     el("td", {}, lane.state === "gone" ? "" : String(lane.calls)),
@@ -160,7 +165,8 @@ function bar(lane, begin, end) {
 function lifeOf(lane) {
   const last = lane.spans.at(-1);
   if (!last) return "starting";
-  return last.to === null ? `since ${timeOf(lane.spans[0].from)}` : `${timeOf(last.to)} ${last.end}`;
+  if (last.to === null) return `since ${timeOf(lane.spans[0].from)}`;
+  return `${timeOf(lane.spans[0].from)} to ${timeOf(last.to)} ${last.end}`;
 }
 
 function eventsOf(events) {
@@ -172,8 +178,7 @@ function eventsOf(events) {
       event.detail ? ` ${event.detail}` : ""))));
 }
 
-function health() {
-  const state = now.states.get(now.chosen[0]);
+function health(state) {
   const found = state.health.map((verdict) => el("li", { class: verdict.severity },
     el("b", {}, verdict.check), ` ${verdict.evidence}. `,
     el("span", { class: "soft" }, `${verdict.advice} (${verdict.section})`)));
@@ -183,32 +188,44 @@ function health() {
     : "The checks begin with the first iteration.");
 }
 
-async function view() {
-  if (now.tab === "workers") return workers();
-  if (now.tab === "health") return health();
-  if (now.tab === "samples") return samples(now.chosen[0], at("view"));
-  return panels(now.tab);
+async function view(tab, chosen, state) {
+  if (tab === "workers") return workers(chosen);
+  if (tab === "health") return health(state);
+  if (tab === "samples") return samples(chosen[0], put);
+  return panels(tab, chosen);
+}
+
+// Shows a tab's contents, unless another tab has been opened meanwhile.
+function put(made, tab = "samples") {
+  if (tab !== now.tab) return;
+  forget();
+  replace(at("view"), [made]);
+  at("view").dataset.tab = tab;
 }
 
 // ------------------------------------------------------------------ again and again
 
+// What is chosen may change while answers are waited for: it is asked once more then.
 async function tick() {
-  if (now.busy) return;
+  if (now.busy) {
+    now.again = true;
+    return;
+  }
   now.busy = true;
+  const { tab } = now;
+  const chosen = [...now.chosen];
   try {
-    const states = await Promise.all(now.chosen.map((run) => get(`api/runs/${run}/state`)));
-    now.chosen.forEach((run, i) => now.states.set(run, states[i]));
+    const states = await Promise.all(chosen.map((run) => get(`api/runs/${run}/state`)));
+    chosen.forEach((run, i) => now.states.set(run, states[i]));
     document.body.classList.remove("gone");
     head();
-    const live = now.tab === "workers" ? states[0].standing.workers : states[0].health;
-    const wanted = JSON.stringify([now.chosen, now.tab, states.map((state) => state.version), live]);
+    const lives = states[0].standing.workers.map((worker) => [worker.name, worker.state]);
+    const live = tab === "workers" ? lives : tab === "health" ? states[0].health : "";
+    const wanted = JSON.stringify([chosen, tab, states.map((state) => state.version), live]);
     if (wanted !== now.drawn) {
-      const made = await view();
-      if (made) {
-        forget();
-        replace(at("view"), [made]);
-      }
-      now.drawn = wanted;
+      const made = await view(tab, chosen, states[0]);
+      if (made) put(made, tab);
+      if (tab === now.tab) now.drawn = wanted;
     }
   } catch (error) {
     document.body.classList.add("gone");
@@ -216,12 +233,21 @@ async function tick() {
   } finally {
     now.busy = false;
   }
+  if (now.again || tab !== now.tab) {
+    now.again = false;
+    tick();
+  }
 }
 
 async function begin() {
   const wanted = location.hash.slice(1);
   if (TABS.includes(wanted)) now.tab = wanted;
-  now.runs = await get("api/runs");
+  try {
+    now.runs = await get("api/runs");
+  } catch (error) {
+    at("standing").textContent = `talipot watch does not answer: ${error.message}; load the page again`;
+    return;
+  }
   fixed(now.runs);
   choices();
   tabs();

@@ -28,8 +28,10 @@ export function timeOf(seconds) {
   return new Date(1000 * seconds).toLocaleTimeString([], { hour12: false });
 }
 
+const PATIENCE_MS = 20000;
+
 export async function get(path) {
-  const answer = await fetch(path);
+  const answer = await fetch(path, { signal: AbortSignal.timeout(PATIENCE_MS) });
   const facts = await answer.json().catch(() => ({ error: answer.statusText }));
   if (!answer.ok) throw new Error(facts.error || answer.statusText);
   return facts;

@@ -42,7 +42,7 @@ def test_a_curve_is_what_was_logged() -> None:
     assert (panel.title, panel.unit, panel.every) == ("KL to the reference", "nats per response", 1)
     assert panel.steps == [1, 2, 3, 4, 5]
     (curve,) = panel.curves
-    assert (curve.label, curve.values, curve.last) == ("training, kl", [1, 2, 3, 4, 5], 5)
+    assert (curve.label, curve.values, curve.last) == ("kl", [1, 2, 3, 4, 5], 5)
 
 
 def test_stages_and_labels_share_a_panel() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from pathlib import Path
 
@@ -66,8 +67,8 @@ def test_lanes_tell_each_workers_life(workspace: RunConfig, tmp_path: Path) -> N
     assert lanes["rollout-1"]["spans"] == [
         {"from": 100.1, "to": 130.0, "state": "working", "end": "died: killed by signal 9"}
     ]
-    assert lanes["rollout-2"]["spans"][-1]["to"] is None
-    assert {lane["state"] for lane in lanes.values()} == {"gone"}, "the run is not at work"
+    assert lanes["rollout-2"]["spans"][-1]["to"] == 160.0, "the log's last line: nobody works"
+    assert {lane["state"] for lane in lanes.values()} == {"gone"}
 
 
 def test_what_is_wrong_is_one_line(workspace: RunConfig, tmp_path: Path) -> None:
@@ -108,16 +109,18 @@ def test_only_this_machine_by_its_own_name(workspace: RunConfig, tmp_path: Path)
 def test_elsewhere_it_asks_for_its_token(workspace: RunConfig, tmp_path: Path) -> None:
     config = run_folder(workspace, tmp_path)
     with served([config.run_dir], host="0.0.0.0") as url:
-        page, _, token = url.partition("?token=")
+        named, _, token = url.partition("?token=")
+        assert "0.0.0.0" not in named
+        page = re.sub(r"//[^:/]+", "//127.0.0.1", named)
         assert len(token) >= 32
         for path in ("", "api/runs", "page/page.js"):
             assert httpx.get(page + path).status_code == 403
         assert httpx.get(page, params={"token": token[:-1] + "é"}).status_code == 403
         with httpx.Client() as client:
-            first = client.get(url)
+            first = client.get(page, params={"token": token})
             assert (first.status_code, first.headers["Location"]) == (302, "/")
             cookie = first.headers["Set-Cookie"]
-            assert "HttpOnly" in cookie and "SameSite=Strict" in cookie
+            assert "HttpOnly" in cookie and "SameSite=Lax" in cookie
             assert client.get(page + "api/runs").json() == [config.name]
 
 
@@ -136,9 +139,14 @@ def test_a_folder_of_runs_is_all_of_them(workspace: RunConfig, tmp_path: Path) -
     one = run_folder(workspace, tmp_path / "a")
     two = one.run_dir.rename(one.run_dir.parent / "two")
     run_folder(workspace, tmp_path / "b").run_dir.rename(two.parent / "newest")
-    assert [run.name for run in runs_in([two.parent])] == ["newest", "two"]
-    with pytest.raises(DataError):
-        runs_in([tmp_path])
+    told: list[str] = []
+    assert [run.name for run in runs_in([two.parent], told.append)] == ["newest", "two"]
+    (two / "config.yaml").write_text("name: cut", encoding="utf8")
+    assert [run.name for run in runs_in([two.parent], told.append)] == ["newest"]
+    assert len(told) == 1 and "two/config.yaml: empty or cut off" in told[0]
+    for paths in ([tmp_path], [two]):
+        with pytest.raises(DataError):
+            runs_in(paths, told.append)
 
 
 def test_a_log_is_followed(workspace: RunConfig, tmp_path: Path) -> None:

@@ -30,13 +30,17 @@ def test_rows_are_dealt_once_and_a_prompts_together(
     assert sorted(row for part in dealt for row in part) == list(range(len(of)))
     assert len(dealt) == min(parts, len(of))
     assert all(dealt)
-    if max(sizes) * len(dealt) <= len(of):
+    if len(sizes) >= len(dealt) and max(sizes) * len(dealt) <= 2 * len(of):
         prompts = [{of.prompts[row][0] for row in part} for part in dealt]
         assert sum(map(len, prompts)) == len(sizes), "each prompt is in one part"
-        share = len(of) / len(dealt)
-        assert all(abs(len(part) - share) < max(sizes) for part in dealt)
+        assert max(map(len, prompts)) - min(map(len, prompts)) <= 1
     else:
         assert max(map(len, dealt)) - min(map(len, dealt)) <= 1, "rows one by one"
+
+
+def test_one_response_that_is_missing_parts_no_prompt() -> None:
+    of = sequences([8, 8, 7, 8])
+    assert sorted(map(len, parts_of(of, 4, "policy", 0, 0))) == [7, 8, 8, 8]
 
 
 def test_the_order_is_a_function_of_seed_and_purpose() -> None:

@@ -1,0 +1,55 @@
+"""A run that somebody looks at: the page sees it at work, and changes nothing."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from common.config.recipe import save_config
+from common.config.run import RunConfig
+from deploy.workers.gang import LearnerGang
+from tests.conftest import run_copy
+from tests.deploy.control.runs import finish
+from tests.deploy.watch.served import served
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+def test_a_run_that_is_watched_ends_in_the_same_weights(
+    workspace: RunConfig,
+    gang: LearnerGang,
+    reference: tuple[RunConfig, dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    """The page's server goes while the run is at work, and comes again."""
+    config = run_copy(workspace, tmp_path)
+    save_config(config, config.run_dir / "config.yaml")
+    seen: list[dict[str, Any]] = []
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.is_set():
+            with served([config.run_dir]) as url, httpx.Client(base_url=url, timeout=30) as client:
+                for _ in range(10):
+                    state = client.get("api/runs/0/state").json()
+                    seen.append(state["standing"])
+                    client.get("api/runs/0/panels/outcome")
+                    client.get("api/runs/0/workers")
+                    client.get("api/runs/0/samples")
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        facts = finish(config, gang)
+    finally:
+        ended.set()
+        thread.join()
+    assert facts["weights_hash"] == reference[1]["weights_hash"]
+    running = [standing for standing in seen if standing["state"] == "running"]
+    assert {standing["step"] for standing in running} & {1, 2, 3}
+    assert any(len(standing["workers"]) == 3 for standing in running)
+    assert all(standing["metrics"]["score"] for standing in running if standing["step"] > 1)

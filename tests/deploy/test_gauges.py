@@ -1,0 +1,186 @@
+"""Ray's metrics of a run: every process tells, of what is in the catalogue, with labels."""
+
+from __future__ import annotations
+
+import re
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import pytest
+import ray
+from prometheus_client.parser import text_string_to_metric_families
+
+from common.config.run import RunConfig
+from common.live_metrics import Live
+from common.metric_catalogue import Logged
+from common.metric_facts import LABELS
+from deploy import gauges
+from deploy.gauges import Gauges, Reading
+from deploy.workers.gang import LearnerGang
+from tests.conftest import run_copy
+from tests.deploy.control.runs import Run, stop_idle_pools
+
+Found = dict[str, dict[tuple[tuple[str, str], ...], float]]
+"""Series -> labels of ours -> value."""
+
+
+def test_every_metric_has_a_series_of_its_own() -> None:
+    series: dict[str, str] = {}
+    for metric in [*Logged, *Live]:
+        name = metric.facts.series
+        assert re.fullmatch(r"[a-z][a-z0-9_]*", name), name
+        assert name.endswith("_total") == (metric.facts.kind == "counter")
+        assert name not in series, f"{metric} and {series[name]} are both {name}"
+        series[name] = str(metric)
+        assert set(metric.labels) <= LABELS.keys()
+
+
+def test_what_varies_is_a_label() -> None:
+    reading = Reading.logged("train", "workers_lost/rollout/died", 2)
+    assert reading.metric.facts.series == "workers_lost_by_cause_total"
+    assert reading.labels == {"stage": "train", "pool": "rollout", "cause": "died"}
+    held = Reading.of(Live.HELD_VERSION, 3, "rollout-0")
+    assert (held.value, held.labels) == (3.0, {"worker": "rollout-0"})
+    with pytest.raises(KeyError):
+        Reading.logged("train", "nothing", 1.0)
+
+
+class Recorder:
+    """In place of Ray's gauge: what was set, and when."""
+
+    told: ClassVar[list[tuple[str, dict[str, str], float]]] = []
+
+    def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+        self.name, self.keys = name, tag_keys
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        assert tuple(tags) == self.keys
+        self.told.append((self.name, tags, value))
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Recorder]]:
+    Recorder.told = []
+    monkeypatch.setattr(gauges, "Gauge", Recorder)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    yield Recorder
+
+
+def test_every_value_is_told_again_and_again(recorder: type[Recorder]) -> None:
+    asked: list[int] = []
+
+    def ask() -> list[Reading]:
+        asked.append(1)
+        return [Reading.of(Live.CALLS, len(asked), "rollout", "rollout-0")]
+
+    told = Gauges("r", ask, every_s=0.02)
+    told.set([Reading.logged("train", "kl", 3.0)])
+    deadline = time.monotonic() + 30
+    while len(asked) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    told.close()
+    once = [value for name, _, value in recorder.told if name == "talipot_kl"]
+    assert once.count(3.0) >= 4
+    calls = [value for name, _, value in recorder.told if name == "talipot_calls_total"]
+    assert calls[-1] == len(asked)
+    before = len(recorder.told)
+    time.sleep(0.1)
+    assert len(recorder.told) == before, "it tells no more"
+
+
+# ------------------------------------------------------------------ a real run
+
+
+def scraped() -> Found:
+    """What the node's agent hands to whoever asks, of ours, without Ray's labels."""
+    node = ray.nodes()[0]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    text = urllib.request.urlopen(url, timeout=10).read().decode()
+    found: Found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name.startswith("ray_talipot_"):
+                ours = {k: v for k, v in sample.labels.items() if k in {"run", "stage", *LABELS}}
+                series = found.setdefault(sample.name.removeprefix("ray_talipot_"), {})
+                series[tuple(sorted(ours.items()))] = sample.value
+    return found
+
+
+def until(holds: Callable[[Found], Any], run: str) -> Found:
+    """Ask until it holds: Ray passes values on every ten seconds."""
+    deadline = time.monotonic() + 90
+    while True:
+        found = {
+            name: own
+            for name, values in scraped().items()
+            if (own := {k: v for k, v in values.items() if ("run", run) in k})
+        }
+        if holds(found):
+            return found
+        assert time.monotonic() < deadline, sorted(found)
+        time.sleep(0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_controller_actors_reward_workers_and_ranks_tell(
+    workspace: RunConfig, tmp_path: Any
+) -> None:
+    copied = run_copy(workspace, tmp_path, train={"iterations": 2}, learner={"ranks": 2})
+    # Of a name and a reward service that no other test has: workers that are idle are taken over.
+    config = copied.model_copy(
+        update={
+            "name": "told",
+            "reward_service": copied.reward_service.model_copy(
+                update={"micro_batch_tokens": copied.reward_service.micro_batch_tokens + 1}
+            ),
+        }
+    )
+    copied.run_dir.rename(config.run_dir)
+    gang = LearnerGang(config, "told")
+    with Run(config, gang) as controller:
+        assert controller.run()["finished"]
+        found = until(
+            lambda f: (
+                {"busy_seconds_total", "held_version", "policy_version", "health"} <= f.keys()
+                and max(f["policy_version"].values()) == 2
+                and len(f["busy_seconds_total"]) == 5
+                and min(f["busy_seconds_total"].values()) > 0
+            ),
+            "told",
+        )
+    gang.stop()
+    stop_idle_pools()
+
+    def of(series: str, **labels: str) -> float:
+        (value,) = (
+            value for given, value in found[series].items() if labels.items() <= dict(given).items()
+        )
+        return value
+
+    for role, worker in (
+        ("rollout", "rollout-0"),
+        ("rollout", "rollout-1"),
+        ("reward", "reward-0"),
+        ("learner", "learner-0"),
+        ("learner", "learner-1"),
+    ):
+        assert of("resident_bytes", role=role, worker=worker) > 5e7
+        assert of("calls_total", role=role, worker=worker) >= 1
+    assert of("resident_bytes", role="controller") > 5e7
+    sampled = sum(of("tokens_total", worker=f"rollout-{i}") for i in range(2))
+    assert (
+        sampled == of("tokens_total", worker="reward-0") == of("tokens_total", worker="learner-0")
+    )
+    for cause in ("died", "hung", "unstarted", "preempted", "corrupt"):
+        assert of("workers_lost_by_cause_total", pool="rollout", cause=cause) == 0
+    assert of("learner_restarts_total") == of("dropped_total", reason="dead letter") == 0
+    last = controller.metrics
+    assert of("score", stage="train") == pytest.approx(last["score"])
+    assert of("kl", stage="train") == pytest.approx(last["kl"])
+    assert of("health", check="kl", severity="critical") == 0
+    known = {metric.facts.series for metric in [*Logged, *Live]}
+    assert found.keys() <= known
