@@ -237,9 +237,13 @@ class Logged(Catalogue):
     LR = gauge("lr", "1", "learning rate of the policy")
     POLICY_LOSS = gauge("policy_loss", "1", "clipped objective, less the entropy bonus")
     POLICY_STEPS = gauge("policy_steps", "steps", "optimizer steps of the policy in this iteration")
-    CLIP_FRACTION = gauge("clip_fraction", "share", "tokens whose ratio is clipped")
+    CLIP_FRACTION = gauge(
+        "clip_fraction", "share", "tokens whose ratio is clipped, of responses that teach something"
+    )
     UPDATE_KL = gauge(
-        "update_kl", "nats per token", "distance of the policy from the one before this update"
+        "update_kl",
+        "nats per token",
+        "distance of the policy from the one before this update, on the same responses",
     )
     GRADIENT_NORM = gauge(
         "gradient_norm",

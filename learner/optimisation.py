@@ -58,7 +58,7 @@ class Step:
 
     epoch: int
     tokens: float
-    """Response tokens of the minibatch, over all ranks."""
+    """Response tokens that were computed, over all ranks: what `sums` are over."""
     loss: float
     sums: dict[str, float]
     """As `Loss.sums`, over all micro-batches and ranks."""
@@ -80,6 +80,10 @@ class Objective(ABC):
             micro: this rank's rows; its mask is empty in a filler.
             whole: size of the minibatch that it is a part of, to divide by.
         """
+
+    def matters(self, rows: list[int]) -> list[int]:
+        """Return those of a minibatch's rows that its gradient depends on; the others' is 0."""
+        return rows
 
     def problem(self, steps: int, sums: Mapping[str, float]) -> str:
         """Say why the next step must not be taken; empty if it may.
@@ -110,15 +114,15 @@ def optimise(
         ):
             where = f"{plan.phase} phase of iteration {plan.iteration}, step {len(steps)}"
             whole = Whole(tokens=sequences.response_tokens(rows), sequences=float(len(rows)))
-            micro_batches = shards.micro_batches(sequences, rows)
+            computed = objective.matters(rows) or rows[:1]  # all ranks step together
+            micro_batches = shards.micro_batches(sequences, computed)
             losses = ((objective.loss(micro, whole), micro.last) for micro in micro_batches)
             loss, sums = accumulate(engine, losses, objective.name, where)
             if problem := objective.problem(len(steps), sums):
                 raise TrainingError(problem)
             norm = engine.step(plan.lr, where)
-            steps.append(
-                Step(epoch=epoch, tokens=whole.tokens, loss=loss, sums=sums, gradient_norm=norm)
-            )
+            tokens = sequences.response_tokens(computed)
+            steps.append(Step(epoch=epoch, tokens=tokens, loss=loss, sums=sums, gradient_norm=norm))
             if objective.enough(steps[-1]):
                 return steps
     return steps

@@ -67,6 +67,16 @@ class PolicyObjective(Objective):
             aggregation=chosen.aggregation,
         )
 
+    def matters(self, rows: list[int]) -> list[int]:
+        """Leave out the responses of groups with one score, where advantages are all there is."""
+        targets = self.targets
+        if self.settings.entropy_coef or not (
+            targets.reference_NR is None and targets.shared_values is None
+        ):
+            return rows
+        advantages_NR = targets.advantages_NR
+        return [row for row, any_of in zip(rows, advantages_NR[rows].any(1), strict=True) if any_of]
+
     def loss(self, micro: MicroBatch, whole: Whole) -> Loss:
         """Return the loss of a micro-batch."""
         data, settings, targets = micro.data, self.settings, self.targets
