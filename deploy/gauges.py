@@ -109,6 +109,10 @@ class Gauges:
                 self._values[facts.series, tuple(tags.items())] = reading.value
                 self._gauges[facts.series].set(reading.value, tags)
 
+    def ask(self) -> None:
+        """Ask for what has changed, and tell it at once."""
+        self.set(self._ask())
+
     def close(self) -> None:
         """Tell no more; Ray forgets the values within half a minute."""
         self._ended.set()
@@ -128,7 +132,7 @@ class Gauges:
                 return
 
     def _tell(self) -> None:
-        self.set(self._ask())
+        self.ask()
         with self._lock:
             for (series, tags), value in self._values.items():
                 self._gauges[series].set(value, dict(tags))

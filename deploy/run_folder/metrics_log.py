@@ -58,6 +58,7 @@ class RunLog:
             for name, value in metrics.items():
                 self._board.add_scalar(f"{stage}/{name}", value, step)
             self.gauges.set(readings, whole=True)
+            self.gauges.ask()
             for outbox in self._outboxes:
                 outbox.put(line)
         except OSError as error:

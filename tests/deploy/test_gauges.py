@@ -19,6 +19,7 @@ from common.metric_facts import LABELS
 from deploy import gauges
 from deploy.gauges import Gauges, Reading
 from deploy.workers.gang import LearnerGang
+from learner.batch.trajectory_log import read_log
 from tests.conftest import run_copy
 from tests.deploy.control.runs import Run, stop_idle_pools
 
@@ -124,6 +125,12 @@ def until(holds: Callable[[Found], Any], run: str) -> Found:
         time.sleep(0.5)
 
 
+def tokens_of(found: Found, role: str) -> float:
+    """Of all processes of a role."""
+    tokens = found.get("tokens_total", {})
+    return sum(value for labels, value in tokens.items() if ("role", role) in labels)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_controller_actors_reward_workers_and_ranks_tell(
@@ -143,12 +150,13 @@ def test_controller_actors_reward_workers_and_ranks_tell(
     gang = LearnerGang(config, "told")
     with Run(config, gang) as controller:
         assert controller.run()["finished"]
+        # Each process tells by its own clock.
         found = until(
             lambda f: (
-                {"busy_seconds_total", "held_version", "policy_version", "health"} <= f.keys()
+                {"held_version", "policy_version", "health"} <= f.keys()
                 and max(f["policy_version"].values()) == 2
                 and len(f["busy_seconds_total"]) == 5
-                and min(f["busy_seconds_total"].values()) > 0
+                and len({tokens_of(f, role) for role in ("rollout", "reward", "learner")}) == 1
             ),
             "told",
         )
@@ -169,12 +177,13 @@ def test_controller_actors_reward_workers_and_ranks_tell(
         ("learner", "learner-1"),
     ):
         assert of("resident_bytes", role=role, worker=worker) > 5e7
-        assert of("calls_total", role=role, worker=worker) >= 1
+        # One actor may have sampled all, before the other had started.
+        worked = of("calls_total", role=role, worker=worker) > 0
+        assert worked or role == "rollout"
+        assert (of("busy_seconds_total", role=role, worker=worker) > 0) == worked
     assert of("resident_bytes", role="controller") > 5e7
-    sampled = sum(of("tokens_total", worker=f"rollout-{i}") for i in range(2))
-    assert (
-        sampled == of("tokens_total", worker="reward-0") == of("tokens_total", worker="learner-0")
-    )
+    logged = [read_log(config.run_dir, i)[0]["response_ids"].to_pylist() for i in range(2)]
+    assert tokens_of(found, "rollout") == sum(len(ids) for rows in logged for ids in rows)
     for cause in ("died", "hung", "unstarted", "preempted", "corrupt"):
         assert of("workers_lost_by_cause_total", pool="rollout", cause=cause) == 0
     assert of("learner_restarts_total") == of("dropped_total", reason="dead letter") == 0
