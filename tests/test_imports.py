@@ -49,13 +49,13 @@ LAYERS: dict[str, list[set[str]]] = {
         {"service"},
     ],
     "deploy": [
-        {"gauges", "monitoring", "screen", "trackers"},
+        {"gauges", "screen", "trackers"},
         {"exits", "run_folder"},
         {"exchange", "health", "workers"},
         {"control", "validation"},
         {"evaluation", "stages"},
-        {"commands", "config_docs", "instruct", "metric_docs", "quickstart", "reasoning"}
-        | {"recipes", "sampler", "samples", "scorer", "standing"},
+        {"commands", "config_docs", "instruct", "metric_docs", "monitoring", "quickstart"}
+        | {"reasoning", "recipes", "sampler", "samples", "scorer", "standing"},
         {"tasks", "watch"},
         {"cli"},
     ],

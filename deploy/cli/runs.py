@@ -211,6 +211,22 @@ def watch(
 
 
 @app.command()
+def monitor(
+    run: Annotated[
+        Path | None, typer.Argument(help="A run's folder; left out, this machine's cluster.")
+    ] = None,
+    address: AddressOption = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where it listens.")] = 9090,
+) -> None:
+    """Start Prometheus over a cluster, with Talipot's rules; Ctrl-C ends it."""
+    from deploy.monitoring.monitor import monitor as watch_over
+
+    config = None if run is None else of_run(run, None, None)
+    with suppress(KeyboardInterrupt):  # the way to leave it
+        watch_over(config, address, port, lambda text: say(console, text))
+
+
+@app.command()
 def scale(
     run: RunArgument,
     actors: Annotated[int | None, typer.Option(min=1, help="Rollout actors.")] = None,

@@ -136,16 +136,17 @@ def ask_cluster(way: Way, ask: Callable[[], Answer]) -> Answer:
         except BaseException as error:  # raised again where it is waited for
             answer.set_exception(error)
 
-    threading.Thread(target=work, name=_ASKING, daemon=True).start()
-    try:
-        return answer.result(_ASK_S)
-    except TimeoutError:
-        if answer.done():
-            raise  # by what was asked
-        raise ClusterError(
-            f"cluster at {way.address} answers and then no more for {_ASK_S:.0f} s: it is ending, "
-            "or overloaded; ask again"
-        ) from None
+    with _kept_signal_handlers():
+        threading.Thread(target=work, name=_ASKING, daemon=True).start()
+        try:
+            return answer.result(_ASK_S)
+        except TimeoutError:
+            if answer.done():
+                raise  # by what was asked
+            raise ClusterError(
+                f"cluster at {way.address} answers and then no more for {_ASK_S:.0f} s: it is "
+                "ending, or overloaded; ask again"
+            ) from None
 
 
 def asks() -> bool:

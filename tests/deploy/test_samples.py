@@ -7,44 +7,19 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 
 from common.config.recipe import save_config
 from common.config.run import RunConfig
 from common.data.own_tokenizer import OwnTokenizer
 from common.run_folder import RunFolder
-from common.wire.trajectory import ScoredTrajectory, to_table
 from deploy.samples import pieces
 from deploy.screen import say, show
-from learner.batch.trajectory_log import Learnt, write_log
 from tests.conftest import run_copy
 from tests.deploy.commands import Run, refused
+from tests.deploy.watch.served import log_samples
 
 HOSTILE = "<script>alert(1)</script> \x1b[31mred\x1b[0m \u202egnp.exe ![x](http://x/y.png)"
-
-
-def trajectory(config: RunConfig, index: int, score: float, text: str) -> ScoredTrajectory:
-    ids = OwnTokenizer.load(config.run_dir / "tokenizer.json").encode(text)
-    return ScoredTrajectory(
-        rollout_id=f"000003-{index:06d}",
-        group=index,
-        prompt_uid="p",
-        prompt_text="open the:",
-        prompt_ids=[5],
-        seed=index,
-        response_ids=[*ids, 1],
-        response_text=text,
-        behavior_logprobs=[-1.0] * (len(ids) + 1),
-        finish_reason="eos",
-        policy_version=3,
-        weights_fingerprint="f",
-        actor_id="a",
-        score=score,
-        score_components={"model": score, "short": 0.25},
-        ref_logprobs=[-1.0 - index] * (len(ids) + 1),
-        reward_version=0,
-    )
 
 
 @pytest.fixture
@@ -52,26 +27,7 @@ def logged(workspace: RunConfig, tmp_path: Path) -> RunConfig:
     """A run of one logged iteration of three responses."""
     config = run_copy(workspace, tmp_path)
     save_config(config, config.run_dir / "config.yaml")
-    rows = [
-        trajectory(config, 0, 0.5, "file"),
-        trajectory(config, 1, -2.0, "naïve 日本"),
-        trajectory(config, 2, 1.5, HOSTILE),
-    ]
-    mask = torch.zeros(3, max(len(row.response_ids) for row in rows), dtype=torch.bool)
-    for i, row in enumerate(rows):
-        mask[i, : len(row.response_ids)] = True
-    numbers = torch.arange(mask.numel()).reshape(mask.shape).float()
-    learnt = Learnt(
-        learner_logprobs_NR=-numbers,
-        rewards_NR=numbers.double(),
-        kl_penalties_NR=numbers.double(),
-        values_NR=numbers,
-        advantages_NR=numbers,
-        mask_NR=mask,
-    )
-    path = RunFolder(config.run_dir).trajectories(3)
-    path.parent.mkdir(parents=True)
-    write_log(path, to_table(rows, ScoredTrajectory), learnt, 3, config)
+    log_samples(config, 3, ["file", "naïve 日本", HOSTILE], scores=[0.5, -2.0, 1.5])
     return config
 
 
@@ -82,7 +38,7 @@ def test_the_order_chooses(run: Run, logged: RunConfig, order: str, first: int) 
     done = run("samples", str(logged.run_dir), "--order", order, "-n", "1", "--json")
     found = json.loads(done.out)
     assert (done.code, found["rollout_id"]) == (0, f"000003-{first:06d}")
-    assert found["kl"] == pytest.approx(first * found["length"])
+    assert found["kl"] == pytest.approx(0.5 * found["length"])
     assert found["components"] == {"model": pytest.approx(found["score"]), "short": 0.25}
 
 
@@ -94,7 +50,7 @@ def test_tokens_are_aligned(run: Run, logged: RunConfig) -> None:
     assert "".join(texts[:-1]) == "naïve 日本"
     assert texts[-1] == spelled, "EOS is called by its name"
     first = sample["tokens"][0]["advantage"]
-    assert [t["advantage"] - first for t in sample["tokens"]] == list(range(len(texts)))
+    assert [first - t["advantage"] for t in sample["tokens"]] == list(range(len(texts)))
     shown = run("samples", str(logged.run_dir), "--rollout", "000003-000001", "--tokens").out
     assert all(name in shown for name in ("engine", "learner", "reference", "advantage"))
     assert repr(spelled) in shown

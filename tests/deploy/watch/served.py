@@ -71,9 +71,14 @@ def event(config: RunConfig, worker: str, what: str, detail: str, at: float) -> 
 
 
 def log_samples(
-    config: RunConfig, iteration: int, texts: Sequence[str], prompt: str = "open the:"
+    config: RunConfig,
+    iteration: int,
+    texts: Sequence[str],
+    prompt: str = "open the:",
+    scores: Sequence[float] | None = None,
 ) -> list[ScoredTrajectory]:
-    """Log an iteration's responses; token t of row i has the advantage i - t."""
+    """Log an iteration's responses; token t of row i has the advantage i - t, and half a nat."""
+    scores = [index / 7 for index in range(len(texts))] if scores is None else scores
     tokenizer = OwnTokenizer.load(config.folder.tokenizer)
     rows = [
         ScoredTrajectory(
@@ -90,8 +95,8 @@ def log_samples(
             policy_version=iteration,
             weights_fingerprint="f",
             actor_id="a",
-            score=index / 7,
-            score_components={"model": index / 7},
+            score=scores[index],
+            score_components={"model": scores[index], "short": 0.25},
             ref_logprobs=[-1.5] * (len(ids) + 1),
             reward_version=0,
         )
