@@ -49,6 +49,7 @@ from ray.core.generated import (
     ray_client_pb2,
     ray_client_pb2_grpc,
 )
+from ray.job_config import JobConfig
 
 from common.config.run import RunConfig
 from common.errors import ClusterError
@@ -185,13 +186,15 @@ def start_cluster(config: RunConfig, way: Way | None = None) -> str:
         ClusterError: the address does not answer, or the local cluster cannot start.
     """
     named = named_address(config)
+    # The dashboard's list of jobs has a column for the first.
+    job = JobConfig(metadata={"job_name": f"talipot {config.name}", "run": str(config.run_dir)})
     if way is not None or named is not None:
-        return _join(way or _named_way(named or ""))
+        return _join(way or _named_way(named or ""), job_config=job)
     if not ray.is_initialized():
         _require_short_paths(config.cluster.dashboard)
     try:
         # Without an address Ray joins what was started on this machine, dead or alive.
-        return _init(address="local", include_dashboard=config.cluster.dashboard)
+        return _init(address="local", include_dashboard=config.cluster.dashboard, job_config=job)
     except Exception as error:  # whatever Ray met while it started
         raise ClusterError(f"the local cluster cannot start: {one_line(error)}") from None
 
@@ -218,12 +221,12 @@ def _asked(way: Way, ask: Callable[[], Answer]) -> Answer:
             ray.shutdown()
 
 
-def _join(way: Way) -> str:
+def _join(way: Way, **options: Any) -> str:
     address = way.address
     if address != "auto" or not ray.is_initialized():
         _require_joinable(way)
     try:
-        return _init(address=address)
+        return _init(address=address, **options)
     except Exception as error:  # Ray's own refusal, of many types
         raise ClusterError(
             f"cluster at {address} cannot be joined: {one_line(error.__cause__ or error)}; "

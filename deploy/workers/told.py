@@ -66,6 +66,10 @@ class Told:
         super().__init__(*args, **settings)
         self.gauges = Gauges(identity.run, self.readings)
 
+    def __repr__(self) -> str:
+        """Name run and worker, for Ray's dashboard and logs; it keeps what is said at the start."""
+        return f"{self.identity.run}:{self.identity.worker}"
+
     def readings(self) -> list[Reading]:
         """Return what the process tells of itself; from any thread."""
         role, worker = self.identity.role, self.identity.worker
