@@ -132,7 +132,9 @@ class Gauges:
                 return
 
     def _tell(self) -> None:
-        self.ask()
-        with self._lock:
-            for (series, tags), value in self._values.items():
-                self._gauges[series].set(value, dict(tags))
+        try:
+            self.ask()
+        finally:
+            with self._lock:
+                for (series, tags), value in self._values.items():
+                    self._gauges[series].set(value, dict(tags))

@@ -92,6 +92,45 @@ def test_every_value_is_told_again_and_again(recorder: type[Recorder]) -> None:
     assert len(recorder.told) == before, "it tells no more"
 
 
+def test_what_a_whole_line_does_not_say_is_told_no_more(recorder: type[Recorder]) -> None:
+    told = Gauges("r", every_s=0.02)
+    line = {"staleness/0": 128.0, "auxiliary_seconds": 9.0}
+    told.set([Reading.logged("train", name, value) for name, value in line.items()], whole=True)
+    told.set([Reading.logged("held_out", "kl", 1.0)], whole=True)
+    told.set([Reading.logged("train", "staleness/1", 128.0)], whole=True)
+    recorder.told.clear()
+    deadline = time.monotonic() + 30
+    while len(recorder.told) < 9:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    told.close()
+    assert {(name, tags.get("age")) for name, tags, _ in recorder.told} == {
+        ("talipot_rollouts_by_age", "1"),
+        ("talipot_auxiliary_seconds", None),
+        ("talipot_kl", None),
+    }
+
+
+def test_what_is_asked_may_fail_and_telling_goes_on(
+    recorder: type[Recorder], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ask() -> list[Reading]:
+        raise RuntimeError("asked too early")
+
+    told = Gauges("r", ask, every_s=0.02)
+    told.set([Reading.logged("train", "kl", 3.0)])
+    deadline = time.monotonic() + 30
+    while capsys.readouterr().err.count("asked too early") < 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.1)
+    before = len(recorder.told)
+    time.sleep(0.1)
+    assert len(recorder.told) > before
+    assert "asked too early" not in capsys.readouterr().err, "once is enough"
+    told.close()
+
+
 # ------------------------------------------------------------------ a real run
 
 

@@ -122,6 +122,8 @@ def test_elsewhere_it_asks_for_its_token(workspace: RunConfig, tmp_path: Path) -
             cookie = first.headers["Set-Cookie"]
             assert "HttpOnly" in cookie and "SameSite=Lax" in cookie
             assert client.get(page + "api/runs").json() == [config.name]
+            name = cookie.partition("=")[0]
+            assert httpx.get(page, cookies={name: "another"}).status_code == 403
 
 
 def test_the_command_refuses_what_it_cannot_show(
