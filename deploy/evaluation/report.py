@@ -6,6 +6,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean
@@ -26,9 +27,17 @@ from deploy.evaluation.presentation import EVALUATION, Presentation, tone_of
 from deploy.evaluation.results import figure
 from deploy.health.checks import CHECKS, verdicts
 from deploy.health.history import History
+from deploy.run_folder.events import USUAL, read_events
 from deploy.run_folder.log_lines import Line, read_metrics
 from deploy.screen import visible
 
+_PHASES = {
+    Logged.COLLECT_SECONDS: "rollouts",
+    Logged.LEARN_SECONDS: "policy phase",
+    Logged.AUXILIARY_SECONDS: "auxiliary phase",
+    Logged.PUBLISH_SECONDS: "publishing",
+}
+_EVENTS = 40
 SAMPLES = 24
 """Samples shown, evenly spaced over all that there are: a rule, not a choice."""
 
@@ -68,6 +77,8 @@ def write_report(
             stages=_stage_times(figures, shown.stages),
             health=verdicts(History.of(config, lines)) if config else [],
             checks=len(CHECKS) if config and steps_of(lines, "train") else 0,
+            events=_faults(folder.events),
+            phases=_phases(lines),
             sections=sections(lines),
             samples=samples,
             samples_note=summary.samples_note,
@@ -165,12 +176,40 @@ def _win(
     }
 
 
+def _faults(path: Path) -> list[dict[str, str]]:
+    """Return what does not happen in every run, the last `_EVENTS`, as the page shows it."""
+    found = [event for event in read_events(path) if event.what not in USUAL]
+    return [
+        {
+            "time": f"{datetime.fromtimestamp(event.time, UTC):%-d %b, %H:%M:%S}",
+            "what": f"{event.worker} {event.what}".strip(),
+            "detail": event.detail,
+        }
+        for event in found[-_EVENTS:]
+    ]
+
+
+def _phases(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """Return the mean seconds of each phase of an iteration, and their share of the longest."""
+    train = steps_of(lines, "train").values()
+    means = {
+        title: sum(metrics.get(metric, 0.0) for metrics in train) / len(train)
+        for metric, title in _PHASES.items()
+        if any(metric in metrics for metrics in train)
+    }
+    return _bars(means, "{:.2f}")
+
+
 def _stage_times(figures: Mapping[str, Any], stages: Sequence[str]) -> list[dict[str, Any]]:
     """Return the seconds of each stage and their share of the longest."""
     times = {s: figures[f"seconds_{s}"] for s in stages if f"seconds_{s}" in figures}
-    longest = max(times.values(), default=1.0)
+    return _bars(times, "{:.0f}")
+
+
+def _bars(times: Mapping[str, float], form: str) -> list[dict[str, Any]]:
+    longest = max(times.values(), default=1.0) or 1.0
     return [
-        {"name": name, "seconds": f"{seconds:.0f}", "width": f"{100 * seconds / longest:.1f}"}
+        {"name": name, "seconds": form.format(seconds), "width": f"{100 * seconds / longest:.1f}"}
         for name, seconds in times.items()
     ]
 

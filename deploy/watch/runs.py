@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import threading
@@ -20,6 +19,7 @@ from common.metric_catalogue import Logged
 from deploy.evaluation.facts import facts_of
 from deploy.health.checks import CHECKS
 from deploy.health.history import History
+from deploy.run_folder.events import Happened, read_events
 from deploy.run_folder.folder import config_of
 from deploy.run_folder.log_lines import HELD_OUT, Follower, Line, Log
 from deploy.samples import ORDERS, iteration_of, read_iteration
@@ -86,13 +86,13 @@ class WatchedRun:
         with self._lock:
             config, log = self._current(), self._log.log()
             standing = standing_of(config, log)
-        events = _events(config.folder.events)
+        events = read_events(config.folder.events)
         at_work = {str(worker["name"]): worker for worker in standing.workers}
-        times = sorted([line.time for line in log.lines] + [event["time"] for event in events])
+        times = sorted([line.time for line in log.lines] + [event.time for event in events])
         running = standing.state == "running"
         return {
             "lanes": _lanes(events, at_work if running else {}, times),
-            "events": events[-_EVENTS:][::-1],
+            "events": [asdict(event) for event in events[-_EVENTS:][::-1]],
         }
 
     def samples(self, iteration: int | None, order: str, seed: int) -> dict[str, Any]:
@@ -176,26 +176,8 @@ def _tiles(standing: Standing) -> list[dict[str, Any]]:
     ]
 
 
-def _events(path: Path) -> list[dict[str, Any]]:
-    """Read what has happened; half a line at the end is left out."""
-    found = []
-    with suppress(OSError):
-        for text in path.read_bytes().splitlines():
-            with suppress(ValueError, TypeError, KeyError):
-                line = json.loads(text)
-                found.append(
-                    {
-                        "time": float(line["time"]),
-                        "worker": str(line["worker"]),
-                        "what": str(line["what"]),
-                        "detail": str(line["detail"]),
-                    }
-                )
-    return found
-
-
 def _lanes(
-    events: Sequence[Mapping[str, Any]],
+    events: Sequence[Happened],
     at_work: Mapping[str, Mapping[str, Any]],
     times: Sequence[float],
 ) -> list[dict[str, Any]]:
@@ -211,15 +193,15 @@ def _lanes(
     """
     lanes: dict[str, list[dict[str, Any]]] = {}
     for event in events:
-        name, what = event["worker"], event["what"]
+        name, what = event.worker, event.what
         spans = lanes.setdefault(name, [])
         if name and what in ("started", "draining", "waiting"):
             state = {"started": "working"}.get(what, what)
-            _end(spans, _before(event["time"], times) if what == "started" else event["time"], "")
-            spans.append({"from": event["time"], "to": None, "state": state, "end": ""})
+            _end(spans, _before(event.time, times) if what == "started" else event.time, "")
+            spans.append({"from": event.time, "to": None, "state": state, "end": ""})
         elif name and what in _ENDS:
-            why = f"{what}: {event['detail']}" if event["detail"] else what
-            _end(spans, event["time"], why)
+            why = f"{what}: {event.detail}" if event.detail else what
+            _end(spans, event.time, why)
     begun = min((lanes[name][-1]["from"] for name in at_work if lanes.get(name)), default=math.inf)
     found = []
     for name in [*lanes, *(name for name in at_work if name not in lanes)]:

@@ -361,3 +361,22 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     text = metrics("sft", 1, loss=1.0) + "{}\n" + metrics("sft", 1, loss=1.0)
     with pytest.raises(DataError, match=r"metrics\.jsonl:2"):
         write_report(run_folder(tmp_path, metrics__jsonl=text))
+
+
+def test_faults_and_where_the_time_goes(tmp_path: Path) -> None:
+    text = metrics("train", 3, score=1.0, collect_seconds=2.0, learn_seconds=4.0)
+    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf8")
+    events = [
+        {"time": 1.8e9, "worker": "rollout-0", "what": "started", "detail": "after 2 s"},
+        {"time": 1.8e9, "worker": "rollout-0", "what": "died", "detail": "<b>by</b> signal 9"},
+        {"time": 1.8e9, "worker": "", "what": "learner restarted", "detail": "rank 1 \u202edied"},
+    ]
+    lines = "".join(json.dumps(event) + "\n" for event in events)
+    (tmp_path / "events.jsonl").write_text(lines + '{"time": 1.8', encoding="utf8")
+    page = write_report(tmp_path).read_text(encoding="utf8")
+    assert "<b>rollout-0 died</b> &lt;b&gt;by&lt;/b&gt; signal 9" in page
+    assert "<b>learner restarted</b> rank 1 \\u202edied" in page
+    assert "after 2 s" not in page
+    assert re.search(r"rollouts</span>\s*<span><i[^>]*></i></span><span>2.20 s", page)
+    assert re.search(r"policy phase</span>\s*<span><i[^>]*></i></span><span>4.20 s", page)
+    assert "auxiliary phase</span>" not in page
