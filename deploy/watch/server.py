@@ -63,11 +63,12 @@ def runs_in(paths: Sequence[Path], note: Callable[[str], None]) -> list[WatchedR
     found: list[WatchedRun] = []
     for path in paths:
         folder = Path(os.path.expanduser(path))
-        inside = sorted(folder.glob("*/config.yaml"), key=lambda p: p.stat().st_mtime)
-        if RunFolder(folder).config.exists() or not inside:
+        recipes = [RunFolder(inside).config for inside in folder.glob("*/")]
+        found_inside = sorted(filter(Path.exists, recipes), key=lambda p: p.stat().st_mtime)
+        if RunFolder(folder).config.exists() or not found_inside:
             found.append(WatchedRun(folder_of(folder)))
             continue
-        for recipe in reversed(inside):  # the newest is shown first
+        for recipe in reversed(found_inside):  # the newest is shown first
             try:
                 found.append(WatchedRun(folder_of(recipe.parent)))
             except TalipotError as error:

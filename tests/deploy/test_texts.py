@@ -194,6 +194,8 @@ def test_nothing_is_printed_but_through_the_screen() -> None:
     for path in (ROOT / "deploy").rglob("*.py"):
         if path.name in ("screen.py", "config_docs.py", "metric_docs.py"):
             continue
+        if path.parent.name == "monitoring" and path.name in ("dashboard.py", "manifests.py"):
+            continue  # generators, too
         for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
             if not isinstance(node, ast.Call):
                 continue
