@@ -195,6 +195,11 @@ def test_controller_actors_reward_workers_and_ranks_tell(
                 {"held_version", "policy_version", "health"} <= f.keys()
                 and max(f["policy_version"].values()) == 2
                 and len(f["busy_seconds_total"]) == 5
+                and all(
+                    value > 0
+                    for labels, value in f["calls_total"].items()
+                    if ("role", "rollout") not in labels
+                )
                 and len({tokens_of(f, role) for role in ("rollout", "reward", "learner")}) == 1
             ),
             "told",

@@ -324,7 +324,7 @@ def test_a_learner_that_dies_in_an_evaluation_leaves_the_workers_free(
         go_on, died = controller.position.move_rollouts, []
 
         def dying() -> None:
-            busy = [w for pool in controller.collector._pools() for w in pool.workers.values()]
+            busy = [w for pool in controller.collector.pools for w in pool.workers.values()]
             if not died and controller.iteration == 2 and any(w.busy for w in busy):
                 died.append(True)
                 raise LearnerLost("a rank is gone")

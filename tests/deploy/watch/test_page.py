@@ -124,9 +124,7 @@ def test_samples_are_read_token_by_token_and_do_nothing(
         assert HOSTILE[1] in page.inner_text("#view .events")
         seen.open("samples")
         page.select_option("#order", "best")
-        page.wait_for_function(
-            "document.querySelector('#samples tbody th')?.innerText === '000005-000004'"
-        )
+        page.wait_for_selector("#samples tbody tr:first-child button:text-is('000005-000004')")
         page.click("#samples button:text-is('000005-000001')")
         page.wait_for_selector("#tokens")
         assert page.inner_text("#tokens").startswith(HOSTILE[1])
@@ -192,7 +190,7 @@ def test_runs_are_laid_over_each_other(
         assert values[title, f"{one.name}: kl"] == metrics_of(6)["kl"]
         assert values[title, "other: kl"] == metrics_of(4)["kl"]
         page.uncheck("#run-0")
-        page.wait_for_function("document.querySelector('#name').innerText === 'other'")
+        page.wait_for_selector("#name:text-is('other')")
         seen.sound()
 
 
@@ -241,7 +239,7 @@ def test_long_runs_of_many_workers_are_light(
         page.wait_for_selector("figure canvas")
         painted = page.evaluate("performance.now()")
         seen.open("workers")
-        page.wait_for_function("document.querySelectorAll('td.lane').length === 1000")
+        page.wait_for_selector("tr:nth-child(1000) td.lane")
         assert sum(sizes) < 5_000_000, "bytes before compression"
         assert painted < 20_000, f"{painted} ms; 900 alone on two cores"
         seen.sound()
