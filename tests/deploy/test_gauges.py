@@ -152,12 +152,13 @@ def scraped() -> Found:
 def until(holds: Callable[[Found], Any], run: str) -> Found:
     """Ask until it holds: Ray passes values on every ten seconds."""
     deadline = time.monotonic() + 90
+    found: Found = {}
     while True:
-        found = {
-            name: own
-            for name, values in scraped().items()
-            if (own := {k: v for k, v in values.items() if ("run", run) in k})
-        }
+        for name, values in scraped().items():
+            # What a process told last stays, when it tells no more.
+            own = {k: v for k, v in values.items() if ("run", run) in k}
+            found[name] = {**found.get(name, {}), **own}
+        found = {name: values for name, values in found.items() if values}
         if holds(found):
             return found
         assert time.monotonic() < deadline, sorted(found)

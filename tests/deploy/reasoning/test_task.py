@@ -29,8 +29,8 @@ def test_the_recipe_names_data_of_each_family_on_each_side() -> None:
         assert len(list(read_prompts(names))) == size * len(families)
     assert len({name for names in sides for name in names}) == 3 * len(families)
     assert {name: of.weight for name, of in (config.data.mixture or {}).items()} == {
-        "spiral_matrix": 1.0,
-        "word_sequence_reversal": 2.0,
+        "spiral_matrix": 2.0,
+        "word_sequence_reversal": 3.0,
     }
     assert not any("weight" in name for names in sides for name in names)
     other = with_data(recipe("seed=1")).data
