@@ -118,6 +118,7 @@ class LearnerGang:
         suffix = f".{self._generation}" if self._generation else ""
         own = f"{self.run}:{secrets.token_hex(4)}"
         self._pulses = [f"{own}:{rank}" for rank in range(settings.ranks)]
+        pulses.begin(self._pulses)
         self.ranks = [
             ray.remote(hosted_rank.LearnerRank)
             .options(

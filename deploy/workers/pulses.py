@@ -10,6 +10,7 @@ from contextlib import suppress
 
 from ray.experimental.internal_kv import (
     _internal_kv_del,
+    _internal_kv_exists,
     _internal_kv_get,
     _internal_kv_put,
 )
@@ -17,9 +18,16 @@ from ray.experimental.internal_kv import (
 _SPACE = "talipot"
 
 
+def begin(keys: Sequence[str]) -> None:
+    """Make a place for each rank of a gang that starts."""
+    for key in keys:
+        _internal_kv_put(key, "0", overwrite=True, namespace=_SPACE)
+
+
 def tell(key: str, count: int) -> None:
-    """Write how far a rank is."""
-    _internal_kv_put(key, str(count), overwrite=True, namespace=_SPACE)
+    """Write how far a rank is; nothing where its gang was stopped meanwhile."""
+    if _internal_kv_exists(key, namespace=_SPACE):
+        _internal_kv_put(key, str(count), overwrite=True, namespace=_SPACE)
 
 
 def heard(keys: Sequence[str]) -> tuple[bytes | None, ...]:
