@@ -6,6 +6,7 @@ import re
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -171,13 +172,9 @@ def tokens_of(found: Found, role: str) -> float:
     return sum(value for labels, value in tokens.items() if ("role", role) in labels)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
-def test_controller_actors_reward_workers_and_ranks_tell(
-    workspace: RunConfig, tmp_path: Any
-) -> None:
-    copied = run_copy(workspace, tmp_path, train={"iterations": 2}, learner={"ranks": 2})
-    # Of a name and a reward service that no other test has: workers that are idle are taken over.
+def named_told(workspace: RunConfig, folder: Path) -> RunConfig:
+    """A run of a name and a reward service that no other test has: idle workers are taken over."""
+    copied = run_copy(workspace, folder, train={"iterations": 2}, learner={"ranks": 2})
     config = copied.model_copy(
         update={
             "name": "told",
@@ -187,6 +184,15 @@ def test_controller_actors_reward_workers_and_ranks_tell(
         }
     )
     copied.run_dir.rename(config.run_dir)
+    return config
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_controller_actors_reward_workers_and_ranks_tell(
+    workspace: RunConfig, tmp_path: Path
+) -> None:
+    config = named_told(workspace, tmp_path)
     gang = LearnerGang(config, "told")
     with Run(config, gang) as controller:
         assert controller.run()["finished"]
