@@ -204,6 +204,11 @@ class RunFolder:
         return self.path / "events.jsonl"
 
     @property
+    def activity(self) -> Path:
+        """What workers and learner did and when, a line for each call; the newest part of it."""
+        return self.path / "activity.jsonl"
+
+    @property
     def result(self) -> Path:
         """Facts of a finished policy training, the hash of its weights among them."""
         return self.path / "result.json"

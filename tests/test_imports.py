@@ -52,10 +52,10 @@ LAYERS: dict[str, list[set[str]]] = {
         {"gauges", "screen", "trackers"},
         {"exits", "run_folder"},
         {"exchange", "health", "workers"},
-        {"control", "validation"},
+        {"control", "lanes", "standing", "validation"},
         {"evaluation", "stages"},
         {"commands", "config_docs", "instruct", "metric_docs", "monitoring", "quickstart"}
-        | {"reasoning", "recipes", "sampler", "samples", "scorer", "standing"},
+        | {"reasoning", "recipes", "sampler", "samples", "scorer"},
         {"tasks", "watch"},
         {"cli"},
     ],

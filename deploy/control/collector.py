@@ -35,12 +35,15 @@ from deploy.control.jobs import Sampled, Sampling, Scored, Scoring, Weights, fir
 from deploy.control.leases import Lease
 from deploy.control.ledger import Ledger
 from deploy.control.tally import Tally, Throughput
+from deploy.run_folder.activity import Doing, Record, Span, no_record
 from deploy.workers.calls import ArgumentLost, WorkerLost, as_argument, start_pair
 from deploy.workers.pool import Pool
 from reward_service.service import RewardWorker, ScoreFacts
 
 LEASES_PER_ACTOR = 2
 """One that it works on and one that waits, so that an actor never idles."""
+_SHORT_S = 1e-3
+"""What took no longer is not recorded, such as the loading of weights that are there."""
 CALL_TOKENS = 65_536
 """Tokens of prompts and responses of several leases that are scored in one call."""
 
@@ -60,6 +63,7 @@ class Collector:
         held_out: bool = False,
         call_tokens: int = CALL_TOKENS,
         leases_per_actor: int = LEASES_PER_ACTOR,
+        record: Record = no_record,
     ) -> None:
         """Collect by these pools; without a reward pool (data collection) nothing is scored.
 
@@ -76,6 +80,7 @@ class Collector:
             held_out: score by what is `evaluation_only` too.
             call_tokens: most tokens that are scored together in a call.
             leases_per_actor: calls that an actor has at once.
+            record: takes what workers have done, and when.
         """
         self.ledger = ledger
         self.rollout = rollout
@@ -94,6 +99,10 @@ class Collector:
         self._score_together, self._score_last = score_together, score_last
         self._score = RewardWorker.score_held_out if held_out else RewardWorker.score
         self._call_tokens, self._leases_per_actor = call_tokens, leases_per_actor
+        self.record = record
+        self._sampling_is: Doing = "evaluating" if held_out else "sampling"
+        self._known_until: dict[str, float] = {}
+        """Until when it is recorded what a worker did; unix seconds."""
         self._sampling: dict[ray.ObjectRef[LeaseFacts], Sampling] = {}
         self._calls_of: dict[str, list[ray.ObjectRef[LeaseFacts]]] = {}
         """Calls of each rollout worker: it works on the first, the others wait behind it."""
@@ -297,6 +306,7 @@ class Collector:
             )
         self.tally.add({Logged.WEIGHTS_RELOADED: facts.reloads})
         self.throughput.sampled(facts)
+        self._did(job.worker, ("loading", facts.load_seconds), (self._sampling_is, facts.seconds))
         self.ledger.done(lease)
         tokens = facts.response_tokens + sum(len(r.prompt_ids) for r in lease.requests)
         sampled = Sampled(lease, facts.policy_version, tokens, job.table)
@@ -337,6 +347,7 @@ class Collector:
         if facts.dead_letters:
             self.last_dead_letter = next(iter(facts.dead_letters.values()))
         self.throughput.scored(facts)
+        self._did(job.worker, ("scoring", facts.seconds))
         for sampled in job.sampled:
             self.ledger.done(sampled.lease)
         dead = tuple(facts.dead_letters)
@@ -353,6 +364,17 @@ class Collector:
                 self.ledger.pass_on(sampled.lease.lease_id, "", math.inf)
         if not tables_lost:
             self._sampled = [*job.sampled, *self._sampled]
+
+    def _did(self, worker: str, *parts: tuple[Doing, float]) -> None:
+        """Record what a call that has just ended consisted of, in seconds; nothing overlaps."""
+        begin = (now := time.time()) - sum(seconds for _, seconds in parts)
+        begin = max(begin, self._known_until.get(worker, begin))
+        self._known_until[worker] = now
+        for what, seconds in parts:
+            end = min(begin + seconds, now)
+            if end - begin > _SHORT_S:
+                self.record(Span(worker=worker, what=what, begin=begin, end=end))
+            begin = end
 
     @property
     def pools(self) -> list[Pool]:

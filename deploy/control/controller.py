@@ -46,6 +46,7 @@ from deploy.control.status import Status
 from deploy.exchange.card import add_card
 from deploy.gauges import Reading
 from deploy.health.watch import Watch
+from deploy.run_folder.activity import Activity
 from deploy.run_folder.failures import note_health, note_restart, note_untracked
 from deploy.run_folder.lock import writing
 from deploy.run_folder.log_lines import HELD_OUT
@@ -145,6 +146,7 @@ class Controller:
             note_untracked(self.config.folder.events, text)
 
         log = RunLog(self.run_dir, trackers.outboxes(self.config, tell), self._readings)
+        self.collector.record = log.activity.add
         with at_the_end(self.elastic.release_room, log.close):
             self.own_workers.start()
             weights = self._train(log)
@@ -184,13 +186,14 @@ class Controller:
                 while self.iteration < last and not (self._stop or self.held_out.hopeless):
                     metrics: dict[str, float] = {}
                     with _timed(metrics, Logged.SECONDS):
-                        self._iterate(metrics)
+                        self._iterate(metrics, log.activity)
                     self.elastic.adapt(metrics)
                     metrics[Logged.LEARNER_RESTARTS] = float(self.position.learner_restarts)
                     self.metrics = metrics
                     self._write(log, "train", metrics)
                     self._evaluate_if_due(log)
-                    self._checkpoint_if_due()
+                    with log.activity.doing("saving"):
+                        self._checkpoint_if_due()
                     self._progress = time.time()
                 if self.iteration < last and not self.held_out.hopeless:
                     return ""
@@ -204,7 +207,7 @@ class Controller:
                 restored = False
                 self._restart_learner(error)
 
-    def _iterate(self, metrics: dict[str, float]) -> None:
+    def _iterate(self, metrics: dict[str, float], activity: Activity) -> None:
         """Train one iteration: the whole algorithm, step by step."""
         iteration, train = self.iteration, self.config.train
         asynchronous = train.max_staleness > 0
@@ -212,19 +215,19 @@ class Controller:
         with _timed(metrics, Logged.COLLECT_SECONDS):
             batch = self._collect(iteration)
         metrics |= self._collected(batch)
-        with _timed(metrics, Logged.LEARN_SECONDS):
+        with _timed(metrics, Logged.LEARN_SECONDS), activity.doing("learning"):
             # The KL penalty and its controller's update, advantages, the epochs of PPO: all in
             # `learner.learner.Learner.policy_phase`.
             metrics |= self._policy_phase(iteration, batch)
         if asynchronous:  # Actors generate with the new weights while the auxiliary phase runs.
-            with _timed(metrics, Logged.PUBLISH_SECONDS):
+            with _timed(metrics, Logged.PUBLISH_SECONDS), activity.doing("publishing"):
                 self.position.publish(iteration + 1)
         if auxiliary_phase_due(train.ppg, iteration):
             move = self.position.move_rollouts
-            with _timed(metrics, Logged.AUXILIARY_SECONDS):
+            with _timed(metrics, Logged.AUXILIARY_SECONDS), activity.doing("auxiliary"):
                 metrics |= self.gang.auxiliary_phase(iteration, meanwhile=move)
         if not asynchronous:
-            with _timed(metrics, Logged.PUBLISH_SECONDS):
+            with _timed(metrics, Logged.PUBLISH_SECONDS), activity.doing("publishing"):
                 self.position.publish(iteration + 1)
         metrics[Logged.POLICY_VERSION] = iteration + 1
         self.position.account(batch)

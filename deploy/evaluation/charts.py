@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -59,20 +60,51 @@ def line_chart(series: Series) -> Markup:
     return lines_chart(series.title, [series])
 
 
+class Point(NamedTuple):
+    """A place in a picture of one metric against another."""
+
+    x: float
+    y: float
+
+
+def frontier_chart(title: str, path: Sequence[Point], marks: Sequence[Point]) -> Markup:
+    """Draw a way through two metrics, its end as a dot, and others beside it, dashed."""
+
+    def draw(axes: Axes) -> None:
+        axes.plot(*zip(*path, strict=True), color=_LINES[0], linewidth=1.6)
+        axes.plot(*path[-1], color=_LINES[0], marker="o", markersize=4)
+        if marks:
+            across = zip(*marks, strict=True)
+            axes.plot(
+                *across, color=_LINES[1], linewidth=1.2, linestyle="--", marker="o", markersize=3
+            )
+
+    return _chart(title, draw, whole=False)
+
+
 def lines_chart(title: str, lines: Sequence[Series]) -> Markup:
     """Draw some series of one metric as an SVG element, in the colours of the page.
 
     Of many values the line is their running mean, with themselves, or the band that they lie in,
     faint behind it.
     """
+
+    def draw(axes: Axes) -> None:
+        for series, colour in zip(lines, _LINES, strict=False):
+            _draw(axes, series, colour)
+        _tick(axes, [step for series in lines for step in series.marks])
+
+    return _chart(title, draw, whole=True)
+
+
+def _chart(title: str, draw: Callable[[Axes], None], *, whole: bool) -> Markup:
+    """Draw on axes as all charts have them; `whole`: their steps are whole numbers."""
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         figure = Figure(figsize=(3.7, 2.1), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
-        for series, colour in zip(lines, _LINES, strict=False):
-            _draw(axes, series, colour)
-        _tick(axes, [step for series in lines for step in series.marks])
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        draw(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole))
         axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.tick_params(labelsize=8, length=0, pad=5, colors=_TEXT)
         axes.yaxis.offsetText.set(color=_TEXT, size=8)

@@ -21,10 +21,12 @@ from common.metric_catalogue import Logged
 from common.run_folder import RunFolder
 from deploy.evaluation.curves import sections, steps_of
 from deploy.evaluation.facts import facts_of, reference_of
+from deploy.evaluation.frontier import frontier
 from deploy.evaluation.intervals import Interval
 from deploy.evaluation.logged_samples import logged_samples
 from deploy.evaluation.presentation import EVALUATION, Presentation, tone_of
 from deploy.evaluation.results import figure
+from deploy.evaluation.worked import drawn_timeline
 from deploy.health.checks import CHECKS, verdicts
 from deploy.health.history import History
 from deploy.run_folder.events import USUAL, read_events
@@ -63,6 +65,10 @@ def write_report(
         tiles = [*shown.tiles_of(figures), *_tiles(lines, evaluated=bool(figures))]
     table = shown.table(figures)
     samples = _samples(folder.samples)
+    drawn = sections(lines)
+    for section in drawn:
+        if section.stage == "train" and (chart := frontier(folder, steps_of(lines, "train"))):
+            section.charts.append(chart)
     page = (
         environment()
         .get_template("report.html.j2")
@@ -79,7 +85,8 @@ def write_report(
             checks=len(CHECKS) if config and steps_of(lines, "train") else 0,
             events=_faults(folder.events),
             phases=_phases(lines),
-            sections=sections(lines),
+            timeline=drawn_timeline(folder, lines),
+            sections=drawn,
             samples=samples,
             samples_note=summary.samples_note,
             sample_titles=dict(zip(("before", "after"), summary.sample_titles, strict=True)),

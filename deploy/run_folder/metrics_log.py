@@ -1,4 +1,4 @@
-"""What a run says while it goes: metrics.jsonl, TensorBoard events, Ray metrics; one place."""
+"""What a run says while it goes: metrics.jsonl, activity.jsonl, TensorBoard, Ray."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from common.endings import take_all
 from common.errors import StorageError
 from common.run_folder import RunFolder
 from deploy.gauges import Gauges, Reading
+from deploy.run_folder.activity import Activity
 from deploy.run_folder.log_lines import cut_torn_end
 from deploy.trackers import Outbox, Step, close_all
 
@@ -34,6 +35,7 @@ class RunLog:
         """
         self.run_dir, folder = run_dir, RunFolder(run_dir)
         self._outboxes = outboxes
+        self.activity = Activity(folder.activity)
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             cut_torn_end(folder.metrics)
@@ -73,6 +75,7 @@ class RunLog:
         try:
             take_all(
                 self._file.close,
+                self.activity.close,
                 self._board.close,
                 self.gauges.close,
                 partial(close_all, self._outboxes),

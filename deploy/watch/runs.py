@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
-from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,9 @@ from common.metric_catalogue import Logged
 from deploy.evaluation.facts import facts_of
 from deploy.health.checks import CHECKS
 from deploy.health.history import History
-from deploy.run_folder.events import Happened, read_events
+from deploy.lanes import Life, lives_of, timeline_of
+from deploy.run_folder.activity import read_activity
+from deploy.run_folder.events import read_events
 from deploy.run_folder.folder import config_of
 from deploy.run_folder.log_lines import HELD_OUT, Follower, Line, Log
 from deploy.samples import ORDERS, iteration_of, read_iteration
@@ -28,8 +29,6 @@ from deploy.watch.panels import TABS, Columns, columns_of, drawn
 
 _EVENTS: Final = 200
 """Of what has happened, the last so many are told."""
-_ENDS: Final = {"left", "stopped", "died", "hung", "unstarted", "preempted", "corrupt"}
-"""Events after which a worker is no more."""
 _SAMPLES: Final = 40
 
 
@@ -82,7 +81,7 @@ class WatchedRun:
         }
 
     def workers(self) -> dict[str, Any]:
-        """Return each worker's life, and what has happened last."""
+        """Return each worker's life, what it did in the last iterations, and what has happened."""
         with self._lock:
             config, log = self._current(), self._log.log()
             standing = standing_of(config, log)
@@ -90,8 +89,12 @@ class WatchedRun:
         at_work = {str(worker["name"]): worker for worker in standing.workers}
         times = sorted([line.time for line in log.lines] + [event.time for event in events])
         running = standing.state == "running"
+        lives = lives_of(events, at_work if running else {}, times)
+        done = read_activity(config.folder.activity)
+        timeline = timeline_of(done, lives, log.lines, time.time() if running else None)
         return {
-            "lanes": _lanes(events, at_work if running else {}, times),
+            "lanes": [_lane(life) for life in lives],
+            "timeline": None if timeline is None else asdict(timeline),
             "events": [asdict(event) for event in events[-_EVENTS:][::-1]],
         }
 
@@ -176,60 +179,17 @@ def _tiles(standing: Standing) -> list[dict[str, Any]]:
     ]
 
 
-def _lanes(
-    events: Sequence[Happened],
-    at_work: Mapping[str, Mapping[str, Any]],
-    times: Sequence[float],
-) -> list[dict[str, Any]]:
-    """Return each worker's life: from when, in which states, until when and why.
-
-    A name is given again when a run is resumed: what starts after an end is another worker. Where
-    nobody was left to tell of a worker's end, as the run was killed, it is when the run told last.
-
-    Args:
-        events: of the run, in their order.
-        at_work: the workers that there are, by their names.
-        times: when the run told something, in their order.
-    """
-    lanes: dict[str, list[dict[str, Any]]] = {}
-    for event in events:
-        name, what = event.worker, event.what
-        spans = lanes.setdefault(name, [])
-        if name and what in ("started", "draining", "waiting"):
-            state = {"started": "working"}.get(what, what)
-            _end(spans, _before(event.time, times) if what == "started" else event.time, "")
-            spans.append({"from": event.time, "to": None, "state": state, "end": ""})
-        elif name and what in _ENDS:
-            why = f"{what}: {event.detail}" if event.detail else what
-            _end(spans, event.time, why)
-    begun = min((lanes[name][-1]["from"] for name in at_work if lanes.get(name)), default=math.inf)
-    found = []
-    for name in [*lanes, *(name for name in at_work if name not in lanes)]:
-        worker, spans = at_work.get(name), lanes.get(name, [])
-        if not spans and worker is None:
-            continue  # a pool's own event, or one of the whole run
-        if worker is None:
-            _end(spans, _before(begun, times), "")
-        found.append(
-            {
-                "name": name,
-                "state": str(worker["state"]) if worker else "gone",
-                "calls": int(worker["calls"]) if worker else 0,
-                "node": str(worker["node"])[:8] if worker else "",
-                "pid": int(worker["pid"]) if worker else 0,
-                "spans": spans,
-            }
-        )
-    return found
-
-
-def _before(moment: float, times: Sequence[float]) -> float:
-    """Return the last time before a moment, or the moment itself."""
-    place = bisect_left(times, moment)
-    return times[place - 1] if place else moment
-
-
-def _end(spans: list[dict[str, Any]], when: float, why: str) -> None:
-    """End what goes on, though never before its beginning."""
-    if spans and spans[-1]["to"] is None:
-        spans[-1]["to"], spans[-1]["end"] = max(when, spans[-1]["from"]), why
+def _lane(life: Life) -> dict[str, Any]:
+    """Return a life as the page takes it."""
+    worker = life.worker
+    return {
+        "name": life.name,
+        "state": str(worker["state"]) if worker else "gone",
+        "calls": int(worker["calls"]) if worker else 0,
+        "node": str(worker["node"])[:8] if worker else "",
+        "pid": int(worker["pid"]) if worker else 0,
+        "spans": [
+            {"from": part.begin, "to": part.end, "state": part.state, "end": part.why}
+            for part in life.stretches
+        ],
+    }

@@ -37,6 +37,7 @@ PATHS = {
     FOLDER.metrics: "metrics.jsonl",
     FOLDER.tensorboard: "tensorboard",
     FOLDER.events: "events.jsonl",
+    FOLDER.activity: "activity.jsonl",
     FOLDER.result: "result.json",
     FOLDER.evaluation: "evaluation.json",
     FOLDER.summary: "summary.json",

@@ -1,6 +1,7 @@
 // The live page: asks the server what a run's folder says, and draws it.
 // Texts are put in as texts, never as markup; nothing is asked of any other place.
 import { chart, forget } from "./charts.js";
+import { timelineOf } from "./lanes.js";
 import { button, el, fixed, fmt, get, replace, timeOf } from "./parts.js";
 import { leave, samples } from "./samples.js";
 
@@ -129,8 +130,20 @@ async function panels(tab, chosen) {
 
 async function workers(chosen) {
   const asked = [panels("workers", chosen), get(`api/runs/${chosen[0]}/workers`)];
-  const [curves, { lanes, events }] = await Promise.all(asked);
-  return el("div", {}, lanesOf(lanes), eventsOf(events), curves);
+  const [curves, { lanes, events, timeline }] = await Promise.all(asked);
+  const done = timelineOf(timeline);
+  return el("div", {}, ...(done ? [done] : []), lanesOf(lanes), eventsOf(events), curves);
+}
+
+// While the run works, what is done now is put in the place of what was done before.
+async function renew(run) {
+  const { timeline } = await get(`api/runs/${run}/workers`);
+  const old = at("timeline");
+  const made = timelineOf(timeline);
+  if (!old || !made) return;
+  const { scrollTop, scrollLeft } = old.querySelector(".scroll");
+  old.replaceWith(made);
+  Object.assign(made.querySelector(".scroll"), { scrollTop, scrollLeft });
 }
 
 function lanesOf(lanes) {
@@ -226,6 +239,8 @@ async function tick() {
       const made = await view(tab, chosen, states[0]);
       if (made) put(made, tab);
       if (tab === now.tab) now.drawn = wanted;
+    } else if (tab === "workers" && states[0].standing.state === "running") {
+      await renew(chosen[0]);
     }
   } catch (error) {
     document.body.classList.add("gone");

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from common.config.recipe import save_config
 from common.config.run import RunConfig
+from deploy.run_folder.activity import Span, read_activity
 from deploy.workers.gang import LearnerGang
 from tests.conftest import run_copy
 from tests.deploy.control.runs import finish
@@ -29,6 +31,7 @@ def test_a_run_that_is_watched_ends_in_the_same_weights(
     config = run_copy(workspace, tmp_path)
     save_config(config, config.run_dir / "config.yaml")
     seen: list[dict[str, Any]] = []
+    lanes: list[dict[str, Any] | None] = []
     ended = threading.Event()
 
     def watch() -> None:
@@ -38,7 +41,7 @@ def test_a_run_that_is_watched_ends_in_the_same_weights(
                     state = client.get("api/runs/0/state").json()
                     seen.append(state["standing"])
                     client.get("api/runs/0/panels/outcome")
-                    client.get("api/runs/0/workers")
+                    lanes.append(client.get("api/runs/0/workers").json()["timeline"])
                     client.get("api/runs/0/samples")
 
     thread = threading.Thread(target=watch)
@@ -53,3 +56,24 @@ def test_a_run_that_is_watched_ends_in_the_same_weights(
     assert {standing["step"] for standing in running} & {1, 2, 3}
     assert any(len(standing["workers"]) == 3 for standing in running)
     assert all(standing["metrics"]["score"] for standing in running if standing["step"] > 1)
+    assert any(timeline is not None for timeline in lanes)
+    _is_whole(read_activity(config.folder.activity), config)
+
+
+def _is_whole(spans: list[Span], config: RunConfig) -> None:
+    """Everybody's work is there, and nobody did two things at once."""
+    did = {(span.worker.partition("-")[0], span.what) for span in spans}
+    assert did >= {
+        ("learner", "learning"),
+        ("learner", "publishing"),
+        ("learner", "saving"),
+        ("rollout", "loading"),
+        ("rollout", "sampling"),
+        ("reward", "scoring"),
+    }
+    for what in ("learning", "publishing"):
+        assert sum(span.what == what for span in spans) == config.train.iterations
+    for worker in {span.worker for span in spans}:
+        own = sorted((span.begin, span.end) for span in spans if span.worker == worker)
+        for (_, end), (begin, _) in itertools.pairwise(own):
+            assert begin >= end - 2e-3, worker  # written in milliseconds

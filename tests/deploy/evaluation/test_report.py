@@ -94,7 +94,7 @@ def test_a_finished_quickstart_shows_its_numbers(tmp_path: Path) -> None:
         "998 of 1000 prompts judged",
     ):
         assert shown in page, shown
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4, "two curves of policy training, its frontier, one of sft"
     assert "an auxiliary phase ran" in page
     assert len(re.findall(r"def f\d+\(x\):", page)) in range(SAMPLES // 2, SAMPLES + 1)
 

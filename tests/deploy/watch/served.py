@@ -18,20 +18,35 @@ from common.config.run import RunConfig
 from common.data.own_tokenizer import OwnTokenizer
 from common.run_folder import RunFolder
 from common.wire.trajectory import ScoredTrajectory, to_table
+from deploy.run_folder.activity import Activity, Span
 from deploy.watch.runs import WatchedRun
 from deploy.watch.server import serve
 from learner.batch.trajectory_log import Learnt, write_log
 from tests.conftest import run_copy
+
+DONE = (
+    ("rollout-0", "loading", 0.0, 1.0),
+    ("rollout-0", "sampling", 1.0, 6.0),
+    ("learner", "learning", 6.0, 9.0),
+    ("learner", "publishing", 9.0, 10.0),
+)
+"""What is done in each iteration of ten seconds: who, what, from when, until when."""
 
 
 def run_folder(workspace: RunConfig, folder: Path, iterations: int = 6) -> RunConfig:
     """A run of some iterations that is not at work."""
     config = run_copy(workspace, folder, train={"iterations": 500})
     save_config(config, config.run_dir / "config.yaml")
+    activity = Activity(config.folder.activity)
     for iteration in range(1, iterations + 1):
         log(config, "train", iteration, metrics_of(iteration))
+        begin = 90.0 + 10 * iteration
+        for worker, what, since, until in DONE:
+            span = Span(worker=worker, what=what, begin=begin + since, end=begin + until)
+            activity.add(span)
         if iteration % 2 == 0:
             log(config, "held_out", iteration, {"score": iteration / 20, "responses": 8.0})
+    activity.close()
     event(config, "rollout-0", "started", "after 2.0 s", 100.0)
     event(config, "rollout-1", "started", "after 2.1 s", 100.1)
     event(config, "rollout-1", "died", "killed by signal 9", 130.0)

@@ -96,6 +96,7 @@ def test_values_are_the_logs_and_a_new_iteration_is_seen(
         assert float(tile or "nan") == last["train"]["kl"]
         assert page.locator("figure canvas").count() == page.locator("figure[data-panel]").count()
 
+        event(config, "rollout-2", "hung", "no answer within 120 s", 165.0)
         log(config, "train", 7, metrics_of(7))
         begin = time.monotonic()
         page.wait_for_selector(
@@ -108,6 +109,11 @@ def test_values_are_the_logs_and_a_new_iteration_is_seen(
             if tab in ("learning", "throughput"):
                 assert seen.values()
                 assert set(seen.values().values()) <= {*metrics_of(7).values()}
+            if tab == "workers":
+                assert page.locator("#timeline tbody tr").count() == 3
+                legend = page.inner_text("#timeline .legend").split()
+                assert legend == ["loading", "sampling", "learning", "publishing", "idle", "lost"]
+                assert page.locator("#timeline .span.lost").count() == 1
         seen.sound()
 
 

@@ -71,6 +71,26 @@ def test_lanes_tell_each_workers_life(workspace: RunConfig, tmp_path: Path) -> N
     assert {lane["state"] for lane in lanes.values()} == {"gone"}
 
 
+def test_it_tells_what_workers_are_at(workspace: RunConfig, tmp_path: Path) -> None:
+    config = run_folder(workspace, tmp_path)
+    with served([config.run_dir]) as url, httpx.Client(base_url=url) as client:
+        found = client.get("api/runs/0/workers").json()["timeline"]
+    assert (found["begin"], found["end"]) == (130.0, 160.0), "the last three iterations"
+    assert found["iterations"] == [130.0, 140.0, 150.0, 160.0]
+    lanes = {lane["name"]: lane for lane in found["lanes"]}
+    assert list(lanes) == ["learner", "rollout-0", "rollout-1", "rollout-2"]
+    assert lanes["learner"]["spans"][:3] == [
+        ["idle", 130.0, 136.0],
+        ["learning", 136.0, 139.0],
+        ["publishing", 139.0, 140.0],
+    ]
+    assert lanes["rollout-0"]["words"] == "loading 10%, sampling 50%, idle 40%"
+    assert lanes["rollout-1"]["spans"] == [["lost", 130.0, 160.0]]
+    assert lanes["rollout-2"]["spans"] == [["idle", 134.0, 160.0]]
+    config.folder.activity.unlink()
+    assert WatchedRun(config.run_dir).workers()["timeline"] is None, "of an earlier version"
+
+
 def test_what_is_wrong_is_one_line(workspace: RunConfig, tmp_path: Path) -> None:
     config = run_folder(workspace, tmp_path)
     with served([config.run_dir]) as url, httpx.Client(base_url=url) as client:
