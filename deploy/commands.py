@@ -1,8 +1,11 @@
-"""What can be done with a run that exists: evaluate it, and scale it while it trains."""
+"""What can be done with a run that exists: evaluate it, and scale or ask it while it trains."""
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -17,6 +20,7 @@ from deploy.evaluation.results import PolicyComparison, figures_of
 from deploy.evaluation.sampling import sample_both
 from deploy.exchange.policies import policy_of
 from deploy.run_folder.lock import Holder, at_work
+from deploy.run_folder.progress import Told
 from deploy.run_folder.weights import policy_start
 from deploy.screen import say
 from deploy.stages.controller_actor import RemoteController
@@ -24,7 +28,8 @@ from deploy.stages.encoding import read_held_out
 from deploy.stages.policy import start_pools
 from deploy.stages.preparation import say_fitting
 from deploy.stages.session import open_session
-from deploy.workers.attach import ask_cluster, way_to
+from deploy.standing import Standing, standing_of
+from deploy.workers.attach import Answer, ask_cluster, way_to
 from deploy.workers.preflight import explain
 from deploy.workers.reservations import reserved
 from deploy.workers.scaling import Scaled
@@ -77,22 +82,48 @@ def scale_run(
     """
     if actors is None and replicas is None:
         raise ConfigError("give --actors, --reward-replicas or both")
+    return _ask_controller(config, address, partial(_scale, config, actors, replicas))
+
+
+def ask_standing(config: RunConfig, address: str | None = None) -> Standing:
+    """Return how far a run is by its controller's own answer, beside what its folder says.
+
+    Args:
+        config: the run's.
+        address: another way to the run's cluster than the one that its folder names.
+
+    Raises:
+        ClusterError: the run is not running, or its cluster does not answer.
+        WorkerError: its controller does not answer.
+    """
+    status = _ask_controller(config, address, RemoteController.status)
+    holder = at_work(config.run_dir)
+    if holder is None:
+        return standing_of(config)  # it has ended meanwhile
+    now = Told(token=holder.token, time=time.time(), facts=asdict(status))
+    return standing_of(config, last=now)
+
+
+def _ask_controller(
+    config: RunConfig, address: str | None, ask: Callable[[RemoteController], Answer]
+) -> Answer:
+    """Ask the controller of a run that is at work.
+
+    Raises:
+        ClusterError: there is none.
+    """
     run, holder = config.run_dir, at_work(config.run_dir)
     if holder is None:
         raise ClusterError(
             f"{run} is not running; `talipot train --resume {run}` carries on with it"
         )
     if holder.stage != "train" or not holder.cluster:
-        raise ClusterError(f"{run}: {holder}, has no workers to scale yet; ask again later")
-    return ask_cluster(
-        way_to(run, holder, address), partial(_scale, config, holder, actors, replicas)
-    )
+        raise ClusterError(f"{run}: {holder}, has no controller yet; ask again later")
+    return ask_cluster(way_to(run, holder, address), partial(_asked, config, holder, ask))
 
 
-def _scale(
-    config: RunConfig, holder: Holder, actors: int | None, replicas: int | None
-) -> list[Scaled]:
-    """Scale in the cluster that was joined."""
+def _asked(config: RunConfig, holder: Holder, ask: Callable[[RemoteController], Answer]) -> Answer:
+    """Ask in the cluster that was joined."""
     try:
         controller = RemoteController.named_by(config)
         there = controller.recipe().run_dir.resolve() == config.run_dir.resolve()
@@ -103,6 +134,13 @@ def _scale(
             f"{config.run_dir} is not at work in this cluster: {holder}, works in the one at "
             f"{holder.cluster}; leave --address out, or ask again if it has just begun or ended"
         )
+    return ask(controller)
+
+
+def _scale(
+    config: RunConfig, actors: int | None, replicas: int | None, controller: RemoteController
+) -> list[Scaled]:
+    """Scale, where there is room."""
     if not config.cluster.autoscales:
         each = reserved(config)  # by the workers that are there, and by new ones like them
         rollout: dict[str, Any] = {"actors": actors} if actors else {}

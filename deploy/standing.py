@@ -6,14 +6,17 @@
     status.json (live) -----+--> Standing --> lines for people, JSON for programs
     metrics.jsonl, result.json
 
-No cluster is asked, so one that is dying or is on another machine holds nobody up.
+No cluster is asked, so one that is dying or is on another machine holds nobody up; who wants the
+controller's own answer asks for it (`deploy.commands.ask_standing`).
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, Literal
 
 from common.config.run import RunConfig
@@ -75,12 +78,13 @@ class Standing:
     """What is wrong else, and what to do next."""
 
 
-def standing_of(config: RunConfig, log: Log | None = None) -> Standing:
+def standing_of(config: RunConfig, log: Log | None = None, last: Told | None = None) -> Standing:
     """Look into a run's folder.
 
     Args:
         config: the run's.
         log: its log, where that was read already.
+        last: what its controller has answered, where that was asked.
 
     Raises:
         DataError: its result is damaged.
@@ -89,7 +93,7 @@ def standing_of(config: RunConfig, log: Log | None = None) -> Standing:
     log = read_lines(config.folder.metrics) if log is None else log
     if holder is None:
         return _at_rest(config, log)
-    last = told(config.run_dir)
+    last = told(config.run_dir) if last is None else last
     if holder.stage == "train" and last is not None and last.token == holder.token:
         return _live(config, holder, last, log)
     line = _last(log, holder.stage)
@@ -114,7 +118,7 @@ def _live(config: RunConfig, holder: Holder, last: Told, log: Log) -> Standing:
         stage=holder.stage,
         step=facts["iteration"],
         steps=facts["iterations"],
-        seconds_left=_seconds_left(log, facts["iterations"] - facts["iteration"]),
+        seconds_left=_seconds_left(config, log, facts["iterations"] - facts["iteration"]),
         writer=str(holder),
         cluster=holder.cluster,
         told_seconds_ago=age,
@@ -162,13 +166,22 @@ def _damages(log: Log) -> tuple[str, ...]:
     return tuple(log.damaged[-1:])
 
 
-def _seconds_left(log: Log, iterations: int) -> float | None:
-    taken = [
-        line.metrics[Logged.SECONDS]
-        for line in log.lines
-        if line.stage == "train" and Logged.SECONDS in line.metrics
-    ][-_ITERATIONS_TIMED:]
-    return iterations * sum(taken) / len(taken) if taken else None
+def _seconds_left(config: RunConfig, log: Log, iterations: int) -> float | None:
+    """Return the time that so many iterations take, and the evaluations among them."""
+    took = _last_of(log, "train", Logged.SECONDS)
+    evaluated = _last_of(log, HELD_OUT, Logged.EVALUATE_SECONDS)
+    if not took:
+        return None
+    left = iterations * fmean(took)
+    if config.evaluate.every and evaluated:
+        left += math.ceil(iterations / config.evaluate.every) * fmean(evaluated)
+    return left
+
+
+def _last_of(log: Log, stage: str, metric: Logged) -> list[float]:
+    """Return a metric in the last steps of a stage that have it."""
+    lines = (line.metrics for line in log.lines if line.stage == stage)
+    return [metrics[metric] for metrics in lines if metric in metrics][-_ITERATIONS_TIMED:]
 
 
 # ------------------------------------------------------------------ for people

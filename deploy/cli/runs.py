@@ -167,15 +167,27 @@ def status(
     run: RunArgument,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Go on until the run ends.")] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="Ask the run's controller, in its cluster, too.")
+    ] = False,
+    address: AddressOption = None,
 ) -> None:
-    """Show how far a run is, by its folder: live while it works. Asks no cluster."""
+    """Show how far a run is, by its folder: live while it works. Asks no cluster without --live."""
     from deploy.standing import lines_of, standing_of
 
     config = of_run(run, None, None)
-    if as_json and watch:
-        raise ConfigError("give --json or --watch, not both")
+    if watch and (as_json or live):
+        raise ConfigError(f"give {'--json' if as_json else '--live'} or --watch, not both")
+    if address and not live:
+        raise ConfigError("--address says where --live asks; give both")
+    if live:
+        from deploy.commands import ask_standing
+
+        standing = ask_standing(config, address)
+    elif not watch:
+        standing = standing_of(config)
     if as_json:
-        show(console, json.dumps(asdict(standing_of(config))))
+        show(console, json.dumps(asdict(standing)))
     elif watch:
 
         def look() -> tuple[list[list[Part]], bool]:
@@ -185,7 +197,7 @@ def status(
         with suppress(KeyboardInterrupt):  # the way to leave it
             keep_shown(console, look)
     else:
-        for line in lines_of(standing_of(config)):
+        for line in lines_of(standing):
             say(console, *line)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from statistics import fmean, median
 
 from common.metric_catalogue import Logged
@@ -43,7 +44,8 @@ def progress(history: History) -> Said | None:
         return None
     took = [line.metrics[Logged.SECONDS] for line in history.iterations[-_WINDOW:]]
     usual = median(took)
-    limit = max(_SILENT_ITERATIONS * usual, _SILENT_S)
+    evaluated = [m[Logged.EVALUATE_SECONDS] for m in _evaluations(history)]
+    limit = max(_SILENT_ITERATIONS * usual, _SILENT_S) + 2 * max(evaluated, default=0.0)
     waited = history.now - max(history.iterations[-1].time, history.since)
     if waited <= limit:
         return None
@@ -52,6 +54,12 @@ def progress(history: History) -> Said | None:
         f"no iteration has ended for {waited:.0f} s, over {limit:.0f} (they took {usual:.0f})",
         "`talipot status` says who works on what; an auxiliary phase may take long",
     )
+
+
+def _evaluations(history: History) -> list[Mapping[str, float]]:
+    """Return the metrics of the last evaluations that say how long they took."""
+    lines = history.held_out[-_WINDOW:]
+    return [line.metrics for line in lines if Logged.EVALUATE_SECONDS in line.metrics]
 
 
 def starvation(history: History) -> Said | None:

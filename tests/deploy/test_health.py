@@ -14,7 +14,7 @@ import pytest
 
 from common.config.run import RunConfig
 from deploy.evaluation.report import write_report
-from deploy.health.checks import CHECKS, verdicts
+from deploy.health.checks import CHECKS, verdicts, what_checks_read
 from deploy.health.history import History, Verdict
 from deploy.health.watch import Watch
 from deploy.run_folder.log_lines import HELD_OUT, Line
@@ -50,6 +50,7 @@ def history(
     count: int = COUNT,
     held_out: Sequence[tuple[int, float]] = (),
     error: float | None = 0.01,
+    evaluation: float = 5.0,
     now: float | None = None,
     **settings: Any,
 ) -> History:
@@ -64,7 +65,7 @@ def history(
                 metrics[name] = known[at - behind]
         lines.append(Line(stage="train", step=at + 1, metrics=metrics, time=1000.0 + 30.0 * at))
     for version, score in held_out:
-        told = {"score": score, "responses": 64.0}
+        told = {"score": score, "responses": 64.0, "evaluate_seconds": evaluation}
         if error is not None:
             told["metric_error"] = error
         lines.append(Line(stage=HELD_OUT, step=version, metrics=told, time=1000.0))
@@ -136,6 +137,10 @@ FIRES: dict[str, list[tuple[History, str]]] = {
     ],
     "progress": [
         (history({}, now=1000.0 + 29 * 30 + 200), r"for 200 s, over 150 \(they took 30\)"),
+        (
+            history({}, held_out=[(30, 0.5)], evaluation=300.0, now=1000.0 + 29 * 30 + 800),
+            r"for 800 s, over 750 \(they took 30\)",
+        ),
     ],
     "starvation": [
         (
@@ -210,6 +215,9 @@ SILENT: dict[str, list[History]] = {
     "progress": [
         history({}),
         history({}, now=1000.0 + 29 * 30 + 140),
+        history(  # an evaluation may take ten iterations' time
+            {}, held_out=[(30, 0.5)], evaluation=300.0, now=1000.0 + 29 * 30 + 700
+        ),
         replace(history({}, now=90_000.0), since=89_900.0),  # resumed a day later
     ],
     "starvation": [
@@ -244,6 +252,24 @@ def test_it_fires(check: str, looked_at: History, evidence: str) -> None:
 )
 def test_it_is_silent(check: str, looked_at: History) -> None:
     assert of(check, looked_at) is None
+
+
+@pytest.mark.parametrize("looked_at", [case for cases in FIRES.values() for case, _ in cases])
+def test_what_is_kept_of_a_long_run_is_what_checks_read(looked_at: History) -> None:
+    config = looked_at.config
+    slim = replace(
+        looked_at,
+        iterations=[
+            replace(line, metrics=what_checks_read({**line.metrics, "other": 1.0}, config))
+            for line in looked_at.iterations
+        ],
+        held_out=[
+            replace(line, metrics=what_checks_read(line.metrics, config))
+            for line in looked_at.held_out
+        ],
+    )
+    assert verdicts(slim) == verdicts(looked_at) != []
+    assert not any("other" in line.metrics for line in slim.iterations)
 
 
 def test_a_healthy_run_and_one_that_has_not_begun() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +28,7 @@ from tests.deploy.commands import Run, refused
 from tests.deploy.control.runs import prompts_of
 
 pytestmark = pytest.mark.usefixtures("cluster")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +162,44 @@ def test_status_is_told_by_the_folder_alone(
     assert {worker["state"] for worker in found["workers"]} <= {"starting", "working", "draining"}
 
 
+def jobs() -> int:
+    """Programs that have ever joined the cluster."""
+    return len(ray._private.state.state.job_table())
+
+
+def test_the_controller_itself_is_asked_on_demand(
+    run: Run, at_work: tuple[RunConfig, RemoteController], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, controller = at_work
+    until(controller, lambda status: status.iteration >= 1)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # the run's folder knows a better one
+    folder = str(config.run_dir)
+    config.folder.status.write_text("", encoding="utf8")
+    outcome = run("status", folder, "--live", "--json")
+    assert (outcome.code, outcome.error) == (0, "")
+    found = json.loads(outcome.out)
+    assert found["step"] >= 1 and found["told_seconds_ago"] < 5
+    assert found["metrics"]["score"] == pytest.approx(found["metrics"]["score"])
+    assert "rollout-" in run("status", folder, "--live").out
+    refused(run("status", folder, "--live", "--watch"), 2, "--live or --watch")
+    refused(run("status", folder, "--address", own_address()), 2, "--live")
+    refused(run("status", folder, "--live", "--address", "127.0.0.1:1"), 5, "127.0.0.1:1")
+
+
+def test_status_joins_no_cluster_unless_it_is_asked_to(
+    at_work: tuple[RunConfig, RemoteController],
+) -> None:
+    config, controller = at_work
+    until(controller, lambda status: status.iteration >= 1)
+    command = [sys.executable, "-m", "deploy.cli", "status", str(config.run_dir.absolute())]
+    before = jobs()
+    for _ in range(2):
+        subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    assert jobs() == before
+    subprocess.run([*command, "--live"], check=True, capture_output=True, cwd=ROOT)
+    assert jobs() == before + 1
+
+
 def test_a_run_is_found_by_its_folder_whatever_cluster_is_newest(
     run: Run, at_work: tuple[RunConfig, RemoteController], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +228,6 @@ def test_a_run_that_does_not_run_is_one_line(
     refused(run("scale", str(folder), "--actors", "2"), 5, "is not running", "--resume")
     with writing(folder, "sft"):
         outcome = run("scale", str(folder), "--actors", "2")
-        refused(outcome, 5, "`talipot sft` on host", "no workers to scale yet")
+        refused(outcome, 5, "`talipot sft` on host", "no controller yet")
         assert "--resume" not in outcome.error, "nobody resumes a run that works"
     refused(run("scale", str(tmp_path), "--actors", "2"), 3, "not a run")
