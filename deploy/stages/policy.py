@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,14 +206,12 @@ def _start(
     stop_after: int | None,
 ) -> RemoteController:
     """Start a controller with the session's workers where it has some, else with its own."""
-    # Workers of a controller that was killed a moment ago may still hold the plain names.
-    name = f"{config.name}-{secrets.token_hex(2)}"
     started = session.started_gang()
     return start_controller(
         config,
         prompts,
-        started or LearnerGang(config, name, start=False),
-        pools or make_pools(session, config, name, start=False),
+        started or LearnerGang(config, config.name, start=False),
+        pools or make_pools(session, config, start=False),
         stop_after,
         held_out,
         detached=started is None and pools is None,
@@ -223,18 +220,18 @@ def _start(
 
 def start_pools(session: Session, config: RunConfig) -> tuple[Pool, Pool]:
     """Start rollout actors and reward workers that end with the session."""
-    rollout, reward = make_pools(session, config, config.name, start=True)
+    rollout, reward = make_pools(session, config, start=True)
     return session.keep(rollout), session.keep(reward)
 
 
-def make_pools(session: Session, config: RunConfig, name: str, *, start: bool) -> tuple[Pool, Pool]:
+def make_pools(session: Session, config: RunConfig, *, start: bool) -> tuple[Pool, Pool]:
     """Make pools of rollout actors and reward workers, filled when `start` is True."""
     tokenizer = session.folder.tokenizer
     begins = policy_start(config)
     reward = reward_weights(config) if config.reward_service.needs_model else None
     return (
-        rollout_pool(config, name, tokenizer, begins, start=start),
-        reward_pool(config, name, tokenizer, begins, reward, start=start),
+        rollout_pool(config, config.name, tokenizer, begins, start=start),
+        reward_pool(config, config.name, tokenizer, begins, reward, start=start),
     )
 
 

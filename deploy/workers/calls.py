@@ -6,6 +6,7 @@ Ray finds a method by its name and answers with anything. Here a call names the 
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
@@ -42,6 +43,15 @@ class WorkerLost(Exception):
 
 
 # ------------------------------------------------------------------ calls
+
+
+def actor_name(run: str, worker: str) -> dict[str, str]:
+    """Return Ray's options of an actor that its dashboard and logs call by run and worker.
+
+    Nobody finds it by that name: each has a namespace of its own, as Ray frees a name only some
+    time after its holder's death, and successors and other runs may want the same.
+    """
+    return {"name": f"{run}:{worker}", "namespace": f"talipot-{secrets.token_hex(6)}"}
 
 
 def start(

@@ -37,6 +37,7 @@ from deploy.workers.calls import (
     Answer,
     Arguments,
     Handle,
+    actor_name,
     as_argument,
     kill,
     own_error,
@@ -82,7 +83,6 @@ class LearnerGang:
         self._group: PlacementGroup | None = None
         self._pulses: list[str] = []
         """Where each rank tells how far it is."""
-        self._generation = 0
         if start:
             self.start()
 
@@ -114,15 +114,13 @@ class LearnerGang:
             frugal=self.config.pretrained,
         )
         group = self._place(cpus)
-        # Ray frees a name some time after its holder's death, so a successor gets another name.
-        suffix = f".{self._generation}" if self._generation else ""
         own = f"{self.run}:{secrets.token_hex(4)}"
         self._pulses = [f"{own}:{rank}" for rank in range(settings.ranks)]
         pulses.begin(self._pulses)
         self.ranks = [
             ray.remote(hosted_rank.LearnerRank)
             .options(
-                name=f"{self.run}:learner-{rank}{suffix}",
+                **actor_name(self.run, f"learner-{rank}"),
                 num_cpus=cpus,
                 num_gpus=settings.gpus_per_rank,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
@@ -154,7 +152,6 @@ class LearnerGang:
     def restart(self, meanwhile: Meanwhile | None = None) -> None:
         """End what is left of this gang and start another; raises what `start` raises."""
         self.stop()
-        self._generation += 1
         self.start(meanwhile)
 
     # ------------------------------------------------------------------ supervised stages

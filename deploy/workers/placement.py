@@ -25,7 +25,7 @@ from common.config.run import RunConfig
 from common.data.tokenizer import load_tokenizer
 from common.devices import Compute, compute_of
 from common.logprobs import sampling_of
-from deploy.workers.calls import Handle
+from deploy.workers.calls import Handle, actor_name
 from deploy.workers.hosted import RewardWorker, RolloutActor
 from deploy.workers.pool import Pool
 from deploy.workers.reservations import reservations, reserved
@@ -61,7 +61,7 @@ def rollout_pool(
     def make(name: str) -> Handle:
         return (
             ray.remote(RolloutActor)
-            .options(name=f"{run}:{name}", **options)
+            .options(**actor_name(run, name), **options)
             .remote(Identity(run=label, role="rollout", worker=name), name, build, compute)
         )
 
@@ -93,7 +93,7 @@ def reward_pool(
     def make(name: str) -> Handle:
         return (
             ray.remote(RewardWorker)
-            .options(name=f"{run}:{name}", **options)
+            .options(**actor_name(run, name), **options)
             .remote(
                 Identity(run=label, role="reward", worker=name),
                 settings,

@@ -89,11 +89,13 @@ class Arena:
         """
         deadline, why = time.monotonic() + 2 * _ANSWER_S, "none has such a name"
         while time.monotonic() < deadline:
-            names = [n["name"] for n in ray.util.list_named_actors(all_namespaces=True)]
-            for name in sorted(n for n in names if re.fullmatch(pattern, n)):
+            listed = ray.util.list_named_actors(all_namespaces=True)
+            for name, namespace in sorted(
+                (n["name"], n["namespace"]) for n in listed if re.fullmatch(pattern, n["name"])
+            ):
                 # One that ended with its controller may still be listed.
                 try:
-                    actor = ray.get_actor(name, namespace=NAMESPACE)
+                    actor = ray.get_actor(name, namespace=namespace)
                     call = actor.__ray_call__.remote(function, *arguments)
                     return ray.get(call, timeout=_ANSWER_S)
                 except (ValueError, ray.exceptions.RayError) as error:

@@ -85,7 +85,7 @@ def node(campaign: Campaign, rng: random.Random) -> None:
 def corrupted_slice(campaign: Campaign, rng: random.Random) -> None:
     """Flip a byte of the next weights that one actor receives."""
     before = campaign.lines()
-    campaign.arena.ask(r"run-\w+:rollout-\d+", _flip, rng.randrange(1000))
+    campaign.arena.ask(r"run:rollout-\d+", _flip, rng.randrange(1000))
     campaign.until(lambda: campaign.lines() > before)
 
 
@@ -144,7 +144,7 @@ def in_the_midst_of(moment: str, kind: str) -> Fault:
     def strike(campaign: Campaign, rng: random.Random) -> None:
         campaign.until(lambda: len(campaign.arena.processes(TITLES["learner"])) > 1)
         victim = pick(campaign, "controller", rng) if kind == "controller" else None
-        rank = r"run-\w+:learner-1(\.\d+)?"
+        rank = r"run:learner-1"
         pid = campaign.arena.ask(rank, _arm, moment, victim and victim.pid)
         campaign.until(lambda: not psutil.pid_exists(pid), resume=False)
 

@@ -166,4 +166,5 @@ def raise_outcome(controller: RemoteController) -> None:
 
 def named(run: str) -> list[str]:
     """Living actors whose names begin with a run's."""
-    return [name for name in ray.util.list_named_actors() if name.startswith(f"{run}:")]
+    listed = ray.util.list_named_actors(all_namespaces=True)
+    return [actor["name"] for actor in listed if actor["name"].startswith(f"{run}:")]
