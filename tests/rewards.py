@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import zlib
 from collections.abc import Sequence
 
@@ -66,3 +67,9 @@ def a_tenth_is_given_up(samples: Sequence[Sample]) -> list[float]:
     if zlib.crc32(f"{sample.prompt}{sample.response}".encode()) % 10 == 0:
         raise MemoryError
     return by_number([sample.prompt], [sample.response])
+
+
+def in_a_minute(prompts: list[str], responses: list[str]) -> list[float]:
+    """The length, after nearly a minute."""
+    time.sleep(57.0)
+    return length(prompts, responses)

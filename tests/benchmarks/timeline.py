@@ -54,9 +54,8 @@ def recipe(folder: Path, staleness: int) -> RunConfig:
     )
 
 
-def seconds(folder: Path, staleness: int) -> dict[str, float]:
-    """Medians over the iterations after warm-up."""
-    config = recipe(folder, staleness)
+def networks(config: RunConfig) -> list[Path]:
+    """Random policy and reward model, where the stages would leave them; a tokenizer too."""
     config.run_dir.mkdir(parents=True)
     tokenizer = OwnTokenizer.train(iter(["a tokenizer of letters"]), 270)
     tokenizer.save(config.run_dir / "tokenizer.json")
@@ -68,6 +67,13 @@ def seconds(folder: Path, staleness: int) -> dict[str, float]:
     for network, path in zip((policy, reward), paths, strict=True):
         path.parent.mkdir()
         save_weights(network.state_dict(), path, {})
+    return paths
+
+
+def seconds(folder: Path, staleness: int) -> dict[str, float]:
+    """Medians over the iterations after warm-up."""
+    config = recipe(folder, staleness)
+    paths = networks(config)
     rng = np.random.default_rng(0)
     prompts = [
         EncodedPrompt(uid=str(i), text="", ids=rng.integers(2, 2048, PROMPT).tolist())

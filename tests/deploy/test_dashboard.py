@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
@@ -18,7 +19,8 @@ from common.live_metrics import Live
 from common.metric_catalogue import Logged
 from deploy.monitoring.dashboard import dashboard
 
-SHIPPED = Path(__file__).resolve().parents[2] / "deploy" / "monitoring" / "talipot.json"
+MONITORING = Path(__file__).resolve().parents[2] / "deploy" / "monitoring"
+SHIPPED = MONITORING / "talipot.json"
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +84,12 @@ def test_panels_lie_beside_each_other(shipped: dict[str, Any]) -> None:
         below = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
         assert beside or below
     assert all(panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24 for panel in panels)
+
+
+def test_grafana_is_told_where_it_lies() -> None:
+    """By a provisioning file of the form that Grafana's documentation has."""
+    found = yaml.safe_load((MONITORING / "grafana.yaml").read_text(encoding="utf8"))
+    assert found["apiVersion"] == 1
+    (provider,) = found["providers"]
+    assert (provider["name"], provider["type"]) == ("talipot", "file")
+    assert Path(provider["options"]["path"]).is_absolute()

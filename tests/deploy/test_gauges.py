@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -24,7 +26,8 @@ from learner.batch.trajectory_log import read_log
 from tests.conftest import run_copy
 from tests.deploy.control.runs import Run, stop_idle_pools
 
-Found = dict[str, dict[tuple[tuple[str, str], ...], float]]
+Labels = tuple[tuple[str, str], ...]
+Found = dict[str, dict[Labels, float]]
 """Series -> labels of ours -> value."""
 
 
@@ -244,3 +247,52 @@ def test_controller_actors_reward_workers_and_ranks_tell(
     assert of("health", check="kl", severity="critical") == 0
     known = {metric.facts.series for metric in [*Logged, *Live]}
     assert found.keys() <= known
+
+
+@pytest.mark.chaos
+@pytest.mark.usefixtures("cluster")
+def test_no_value_is_absent_in_iterations_of_a_minute(workspace: RunConfig, tmp_path: Path) -> None:
+    """Ray forgets a value that is told once within half a minute; a run's are there throughout."""
+    components = {"slow": {"kind": "function", "target": "tests.rewards:in_a_minute"}}
+    copied = run_copy(
+        workspace,
+        tmp_path,
+        train={"iterations": 2, "ppg": None},
+        rollout={"lease_size": 64},
+        reward_service={"components": components, "replicas": 1},
+    )
+    config = copied.model_copy(update={"name": "minutes"})
+    copied.run_dir.rename(config.run_dir)
+    gang = LearnerGang(config, "minutes")
+    looks: list[tuple[float, set[tuple[str, Labels]]]] = []
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(5.0):
+            own = {
+                (name, labels)
+                for name, values in scraped().items()
+                for labels in values
+                if ("run", "minutes") in labels
+            }
+            looks.append((time.monotonic(), own))
+
+    thread = threading.Thread(target=look)
+    with Run(config, gang) as controller:
+        thread.start()
+        try:
+            assert controller.run()["finished"]
+            last = time.monotonic()
+        finally:
+            ended.set()
+            thread.join()
+    gang.stop()
+    stop_idle_pools()
+    assert controller.metrics["seconds"] > 55
+    looks = [(at, own) for at, own in looks if at < last]
+    assert len(looks) >= 20
+    names = {name for name, _ in looks[-1][1]}
+    assert {"score", "busy_seconds_total", "held_version", "workers_lost_by_cause_total"} <= names
+    for (_, before), (at, after) in itertools.pairwise(looks):
+        gone = before - after
+        assert gone == set(), f"{last - at:.0f} s before the end"
