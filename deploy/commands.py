@@ -20,7 +20,7 @@ from deploy.evaluation.results import PolicyComparison, figures_of
 from deploy.evaluation.sampling import sample_both
 from deploy.exchange.policies import policy_of
 from deploy.run_folder.lock import Holder, at_work
-from deploy.run_folder.progress import Told
+from deploy.run_folder.progress import Told, is_final, recorded_facts
 from deploy.run_folder.weights import policy_start
 from deploy.screen import say
 from deploy.stages.controller_actor import RemoteController
@@ -114,11 +114,12 @@ def _ask_controller(
     """
     run, holder = config.run_dir, at_work(config.run_dir)
     if holder is None:
-        raise ClusterError(
-            f"{run} is not running; `talipot train --resume {run}` carries on with it"
-        )
+        facts = recorded_facts(run)
+        done = is_final(facts, config)
+        then = "it is finished" if done else f"`talipot train --resume {run}` carries on with it"
+        raise ClusterError(f"{run} is not running; {then}")
     if holder.stage != "train" or not holder.cluster:
-        raise ClusterError(f"{run}: {holder}, has no controller yet; ask again later")
+        raise ClusterError(f"{run}: {holder}, has no controller now; policy training has one")
     return ask_cluster(way_to(run, holder, address), partial(_asked, config, holder, ask))
 
 

@@ -25,6 +25,8 @@ ITERATIONS: Final = 3
 """Whole iterations that a timeline begins before the newest."""
 MOST_LANES: Final = 40
 _MOST_SPANS: Final = 4000
+_BREAK_S: Final = 300.0
+"""Where nobody did anything for so long, the run was down."""
 _ORDER: Final = (*get_args(Doing), "idle", "lost")
 """What a worker may be at, as legends have it."""
 
@@ -63,7 +65,7 @@ def lives_of(
     Args:
         events: of the run, in their order.
         at_work: the workers that there are, by their names.
-        times: when the run told something, in their order.
+        times: when the run told something other than that a worker has started, in their order.
     """
     lives: dict[str, list[Stretch]] = {}
     for event in events:
@@ -86,6 +88,12 @@ def lives_of(
             _end(stretches, _before(begun, times), "")
         found.append(Life(name, worker, stretches))
     return found
+
+
+def times_of(lines: Sequence[Line], events: Sequence[Happened]) -> list[float]:
+    """Return when a run told something that only who was at work can tell, in order."""
+    told = [event.time for event in events if event.what != "started"]
+    return sorted([line.time for line in lines] + told)
 
 
 def _before(moment: float, times: Sequence[float]) -> float:
@@ -151,9 +159,11 @@ def timeline_of(
     kept = sorted(spans, key=lambda span: span.end)[-_MOST_SPANS:]
     # The iteration under way is one more.
     whole = ended[-ITERATIONS - 1 :] if len(ended) > ITERATIONS else []
-    cut = len(spans) > _MOST_SPANS
-    first = kept[0].end if cut else min(span.begin for span in kept)
-    begin = max([first, *whole[:1]])
+    begin = max([_sitting(kept), *whole[:1]])
+    if len(spans) > _MOST_SPANS:
+        begin = max(begin, kept[0].end)
+    if end <= begin:
+        return None
     done: defaultdict[str, list[Span]] = defaultdict(list)
     for span in kept:
         if span.end > begin and span.begin < end:
@@ -182,13 +192,25 @@ def timeline_of(
     )
 
 
+def _sitting(spans: Sequence[Span]) -> float:
+    """Return since when somebody worked without a long break: a run may be resumed days later."""
+    known = sorted(spans, key=lambda span: span.begin)
+    first, until = known[0].begin, known[0].end
+    for span in known[1:]:
+        if span.begin > until + _BREAK_S:
+            first = span.begin
+        until = max(until, span.end)
+    return first
+
+
 def _filled(
     done: Sequence[Span], stretches: Sequence[Stretch], begin: float, end: float
 ) -> list[tuple[str, float, float]]:
     """Return what was done in a window, idle between it, and lost after a loss."""
     found: list[tuple[str, float, float]] = []
-    for stretch in stretches:
+    for place, stretch in enumerate(stretches):
         until = end if stretch.end is None else stretch.end
+        following = stretches[place + 1].begin if place + 1 < len(stretches) else end
         at, last = max(begin, stretch.begin), min(end, until)
         for span in sorted(done, key=lambda span: span.begin):
             start, stop = max(at, span.begin), min(last, span.end)
@@ -201,7 +223,7 @@ def _filled(
         if last > at:
             found.append(("idle", at, last))
         if stretch.why.partition(":")[0] in _LOST and begin <= until < end:
-            found.append(("lost", until, end))
+            found.append(("lost", until, min(end, following)))
     return found
 
 

@@ -12,7 +12,6 @@ controller's own answer asks for it (`deploy.commands.ask_standing`).
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from common.metric_catalogue import Logged
 from common.metric_names import known_as
 from deploy.health.checks import verdicts
 from deploy.health.history import History, Verdict
+from deploy.run_folder.activity import Span, spans_of
 from deploy.run_folder.failures import last_failure
 from deploy.run_folder.lock import Holder, at_work
 from deploy.run_folder.log_lines import HELD_OUT, Line, Log, read_lines
@@ -66,12 +66,16 @@ class Standing:
     """Address of the Ray cluster that it is at work on."""
     told_seconds_ago: float | None = None
     """Age of the live figures; None where there are none."""
+    told_at: float | None = None
+    """When that was, in unix seconds, by the controller's clock."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Of the last step, and the run's counts."""
     rollouts: Mapping[str, int] = field(default_factory=dict)
     """Issued, trained, dropped and in flight; only while policy training works."""
     workers: tuple[Mapping[str, Any], ...] = ()
     """Rollout actors and reward workers, likewise."""
+    under_way: tuple[Span, ...] = ()
+    """What workers and learner are at, until now."""
     health: tuple[Verdict, ...] = ()
     """What checks find wrong with policy training."""
     notes: tuple[str, ...] = ()
@@ -122,9 +126,11 @@ def _live(config: RunConfig, holder: Holder, last: Told, log: Log) -> Standing:
         writer=str(holder),
         cluster=holder.cluster,
         told_seconds_ago=age,
+        told_at=last.time,
         metrics={**facts["metrics"], **facts["counts"]},
         rollouts={name: facts[name] for name in ("issued", "trained", "dropped", "in_flight")},
         workers=tuple(facts["workers"]),
+        under_way=tuple(spans_of(facts.get("under_way", ()))),
         health=tuple(verdicts(History.of(config, log.lines, time.time(), holder.began))),
         notes=(*((silent,) if age > _QUIET_S else ()), *_damages(log)),
     )
@@ -174,7 +180,9 @@ def _seconds_left(config: RunConfig, log: Log, iterations: int) -> float | None:
         return None
     left = iterations * fmean(took)
     if config.evaluate.every and evaluated:
-        left += math.ceil(iterations / config.evaluate.every) * fmean(evaluated)
+        every, last = config.evaluate.every, config.train.iterations
+        due = last // every - (last - iterations) // every + bool(last % every)
+        left += due * fmean(evaluated)
     return left
 
 

@@ -35,15 +35,13 @@ from deploy.control.jobs import Sampled, Sampling, Scored, Scoring, Weights, fir
 from deploy.control.leases import Lease
 from deploy.control.ledger import Ledger
 from deploy.control.tally import Tally, Throughput
-from deploy.run_folder.activity import Doing, Record, Span, no_record
+from deploy.run_folder.activity import Activity, Doing, Span
 from deploy.workers.calls import ArgumentLost, WorkerLost, as_argument, start_pair
 from deploy.workers.pool import Pool
 from reward_service.service import RewardWorker, ScoreFacts
 
 LEASES_PER_ACTOR = 2
 """One that it works on and one that waits, so that an actor never idles."""
-_SHORT_S = 1e-3
-"""What took no longer is not recorded, such as the loading of weights that are there."""
 CALL_TOKENS = 65_536
 """Tokens of prompts and responses of several leases that are scored in one call."""
 
@@ -63,7 +61,7 @@ class Collector:
         held_out: bool = False,
         call_tokens: int = CALL_TOKENS,
         leases_per_actor: int = LEASES_PER_ACTOR,
-        record: Record = no_record,
+        activity: Activity | None = None,
     ) -> None:
         """Collect by these pools; without a reward pool (data collection) nothing is scored.
 
@@ -80,7 +78,7 @@ class Collector:
             held_out: score by what is `evaluation_only` too.
             call_tokens: most tokens that are scored together in a call.
             leases_per_actor: calls that an actor has at once.
-            record: takes what workers have done, and when.
+            activity: is told what workers do, and when.
         """
         self.ledger = ledger
         self.rollout = rollout
@@ -99,7 +97,7 @@ class Collector:
         self._score_together, self._score_last = score_together, score_last
         self._score = RewardWorker.score_held_out if held_out else RewardWorker.score
         self._call_tokens, self._leases_per_actor = call_tokens, leases_per_actor
-        self.record = record
+        self.activity = activity or Activity()
         self._sampling_is: Doing = "evaluating" if held_out else "sampling"
         self._known_until: dict[str, float] = {}
         """Until when it is recorded what a worker did; unix seconds."""
@@ -160,6 +158,9 @@ class Collector:
         """Give up what is under way: its workers finish it, and are free for others from now on."""
         names = [job.worker for job in self._sampling.values()]
         names += [job.worker for job in self._scoring.values()]
+        for name in names:
+            self.activity.end(name, self._sampling_is)
+            self.activity.end(name, "scoring")
         for pool in self.pools:
             for name in names:
                 if worker := pool.workers.get(name):
@@ -217,13 +218,17 @@ class Collector:
         ):
             worker.busy += 1
             calls = self._calls_of.setdefault(worker.name, [])
+            if not calls:
+                self.activity.begin(worker.name, self._sampling_is)
             lease = self.ledger.lease(worker.name, math.inf if calls else until)
             requests = to_table(lease.requests, RolloutRequest)
             payloads = map(as_argument, self.weights.payloads)
             facts, rollouts = start_pair(
                 worker.handle, RolloutActor.generate, requests, self.weights.manifest, *payloads
             )
-            self._sampling[facts] = Sampling(worker.name, lease, self.weights, rollouts)
+            self._sampling[facts] = Sampling(
+                worker.name, lease, self.weights, rollouts, time.time()
+            )
             calls.append(facts)
         if self._score_last and (self.ledger.queued or self._sampling):
             return
@@ -231,11 +236,12 @@ class Collector:
             scorer, part = scorers[0], self._next_to_score(len(scorers))
             self._sampled = [s for s in self._sampled if s not in part]
             scorer.busy += 1
+            self.activity.begin(scorer.name, "scoring")
             for sampled in part:
                 self.ledger.pass_on(sampled.lease.lease_id, scorer.name, until)
             tables = (as_argument(s.table) for s in part)
             scores, table = start_pair(scorer.handle, self._score, *tables)
-            self._scoring[scores] = Scoring(scorer.name, part, table)
+            self._scoring[scores] = Scoring(scorer.name, part, table, time.time())
 
     def _next_to_score(self, workers: int) -> tuple[Sampled, ...]:
         """Choose the tables of one call while so many workers are free.
@@ -258,8 +264,10 @@ class Collector:
         calls.remove(ended)
         if not calls:
             del self._calls_of[worker]
+            self.activity.end(worker, self._sampling_is)
         elif first and worker in self.rollout.workers:
             until = self._deadlines.from_now()
+            self.activity.begin(worker, self._sampling_is)
             if self._deadlines.is_void(calls[0]):
                 self._deadlines.void(calls[0], worker, until)
             else:
@@ -306,7 +314,7 @@ class Collector:
             )
         self.tally.add({Logged.WEIGHTS_RELOADED: facts.reloads})
         self.throughput.sampled(facts)
-        self._did(job.worker, ("loading", facts.load_seconds), (self._sampling_is, facts.seconds))
+        self._did(job, ("loading", facts.load_seconds), (self._sampling_is, facts.seconds))
         self.ledger.done(lease)
         tokens = facts.response_tokens + sum(len(r.prompt_ids) for r in lease.requests)
         sampled = Sampled(lease, facts.policy_version, tokens, job.table)
@@ -327,6 +335,7 @@ class Collector:
 
     def _take_scored(self, call: ray.ObjectRef[ScoreFacts], job: Scoring) -> None:
         assert self.reward is not None
+        self.activity.end(job.worker, "scoring")
         facts: ScoreFacts | None = None
         tables_lost = False
         try:
@@ -347,7 +356,7 @@ class Collector:
         if facts.dead_letters:
             self.last_dead_letter = next(iter(facts.dead_letters.values()))
         self.throughput.scored(facts)
-        self._did(job.worker, ("scoring", facts.seconds))
+        self._did(job, ("scoring", facts.seconds))
         for sampled in job.sampled:
             self.ledger.done(sampled.lease)
         dead = tuple(facts.dead_letters)
@@ -365,16 +374,19 @@ class Collector:
         if not tables_lost:
             self._sampled = [*job.sampled, *self._sampled]
 
-    def _did(self, worker: str, *parts: tuple[Doing, float]) -> None:
-        """Record what a call that has just ended consisted of, in seconds; nothing overlaps."""
-        begin = (now := time.time()) - sum(seconds for _, seconds in parts)
-        begin = max(begin, self._known_until.get(worker, begin))
-        self._known_until[worker] = now
+    def _did(self, job: Sampling | Scoring, *parts: tuple[Doing, float]) -> None:
+        """Record what a call that has ended consisted of, in seconds.
+
+        It began when it was handed out, or when the worker's call before it had ended; it may have
+        been over for long before anybody looked.
+        """
+        begin = max(job.since, self._known_until.get(job.worker, 0.0))
         for what, seconds in parts:
-            end = min(begin + seconds, now)
-            if end - begin > _SHORT_S:
-                self.record(Span(worker=worker, what=what, begin=begin, end=end))
-            begin = end
+            end = min(begin + seconds, time.time())
+            if end > begin:
+                self.activity.add(Span(worker=job.worker, what=what, begin=begin, end=end))
+            begin = max(begin, end)
+        self._known_until[job.worker] = begin
 
     @property
     def pools(self) -> list[Pool]:

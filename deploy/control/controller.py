@@ -146,7 +146,7 @@ class Controller:
             note_untracked(self.config.folder.events, text)
 
         log = RunLog(self.run_dir, trackers.outboxes(self.config, tell), self._readings)
-        self.collector.record = log.activity.add
+        self.collector.activity = log.activity
         with at_the_end(self.elastic.release_room, log.close):
             self.own_workers.start()
             weights = self._train(log)
@@ -180,7 +180,8 @@ class Controller:
         while True:
             try:
                 if not restored:
-                    self.position.restore()
+                    with log.activity.doing("starting"):
+                        self.position.restore()
                     restored = True
                     self._evaluate_if_due(log)
                 while self.iteration < last and not (self._stop or self.held_out.hopeless):
@@ -205,7 +206,8 @@ class Controller:
                 return ""
             except LearnerLost as error:
                 restored = False
-                self._restart_learner(error)
+                with log.activity.doing("starting"):
+                    self._restart_learner(error)
 
     def _iterate(self, metrics: dict[str, float], activity: Activity) -> None:
         """Train one iteration: the whole algorithm, step by step."""
@@ -253,6 +255,7 @@ class Controller:
             counts=self.collector.counts(),
             workers=self.elastic.views(),
             health=list(self.watch.verdicts),
+            under_way=self.collector.activity.under_way(),
         )
 
     def _readings(self) -> list[Reading]:

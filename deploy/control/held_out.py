@@ -24,7 +24,7 @@ from deploy.control.jobs import Scored, Weights
 from deploy.control.ledger import Ledger
 from deploy.control.measures import evaluated
 from deploy.control.tally import Tally
-from deploy.run_folder.activity import Record, no_record
+from deploy.run_folder.activity import Activity
 from deploy.run_folder.log_lines import HELD_OUT, best_of, held_out_scores
 from deploy.run_folder.progress import out_of_patience
 from deploy.workers.pool import Pool
@@ -45,7 +45,7 @@ def collected(
     beside: bool = False,
     held_out: bool = False,
     tally: Tally | None = None,
-    record: Record = no_record,
+    activity: Activity | None = None,
 ) -> list[Scored]:
     """Take requests through the pools, with a ledger of their own.
 
@@ -61,7 +61,7 @@ def collected(
             nothing to do.
         held_out: score by what is `evaluation_only` too.
         tally: the run's, to which what workers count meanwhile is added.
-        record: takes what workers have done, and when.
+        activity: is told what workers do, and when.
 
     Raises:
         RewardError: no response was scored.
@@ -77,7 +77,7 @@ def collected(
         score_last=True,
         held_out=held_out,
         leases_per_actor=1 if beside else LEASES_PER_ACTOR,
-        record=record,
+        activity=activity,
     )
     collector.weights = weights
     try:
@@ -195,7 +195,7 @@ class HeldOut:
             beside=self.config.train.max_staleness > 0,
             held_out=True,
             tally=own.tally,
-            record=own.record,
+            activity=own.activity,
         )
         rows = [row for s in tables for row in from_table(ray.get(s.table), ScoredTrajectory)]
         metrics = evaluated(sorted(rows, key=lambda row: row.rollout_id), self.config)

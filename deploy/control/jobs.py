@@ -61,6 +61,8 @@ class Sampling:
     lease: Lease
     weights: Weights
     table: ray.ObjectRef[pa.Table]
+    since: float
+    """When it was handed out; unix seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,8 @@ class Scoring:
     worker: str
     sampled: tuple[Sampled, ...]
     table: ray.ObjectRef[pa.Table]
+    since: float
+    """When it was handed out; unix seconds."""
 
 
 def first_share(tables: Sequence[Sampled], workers: int, most: int) -> int:

@@ -28,6 +28,7 @@ class OwnWorkers:
             if pool is not None and not pool.workers:
                 self._started.append(pool)
                 pool.scale(size)
+        self._elastic.introduce()
         self._elastic.request_room()
         if not self._gang.started:
             self._started.append(self._gang)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from deploy.health.history import Verdict
+from deploy.run_folder.activity import Span
 from deploy.workers.scaling import WorkerView
 
 
@@ -29,3 +30,5 @@ class Status:
     workers: list[WorkerView]
     health: list[Verdict]
     """What is wrong, after the last iteration."""
+    under_way: list[Span] = field(default_factory=list)
+    """What workers and learner are at."""

@@ -19,6 +19,7 @@ from common.metric_catalogue import Logged
 from common.run_folder import RunFolder
 from deploy.evaluation.charts import Point, frontier_chart, running_mean
 from deploy.evaluation.curves import Chart, Steps
+from deploy.evaluation.intervals import best_of_n_kl
 
 _LEAST = 3
 """Iterations that a line begins with."""
@@ -30,19 +31,18 @@ class Best:
 
     n: int
     kl: float
-    """To the policy that they are of, nats."""
+    """To the policy that they are of, nats, where no two responses have one score."""
     score: float
 
 
-def frontier(folder: RunFolder, steps: Steps) -> Chart | None:
+def frontier(folder: RunFolder, steps: Steps, *, chosen: bool = False) -> Chart | None:
     """Draw mean score against mean KL by iteration; None where a run has too few, or no KL.
 
     Args:
         folder: the run's, whose first trajectories best-of-N is estimated on.
         steps: metrics of policy training.
-
-    Raises:
-        DataError: the log of the first trajectories is damaged.
+        chosen: prompts were chosen by their scores, so that the best of their responses say nothing
+            of the policy.
     """
     known = [m for m in steps.values() if Logged.SCORE in m and Logged.KL in m]
     known = [m for m in known if math.isfinite(m[Logged.SCORE]) and math.isfinite(m[Logged.KL])]
@@ -52,8 +52,12 @@ def frontier(folder: RunFolder, steps: Steps) -> Chart | None:
     path = [Point(kl, score) for kl, score in zip(*means, strict=True)]
     if len(set(path)) < _LEAST:
         return None
-    best = best_of_first(folder)
-    title = "Score against KL, nats"
+    title, best = "Score against KL, nats", []
+    if not chosen:
+        try:
+            best = best_of_first(folder)
+        except DataError:  # a picture is no reason to end a run without its report
+            title += "; the first trajectories cannot be read"
     if len(best) > 1:
         title += f"; dashed: best of 1 to {best[-1].n} of the first policy"
     marks = [Point(found.kl, found.score) for found in best]
@@ -81,18 +85,9 @@ def best_of_first(folder: RunFolder) -> list[Best]:
     smallest, found, n = min(map(len, groups.values()), default=0), [], 1
     while n <= smallest:
         scores = [mean_of_best(group, n) for group in groups.values()]
-        found.append(Best(n=n, kl=kl_of_best(n), score=sum(scores) / len(scores)))
+        found.append(Best(n=n, kl=best_of_n_kl(n), score=sum(scores) / len(scores)))
         n *= 2
     return found
-
-
-def kl_of_best(n: int) -> float:
-    """Return the KL of best-of-N to the policy that is sampled, nats.
-
-    log N - (N - 1) / N (Stiennon 2020, appendix G.3), where no two responses have one score; ties
-    make it smaller.
-    """
-    return math.log(n) - (n - 1) / n
 
 
 def mean_of_best(scores: Sequence[float], n: int) -> float:

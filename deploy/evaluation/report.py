@@ -66,9 +66,11 @@ def write_report(
     table = shown.table(figures)
     samples = _samples(folder.samples)
     drawn = sections(lines)
+    chosen = config is not None and bool(config.train.dynamic_sampling or config.data.curriculum)
     for section in drawn:
-        if section.stage == "train" and (chart := frontier(folder, steps_of(lines, "train"))):
-            section.charts.append(chart)
+        if section.stage == "train":
+            chart = frontier(folder, steps_of(lines, "train"), chosen=chosen)
+            section.charts.extend([chart] if chart else [])
     page = (
         environment()
         .get_template("report.html.j2")

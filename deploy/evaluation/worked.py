@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common.run_folder import RunFolder
-from deploy.lanes import lives_of, timeline_of
+from deploy.lanes import lives_of, timeline_of, times_of
 from deploy.run_folder.activity import read_activity
 from deploy.run_folder.events import read_events
 from deploy.run_folder.log_lines import Line
@@ -20,9 +20,8 @@ def drawn_timeline(folder: RunFolder, lines: Sequence[Line]) -> dict[str, Any] |
         lines: of its log.
     """
     events = read_events(folder.events)
-    times = sorted([line.time for line in lines] + [event.time for event in events])
-    spans = read_activity(folder.activity)
-    timeline = timeline_of(spans, lives_of(events, {}, times), lines)
+    lives = lives_of(events, {}, times_of(lines, events))
+    timeline = timeline_of(read_activity(folder.activity), lives, lines)
     if timeline is None:
         return None
     begin, whole = timeline.begin, max(timeline.end - timeline.begin, 1e-9)

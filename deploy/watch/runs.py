@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from common.metric_catalogue import Logged
 from deploy.evaluation.facts import facts_of
 from deploy.health.checks import CHECKS
 from deploy.health.history import History
-from deploy.lanes import Life, lives_of, timeline_of
+from deploy.lanes import Life, lives_of, timeline_of, times_of
 from deploy.run_folder.activity import read_activity
 from deploy.run_folder.events import read_events
 from deploy.run_folder.folder import config_of
@@ -87,11 +86,10 @@ class WatchedRun:
             standing = standing_of(config, log)
         events = read_events(config.folder.events)
         at_work = {str(worker["name"]): worker for worker in standing.workers}
-        times = sorted([line.time for line in log.lines] + [event.time for event in events])
         running = standing.state == "running"
-        lives = lives_of(events, at_work if running else {}, times)
-        done = read_activity(config.folder.activity)
-        timeline = timeline_of(done, lives, log.lines, time.time() if running else None)
+        lives = lives_of(events, at_work if running else {}, times_of(log.lines, events))
+        done = [*read_activity(config.folder.activity), *standing.under_way]
+        timeline = timeline_of(done, lives, log.lines, standing.told_at if running else None)
         return {
             "lanes": [_lane(life) for life in lives],
             "timeline": None if timeline is None else asdict(timeline),

@@ -87,6 +87,13 @@ class Elastic:
         if wanted != size:
             self.scale(wanted, None)
 
+    def introduce(self) -> None:
+        """Report the workers that were at work before this run had its pools."""
+        for pool in self._pools:
+            for worker in pool.workers.values():
+                if worker.state == "working":
+                    self._report(Event.now(worker.name, "started", "before policy training"))
+
     def request_room(self) -> None:
         """Ask a cluster that autoscales for room for everything that is wished for."""
         if self._config.cluster.autoscales:

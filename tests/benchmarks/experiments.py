@@ -57,8 +57,8 @@ INSTRUCT = {
     "ppg": ("train.algorithm=ppo", "train.ppg={n_pi: 5}"),
 }
 """What the algorithms on the recipe `instruct` override; the first is the recipe's own."""
-SHORT = "train.iterations=10"
-"""Of the comparison of algorithms on the recipe `reasoning`: half of its own."""
+SHORT = "train.iterations=8"
+"""Of the comparison of algorithms on the recipe `reasoning`: a third of its own."""
 REASONING = {
     "grpo": (),
     "grpo-short": (SHORT,),
@@ -78,6 +78,13 @@ REASONING = {
     "ppg": (SHORT, "train.algorithm=ppo", "train.ppg={n_pi: 5, e_aux: 3}"),
 }
 """Likewise on the recipe `reasoning`."""
+JUDGED = (
+    "evaluate.every=2",
+    "evaluate.metric=component/quality",
+    "reward_service.components={model: {kind: model}, quality: {kind: function, "
+    "target: 'tests.benchmarks.pushed:quality', evaluation_only: true}}",
+)
+"""What the pushed policy's recipe overrides so that the labeler judges it while it trains."""
 CHAT_RECIPES: dict[str, Mapping[str, tuple[str, ...]]] = {
     "instruct": INSTRUCT,
     "reasoning": REASONING,
@@ -112,7 +119,7 @@ def variations() -> list[Variation]:
         Variation(f"kl-{coef}", 0, ("train.ppg=null", f"train.kl_coef={coef}")) for coef in KL_COEFS
     ]
     pushed = ("train.ppg=null", "train.kl_coef=0", "train.iterations=60", "train.lr=1.5e-3")
-    listed.append(Variation("pushed", 0, pushed))
+    listed.append(Variation("pushed", 0, (*pushed, *JUDGED)))
     kinds |= {f"lora-r{rank}": lora(rank, LORA_LR) for rank in LORA_RANKS}
     kinds["full-best"] = rates(BEST_FULL_LR)
     listed += [Variation(f"{k}-s{s}", s, o) for s in SEEDS for k, o in kinds.items()]

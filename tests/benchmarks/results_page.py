@@ -308,6 +308,7 @@ def instruct_kinds(out: Path) -> list[str]:
 
 REASONING_NAMES = {
     "grpo": "GRPO (the recipe)",
+    "grpo-short": "GRPO",
     "dr-grpo": "Dr. GRPO",
     "dapo": "DAPO",
     "gspo": "GSPO",

@@ -20,16 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import (
-    control_plane,
-    decode,
-    learner_step,
-    lora,
-    monitoring,
-    pretrained,
-    sync,
-    timeline,
-)
+from tests.benchmarks import control_plane, decode, learner_step, lora, pretrained, sync, timeline
 from tests.benchmarks.measure import PROMPT, RESPONSE, SHAPE, THREADS, Result, product_rate
 
 _PAGE = Path(__file__).with_name("performance.md")
@@ -59,8 +50,6 @@ def main(arguments: Sequence[str]) -> None:
         results += sync.run()
     with console.status("control plane"):
         results += control_plane.run()
-    with console.status("monitoring"):
-        results += monitoring.run()
     with console.status("an iteration"):
         found, lines = timeline.run()
         results += found

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from common.config.recipe import save_config
 from common.config.run import RunConfig
 from deploy.evaluation.report import write_report
 from deploy.health.checks import CHECKS, verdicts, what_checks_read
@@ -19,6 +20,7 @@ from deploy.health.history import History, Verdict
 from deploy.health.watch import Watch
 from deploy.run_folder.log_lines import HELD_OUT, Line
 from deploy.standing import lines_of, standing_of
+from deploy.watch.runs import WatchedRun
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "diagnosis.md"
 WELL = {
@@ -294,7 +296,7 @@ def test_what_is_critical_comes_first() -> None:
     assert [(v.check, v.severity) for v in found] == [("workers", "critical"), ("kl", "warning")]
 
 
-def test_watch_status_and_report_say_the_same(tmp_path: Path) -> None:
+def test_watch_status_report_and_page_say_the_same(tmp_path: Path) -> None:
     config = RunConfig.model_validate({"output": str(tmp_path), "name": "run"})
     config.run_dir.mkdir()
     lines = history({"kl": [11.0] * 5}).iterations
@@ -321,6 +323,9 @@ def test_watch_status_and_report_say_the_same(tmp_path: Path) -> None:
     assert first.evidence in shown
     page = write_report(config.run_dir, config=config).read_text(encoding="utf8")
     assert html.escape(first.evidence) in page and html.escape(first.section) in page
+    save_config(config, config.folder.config)
+    live = WatchedRun(config.run_dir).state()
+    assert live["health"] == [{**asdict(first), "section": first.section}]
     config.folder.metrics.write_text(json.dumps(asdict(begun[0])) + "\n", encoding="utf8")
     page = write_report(config.run_dir, config=config).read_text(encoding="utf8")
     assert f"none of {len(CHECKS)} checks found anything wrong" in page

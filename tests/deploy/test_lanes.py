@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import StorageError
-from deploy.lanes import ITERATIONS, MOST_LANES, Life, Stretch, timeline_of
+from deploy.lanes import (
+    ITERATIONS,
+    MOST_LANES,
+    Life,
+    Stretch,
+    lives_of,
+    timeline_of,
+    times_of,
+)
 from deploy.run_folder.activity import LEARNER, Activity, Span, read_activity
+from deploy.run_folder.events import Happened
 from deploy.run_folder.log_lines import Line
 
 
@@ -77,6 +88,45 @@ def test_a_lost_worker_leaves_a_gap_and_one_that_left_does_not() -> None:
     }
 
 
+def test_a_name_that_is_given_again_is_lost_only_until_then() -> None:
+    spans = [span(LEARNER, "learning", 100.0, 120.0)]
+    again = Life(
+        "rollout-0",
+        None,
+        [Stretch("working", 100.0, 104.0, "died: signal 9"), Stretch("working", 110.0)],
+    )
+    found = timeline_of(spans, [again], lines(), now=120.0)
+    assert found is not None
+    assert found.lanes[1].spans == [
+        ("idle", 100.0, 104.0),
+        ("lost", 104.0, 110.0),
+        ("idle", 110.0, 120.0),
+    ]
+    assert found.lanes[1].words == "idle 70%, lost 30%"
+
+
+def test_a_night_between_two_sittings_is_left_out() -> None:
+    evening = [span(LEARNER, "learning", 10.0 * t, 10.0 * t + 5.0) for t in range(10)]
+    morning = [span(LEARNER, "learning", 40_000.0, 40_010.0)]
+    events = [
+        Happened(time=0.0, worker="rollout-0", what="started", detail=""),
+        Happened(time=0.1, worker="rollout-1", what="started", detail=""),
+        Happened(time=39_990.0, worker="rollout-0", what="started", detail=""),
+        Happened(time=39_991.0, worker="rollout-1", what="started", detail=""),
+    ]
+    log = lines(*(10.0 * t for t in range(10)), 40_010.0)
+    lives = lives_of(events, {}, times_of(log, events))
+    assert [life.stretches[0].end for life in lives] == [90.0, 90.0], "the last that was told"
+    found = timeline_of([*evening, *morning], lives, log)
+    assert found is not None
+    assert (found.begin, found.end) == (40_000.0, 40_010.0)
+
+
+def test_clocks_that_do_not_agree_draw_nothing() -> None:
+    spans = [span(LEARNER, "learning", 100.0, 110.0)]
+    assert timeline_of(spans, [], lines(), now=50.0) is None
+
+
 def test_it_begins_some_whole_iterations_ago() -> None:
     spans = [span(LEARNER, "learning", float(t), t + 0.5) for t in range(100)]
     found = timeline_of(spans, [], lines(*(float(t) for t in range(10, 100, 10))), now=95.0)
@@ -103,29 +153,34 @@ def test_many_workers_and_calls_are_bounded() -> None:
 
 @given(
     st.lists(st.tuples(st.floats(0, 100), st.floats(0, 20)), max_size=12),
-    st.floats(0, 50),
-    st.one_of(st.none(), st.floats(50, 100)),
+    st.lists(st.floats(0, 115), min_size=1, max_size=5, unique=True),
+    st.booleans(),
 )
-def test_lanes_have_no_gap_and_no_overlap(
-    calls: list[tuple[float, float]], born: float, died: float | None
+def test_lanes_have_no_gap_and_no_overlap_while_somebody_lived(
+    calls: list[tuple[float, float]], moments: list[float], died: bool
 ) -> None:
+    """Lives one after another under one name: born, gone, born again ..."""
+    moments.sort()
+    stretches = [
+        Stretch("working", begin, end, "died: signal 9" if died else "left")
+        for begin, end in zip(moments[::2], [*moments[1::2], None], strict=False)
+    ]
     spans = [span("rollout-0", "sampling", begin, begin + took) for begin, took in calls]
     spans.append(span(LEARNER, "learning", 0.0, 120.0))
-    found = timeline_of(spans, [life("rollout-0", born, died, "died")], lines(), now=120.0)
+    found = timeline_of(spans, [Life("rollout-0", None, stretches)], lines(), now=120.0)
     assert found is not None
-    lane = next(lane for lane in found.lanes if lane.name == "rollout-0")
-    assert lane.spans[0][1] == born
-    assert lane.spans[-1][2] == 120.0
-    for (_, _, end), (_, begin, _) in zip(lane.spans, lane.spans[1:], strict=False):
-        assert begin == end
+    (lane,) = (lane for lane in found.lanes if lane.name == "rollout-0")
+    alive = sum((s.end or 120.0) - s.begin for s in stretches)
+    lived = sum(end - begin for what, begin, end in lane.spans if what != "lost")
+    assert lived == pytest.approx(alive)
+    for (_, _, end), (_, begin, _) in itertools.pairwise(lane.spans):
+        assert begin == end if died else begin >= end
 
 
 def test_the_file_keeps_its_newest_part(tmp_path: Path) -> None:
     path = tmp_path / "activity.jsonl"
     path.write_text('{"worker": "torn', encoding="utf8")
     activity = Activity(path, most_bytes=1000)
-    with activity.doing("learning"):
-        pass
     for number in range(100):
         activity.add(span("rollout-0", "sampling", float(number), number + 0.5))
     activity.close()
@@ -136,6 +191,35 @@ def test_the_file_keeps_its_newest_part(tmp_path: Path) -> None:
     with path.open("a", encoding="utf8") as file:
         file.write(json.dumps({"worker": "x"}) + '\n{"half')
     assert read_activity(path) == kept, "what is no line is left out"
+    path.unlink()
+    before = read_activity(path)
+    assert before == kept[: len(before)]
+    path.write_bytes((tmp_path / "activity.before.jsonl").read_bytes())
+    assert read_activity(path) == before, "put aside between two looks"
+    assert 0 < len(read_activity(path, most_bytes=300)) < 5, "the newest alone"
+
+
+def test_what_is_under_way_is_known_until_it_ends(tmp_path: Path) -> None:
+    activity = Activity(tmp_path / "activity.jsonl")
+    activity.begin("rollout-0", "sampling")
+    with activity.doing("learning"):
+        now = activity.under_way()
+        assert {(s.worker, s.what) for s in now} == {
+            ("rollout-0", "sampling"),
+            (LEARNER, "learning"),
+        }
+        assert all(s.end >= s.begin for s in now)
+        time.sleep(0.01)
+    activity.end("rollout-0", "evaluating")
+    assert [s.what for s in activity.under_way()] == ["sampling"], "the evaluation's end is another"
+    activity.end("rollout-0", "sampling")
+    activity.end("rollout-7", "sampling")
+    assert activity.under_way() == []
+    with pytest.raises(ValueError), activity.doing("saving"):
+        raise ValueError
+    assert activity.under_way() == []
+    activity.close()
+    assert [s.what for s in read_activity(tmp_path / "activity.jsonl")] == ["learning"]
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:

@@ -173,14 +173,22 @@ def test_the_controller_itself_is_asked_on_demand(
     config, controller = at_work
     until(controller, lambda status: status.iteration >= 1)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # the run's folder knows a better one
-    folder = str(config.run_dir)
-    config.folder.status.write_text("", encoding="utf8")
-    outcome = run("status", folder, "--live", "--json")
-    assert (outcome.code, outcome.error) == (0, "")
-    found = json.loads(outcome.out)
-    assert found["step"] >= 1 and found["told_seconds_ago"] < 5
-    assert found["metrics"]["score"] == pytest.approx(found["metrics"]["score"])
-    assert "rollout-" in run("status", folder, "--live").out
+    folder, told = str(config.run_dir), config.folder.status
+    told.unlink()
+    told.mkdir()  # nothing can be told by it
+    try:
+        assert json.loads(run("status", folder, "--json").out)["told_at"] is None
+        outcome = run("status", folder, "--live", "--json")
+        assert (outcome.code, outcome.error) == (0, "")
+        found = json.loads(outcome.out)
+        assert found["step"] >= 1 and found["told_seconds_ago"] < 5
+        assert {worker["name"].partition("-")[0] for worker in found["workers"]} == {
+            "rollout",
+            "reward",
+        }
+        assert "rollout-" in run("status", folder, "--live").out
+    finally:
+        told.rmdir()
     refused(run("status", folder, "--live", "--watch"), 2, "--live or --watch")
     refused(run("status", folder, "--address", own_address()), 2, "--live")
     refused(run("status", folder, "--live", "--address", "127.0.0.1:1"), 5, "127.0.0.1:1")
@@ -228,6 +236,6 @@ def test_a_run_that_does_not_run_is_one_line(
     refused(run("scale", str(folder), "--actors", "2"), 5, "is not running", "--resume")
     with writing(folder, "sft"):
         outcome = run("scale", str(folder), "--actors", "2")
-        refused(outcome, 5, "`talipot sft` on host", "no controller yet")
+        refused(outcome, 5, "`talipot sft` on host", "no controller now")
         assert "--resume" not in outcome.error, "nobody resumes a run that works"
     refused(run("scale", str(tmp_path), "--actors", "2"), 3, "not a run")

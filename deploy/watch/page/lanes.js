@@ -1,4 +1,4 @@
-// What everybody was at in the last iterations.
+// What each worker did in the last iterations.
 import { el, timeOf } from "./parts.js";
 
 export function timelineOf(timeline) {
@@ -7,15 +7,15 @@ export function timelineOf(timeline) {
   const place = (moment) => 100 * (moment - begin) / (end - begin);
   const rows = lanes.map((lane) => el("tr", {}, el("th", { scope: "row" }, lane.name),
     el("td", { class: "lane" }, bar(lane, place, iterations), el("small", {}, lane.words))));
-  return el("section", { id: "timeline" }, el("h2", {}, "What they are at"),
+  return el("section", { id: "timeline" }, el("h2", {}, "What workers do"),
     el("ul", { class: "legend" }, ...legend.map((what) => el("li", {},
       el("i", { class: `key ${what}`, "aria-hidden": "true" }), what))),
     el("p", { class: "note" }, ...Object.entries(roles).flatMap(([role, words], i) => [
       i ? "; " : "", el("b", {}, role), ` ${words}`]), more ? `; ${more} more workers` : ""),
     el("div", { class: "card scroll tall", tabindex: "0", role: "region",
-      "aria-label": "What workers are at" },
+      "aria-label": "What workers do" },
     el("table", {}, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "worker"),
-      el("th", { scope: "col" }, `${timeOf(begin)} to ${timeOf(end)}; a line ends an iteration`))),
+      el("th", { scope: "col" }, `${timeOf(begin)} to ${timeOf(end)}; each vertical line is the end of an iteration`))),
     el("tbody", {}, ...rows))));
 }
 

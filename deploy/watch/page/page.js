@@ -140,7 +140,8 @@ async function renew(run) {
   const { timeline } = await get(`api/runs/${run}/workers`);
   const old = at("timeline");
   const made = timelineOf(timeline);
-  if (!old || !made) return;
+  // Whoever reads or scrolls there by keyboard is not disturbed.
+  if (!old || !made || old.contains(document.activeElement)) return;
   const { scrollTop, scrollLeft } = old.querySelector(".scroll");
   old.replaceWith(made);
   Object.assign(made.querySelector(".scroll"), { scrollTop, scrollLeft });

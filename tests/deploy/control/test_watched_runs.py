@@ -56,7 +56,20 @@ def test_a_run_that_is_watched_ends_in_the_same_weights(
     assert {standing["step"] for standing in running} & {1, 2, 3}
     assert any(len(standing["workers"]) == 3 for standing in running)
     assert all(standing["metrics"]["score"] for standing in running if standing["step"] > 1)
-    assert any(timeline is not None for timeline in lanes)
+    drawn = [lane["name"] for timeline in lanes if timeline for lane in timeline["lanes"]]
+    assert {name.partition("-")[0] for name in drawn} == {"learner", "rollout", "reward"}
+    assert any(standing["under_way"] for standing in running)
+    told = {
+        (span["worker"].partition("-")[0], span["what"]) for s in running for span in s["under_way"]
+    }
+    assert told <= {
+        ("learner", "learning"),
+        ("learner", "auxiliary"),
+        ("learner", "publishing"),
+        ("learner", "saving"),
+        ("rollout", "sampling"),
+        ("reward", "scoring"),
+    }
     _is_whole(read_activity(config.folder.activity), config)
 
 

@@ -7,7 +7,6 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 
 from common.errors import DataError
 from common.run_folder import RunFolder
-from deploy.evaluation.frontier import best_of_first, frontier, kl_of_best, mean_of_best
+from deploy.evaluation.frontier import best_of_first, frontier, mean_of_best
 from deploy.evaluation.report import write_report
 
 
@@ -28,15 +27,6 @@ def test_the_best_of_n_is_the_mean_over_all_choices(
     choices = list(itertools.combinations(scores, n))
     expected = sum(max(choice) for choice in choices) / len(choices)
     assert mean_of_best(scores, n) == pytest.approx(expected, abs=1e-9)
-
-
-def test_its_kl_is_that_of_its_distribution() -> None:
-    """Best of N of a uniform score u has the density N u^(N - 1): its KL by quadrature."""
-    u = (np.arange(200_000) + 0.5) / 200_000
-    for n in (1, 2, 4, 16):
-        density = n * u ** (n - 1)
-        kl = float(np.mean(density * np.log(np.maximum(density, 1e-300))))
-        assert kl_of_best(n) == pytest.approx(kl, abs=1e-4)
 
 
 def write_first(folder: RunFolder, groups: list[list[float]]) -> None:
@@ -71,9 +61,14 @@ def test_the_report_draws_it(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(text, encoding="utf8")
     page = write_report(tmp_path).read_text(encoding="utf8")
     assert "<figcaption>Score against KL, nats</figcaption>" in page
+    steps = {line["step"]: line["metrics"] for line in lines}
     write_first(RunFolder(tmp_path), [[0.0, 1.0], [1.0, 2.0]])
     page = write_report(tmp_path).read_text(encoding="utf8")
     assert "best of 1 to 2 of the first policy" in page
     assert frontier(RunFolder(tmp_path), {1: {"score": 1.0, "kl": 0.1}}) is None
+    assert "best of" not in frontier(RunFolder(tmp_path), steps, chosen=True).title
+    RunFolder(tmp_path).trajectories(0).write_bytes(b"PAR1")
+    page = write_report(tmp_path).read_text(encoding="utf8")
+    assert "the first trajectories cannot be read" in page
     still = {i: {"score": 1.0, "kl": 0.0} for i in range(9)}
     assert frontier(RunFolder(tmp_path), still) is None, "nothing has moved"
