@@ -185,16 +185,22 @@ def _held_out(
         return []
     prompts, fitting = read_held_out(tokenizer, config)
     say_fitting(session.console, fitting)
-    source = config.evaluate.metric.partition("/")[2]
-    if source and source not in (there := sorted({prompt.source or "" for prompt in prompts})):
-        raise ConfigError(
-            f"evaluate.metric={config.evaluate.metric}: no held-out prompt is of this source; "
-            f"there are {', '.join(there)}"
-        )
+    require_known_source(config.evaluate.metric, prompts)
     if both := sum(prompt.uid in trained for prompt in prompts):
         text = f"{both} of {len(prompts)} held-out prompts (data.evaluation) are trained on too"
         say(session.console, (text, "yellow"))
     return prompts
+
+
+def require_known_source(metric: str, prompts: Sequence[EncodedPrompt]) -> None:
+    """Refuse an `evaluate.metric` of a source that no held-out prompt is of. Raises ConfigError."""
+    kind, _, source = metric.partition("/")
+    there = sorted({prompt.source or "" for prompt in prompts})
+    if kind == "score" and source and source not in there:
+        raise ConfigError(
+            f"evaluate.metric={metric}: no held-out prompt is of this source; there are "
+            f"{', '.join(filter(None, there)) or 'none with a source'}"
+        )
 
 
 def _start(

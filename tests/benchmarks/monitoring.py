@@ -1,6 +1,6 @@
 """What it costs to be watched: the same iterations with metrics, health and status, and without.
 
-``python -m tests.benchmarks.monitoring`` (some minutes; figures in ``docs/monitoring.md``). Runs of
+``python -m tests.benchmarks.monitoring`` (four minutes; figures in ``docs/monitoring.md``). Runs of
 both kinds take turns over the same workers, at the quickstart's size. Beside the ratio of
 their iterations, which has the noise of the machine in it, stands the CPU time that our processes
 spend on telling: that of their threads for it, and that of the controller's own calls. What Ray's

@@ -77,7 +77,10 @@ def _written(labels: dict[str, str]) -> str:
 def _values(told: dict[int, str], begin: float, end: float, zero: float) -> str:
     """Write values in promtool's notation: repeated ones once, gaps as ``_``."""
     moments = range(round(begin), round(end) + 1, STEP)
-    texts = [f"{float(told[at]) - zero:.10g}" if at in told else "_" for at in moments]
+    texts = [
+        f"{float(told[at]) - zero:.4f}".rstrip("0").rstrip(".") if at in told else "_"
+        for at in moments
+    ]
     return " ".join(
         f"{text}x{count - 1}" if (count := len(list(same))) > 1 else text
         for text, same in groupby(texts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from common.metric_catalogue import Logged
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = ROOT / "deploy" / "monitoring" / "rules.yaml"
+RECORDED = Path(__file__).parent / "recorded" / "healthy.json"
 PROMTOOL = shutil.which("promtool")
 promtool = pytest.mark.skipif(PROMTOOL is None, reason="needs Debian's package prometheus")
 
@@ -228,6 +230,27 @@ def test_each_rule_fires_on_its_pattern_alone(tmp_path: Path, case: str) -> None
 def test_each_rule_is_silent_beside_its_pattern(tmp_path: Path, case: str) -> None:
     given, _, at = SILENT[case]
     check(tmp_path, given, at, set())
+
+
+@promtool
+def test_all_are_silent_on_a_healthy_run_as_it_was_recorded(tmp_path: Path) -> None:
+    """The series of a quickstart, by `tests.deploy.record`; one that is made ill is seen."""
+    recorded = json.loads(RECORDED.read_text(encoding="utf8"))
+    given, seconds = recorded["series"], recorded["seconds"]
+    assert seconds > 300
+    named = {name for rule in alerts().values() for name in re.findall(r"ray_\w+", rule["expr"])}
+    assert {one["series"].partition("{")[0] for one in given} >= named - {
+        "ray_talipot_evaluate_seconds"  # of evaluations while it trains, which it has not
+    }
+    for at in range(60, seconds, 60):
+        check(tmp_path, given, f"{at}s", set())
+    ill = [
+        {**one, "values": re.sub(r"x\d+$", "x8 1x100", one["values"])}
+        if one["series"].startswith("ray_talipot_learner_restarts_total")
+        else one
+        for one in given
+    ]
+    check(tmp_path, ill, f"{seconds - 30}s", {"TalipotLearnerRestarted"})
 
 
 def test_every_rule_has_its_case() -> None:
