@@ -86,6 +86,38 @@ class DataFolder:
 
 
 @dataclass(frozen=True, slots=True)
+class RoundFolder:
+    """A round of feedback: pairs that people compare, and what they said."""
+
+    path: Path
+
+    @property
+    def settings(self) -> Path:
+        """How it was made and is asked."""
+        return self.path / "round.yaml"
+
+    @property
+    def pairs(self) -> Path:
+        """The pairs, with where each response comes from."""
+        return self.path / "pairs.parquet"
+
+    @property
+    def answers(self) -> Path:
+        """What people are asked and said."""
+        return self.path / "answers.sqlite"
+
+    @property
+    def comparisons(self) -> Path:
+        """What a reward model is trained on, by `talipot feedback export`."""
+        return self.path / "comparisons.jsonl"
+
+    @property
+    def raw(self) -> Path:
+        """All that people said, undone answers too, by the same command."""
+        return self.path / "answers.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
 class Reused:
     """Results of another run, where they lie; None: the run has its own."""
 
@@ -170,6 +202,25 @@ class RunFolder:
     def trajectories(self, iteration: int) -> Path:
         """Return the log of the trajectories that an iteration was trained on."""
         return self.path / "trajectories" / f"iteration-{iteration:06d}.parquet"
+
+    @property
+    def feedback(self) -> Path:
+        """Folder of the rounds in which people were asked."""
+        return self.path / "feedback"
+
+    @property
+    def labelers(self) -> Path:
+        """Who may label, and in which browsers they are signed in."""
+        return self.feedback / "labelers.sqlite"
+
+    @property
+    def labelling_address(self) -> Path:
+        """Where the labelling page is reached, while it is served."""
+        return self.feedback / "address"
+
+    def round(self, number: int) -> RoundFolder:
+        """Return the folder of one round."""
+        return RoundFolder(self.feedback / f"round-{number:03d}")
 
     # What it says of itself.
 

@@ -49,14 +49,14 @@ LAYERS: dict[str, list[set[str]]] = {
         {"service"},
     ],
     "deploy": [
-        {"gauges", "screen", "trackers"},
+        {"gauges", "listening", "screen", "trackers"},
         {"exits", "run_folder"},
         {"exchange", "health", "workers"},
         {"control", "lanes", "standing", "validation"},
         {"evaluation", "stages"},
         {"commands", "config_docs", "instruct", "metric_docs", "monitoring", "quickstart"}
         | {"reasoning", "recipes", "sampler", "samples", "scorer"},
-        {"tasks", "watch"},
+        {"feedback", "tasks", "watch"},
         {"cli"},
     ],
 }

@@ -11,9 +11,10 @@ same line.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from hashlib import blake2b
 from typing import Any, Final, TypeVar
@@ -111,7 +112,7 @@ class Comparison:
     """Two responses to one prompt, one preferred (reward-model training)."""
 
     uid: str = ""
-    """`content_uid` of the other fields when left blank (labeler and confidence included)."""
+    """`content_uid` of texts, labeler and confidence when left blank."""
     prompt: str
     chosen: str
     rejected: str
@@ -123,6 +124,12 @@ class Comparison:
     """Who judged: a person's or a program's name."""
     confidence: float = 1.0
     """Probability, in the labeler's eyes, that `chosen` is the better: 0.5 ... 1."""
+    pair_uid: str = ""
+    """Which pair of a round of feedback it is of; empty of others."""
+    round: int = 0
+    """Number of that round; 0 of others."""
+    seconds: float = 0.0
+    """That the answer took; 0 where nobody counted."""
     place: str = field(default="", compare=False)
     """Where it was read, as ``file:line``; no part of the data."""
 
@@ -200,7 +207,8 @@ def write_jsonl(
     def line(record: Prompt | Demonstration | Comparison) -> bytes:
         required, optional = _COLUMNS[type(record)]
         chat = [name for name in _CHAT if getattr(record, name)]
-        values = {name: getattr(record, name) for name in ("uid", *required, *optional, *chat)}
+        said = [n for n in optional if n not in _OF_ROUNDS or getattr(record, n)]
+        values = {name: getattr(record, name) for name in ("uid", *required, *said, *chat)}
         return json.dumps(values, ensure_ascii=False).encode() + b"\n"
 
     write_atomic(path, map(line, records))
@@ -291,7 +299,9 @@ def _build(kind: type[Record], row: Row) -> Record:
         return _build_chat(kind, row)
     required: tuple[str, ...] = _COLUMNS[kind][0]
     optional: tuple[str, ...] = _COLUMNS[kind][1]
-    if fault := column_fault(required, optional, tuple(row.values), row.others):
+    meant = tuple(name for name in optional if name not in _OF_ROUNDS)
+    found = tuple(name for name in row.values if name not in _OF_ROUNDS)
+    if fault := column_fault(required, meant, found, row.others):
         raise DataError(f"{row.place}: {fault}")
     values: dict[str, Any] = {}
     for name in (*required, *optional):
@@ -299,7 +309,7 @@ def _build(kind: type[Record], row: Row) -> Record:
         if value is None and name in optional:
             continue
         where = f"{row.place}: field {name!r}"
-        values[name] = _confidence(value, where) if name == "confidence" else text_of(value, where)
+        values[name] = _READERS.get(name, text_of)(value, where)
     if kind is Comparison:
         _require_different(values["chosen"], values["rejected"], row.place)
     # A uid in the file is not taken over: an edited line would keep the old one's name.
@@ -353,9 +363,9 @@ def _compared(row: Mapping[str, Any], place: str) -> dict[str, Any]:
             raise DataError(f"{place}: field {name!r}: missing; add it")
         prompt, values[name] = answer_of(row[name], prompt, f"{place}: field {name!r}")
     _require_different(values["chosen"], values["rejected"], place)
-    for name, read in (("labeler", text_of), ("confidence", _confidence)):
+    for name in _COLUMNS[Comparison][1]:
         if name in row:
-            values[name] = read(row[name], f"{place}: field {name!r}")
+            values[name] = _READERS.get(name, text_of)(row[name], f"{place}: field {name!r}")
     return values | {"messages": prompt}
 
 
@@ -375,3 +385,30 @@ def _confidence(value: object, field: str) -> float:
             f"{field}: is {value:.6g}, outside 0.5 ... 1; below 0.5 swap chosen and rejected"
         )
     return float(value)
+
+
+def _told(value: object, _: str) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _seconds(value: object, _: str) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if number and 0 <= value < math.inf else 0.0  # type: ignore[operator, arg-type]
+
+
+def _round(value: object, _: str) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+_OF_ROUNDS: Final[Mapping[str, Callable[[object, str], Any]]] = {
+    "pair_uid": _told,
+    "round": _round,
+    "seconds": _seconds,
+}
+"""Columns that rounds of feedback add, and how they are read: other people's files may have columns
+of these names, with whatever in them. They are written only where they say something."""
+_READERS: Final[Mapping[str, Callable[[object, str], Any]]] = {
+    "confidence": _confidence,
+    **_OF_ROUNDS,
+}
+"""How the columns are read that are no texts."""

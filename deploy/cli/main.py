@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NoReturn
 
-from deploy.cli import recipes, runs  # noqa: F401  (their commands are registered)
+from deploy.cli import feedback, recipes, runs  # noqa: F401  (their commands are registered)
 from deploy.cli.shared import app, errors
 from deploy.exits import run_to_end
 

@@ -11,32 +11,25 @@ a token, which stands in the address that it prints and is traded for a cookie.
 from __future__ import annotations
 
 import asyncio
-import errno
 import hmac
-import ipaddress
 import os
 import secrets
-import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
 from aiohttp import web
 
-from common.errors import ConfigError, DataError, TalipotError
-from common.files import one_line
+from common.errors import DataError, TalipotError
 from common.run_folder import RunFolder
+from deploy.listening import address_of, is_local, listen
 from deploy.run_folder.folder import folder_of
 from deploy.screen import visible
 from deploy.watch.panels import TABS
 from deploy.watch.runs import WatchedRun
 
 PORT: Final = 8990
-_TRIED: Final = 20
-"""Ports that are tried, where none is asked for."""
-_EVERYWHERE: Final = ("0.0.0.0", "::")
 _ONLY_OURS: Final = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -95,8 +88,8 @@ async def serve(
     Raises:
         ConfigError: it cannot listen there.
     """
-    token = "" if _is_local(host) else secrets.token_urlsafe(24)
-    with _listening(host, port) as listening:
+    token = "" if is_local(host) else secrets.token_urlsafe(24)
+    with listen(host, port, PORT) as listening:
         bound = int(listening.getsockname()[1])
         # Cookies are of a host, whatever the port: each page has one of its own name.
         guard = _guard(token, cookie=f"talipot_watch_{bound}")
@@ -104,37 +97,10 @@ async def serve(
         await runner.setup()
         try:
             await web.SockSite(runner, listening).start()
-            named = _own_name() if host in _EVERYWHERE else host
-            shown = f"[{named}]" if ":" in named else named
-            say(f"http://{shown}:{bound}/" + (f"?token={token}" if token else ""))
+            say(address_of(host, bound) + (f"?token={token}" if token else ""))
             await asyncio.Event().wait()
         finally:
             await runner.cleanup()
-
-
-def _listening(host: str, port: int | None) -> socket.socket:
-    """Listen at a port, or at the first free one from `PORT` on."""
-    tried = [port] if port is not None else list(range(PORT, PORT + _TRIED))
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    for candidate in tried:
-        try:
-            return socket.create_server((host, candidate), family=family)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise ConfigError(
-                    f"--host {host} --port {candidate}: cannot listen there ({one_line(error)})"
-                ) from None
-    which = f"port {port}" if port is not None else f"ports {tried[0]} to {tried[-1]}"
-    raise ConfigError(f"{which} of {host} in use; give another one with --port")
-
-
-def _own_name() -> str:
-    """Return a name that other machines may know this one by: what means all addresses is none."""
-    name = socket.gethostname()
-    with suppress(OSError):
-        socket.getaddrinfo(name, None)
-        return name
-    return "127.0.0.1"
 
 
 def application(runs: Sequence[WatchedRun], guard: Any) -> web.Application:
@@ -240,7 +206,7 @@ def _guard(token: str, cookie: str) -> Any:
     async def _let_in(request: web.Request, handler: Handler) -> web.StreamResponse:
         if not token:
             # A page elsewhere may make a name of its own stand for this machine.
-            if not _is_local(request.url.host or ""):
+            if not is_local(request.url.host or ""):
                 raise web.HTTPForbidden(text="ask for this page by localhost or 127.0.0.1\n")
             return await handler(request)
         if _same(request.query.get("token", ""), token):
@@ -259,13 +225,3 @@ def _guard(token: str, cookie: str) -> Any:
 
 def _same(given: str, token: str) -> bool:
     return hmac.compare_digest(given.encode(), token.encode())
-
-
-def _is_local(host: str) -> bool:
-    """Whether this name is of this machine alone."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

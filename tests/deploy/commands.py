@@ -32,12 +32,19 @@ Run = Callable[..., Outcome]
 
 def parse(command: str) -> tuple[str, dict[str, Any]]:
     """The subcommand and its parameters; nothing runs. Raises what the command line raises."""
-    program, name, *arguments = shlex.split(command)
+    program, name, *arguments = shlex.split(command, comments=True)
     assert program == "talipot", command
     group: Any = typer.main.get_command(app)
     context = group.make_context("talipot", [name, *arguments])
     found = group.get_command(context, name)
     assert found is not None, f"no subcommand {name}"
+    while hasattr(found, "get_command") and arguments:  # a group of commands
+        context = found.make_context(name, arguments[:1], parent=context)
+        name, *arguments = arguments
+        found = found.get_command(context, name)
+        assert found is not None, f"no subcommand {name}"
+    if hasattr(found, "get_command"):
+        return name, {}
     return name, found.make_context(name, arguments, parent=context).params
 
 

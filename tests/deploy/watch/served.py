@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,6 +19,7 @@ from deploy.watch.runs import WatchedRun
 from deploy.watch.server import serve
 from learner.batch.trajectory_log import Learnt, write_log
 from tests.conftest import run_copy
+from tests.deploy.served import in_a_thread
 
 DONE = (
     ("rollout-0", "loading", 0.0, 1.0),
@@ -137,30 +134,7 @@ def log_samples(
 
 @contextmanager
 def served(folders: Sequence[Path], host: str = "127.0.0.1") -> Iterator[str]:
-    """The address of a server over these runs, in a thread of its own."""
-    said: list[str] = []
-    tasks: list[Any] = []
-
-    async def work() -> None:
-        tasks.extend([asyncio.get_running_loop(), asyncio.current_task()])
-        runs = [WatchedRun(folder) for folder in folders]
-        await serve(runs, host, 0, said.append)
-
-    def go() -> None:
-        with suppress(asyncio.CancelledError):
-            asyncio.run(work())
-
-    thread = threading.Thread(target=go, daemon=True)
-    thread.start()
-    deadline = time.monotonic() + 60
-    while not said:
-        assert thread.is_alive()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    try:
-        yield said[0]
-    finally:
-        loop, task = tasks
-        loop.call_soon_threadsafe(task.cancel)
-        thread.join(timeout=30)
-        assert not thread.is_alive()
+    """The address of a server over these runs."""
+    runs = [WatchedRun(folder) for folder in folders]
+    with in_a_thread(lambda say: serve(runs, host, 0, say)) as address:
+        yield address

@@ -226,12 +226,13 @@ def test_no_free_port_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     import asyncio
     import socket
 
+    from deploy import listening
     from deploy.watch import server
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         monkeypatch.setattr(server, "PORT", taken.getsockname()[1])
-        monkeypatch.setattr(server, "_TRIED", 1)
+        monkeypatch.setattr(listening, "_TRIED", 1)
         with pytest.raises(ConfigError, match="in use; give another one with --port"):
             asyncio.run(server.serve([], "127.0.0.1", None, print))

@@ -1,0 +1,116 @@
+"""How far a round is, and how far its labelers agree, for people and for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from common.config.feedback import RoundConfig
+from common.run_folder import RoundFolder
+from deploy.evaluation.intervals import Interval
+from deploy.feedback.agreement import LabelerFigures, Share, alpha_interval, figures_of, units_of
+from deploy.feedback.answers import of_kind
+from deploy.feedback.export import gold_of
+from deploy.feedback.pairs import read_pairs
+from deploy.feedback.store import Store
+from deploy.screen import Part
+
+COLUMNS: Final = (
+    "labeler",
+    "answers",
+    "skipped",
+    "seconds",
+    "ties",
+    "left",
+    "gold",
+    "others",
+    "again",
+)
+_ALPHA_LEAST: Final = 0.2
+_ENOUGH: Final = 20
+"""Shared pairs from which on their agreement is judged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundStanding:
+    """What `talipot feedback status` shows."""
+
+    round: int
+    pairs: int
+    """With those that are known."""
+    answered: int
+    """Pairs that have an answer."""
+    answers: int
+    """All first answers."""
+    left: int
+    """Answers that are wanted yet."""
+    shared: int
+    """Pairs that several people have answered, known ones left out."""
+    alpha: Interval | None
+    """Krippendorff's, over these; None where nothing can be said yet."""
+    labelers: Sequence[LabelerFigures]
+
+    @property
+    def concerns(self) -> list[str]:
+        """What somebody should look at."""
+        found = [f"{who.labeler} {what}" for who in self.labelers for what in who.concerns]
+        if self.alpha and self.shared >= _ENOUGH and self.alpha.high < _ALPHA_LEAST:
+            found.append(
+                f"labelers agree little more than by chance (alpha {self.alpha.mean:.2f}): look at "
+                "flagged pairs, and say more in the guidelines"
+            )
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """Return all of it for JSON."""
+        return {**asdict(self), "concerns": self.concerns}
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return a row for each labeler."""
+        return [
+            (
+                who.labeler,
+                str(who.answers),
+                str(who.skips),
+                "" if who.seconds is None else f"{who.seconds:.0f}",
+                *map(_share, (who.ties, who.left, who.gold, who.others, who.again)),
+            )
+            for who in self.labelers
+        ]
+
+
+def standing_of(folder: RoundFolder, settings: RoundConfig) -> RoundStanding:
+    """Look at a round. Raises DataError where a file of it is missing or damaged."""
+    pairs = read_pairs(folder.pairs)
+    store = Store(folder.answers)
+    standing, left = store.standing(), store.left()
+    store.close()
+    first, gold = of_kind(standing), gold_of(pairs)
+    units = units_of(standing, gold)
+    return RoundStanding(
+        round=settings.number,
+        pairs=len(pairs),
+        answered=len({answer.pair_uid for answer in first}),
+        answers=len(first),
+        left=left,
+        shared=sum(len(unit) > 1 for unit in units),
+        alpha=alpha_interval(units, settings.seed),
+        labelers=figures_of(standing, gold),
+    )
+
+
+def lines_of(standing: RoundStanding) -> list[list[Part]]:
+    """Write it out, without the table of labelers."""
+    agree = ""
+    if (alpha := standing.alpha) is not None:
+        agree = f" · alpha {alpha.mean:.2f} ({alpha.low:.2f} to {alpha.high:.2f})"
+    done = f"{standing.answered} of {standing.pairs} pairs answered · {standing.left} answers to go"
+    lines: list[list[Part]] = [[(f"round {standing.round}", "italic"), f" · {done}{agree}"]]
+    lines += [[(concern, "yellow")] for concern in standing.concerns]
+    return lines
+
+
+def _share(share: Share) -> str:
+    interval = share.interval
+    return "" if interval is None else f"{interval.mean:.0%} of {share.of}"
