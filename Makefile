@@ -43,13 +43,13 @@ check: $(VENV)/.tested   ## Lint, format and type checks.
 test-checkpoint: $(VENV)/.tested $(VENV)/.instruct   ## Tests on a real checkpoint, SmolLM2 (some minutes).
 	@$(BIN)/python -m pytest -m checkpoint
 
-test-journey: $(VENV)/.tested   ## Walk docs/own-task.md as it stands (some minutes).
+test-journey: $(VENV)/.tested   ## Walk docs/own-task.md as it stands, and watch a terminal (some minutes).
 	@$(BIN)/python -m pytest -m journey
 
 bench: $(VENV)/.tested   ## Run the benchmarks; figures go to docs/performance.md and OUT=build.
 	@$(BIN)/python -m tests.benchmarks.run $(OUT)
 
-chaos: $(VENV)/.tested   ## Kill, stop and corrupt what a run consists of; loses nothing (a quarter of an hour).
+chaos: $(VENV)/.tested   ## Kill, stop and corrupt what a run consists of; loses nothing (twenty minutes).
 	@$(BIN)/python -m pytest -m chaos
 	@$(BIN)/python -m tests.chaos.run $(SEED)
 

@@ -258,7 +258,7 @@ def test_no_value_is_absent_in_iterations_of_a_minute(workspace: RunConfig, tmp_
         workspace,
         tmp_path,
         train={"iterations": 2, "ppg": None},
-        rollout={"lease_size": 64},
+        rollout={"lease_size": 16},
         reward_service={"components": components, "replicas": 1},
     )
     config = copied.model_copy(update={"name": "minutes"})
