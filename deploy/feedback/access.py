@@ -10,23 +10,20 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-import sqlite3
 import time
 import unicodedata
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from common.errors import ConfigError, StorageError
-from deploy.feedback.store import sqlite_error
+from common.errors import ConfigError
+from deploy.feedback.sqlite_file import SqliteFile
 
 _SCHEMA: Final = """
-CREATE TABLE IF NOT EXISTS invitations (
+CREATE TABLE invitations (
     hash BLOB PRIMARY KEY, name TEXT NOT NULL, made REAL NOT NULL, used REAL, revoked REAL
 ) STRICT;
-CREATE TABLE IF NOT EXISTS browsers (
+CREATE TABLE browsers (
     hash BLOB PRIMARY KEY, name TEXT NOT NULL, since REAL NOT NULL, revoked REAL
 ) STRICT;
 """
@@ -54,21 +51,11 @@ class Access:
             DataError: it is no such file.
             StorageError: it cannot be written.
         """
-        self._path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, timeout=10.0, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._db.executescript(_SCHEMA)
-        except sqlite3.Error as error:
-            raise sqlite_error(path, error) from None
-        except OSError as error:
-            raise StorageError(f"{path}: cannot be written: {error}") from None
+        self._file = SqliteFile(path, _SCHEMA, version=1)
 
     def close(self) -> None:
         """Close the file."""
-        self._db.close()
+        self._file.close()
 
     def invite(self, name: str) -> str:
         """Return a token for a name; it works once.
@@ -78,8 +65,8 @@ class Access:
         """
         name = name_of_labeler(name)
         token = secrets.token_urlsafe(32)
-        with self._writing():
-            self._db.execute(
+        with self._file.writing() as db:
+            db.execute(
                 "INSERT INTO invitations (hash, name, made) VALUES (?, ?, ?)",
                 (_hash(token), name, time.time()),
             )
@@ -87,8 +74,8 @@ class Access:
 
     def name_of(self, token: str) -> str | None:
         """Return whom an unused token is for; None where it is none, or used, or taken back."""
-        with self._writing():
-            row = self._db.execute(
+        with self._file.writing() as db:
+            row = db.execute(
                 "SELECT name FROM invitations WHERE hash = ? AND used IS NULL AND revoked IS NULL",
                 (_hash(token),),
             ).fetchone()
@@ -97,8 +84,8 @@ class Access:
     def enter(self, token: str) -> tuple[str, str] | None:
         """Trade a token for a browser's secret; return it with the name. None as `name_of`."""
         secret = secrets.token_urlsafe(32)
-        with self._writing():
-            taken = self._db.execute(
+        with self._file.writing() as db:
+            taken = db.execute(
                 """
                 UPDATE invitations SET used = ? WHERE hash = ? AND used IS NULL AND revoked IS NULL
                 RETURNING name
@@ -108,7 +95,7 @@ class Access:
             if not taken:
                 return None
             ((name,),) = taken
-            self._db.execute(
+            db.execute(
                 "INSERT INTO browsers (hash, name, since) VALUES (?, ?, ?)",
                 (_hash(secret), name, time.time()),
             )
@@ -118,8 +105,8 @@ class Access:
         """Return who is signed in with this secret; None where nobody is."""
         if not secret:
             return None
-        with self._writing():
-            row = self._db.execute(
+        with self._file.writing() as db:
+            row = db.execute(
                 "SELECT name FROM browsers WHERE hash = ? AND revoked IS NULL", (_hash(secret),)
             ).fetchone()
         return None if row is None else str(row[0])
@@ -131,24 +118,24 @@ class Access:
             ConfigError: nobody of this name was invited.
         """
         name, now = name_of_labeler(name), time.time()
-        with self._writing():
-            known = self._db.execute("SELECT 1 FROM invitations WHERE name = ?", (name,)).fetchone()
+        with self._file.writing() as db:
+            known = db.execute("SELECT 1 FROM invitations WHERE name = ?", (name,)).fetchone()
             if known is None:
                 raise ConfigError(f"labeler {name!r}: was never invited")
-            links = self._db.execute(
+            links = db.execute(
                 "UPDATE invitations SET revoked = ? WHERE name = ? AND used IS NULL "
                 "AND revoked IS NULL",
                 (now, name),
             )
-            browsers = self._db.execute(
+            browsers = db.execute(
                 "UPDATE browsers SET revoked = ? WHERE name = ? AND revoked IS NULL", (now, name)
             )
         return links.rowcount + browsers.rowcount
 
     def all(self) -> list[Invited]:
         """Return everybody by name."""
-        with self._writing():
-            rows = self._db.execute(
+        with self._file.writing() as db:
+            rows = db.execute(
                 """
                 SELECT name, sum(signed_in), sum(waiting) FROM (
                     SELECT name, 1 AS signed_in, 0 AS waiting FROM browsers WHERE revoked IS NULL
@@ -158,21 +145,6 @@ class Access:
                 """
             ).fetchall()
         return [Invited(name=name, browsers=int(b), waiting=int(w)) for name, b, w in rows]
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """One transaction. Raises DataError or StorageError for what SQLite complains of."""
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
-        except sqlite3.Error as error:
-            raise sqlite_error(self._path, error) from None
 
 
 def name_of_labeler(text: str) -> str:

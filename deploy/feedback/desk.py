@@ -15,8 +15,9 @@ from typing import Final
 from common.data.chat import Message
 from common.errors import DataError
 from deploy.feedback.answers import STEPS
+from deploy.feedback.asking import Refused, Task
 from deploy.feedback.pairs import Pair, read_pairs
-from deploy.feedback.store import Refused, Store, Task
+from deploy.feedback.store import Store
 
 _MOST_WORDS: Final = 400
 """Longer texts are not marked where they differ: that takes the square of their length."""

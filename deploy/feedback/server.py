@@ -25,8 +25,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from common.errors import TalipotError
 from deploy.feedback.access import Access, form_token, same
 from deploy.feedback.answers import REASONS, STEPS
+from deploy.feedback.asking import Refused
 from deploy.feedback.desk import Desk, step_of
-from deploy.feedback.store import Refused
 from deploy.listening import address_of, listen
 from deploy.screen import visible
 

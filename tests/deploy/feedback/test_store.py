@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from common.errors import DataError
 from deploy.feedback.answers import REASONS
-from deploy.feedback.store import Asked, Refused, Store, first_is_left
+from deploy.feedback.asking import Refused, first_is_left
+from deploy.feedback.store import Asked, Store
 
 
 class Clock:
