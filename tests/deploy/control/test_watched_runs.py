@@ -63,6 +63,7 @@ def test_a_run_that_is_watched_ends_in_the_same_weights(
         (span["worker"].partition("-")[0], span["what"]) for s in running for span in s["under_way"]
     }
     assert told <= {
+        ("learner", "starting"),
         ("learner", "learning"),
         ("learner", "auxiliary"),
         ("learner", "publishing"),
