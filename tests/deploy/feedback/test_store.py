@@ -295,7 +295,7 @@ def _labels(path: str, name: str, seed: int, pairs: int) -> None:
         store.close()
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_eight_people_and_five_kills(tmp_path: Path) -> None:
     """Processes that write are killed at any moment: the file is whole, and the books balance."""
     path, pairs = tmp_path / "answers.sqlite", 300
