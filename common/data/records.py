@@ -11,16 +11,16 @@ same line.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from hashlib import blake2b
 from typing import Any, Final, TypeVar
 
 from common.data.chat import Message
 from common.data.column_names import column_fault
+from common.data.comparison_columns import OF_ROUNDS, READERS
 from common.data.conversations import (
     Messages,
     answer_of,
@@ -31,7 +31,6 @@ from common.data.conversations import (
     tools_of,
 )
 from common.data.files.rows import Columns, Refused, Row, Source, sources
-from common.data.files.values import type_name
 from common.errors import DataError
 from common.files import write_atomic
 
@@ -207,7 +206,7 @@ def write_jsonl(
     def line(record: Prompt | Demonstration | Comparison) -> bytes:
         required, optional = _COLUMNS[type(record)]
         chat = [name for name in _CHAT if getattr(record, name)]
-        said = [n for n in optional if n not in _OF_ROUNDS or getattr(record, n)]
+        said = [n for n in optional if n not in OF_ROUNDS or getattr(record, n)]
         values = {name: getattr(record, name) for name in ("uid", *required, *said, *chat)}
         return json.dumps(values, ensure_ascii=False).encode() + b"\n"
 
@@ -299,8 +298,8 @@ def _build(kind: type[Record], row: Row) -> Record:
         return _build_chat(kind, row)
     required: tuple[str, ...] = _COLUMNS[kind][0]
     optional: tuple[str, ...] = _COLUMNS[kind][1]
-    meant = tuple(name for name in optional if name not in _OF_ROUNDS)
-    found = tuple(name for name in row.values if name not in _OF_ROUNDS)
+    meant = tuple(name for name in optional if name not in OF_ROUNDS)
+    found = tuple(name for name in row.values if name not in OF_ROUNDS)
     if fault := column_fault(required, meant, found, row.others):
         raise DataError(f"{row.place}: {fault}")
     values: dict[str, Any] = {}
@@ -309,7 +308,7 @@ def _build(kind: type[Record], row: Row) -> Record:
         if value is None and name in optional:
             continue
         where = f"{row.place}: field {name!r}"
-        values[name] = _READERS.get(name, text_of)(value, where)
+        values[name] = READERS.get(name, text_of)(value, where)
     if kind is Comparison:
         _require_different(values["chosen"], values["rejected"], row.place)
     # A uid in the file is not taken over: an edited line would keep the old one's name.
@@ -365,7 +364,7 @@ def _compared(row: Mapping[str, Any], place: str) -> dict[str, Any]:
     _require_different(values["chosen"], values["rejected"], place)
     for name in _COLUMNS[Comparison][1]:
         if name in row:
-            values[name] = _READERS.get(name, text_of)(row[name], f"{place}: field {name!r}")
+            values[name] = READERS.get(name, text_of)(row[name], f"{place}: field {name!r}")
     return values | {"messages": prompt}
 
 
@@ -375,40 +374,3 @@ def _require_different(chosen: str, rejected: str, place: str) -> None:
             f"{place}: field 'rejected': equal to 'chosen'; a comparison needs two different "
             "responses, so take the line out"
         )
-
-
-def _confidence(value: object, field: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise DataError(f"{field}: is {type_name(value)}; write a number from 0.5 to 1")
-    if not 0.5 <= value <= 1:
-        raise DataError(
-            f"{field}: is {value:.6g}, outside 0.5 ... 1; below 0.5 swap chosen and rejected"
-        )
-    return float(value)
-
-
-def _told(value: object, _: str) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def _seconds(value: object, _: str) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if number and 0 <= value < math.inf else 0.0  # type: ignore[operator, arg-type]
-
-
-def _round(value: object, _: str) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
-
-
-_OF_ROUNDS: Final[Mapping[str, Callable[[object, str], Any]]] = {
-    "pair_uid": _told,
-    "round": _round,
-    "seconds": _seconds,
-}
-"""Columns that rounds of feedback add, and how they are read: other people's files may have columns
-of these names, with whatever in them. They are written only where they say something."""
-_READERS: Final[Mapping[str, Callable[[object, str], Any]]] = {
-    "confidence": _confidence,
-    **_OF_ROUNDS,
-}
-"""How the columns are read that are no texts."""

@@ -93,8 +93,9 @@ def serve(
     """Show a round's pairs to who was invited; Ctrl-C ends it, and loses nothing."""
     import asyncio
 
+    from deploy.feedback.pages import Round
     from deploy.feedback.rounds import round_of
-    from deploy.feedback.server import Round, serve
+    from deploy.feedback.server import serve
     from deploy.listening import is_local
 
     config = of_run(run, None, None)

@@ -57,8 +57,7 @@ def collected(
         reward: reward workers; without them nothing is scored.
         meanwhile: called again and again while there is something to wait for.
         renewed: publishes the weights once more where a slice was lost with its node.
-        beside: another collector has work for the same workers: only those are taken that have
-            nothing to do.
+        beside: take idle workers alone, since another collector has work for the same ones.
         held_out: score by what is `evaluation_only` too.
         tally: the run's, to which what workers count meanwhile is added.
         activity: is told what workers do, and when.

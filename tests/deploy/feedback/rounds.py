@@ -10,9 +10,10 @@ from typing import Any
 from common.config.feedback import RoundConfig
 from common.run_folder import RoundFolder, RunFolder
 from deploy.feedback.access import Access
+from deploy.feedback.pages import Round
 from deploy.feedback.pairs import Pair, Response
 from deploy.feedback.rounds import make_round
-from deploy.feedback.server import Round, link_of, serve
+from deploy.feedback.server import link_of, serve
 from tests.deploy.served import in_a_thread
 
 
