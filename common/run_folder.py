@@ -102,6 +102,11 @@ class RoundFolder:
         return self.path / "pairs.parquet"
 
     @property
+    def practice(self) -> Path:
+        """Pairs with their answers that everybody begins with; only where the round has some."""
+        return self.path / "practice.parquet"
+
+    @property
     def answers(self) -> Path:
         """What people are asked and said."""
         return self.path / "answers.sqlite"

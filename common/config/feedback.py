@@ -33,3 +33,5 @@ class RoundConfig(Section):
     """Seconds after which a pair that was shown and not answered goes to others."""
     guidelines: str = ""
     """What everybody reads before the first pair."""
+    markdown: bool = False
+    """Show texts as the Markdown that they are written in; without it as they stand."""

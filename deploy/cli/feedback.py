@@ -44,15 +44,22 @@ def propose(
         list[str] | None,
         typer.Option(help="A file of comparisons of which the better one is known; repeatable."),
     ] = None,
+    practice: Annotated[
+        list[str] | None,
+        typer.Option(help="Likewise; everybody begins with these and is told the answer."),
+    ] = None,
     guidelines: Annotated[
         Path | None, typer.Option(help="A text that everybody reads before the first pair.")
     ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Show texts as the Markdown that they are.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 0,
 ) -> None:
     """Make a new round: sample responses of a run's policies, and pair them. Needs no cluster."""
     from common.config.feedback import RoundConfig
     from common.data.records import read_comparisons
-    from deploy.feedback.propose import gold_pairs, proposed
+    from deploy.feedback.propose import known_pairs, proposed
     from deploy.feedback.rounds import make_round, read_guidelines, rounds_of
 
     config = of_run(run, None, None)
@@ -67,12 +74,14 @@ def propose(
         overlap_share=overlap_share,
         repeat_share=repeat_share,
         guidelines=read_guidelines(guidelines) if guidelines else "",
+        markdown=markdown,
     )
-    known = gold_pairs(list(read_comparisons(gold)), seed) if gold else []
+    known = known_pairs(read_comparisons(gold), seed, "gold") if gold else []
+    begin = known_pairs(read_comparisons(practice), seed, "practice") if practice else []
     sampled, which = proposed(config, settings)
     note(which)
     settings = settings.model_copy(update={"policy": which})
-    made = make_round(config.folder, settings, sampled, known)
+    made = make_round(config.folder, settings, sampled, known, begin)
     also = f" and {len(known)} that are known" if known else ""
     say(console, f"round {settings.number}: {pairs} pairs{also}")
     say(console, (str(made.path), "bold"))
@@ -102,12 +111,10 @@ def serve(
     folder, settings = round_of(config.folder, number)
     served = Round(
         name=f"{config.name}, round {settings.number}",
-        pairs=folder.pairs,
-        answers=folder.answers,
+        folder=folder,
+        settings=settings,
         access=config.folder.labelers,
         address=config.folder.labelling_address,
-        guidelines=settings.guidelines,
-        lease_s=settings.lease_s,
     )
     if not is_local(host):
         note("others on the network can read what is sent: put TLS before it, or use ssh -L")
@@ -199,6 +206,25 @@ def export(
     folder, settings = round_of(config.folder, number)
     count = export_round(folder, settings, without or (), how="mean" if mean else "rows")
     say(console, f"{folder.comparisons}: {count} comparisons")
+
+
+@feedback.command()
+def close(
+    run: RunArgument,
+    number: RoundOption = None,
+    reopen: Annotated[bool, typer.Option("--reopen", help="Go on asking instead.")] = False,
+) -> None:
+    """End a round: nothing more is asked, and no answer is taken. Exports it, too."""
+    from deploy.feedback.rounds import close_round, export_round, round_of
+
+    config = of_run(run, None, None)
+    folder, settings = round_of(config.folder, number)
+    close_round(folder, reopen=reopen)
+    if reopen:
+        say(console, f"round {settings.number} is open again")
+        return
+    say(console, f"round {settings.number} is closed; `--reopen` opens it again")
+    say(console, f"{folder.comparisons}: {export_round(folder, settings)} comparisons")
 
 
 def _own_name() -> str:

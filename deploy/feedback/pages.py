@@ -21,7 +21,9 @@ from typing import Any, Final, TypeVar
 from aiohttp import web
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from common.config.feedback import RoundConfig
 from common.errors import TalipotError
+from common.run_folder import RoundFolder
 from deploy.feedback.access import Access, form_token, same
 from deploy.feedback.answers import REASONS, STEPS
 from deploy.feedback.asking import Refused
@@ -54,14 +56,11 @@ class Round:
     """What a server serves."""
 
     name: str
-    pairs: Path
-    answers: Path
+    folder: RoundFolder
+    settings: RoundConfig
     access: Path
     address: Path
     """Where it says how it is reached, for `talipot feedback invite`."""
-    guidelines: str
-    """What everybody reads once."""
-    lease_s: float
 
 
 class Clerk:
@@ -78,7 +77,8 @@ class Clerk:
 
         def work() -> None:
             self.access = Access(self._of.access)
-            self.desk = Desk(self._of.pairs, self._of.answers, self._of.lease_s)
+            settings = self._of.settings
+            self.desk = Desk(self._of.folder, settings.lease_s, markdown=settings.markdown)
 
         await self.do(work)
 
@@ -131,6 +131,7 @@ class Pages:
                 web.get("/enter", self._invited),
                 web.post("/enter", self._enter),
                 web.post("/read", self._read),
+                web.post("/practice", self._practise),
                 web.post("/answer", self._answer),
                 web.post("/undo", self._undo),
                 web.get("/page/{name}", self._file),
@@ -230,21 +231,50 @@ class Pages:
     ) -> web.Response:
         """Show what a labeler is asked, with what was wrong and what he had written."""
         name, form, desk = request[_LABELER], request[_FORM], self._clerk.desk
-        guidelines = self._of.guidelines
+        guidelines = self._of.settings.guidelines
         await self._clerk.do(lambda: desk.store.welcome(name))
         if guidelines and not await self._clerk.do(lambda: desk.store.has_read(name)):
             return self._page("guidelines.html.j2", form=form, guidelines=guidelines)
+        known = {"name": name, "form": form, "guidelines": guidelines}
+        practice = await self._clerk.do(lambda: desk.practice(name))
+        if practice is not None:
+            return self._page("practice.html.j2", status, practice=practice, said=None, **known)
+        asked, progress, closed = await self._clerk.do(
+            lambda: (desk.asked(name), desk.progress(name), desk.store.is_closed())
+        )
         return self._page(
             "pair.html.j2",
             status,
-            shown=await self._clerk.do(lambda: desk.shown(name)),
-            last=await self._clerk.do(lambda: desk.store.last_number(name)),
-            name=name,
-            form=form,
-            guidelines=guidelines,
+            asked=asked,
+            progress=progress,
+            closed=closed,
             reasons=REASONS,
             note=note,
             why=why,
+            **known,
+        )
+
+    async def _practise(self, request: web.Request) -> web.StreamResponse:
+        """Tell the answer of a pair to practise with; the next one is asked after it."""
+        data = await request.post()
+        desk, name = self._clerk.desk, request[_LABELER]
+        practice = await self._clerk.do(lambda: desk.practice(name))
+        if practice is None or str(data.get("number", "")) != str(practice.number):
+            raise web.HTTPSeeOther("/")  # it was sent twice
+        try:
+            step = step_of(str(data.get("step", "")))
+        except Refused:
+            step = None
+        if step is None:
+            raise web.HTTPSeeOther("/")
+        await self._clerk.do(lambda: desk.store.note_practised(name, practice.number))
+        return self._page(
+            "practice.html.j2",
+            practice=practice,
+            said=step,
+            name=name,
+            form=request[_FORM],
+            guidelines=self._of.settings.guidelines,
         )
 
     async def _read(self, request: web.Request) -> web.StreamResponse:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 
@@ -129,19 +129,21 @@ def alike(one: str, two: str) -> bool:
     return SequenceMatcher(None, first, second, autojunk=False).ratio() > _ALIKE
 
 
-def gold_pairs(comparisons: Sequence[Comparison], seed: int) -> list[Pair]:
-    """Return comparisons whose better response is known as pairs, their order drawn.
+def known_pairs(
+    comparisons: Iterable[Comparison], seed: int, use: Literal["gold", "practice"]
+) -> list[Pair]:
+    """Return comparisons whose better response is known as pairs, the sides drawn.
 
     Raises:
         ConfigError: one is not sure, or has tools.
     """
-    rng = np.random.default_rng(derive_seed(seed, "gold"))
+    rng = np.random.default_rng(derive_seed(seed, use))
     found = []
     for each in comparisons:
         if each.confidence < _SURE or each.tools:
             raise ConfigError(
                 f"{each.place}: is not known for certain (confidence {each.confidence:g}), or has "
-                "tools: leave it out of --gold"
+                f"tools: leave it out of --{use}"
             )
         better, worse = Response(text=each.chosen), Response(text=each.rejected)
         first = rng.random() < 0.5
@@ -151,7 +153,7 @@ def gold_pairs(comparisons: Sequence[Comparison], seed: int) -> list[Pair]:
                 messages=each.messages,
                 first=better if first else worse,
                 second=worse if first else better,
-                chosen_by="gold",
+                chosen_by=use,
                 gold=3 if first else -3,
             )
         )

@@ -55,9 +55,20 @@ def read_settings(path: Path) -> RoundConfig:
 
 
 def make_round(
-    folder: RunFolder, settings: RoundConfig, pairs: Sequence[Pair], gold: Sequence[Pair] = ()
+    folder: RunFolder,
+    settings: RoundConfig,
+    pairs: Sequence[Pair],
+    gold: Sequence[Pair] = (),
+    practice: Sequence[Pair] = (),
 ) -> RoundFolder:
     """Write a new round: its pairs in a random order, and how often each is asked.
+
+    Args:
+        folder: of the run.
+        settings: of the round.
+        pairs: that people are asked.
+        gold: pairs whose better response is known, which everybody is asked now and then.
+        practice: likewise, which everybody begins with, and whose answers are told.
 
     Raises:
         StorageError: the disk is full, or another command has made this round.
@@ -86,6 +97,8 @@ def make_round(
             store = Store(made.answers, make=True)
             store.ask(each for _, each in ordered)
             store.close()
+            if practice:
+                write_pairs(made.practice, practice)
             write_atomic(made.settings, [text.encode()])
             partial.rename(final.path)
     except OSError as error:
@@ -110,6 +123,20 @@ def read_guidelines(path: Path) -> str:
     if not text:
         raise ConfigError(f"--guidelines {path}: is empty")
     return text
+
+
+def close_round(folder: RoundFolder, *, reopen: bool = False) -> None:
+    """End a round, or go on asking.
+
+    Raises:
+        DataError: its file is missing or damaged.
+    """
+    store = Store(folder.answers)
+    if reopen:
+        store.reopen_round()
+    else:
+        store.close_round()
+    store.close()
 
 
 def export_round(

@@ -45,6 +45,8 @@ class RoundStanding:
     """All first answers."""
     left: int
     """Answers that are wanted yet."""
+    closed: bool
+    """Whether nothing more is asked."""
     shared: int
     """Pairs that several people have answered, known ones left out."""
     alpha: Interval | None
@@ -84,7 +86,7 @@ def standing_of(folder: RoundFolder, settings: RoundConfig) -> RoundStanding:
     """Look at a round. Raises DataError where a file of it is missing or damaged."""
     pairs = read_pairs(folder.pairs)
     store = Store(folder.answers)
-    standing, left = store.standing(), store.left()
+    standing, left, closed = store.standing(), store.left(), store.is_closed()
     store.close()
     first, gold = of_kind(standing), gold_of(pairs)
     units = units_of(standing, gold)
@@ -94,6 +96,7 @@ def standing_of(folder: RoundFolder, settings: RoundConfig) -> RoundStanding:
         answered=len({answer.pair_uid for answer in first}),
         answers=len(first),
         left=left,
+        closed=closed,
         shared=sum(len(unit) > 1 for unit in units),
         alpha=alpha_interval(units, settings.seed),
         labelers=figures_of(standing, gold),
@@ -106,6 +109,8 @@ def lines_of(standing: RoundStanding) -> list[list[Part]]:
     if (alpha := standing.alpha) is not None:
         agree = f" · alpha {alpha.mean:.2f} ({alpha.low:.2f} to {alpha.high:.2f})"
     done = f"{standing.answered} of {standing.pairs} pairs answered · {standing.left} answers to go"
+    if standing.closed:
+        done += " · closed"
     lines: list[list[Part]] = [[(f"round {standing.round}", "italic"), f" · {done}{agree}"]]
     lines += [[(concern, "yellow")] for concern in standing.concerns]
     return lines

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 from common.errors import DataError
@@ -28,7 +29,9 @@ from deploy.feedback.answers import MOST, REASONS, Answer, preference_of
 from deploy.feedback.asking import Asking, Refused, Task
 from deploy.feedback.sqlite_file import SqliteFile
 
-VERSION: Final = 1
+VERSION: Final = 2
+_PACE_OF: Final = 20
+"""Answers that a labeler's pace is the median of."""
 _EVERYBODY: Final = 1_000_000
 """Answers that are missing of a pair that everybody is asked."""
 _AGAIN_AFTER: Final = 8
@@ -46,6 +49,7 @@ CREATE TABLE labelers (
     name TEXT PRIMARY KEY,
     since REAL NOT NULL,
     read_guidelines REAL,
+    practised INTEGER NOT NULL DEFAULT 0,
     cursor INTEGER NOT NULL DEFAULT 0,
     standing INTEGER NOT NULL DEFAULT 0,
     ever INTEGER NOT NULL DEFAULT 0,
@@ -87,6 +91,7 @@ CREATE TABLE leases (
     given REAL NOT NULL,
     until REAL NOT NULL
 ) STRICT;
+CREATE TABLE closed (at REAL NOT NULL) STRICT;
 CREATE TABLE expired (
     key TEXT PRIMARY KEY,
     labeler TEXT NOT NULL,
@@ -183,6 +188,39 @@ class Store:
                 "UPDATE labelers SET read_guidelines = ? WHERE name = ?", self._clock(), labeler
             )
 
+    def practised(self, labeler: str) -> int:
+        """Return how many of the pairs to practise with a labeler has answered."""
+        row = self._file.row("SELECT practised FROM labelers WHERE name = ?", labeler)
+        return 0 if row is None else int(row["practised"])
+
+    def note_practised(self, labeler: str, number: int) -> None:
+        """Note that a labeler has answered the pair of this number, where it was the next one."""
+        with self._file.writing():
+            self._file.do(
+                "UPDATE labelers SET practised = ?2 + 1 WHERE name = ?1 AND practised = ?2",
+                labeler,
+                number,
+            )
+
+    # ------------------------------------------------------------------ its end
+
+    def close_round(self) -> None:
+        """Ask nothing more, and take no answer; again changes nothing."""
+        with self._file.writing():
+            self._file.do(
+                "INSERT INTO closed SELECT ? WHERE NOT EXISTS (SELECT 1 FROM closed)",
+                self._clock(),
+            )
+
+    def reopen_round(self) -> None:
+        """Go on asking."""
+        with self._file.writing():
+            self._file.do("DELETE FROM closed")
+
+    def is_closed(self) -> bool:
+        """Whether nothing is asked any more."""
+        return self._file.row("SELECT 1 FROM closed") is not None
+
     # ------------------------------------------------------------------ one task at a time
 
     def next_task(self, labeler: str) -> Task | None:
@@ -191,7 +229,7 @@ class Store:
         None where nothing is left for him. A lease is prolonged each time it is asked for.
         """
         with self._file.writing():
-            return self._asking.next_task(labeler, self._clock())
+            return None if self.is_closed() else self._asking.next_task(labeler, self._clock())
 
     # ------------------------------------------------------------------ answers
 
@@ -230,6 +268,8 @@ class Store:
                 if known["step"] != step:
                     raise Refused("you have answered this already: undo that answer to change it")
                 return
+            if self.is_closed():
+                raise Refused("this round is closed: nothing more is taken")
             lease = self._asking.answered(labeler, key)
             if lease is None:
                 raise Refused("others have answered this pair meanwhile; here is the next one")
@@ -295,7 +335,7 @@ class Store:
         with self._file.writing():
             now = self._clock()
             last = self._last(labeler)
-            if last is None or number not in (None, last["id"]):
+            if last is None or number not in (None, last["id"]) or self.is_closed():
                 return None
             lease = self._asking.lease_of(labeler)
             if lease is not None:
@@ -348,6 +388,11 @@ class Store:
         rows = self._file.rows("SELECT standing FROM labelers WHERE name = ?", labeler)
         return int(rows[0]["standing"]) if rows else 0
 
+    def pace(self, labeler: str) -> float | None:
+        """Return the median seconds of a labeler's last answers; None before the first."""
+        seconds = [of.seconds for of in self.last_of(labeler, _PACE_OF)]
+        return median(seconds) if seconds else None
+
     def last_number(self, labeler: str) -> int:
         """Return the number of the answer that an undo takes back; 0 where there is none."""
         last = self._last(labeler)
@@ -370,6 +415,11 @@ class Store:
             "WHERE l.occasion = 0 AND p.wanted > 0"
         )
         return int(row["n"]) + int(leased["n"])
+
+    def wanted(self) -> int:
+        """Return how many answers are wanted in all, as `left` counts them."""
+        row = self._file.row("SELECT coalesce(sum(wanted), 0) AS n FROM pairs")
+        return 0 if row is None else int(row["n"])
 
     def labelers(self) -> Sequence[str]:
         """Return the names of all who label."""

@@ -12,7 +12,7 @@ from common.run_folder import RoundFolder, RunFolder
 from deploy.feedback.access import Access
 from deploy.feedback.pages import Round
 from deploy.feedback.pairs import Pair, Response
-from deploy.feedback.rounds import make_round
+from deploy.feedback.rounds import make_round, read_settings
 from deploy.feedback.server import link_of, serve
 from tests.deploy.served import in_a_thread
 
@@ -37,29 +37,30 @@ def plain(number: int) -> list[Pair]:
 
 
 def round_in(
-    folder: Path, pairs: Sequence[Pair], gold: Sequence[Pair] = (), **settings: Any
+    folder: Path,
+    pairs: Sequence[Pair],
+    gold: Sequence[Pair] = (),
+    practice: Sequence[Pair] = (),
+    **settings: Any,
 ) -> RoundFolder:
     """Make the next round of a run's folder."""
     config = RoundConfig(number=1, pairs=max(1, len(pairs)), **settings)
-    return make_round(RunFolder(folder), config, pairs, gold)
+    return make_round(RunFolder(folder), config, pairs, gold, practice)
 
 
 @contextmanager
 def served(
     folder: Path,
     made: RoundFolder,
-    guidelines: str = "",
     complain: Callable[[str], None] = print,
 ) -> Iterator[str]:
     """The address of the server of a round, in a thread of its own."""
     of = Round(
         name="run, round 1",
-        pairs=made.pairs,
-        answers=made.answers,
+        folder=made,
+        settings=read_settings(made.settings).model_copy(update={"lease_s": 60.0}),
         access=RunFolder(folder).labelers,
         address=RunFolder(folder).labelling_address,
-        guidelines=guidelines,
-        lease_s=60.0,
     )
     with in_a_thread(lambda say: serve(of, "127.0.0.1", 0, say, complain)) as address:
         yield address

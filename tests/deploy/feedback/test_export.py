@@ -14,7 +14,7 @@ from common.run_folder import RunFolder
 from deploy.feedback.answers import Answer
 from deploy.feedback.export import comparisons
 from deploy.feedback.pairs import Pair, Response, read_pairs, write_pairs
-from deploy.feedback.propose import alike, gold_pairs
+from deploy.feedback.propose import alike, known_pairs
 from deploy.feedback.rounds import export_round, read_settings, round_of, rounds_of
 from deploy.feedback.standing import lines_of, standing_of
 from deploy.feedback.store import Store
@@ -112,7 +112,7 @@ def test_what_rounds_add_is_checked_and_not_written_elsewhere(tmp_path: Path) ->
 
 def test_a_round_is_exported_and_looked_at(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    gold = gold_pairs([Comparison(prompt="q", chosen="good", rejected="bad")], 0)
+    gold = known_pairs([Comparison(prompt="q", chosen="good", rejected="bad")], 0, "gold")
     made = round_in(tmp_path, plain(5), gold, guidelines="be kind")
     assert rounds_of(folder) == [1]
     with pytest.raises(ConfigError, match="nothing is answered"):
@@ -184,7 +184,7 @@ def test_what_looks_alike_is_no_pair() -> None:
         Pair(prompt="p", first=Response(text=""), second=Response(text="a"))
     unsure = Comparison(prompt="q", chosen="good", rejected="bad", confidence=0.6, place="g:1")
     with pytest.raises(ConfigError, match="g:1: is not known for certain"):
-        gold_pairs([unsure], 0)
+        known_pairs([unsure], 0, "gold")
     with pytest.raises(ValueError, match="gold 5"):
         Pair(prompt="p", first=Response(text="a"), second=Response(text="b"), gold=5)
 

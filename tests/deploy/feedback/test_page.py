@@ -139,12 +139,16 @@ def test_what_differs_is_shown_on_demand(browser: Browser, tmp_path: Path) -> No
         desk.sound(address)
 
 
-def test_whatever_a_model_writes_is_text(browser: Browser, tmp_path: Path) -> None:
+@pytest.mark.parametrize("csp", [True, False], ids=["csp", "no-csp"])
+@pytest.mark.parametrize("markdown", [False, True], ids=["plain", "markdown"])
+def test_whatever_a_model_writes_is_text(
+    browser: Browser, tmp_path: Path, markdown: bool, csp: bool
+) -> None:
     pairs = pairs_of([(text, f"a {text}", f"b {text}") for text in HOSTILE])
-    made = round_in(tmp_path, pairs, repeat_share=0.0)
-    with served(tmp_path, made, HOSTILE[0]) as address:
+    made = round_in(tmp_path, pairs, repeat_share=0.0, guidelines=HOSTILE[0], markdown=markdown)
+    with served(tmp_path, made) as address:
         link = invited(tmp_path, address, "<b onmouseover=window.stolen=1>ann</b>")
-        context = browser.new_context(bypass_csp=True)
+        context = browser.new_context(bypass_csp=not csp)
         page = context.new_page()
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))

@@ -98,6 +98,10 @@ def test_from_proposal_to_comparisons_by_the_commands(
     assert "6 comparisons" in exported.out
     assert len(list(read_comparisons([str(chosen.comparisons)]))) == 6
     refused(run("feedback", "export", folder, "--without", "bob"), 2, "--without bob")
+    closed = run("feedback", "close", folder)
+    assert closed.code == 0 and "round 1 is closed" in closed.out and "6 comparisons" in closed.out
+    assert "closed" in run("feedback", "status", folder).out
+    assert "open again" in run("feedback", "close", folder, "--reopen").out
     refused(run("feedback", "serve", folder, "--round", "3"), 2, "no round 3; there are 1")
 
 

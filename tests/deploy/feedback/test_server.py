@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 import sqlite3
+import time
 from pathlib import Path
 
 import httpx
 import pytest
 
+from common.data.records import Comparison
 from common.errors import DataError
 from common.run_folder import RunFolder
 from deploy.feedback.access import Access
 from deploy.feedback.desk import Desk
+from deploy.feedback.propose import known_pairs
+from deploy.feedback.rounds import close_round
 from deploy.feedback.store import Store
 from tests.deploy.feedback.rounds import invited, plain, round_in, served
 
@@ -126,9 +130,9 @@ def _fields(pair: object) -> dict[str, object]:
 
 
 def test_guidelines_are_read_once(tmp_path: Path) -> None:
-    made = round_in(tmp_path, plain(2))
+    made = round_in(tmp_path, plain(2), guidelines="Prefer what is <true>.")
     with (
-        served(tmp_path, made, "Prefer what is <true>.") as address,
+        served(tmp_path, made) as address,
         httpx.Client(base_url=address) as client,
     ):
         sign_in(client, invited(tmp_path, address, "ann"))
@@ -136,6 +140,52 @@ def test_guidelines_are_read_once(tmp_path: Path) -> None:
         assert "Prefer what is &lt;true&gt;." in page and "Which response" not in page
         client.post("/read", data={"form": field(page, "form")})
         assert "Which response is better" in client.get("/").text
+
+
+def test_practice_comes_first_and_tells_its_answers(tmp_path: Path) -> None:
+    known = [
+        Comparison(prompt="Practise <b>?", chosen=f"good {i}", rejected=f"bad {i}") for i in (1, 2)
+    ]
+    begin = known_pairs(known, 0, "practice")
+    made = round_in(tmp_path, plain(2), practice=begin, repeat_share=0.0)
+    with served(tmp_path, made) as address, httpx.Client(base_url=address) as client:
+        sign_in(client, invited(tmp_path, address, "ann"))
+        for number in (1, 2):
+            page = client.get("/").text
+            assert f"practice {number} of 2" in page and "Practise &lt;b&gt;?" in page
+            assert "The better one" not in page
+            form = {n: field(page, n) for n in ("form", "number")}
+            assert client.post("/practice", data={**form, "step": "8"}).status_code == 303
+            said = client.post("/practice", data={**form, "step": "0"}).text
+            good_is_left = page.index("good") < page.index("bad")
+            side = "left" if good_is_left else "right"
+            assert f"The better one is the {side} response" in said
+            assert ("That is right" in said) == good_is_left
+            again = client.post("/practice", data={**form, "step": "0"})
+            assert again.status_code == 303, "sent twice, it is answered once"
+        page = client.get("/").text
+        assert "Which response is better" in page and 'max="2"' in page
+    store = Store(made.answers)
+    assert store.standing() == []
+    store.close()
+
+
+def test_a_closed_round_asks_and_takes_nothing(tmp_path: Path) -> None:
+    made = round_in(tmp_path, plain(2), repeat_share=0.0)
+    with served(tmp_path, made) as address, httpx.Client(base_url=address) as client:
+        sign_in(client, invited(tmp_path, address, "ann"))
+        page = client.get("/").text
+        form = {n: field(page, n) for n in ("form", "key")}
+        close_round(made)
+        close_round(made)
+        late = client.post("/answer", data={**form, "step": "1"})
+        assert late.status_code == 409 and "this round is closed" in late.text
+        assert "This round is closed" in client.get("/").text
+        close_round(made, reopen=True)
+        assert client.post("/answer", data={**form, "step": "1"}).status_code == 303
+        time.sleep(0.2)  # counts are of a moment ago
+        page = client.get("/").text
+        assert "Which response is better" in page and "1 of 2" in page
 
 
 def test_who_comes_too_late_is_told(tmp_path: Path) -> None:
@@ -187,10 +237,10 @@ def test_a_damaged_file_is_said_and_nothing_is_acknowledged(tmp_path: Path) -> N
     assert "answers.sqlite: damaged" in text
     made.answers.unlink()
     with pytest.raises(DataError, match="is not there"):
-        Desk(made.pairs, made.answers, 60.0)
+        Desk(made, 60.0)
     Store(made.answers, make=True).close()
     with pytest.raises(DataError, match="of other pairs"):
-        Desk(made.pairs, made.answers, 60.0)
+        Desk(made, 60.0)
 
 
 @pytest.mark.parametrize("path", ["/page/none.js", "/page/pair.html.j2", "/page/..%2fserver.py"])
