@@ -67,6 +67,13 @@ class Logged(Catalogue):
         "reward",
         when=_HELD_OUT,
     )
+    ACCURACY_REPORTED = gauge(
+        "accuracy_reported",
+        "share",
+        "the same on comparisons that nothing is chosen by (`split: valid2`)",
+        "reward",
+        when="at the end of the stage, where there are such comparisons",
+    )
     REFERENCE_MEAN = gauge(
         "reference_mean",
         "score",

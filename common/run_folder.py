@@ -190,6 +190,10 @@ class RunFolder:
         """The reward model."""
         return RewardModelFolder(self.reused.reward_model or self.path / "reward_model")
 
+    def reward_seed(self, seed: int) -> RewardModelFolder:
+        """Return one of the reward models of several seeds, where they are kept."""
+        return RewardModelFolder(self.path / "reward_seeds" / f"{seed:03d}")
+
     @property
     def policy(self) -> PolicyFolder:
         """The trained policy, the run's result."""

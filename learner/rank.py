@@ -112,6 +112,7 @@ class LearnerRank:
         config: RunConfig,
         training: Sequence[EncodedComparison],
         held_out: Sequence[EncodedComparison],
+        reported: Sequence[EncodedComparison],
         policy: str,
         seed: int,
     ) -> int:
@@ -121,11 +122,12 @@ class LearnerRank:
             config: the run's.
             training: comparisons to train on.
             held_out: comparisons to evaluate on.
+            reported: likewise, which no choice is made by.
             policy: the weights that it begins with, a file or a checkpoint's folder.
             seed: which of `reward_model.seeds` models this is.
         """
         self._end_stage()
-        self._stage = RewardModelStage(config, training, held_out, Path(policy), seed)
+        self._stage = RewardModelStage(config, training, held_out, reported, Path(policy), seed)
         return self._stage.total_steps
 
     @_passes

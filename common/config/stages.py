@@ -80,6 +80,8 @@ class RewardModelConfig(Section):
     """Share of the comparisons that accuracy is measured on, never trained on."""
     seeds: PositiveInt = 1
     """Models trained from different heads and orders; the most accurate is kept."""
+    keep_seeds: bool = False
+    """Keep the others too, so that `talipot feedback propose` can ask where they disagree."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number type of products, as in `learner`."""
     max_grad_norm: PositiveFloat = 1.0

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from common.data.files.values import type_name
 from common.errors import DataError
+
+Split = Literal["", "train", "valid1", "valid2"]
 
 
 def _confidence(value: object, field: str) -> float:
@@ -33,10 +35,15 @@ def _round(value: object, _: str) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
+def _split(value: object, _: str) -> Split:
+    return value if value in ("train", "valid1", "valid2") else ""
+
+
 OF_ROUNDS: Final[Mapping[str, Callable[[object, str], Any]]] = {
     "pair_uid": _told,
     "round": _round,
     "seconds": _seconds,
+    "split": _split,
 }
 """Columns that rounds of feedback add, and how they are read: other people's files may have columns
 of these names, with whatever in them. They are written only where they say something."""

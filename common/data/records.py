@@ -20,7 +20,7 @@ from typing import Any, Final, TypeVar
 
 from common.data.chat import Message
 from common.data.column_names import column_fault
-from common.data.comparison_columns import OF_ROUNDS, READERS
+from common.data.comparison_columns import OF_ROUNDS, READERS, Split
 from common.data.conversations import (
     Messages,
     answer_of,
@@ -129,6 +129,9 @@ class Comparison:
     """Number of that round; 0 of others."""
     seconds: float = 0.0
     """That the answer took; 0 where nobody counted."""
+    split: Split = ""
+    """What it is for: to train on, to choose a reward model by (`valid1`), to report (`valid2`), as
+    in the files of Stiennon 2020; empty where nothing was said."""
     place: str = field(default="", compare=False)
     """Where it was read, as ``file:line``; no part of the data."""
 

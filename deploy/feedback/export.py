@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Literal
 
+from common.data.chat import Message
+from common.data.comparison_columns import Split
 from common.data.records import Comparison
 from deploy.feedback.answers import CONFIDENCE, Answer, of_kind
 from deploy.feedback.pairs import Pair
@@ -70,7 +74,20 @@ def _comparison(pair: Pair, first: float, labeler: str, seconds: float, number: 
         pair_uid=pair.uid,
         round=number,
         seconds=round(seconds, 3),
+        split=split_of(pair.prompt, pair.messages),
     )
+
+
+def split_of(prompt: str, messages: Sequence[Message] = ()) -> Split:
+    """Return what the answers to a prompt are for: a tenth chooses, a tenth reports.
+
+    It follows from the prompt alone, so it is the same in every round, and no prompt is on two
+    sides.
+    """
+    asked = json.dumps([prompt, messages], sort_keys=True, ensure_ascii=False)
+    digest = hashlib.blake2b(asked.encode(), digest_size=8, person=b"split").digest()
+    tenth = int.from_bytes(digest, "big") % 10
+    return "valid1" if tenth == 0 else "valid2" if tenth == 1 else "train"
 
 
 def gold_of(pairs: Sequence[Pair]) -> Mapping[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import TypeVar
@@ -124,6 +125,7 @@ def encode_comparisons(
                         chosen=kept[1],
                         rejected=kept[2],
                         confidence=record.confidence,
+                        split=record.split,
                     )
                 )
     return out, fitting
@@ -138,6 +140,41 @@ def same_comparison(comparison: EncodedComparison) -> Hashable:
     """Return a key that is equal for comparisons of the same two responses, either preferred."""
     sides = frozenset((tuple(comparison.chosen), tuple(comparison.rejected)))
     return tuple(comparison.prompt), sides
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Divided:
+    """Comparisons, by what they are for."""
+
+    train: list[EncodedComparison]
+    held_out: list[EncodedComparison]
+    """To choose a reward model by."""
+    reported: list[EncodedComparison]
+    """To say how good the chosen one is; empty where no comparison is for that."""
+    left_out: int
+    """Comparisons that nothing is said of, with the prompt of one that is held out."""
+
+
+def divided(data: Sequence[EncodedComparison], share: float, seed: int) -> Divided:
+    """Divide comparisons as they say themselves; of those that say nothing a share is held out.
+
+    Where some are `valid1`, these are held out, and what says nothing is trained on.
+
+    Raises:
+        DataError: as `hold_out`; or nothing is left to train on.
+    """
+    of = {
+        split: [comparison for comparison in data if (comparison.split or "train") == split]
+        for split in ("train", "valid1", "valid2")
+    }
+    held = {tuple(c.prompt) for split in ("valid1", "valid2") for c in of[split]}
+    train = [c for c in of["train"] if tuple(c.prompt) not in held]
+    left_out, held_out = len(of["train"]) - len(train), of["valid1"]
+    if not held_out:
+        train, held_out = hold_out(train, share, seed, same_comparison)
+    if not train:
+        raise DataError("every usable comparison is held out (split valid1 or valid2); add others")
+    return Divided(train=train, held_out=held_out, reported=of["valid2"], left_out=left_out)
 
 
 def hold_out(

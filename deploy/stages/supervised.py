@@ -12,11 +12,13 @@ from common.endings import at_the_end
 from common.metric_catalogue import Logged
 from deploy.exchange.card import add_card
 from deploy.run_folder.weights import reward_start
+from deploy.screen import say
 from deploy.stages.encoding import (
+    Divided,
+    divided,
     encode_comparisons,
     encode_pairs,
     hold_out,
-    same_comparison,
     same_pair,
 )
 from deploy.stages.preparation import (
@@ -28,7 +30,7 @@ from deploy.stages.preparation import (
 )
 from deploy.stages.session import Session
 from deploy.stages.sizing import say_moved
-from learner.supervised.examples import EncodedComparison, EncodedPair
+from learner.supervised.examples import EncodedPair
 
 _SFT_HELD_OUT = 0.02
 """Share of the demonstrations that no supervised policy is trained on."""
@@ -63,9 +65,7 @@ def run_sft(session: Session, config: RunConfig) -> dict[str, float]:
     return metrics
 
 
-def encoded_comparisons(
-    session: Session, config: RunConfig
-) -> tuple[list[EncodedComparison], list[EncodedComparison]]:
+def encoded_comparisons(session: Session, config: RunConfig) -> Divided:
     """Read the comparisons in tokens: those to train on, and those held out."""
     require_own("reward_model", config.reuse.reward_model)
     require_paths(config.data.comparisons, "data.comparisons", "reward")
@@ -74,7 +74,13 @@ def encoded_comparisons(
     encoded, fitting = encode_comparisons(records, tokenizer, seen)
     say_fitting(session.console, fitting)
     fitting.require(len(encoded), 2, "reward (1 is held out)")
-    return hold_out(encoded, config.reward_model.held_out, config.seed, same_comparison)
+    found = divided(encoded, config.reward_model.held_out, config.seed)
+    if found.left_out:
+        say(
+            session.console,
+            f"  {found.left_out} comparisons are left out: their prompts are held out",
+        )
+    return found
 
 
 def _as_the_reward_model_reads(session: Session, config: RunConfig) -> tuple[Tokenizer, RunConfig]:
@@ -86,27 +92,34 @@ def _as_the_reward_model_reads(session: Session, config: RunConfig) -> tuple[Tok
 
 
 def run_reward(session: Session, config: RunConfig) -> dict[str, float]:
-    """Train reward models and keep the most accurate; writes ``reward_model/``, returns metrics."""
+    """Train reward models and keep the most accurate; writes ``reward_model/``, returns metrics.
+
+    With `reward_model.keep_seeds` the others are kept too, beside it.
+    """
     require_own("reward_model", config.reuse.reward_model)
     require_paths(config.data.comparisons, "data.comparisons", "reward")
     record = check_inputs(session, config, "reward")
-    train, held_out = encoded_comparisons(session, config)
+    data = encoded_comparisons(session, config)
     tokenizer, seen = _as_the_reward_model_reads(session, config)
     reference = reference_pairs(seen, tokenizer)
     record()
     gang = session.gang()
     epochs = config.reward_model.epochs
     best: dict[str, float] = {Logged.ACCURACY_HELDOUT: -math.inf}
-    tokens = sum(2 * len(c.prompt) + len(c.chosen) + len(c.rejected) for c in train)
+    tokens = sum(2 * len(c.prompt) + len(c.chosen) + len(c.rejected) for c in data.train)
     for seed in range(config.reward_model.seeds):
-        total = gang.begin_reward(config, train, held_out, reward_start(config), seed)
+        start = reward_start(config)
+        total = gang.begin_reward(config, data.train, data.held_out, data.reported, start, seed)
         before = gang.evaluate()
         every = config.reward_model.evaluate_every
         metrics = _advance(session, "reward", f"reward model {seed + 1}", total, every)
         metrics |= gang.evaluate()
         if metrics[Logged.ACCURACY_HELDOUT] > best[Logged.ACCURACY_HELDOUT]:
-            best = metrics | gang.shift(reference) | _size(before, epochs, tokens)
+            best = metrics | _size(before, epochs, tokens)
+            best |= gang.shift(reference)
             gang.export_stage(session.folder.reward_model.path)
+        if config.reward_model.keep_seeds:
+            gang.export_stage(session.folder.reward_seed(seed).path)
     log_metrics(session, "reward", total, best)
     say_moved(session.console, "reward", total, best, pretrained=seen.pretrained)
     return best

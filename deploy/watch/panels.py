@@ -137,7 +137,11 @@ TABS: Final[Mapping[Tab, tuple[Panel, ...]]] = {
     "supervised": (
         Panel("Supervised policy: loss", (Logged.LOSS, Logged.HELDOUT_LOSS), ("sft",)),
         Panel("Reward model: loss", (Logged.LOSS, Logged.HELDOUT_LOSS), ("reward",)),
-        Panel("Reward model: accuracy", (Logged.ACCURACY, Logged.ACCURACY_HELDOUT), ("reward",)),
+        Panel(
+            "Reward model: accuracy",
+            (Logged.ACCURACY, Logged.ACCURACY_HELDOUT, Logged.ACCURACY_REPORTED),
+            ("reward",),
+        ),
         Panel("Gradient norm", (Logged.GRADIENT_NORM,), ("sft", "reward")),
         Panel("Tokens per second", (Logged.TOKENS_PER_SECOND,), ("sft", "reward")),
     ),

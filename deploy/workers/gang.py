@@ -167,11 +167,12 @@ class LearnerGang:
         config: RunConfig,
         train: Sequence[EncodedComparison],
         held_out: Sequence[EncodedComparison],
+        reported: Sequence[EncodedComparison],
         sft: Path,
         seed: int,
     ) -> int:
         """Build the reward stage on the supervised policy's weights; returns its steps."""
-        data = _put(train), _put(held_out)
+        data = _put(train), _put(held_out), _put(reported)
         return self._call(LearnerRank.begin_reward, None, config, *data, _absolute(sft), seed)
 
     def advance(self, steps: int) -> dict[str, float]:

@@ -34,3 +34,5 @@ class EncodedComparison:
     """EOS included."""
     confidence: float
     """Probability that `chosen` is the better one, 0.5 to 1."""
+    split: str = ""
+    """What it is for, as `common.data.records.Comparison.split`."""

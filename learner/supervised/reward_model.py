@@ -16,7 +16,7 @@ from torch import Tensor
 from common.batching import sequence_batch
 from common.config.run import RunConfig
 from common.metric_catalogue import Logged
-from common.metrics import Metrics, mean
+from common.metrics import Metric, Metrics, mean
 from common.models.adapter_files import adapter_of, save_adapter
 from common.models.build import build_scalar
 from common.models.networks import ScalarNetwork
@@ -47,6 +47,7 @@ class RewardModelStage(SupervisedStage):
         config: RunConfig,
         training: Sequence[EncodedComparison],
         held_out: Sequence[EncodedComparison],
+        reported: Sequence[EncodedComparison],
         start: Path,
         seed: int,
     ) -> None:
@@ -56,6 +57,7 @@ class RewardModelStage(SupervisedStage):
             config: the run's.
             training: comparisons to train on.
             held_out: comparisons that accuracy is measured on.
+            reported: likewise, which no choice is made by; may be none.
             start: the supervised policy, or the checkpoint of a model of its own.
             seed: which of `reward_model.seeds` models this is.
         """
@@ -65,7 +67,7 @@ class RewardModelStage(SupervisedStage):
         network = build_scalar(self._model)
         start_scalar(network, start, model_seed)
         super().__init__(config, settings, network, _ADAPTER, model_seed)
-        self._training, self._held_out = training, held_out
+        self._training, self._held_out, self._reported = training, held_out, reported
         self._order = ShuffledIndex(len(training), model_seed)
         comparisons = math.ceil(settings.epochs * len(training))
         self.total_steps = max(1, comparisons // settings.batch_size)
@@ -73,17 +75,26 @@ class RewardModelStage(SupervisedStage):
     @torch.no_grad()
     def evaluate(self) -> Metrics:
         """Return accuracy and loss on held-out comparisons (a collective)."""
+        accuracy, loss = self._evaluated(self._held_out)
+        found: Metrics = {Logged.ACCURACY_HELDOUT: accuracy, Logged.HELDOUT_LOSS: loss}
+        if self._reported:
+            found[Logged.ACCURACY_REPORTED], _ = self._evaluated(self._reported)
+        return found
+
+    def _evaluated(self, comparisons: Sequence[EncodedComparison]) -> tuple[Metric, Metric]:
+        """Return accuracy and loss; a tie can be said neither rightly nor wrongly."""
         sums = {"right": 0.0, "loss": 0.0}
-        for share in self._deal(self._held_out, range(len(self._held_out))):
-            margins_P = self._margins(self._held_out, share)
-            loss_P = self._pair_losses(self._held_out, share, margins_P)
-            sums["right"] += float((margins_P > 0).sum()) * share.real
+        for share in self._deal(comparisons, range(len(comparisons))):
+            margins_P = self._margins(comparisons, share)
+            loss_P = self._pair_losses(comparisons, share, margins_P)
+            decided_P = torch.tensor(
+                [comparisons[i].confidence > 0.5 for i in share.rows], device=margins_P.device
+            )
+            sums["right"] += float((decided_P & (margins_P > 0)).sum()) * share.real
             sums["loss"] += float(loss_P.sum()) * share.real
-        total, count = all_sums(sums), len(self._held_out)
-        return {
-            Logged.ACCURACY_HELDOUT: mean(total["right"], count),
-            Logged.HELDOUT_LOSS: mean(total["loss"], count),
-        }
+        decided = sum(comparison.confidence > 0.5 for comparison in comparisons)
+        total = all_sums(sums)
+        return mean(total["right"], max(1, decided)), mean(total["loss"], len(comparisons))
 
     @torch.no_grad()
     def shift(self, reference: Sequence[EncodedPair]) -> Metrics:

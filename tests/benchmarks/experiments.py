@@ -232,13 +232,14 @@ def reward_data(out: Path) -> None:
     config = derive(out / "quickstart-s0", out / "reward-data", ())
     rows = []
     with open_session(config, console) as session:
-        train, held_out = supervised.encoded_comparisons(session, config)
+        data = supervised.encoded_comparisons(session, config)
+        train, held_out = data.train, data.held_out
         for count in COMPARISONS:
             for seed in SEEDS:
                 gang = session.gang()
                 gang.advance(
                     gang.begin_reward(
-                        config, train[:count], held_out, session.folder.sft.weights, seed
+                        config, train[:count], held_out, [], session.folder.sft.weights, seed
                     )
                 )
                 rows.append({"comparisons": count, "seed": seed, **gang.evaluate()})

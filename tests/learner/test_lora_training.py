@@ -120,7 +120,7 @@ def adapted(
     data = preferences()
     gang = gangs[2]
     sft = str(config.run_dir / "sft" / "policy.safetensors")
-    total = gang.call("begin_reward", config, data[40:], data[:40], sft, 0)
+    total = gang.call("begin_reward", config, data[40:], data[:40], [], sft, 0)
     gang.call("advance", total)
     assert gang.call("evaluate")["accuracy_heldout"] > 0.9
     gang.call("shift", sft_data(config, 30))

@@ -164,7 +164,7 @@ def test_supervised_stages_learn(
     assert gang.evaluate()["heldout_loss"] < before - 0.5
     gang.export_stage(config.folder.sft.path)
     compared = preferences()
-    total = gang.begin_reward(config, compared[40:], compared[:40], config.folder.sft.path, 0)
+    total = gang.begin_reward(config, compared[40:], compared[:40], [], config.folder.sft.path, 0)
     gang.advance(total)
     assert gang.evaluate()["accuracy_heldout"] > 0.9
     gang.export_stage(config.folder.reward_model.path)

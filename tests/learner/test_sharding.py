@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -296,10 +297,15 @@ def test_reward_model_learns_the_preference_and_is_centred(
     config = run_copy(workspace, tmp_path, reward_model=settings, learner={"zero_stage": zero})
     sft = config.run_dir / "sft" / "policy.safetensors"
     gang = gangs[2]
-    total = gang.begin_reward(config, data[40:], data[:40], sft, 0)
+    # Nothing is chosen by these; ties are right neither way, and swapped sides are wrong.
+    ties = [replace(c, confidence=0.5) for c in data[:5]]
+    swapped = [replace(c, chosen=c.rejected, rejected=c.chosen) for c in data[:40]]
+    total = gang.begin_reward(config, data[40:], data[:40], swapped + ties, sft, 0)
     trained = gang.advance(total)
     assert 0 < trained["gradient_norm"] < 100
-    assert gang.evaluate()["accuracy_heldout"] > 0.9
+    found = gang.evaluate()
+    assert found["accuracy_heldout"] > 0.9
+    assert found["accuracy_reported"] == pytest.approx(1 - found["accuracy_heldout"], abs=1e-6)
     reference: Sequence[EncodedPair] = sft_data(config, 30)
     assert gang.shift(reference)["reference_mean"] != 0.0
     assert gang.shift(reference)["reference_mean"] == pytest.approx(0.0, abs=1e-5)

@@ -155,7 +155,7 @@ def test_supervised_stages_leave_folders_that_the_next_one_takes(
     assert (sft / "adapter").exists() == bool(lora)
     assert float((logits(sft) - logits(start)).abs().max()) > 0.01
     pairs = preferences()
-    gang.call("begin_reward", config, pairs, pairs[:8], str(sft), 0)
+    gang.call("begin_reward", config, pairs, pairs[:8], [], str(sft), 0)
     gang.call("advance", 2)
     folder = config.folder.reward_model
     gang.call("export_stage", str(folder.path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from common.data.records import Comparison, read_comparisons, write_jsonl
 from common.errors import ConfigError, DataError, StorageError
 from common.run_folder import RunFolder
 from deploy.feedback.answers import Answer
-from deploy.feedback.export import comparisons
+from deploy.feedback.export import comparisons, split_of
 from deploy.feedback.pairs import Pair, Response, read_pairs, write_pairs
 from deploy.feedback.propose import alike, known_pairs
 from deploy.feedback.rounds import export_round, read_settings, round_of, rounds_of
@@ -56,12 +57,26 @@ def test_answers_become_rows_or_their_mean() -> None:
         (one.uid, 4, 2.5),
         (two.uid, 4, 2.5),
     }
+    assert {r.split for r in rows} <= {"train", "valid1", "valid2"}
     mean = list(comparisons([one, two], answers, how="mean"))
     assert [(r.chosen, r.labeler, r.confidence) for r in mean] == [
         (one.first.text, "ann+bob", pytest.approx((0.95 + 0.35) / 2)),
         (two.first.text, "ann", 0.5),
     ]
     assert [r.labeler for r in comparisons([one, two], answers, without={"ann"})] == ["bob"]
+
+
+def test_a_prompt_is_for_one_thing_in_every_round() -> None:
+    splits = [split_of(f"prompt {i}") for i in range(10_000)]
+    assert splits == [split_of(f"prompt {i}") for i in range(10_000)]
+    counts = Counter(splits)
+    for split, share in (("train", 0.8), ("valid1", 0.1), ("valid2", 0.1)):
+        sigma = (10_000 * share * (1 - share)) ** 0.5
+        assert abs(counts[split] - 10_000 * share) < 4 * sigma
+    asked = {"role": "user", "content": "prompt"}
+    assert {split_of("prompt", [asked, {**asked, "content": str(i)}]) for i in range(99)} == {
+        *counts
+    }
 
 
 def test_a_round_trip_of_any_text(tmp_path: Path) -> None:

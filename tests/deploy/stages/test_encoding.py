@@ -129,7 +129,8 @@ def test_each_stage_says_how_many_it_skipped(
     room = "longer than 56 prompt or 8 response tokens (data.too_long)"
     assert fitting.said() == [f"95 of 100 demonstrations skipped: {room}"]
     session, said = session_of(config)
-    train, held_out = supervised.encoded_comparisons(session, config)
+    found = supervised.encoded_comparisons(session, config)
+    train, held_out = found.train, found.held_out
     assert len(train) + len(held_out) == 5
     assert said.getvalue() == f"95 of 100 comparisons skipped: {room}\n"
     _, prompts = read_encoded_prompts([path], tokenizer, config)
@@ -226,3 +227,50 @@ def test_a_part_without_tokens_is_named() -> None:
     fitting = Fitting(what="comparisons", prompt=4, response=4, too_long="truncate")
     with pytest.raises(DataError, match=r"^f:7: field 'chosen': has no tokens"):
         fitting.fit("f:7", {"prompt": [1], "chosen": [], "rejected": [1]})
+
+
+# ------------------------------------------------------------------ what comparisons are for
+
+
+def test_comparisons_are_for_what_they_say(
+    workspace: RunConfig, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    splits = ["train"] * 6 + ["valid1"] * 2 + ["valid2"] * 3
+    rows = [{**comparison(f"p{i}"), "split": split} for i, split in enumerate(splits)]
+    rows += [comparison(f"other {i}") for i in range(4)]
+    rows += [comparison("p6", "c", "d"), comparison("p9", "c", "d")]  # prompts that are held out
+    path = lines(tmp_path, "c", rows)
+    config = config_of(workspace, tmp_path, comparisons=[path])
+    session, said = session_of(config)
+    found = supervised.encoded_comparisons(session, config)
+    prompts = {
+        name: [tokenizer.decode(c.prompt) for c in part]
+        for name, part in (
+            *(("train", found.train), ("held out", found.held_out)),
+            ("reported", found.reported),
+        )
+    }
+    assert prompts == {
+        "train": [f"p{i}" for i in range(6)] + [f"other {i}" for i in range(4)],
+        "held out": ["p6", "p7"],
+        "reported": ["p8", "p9", "p10"],
+    }
+    assert said.getvalue() == "  2 comparisons are left out: their prompts are held out\n"
+
+
+def test_without_a_choice_of_theirs_a_share_is_held_out(
+    workspace: RunConfig, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    rows = [comparison(f"p{i}") for i in range(20)]
+    rows += [{**comparison("shown"), "split": "valid2"}]
+    config = config_of(workspace, tmp_path, comparisons=[lines(tmp_path, "c", rows)])
+    session, said = session_of(config)
+    found = supervised.encoded_comparisons(session, config)
+    assert (len(found.train), len(found.held_out), len(found.reported)) == (18, 2, 1)
+    assert said.getvalue() == ""
+    only = [{**comparison(f"p{i}"), "split": "valid1"} for i in range(3)]
+    (tmp_path / "other").mkdir()
+    config = config_of(workspace, tmp_path / "other", comparisons=[lines(tmp_path, "v", only)])
+    session, _ = session_of(config)
+    with pytest.raises(DataError, match="every usable comparison is held out"):
+        supervised.encoded_comparisons(session, config)

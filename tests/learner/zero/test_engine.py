@@ -280,7 +280,7 @@ def weights_after(stage: str, config: RunConfig) -> dict[str, Tensor]:
         made.advance(2)
         return made.engine.full_state()
     if stage == "reward_model":
-        reward = RewardModelStage(config, preferences(), [], sft, 0)
+        reward = RewardModelStage(config, preferences(), [], [], sft, 0)
         reward.advance(2)
         return reward.engine.full_state()
     learner = Learner(config, sft, config.run_dir / "reward_model" / "reward.safetensors", (1,))
