@@ -93,14 +93,16 @@ class Sampler:
         self._config, self._tokenizer = config, load_tokenizer(config.folder.tokenizer)
         self.note = ""
         """Which policy it is, in one line; empty where the user said so."""
+        self.iteration = 0
+        """How many iterations it was trained for; -1 where nobody says."""
         if exported is not None:
-            network = _loaded(config, exported)
+            network, self.iteration = _loaded(config, exported), -1
         elif sft:
             network = _loaded(config, policy_start(config))
         else:
             with policy_of(config, checkpoint) as (chosen, weights):
                 network = _loaded(config, weights)
-            self.note = chosen.note
+            self.note, self.iteration = chosen.note, chosen.iteration
         network.eval().requires_grad_(False).to(torch_dtype(rollout.precision))
         self._engine = build_engine(network.decoder, self._tokenizer, rollout)
 

@@ -6,6 +6,7 @@ In this process, by what a reward worker computes; no cluster is needed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from common.config.run import RunConfig
@@ -68,11 +69,17 @@ def _prompt(index: int, given: str | Sequence[Message], columns: Mapping[str, An
 class RunScorer:
     """Scores by the components of a run's `reward_service`, one worker of it in this process."""
 
-    def __init__(self, config: RunConfig) -> None:
-        """Load what the components score with; raises as a reward worker's start does."""
+    def __init__(self, config: RunConfig, reward: Path | None = None) -> None:
+        """Load what the components score with; raises as a reward worker's start does.
+
+        Args:
+            config: the run's.
+            reward: weights of the reward model, in place of the run's own.
+        """
         settings = config.reward_service
         self._config, self._tokenizer = config, load_tokenizer(config.folder.tokenizer)
-        reward = reward_weights(config) if settings.needs_model else None
+        if reward is None and settings.needs_model:
+            reward = reward_weights(config)
         self._worker = RewardWorker(
             settings,
             config.model,

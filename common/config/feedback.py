@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from common.config.base import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from common.config.base import (
+    Float,
+    Fraction,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 
 
 class RoundConfig(Section):
@@ -17,8 +28,18 @@ class RoundConfig(Section):
     pairs: PositiveInt = 200
     """Pairs that people are asked, without those of which the better response is known."""
     supervised_share: Fraction = 0.5
-    """Share of pairs of the policy and the one that its training began with; the others are two
-    responses of the policy."""
+    """Share of pairs of the policy and the one that its training began with. What the three shares
+    leave are two responses of the policy."""
+    best_share: Fraction = 0.0
+    """Share of pairs of a response of the policy and the best of `best_of` more, by the reward
+    model."""
+    best_of: Annotated[int, Field(ge=2)] = 8
+    """Responses that the best is taken of."""
+    human_share: Fraction = 0.0
+    """Share of pairs of a response of the policy and the demonstration of the same prompt."""
+    active_share: Annotated[Float, Field(ge=0, le=0.7)] = 0.0
+    """Share of pairs that are chosen where the reward models of several seeds disagree most. The
+    others are random, so that accuracy is estimated without bias: 30 % at least."""
     policy: str = ""
     """Which policy that was, in a line."""
     checkpoint: str = ""
@@ -35,3 +56,11 @@ class RoundConfig(Section):
     """What everybody reads before the first pair."""
     markdown: bool = False
     """Show texts as the Markdown that they are written in; without it as they stand."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> RoundConfig:
+        if self.supervised_share + self.best_share + self.human_share > 1 + 1e-9:
+            raise ValueError(
+                "supervised_share, best_share and human_share are more than all pairs together"
+            )
+        return self

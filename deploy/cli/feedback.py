@@ -34,6 +34,16 @@ def propose(
         float,
         typer.Option(min=0, max=1, help="Share that compares the policy with what it began as."),
     ] = 0.5,
+    best: Annotated[
+        float, typer.Option(min=0, max=1, help="Share that compares it with its best of 8.")
+    ] = 0.0,
+    human: Annotated[
+        float, typer.Option(min=0, max=1, help="Share that compares it with a demonstration.")
+    ] = 0.0,
+    active: Annotated[
+        float,
+        typer.Option(min=0, max=0.7, help="Share chosen where reward models of seeds disagree."),
+    ] = 0.0,
     checkpoint: CheckpointOption = None,
     overlap: Annotated[int, typer.Option(min=1, help="People that some pairs are given to.")] = 2,
     overlap_share: Annotated[float, typer.Option(min=0, max=1, help="Share of these.")] = 0.2,
@@ -63,12 +73,17 @@ def propose(
     from deploy.feedback.rounds import make_round, read_guidelines, rounds_of
 
     config = of_run(run, None, None)
+    if supervised + best + human > 1:
+        raise ConfigError("--supervised, --best and --human are more than all pairs together")
     settings = RoundConfig(
         number=max(rounds_of(config.folder), default=0) + 1,
         run=config.name,
         seed=seed,
         pairs=pairs,
         supervised_share=supervised,
+        best_share=best,
+        human_share=human,
+        active_share=active,
         checkpoint=checkpoint or "",
         overlap=overlap,
         overlap_share=overlap_share,

@@ -24,12 +24,15 @@ class Response:
 
     text: str
     policy: str = ""
-    """Which policy sampled it, as ``policy``, ``sft`` or ``human``."""
+    """Which policy sampled it: ``policy``, ``best`` (of several of its responses), ``sft``, or
+    ``human``, who wrote it."""
     version: int = -1
     """Its iteration; -1 where it has none."""
     seed: int = 0
-    score: float | None = None
-    """By the reward that the run has; None where nobody scored it."""
+    sampling: str = ""
+    """How its tokens were drawn: `common.logprobs.Sampling` in JSON; empty where they were not."""
+    scores: tuple[float, ...] = ()
+    """By the run's reward models, one of each seed where all are kept; empty where it has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +69,8 @@ _RESPONSE: Final = pa.struct(
         ("policy", pa.string()),
         ("version", pa.int64()),
         ("seed", pa.uint64()),
-        ("score", pa.float64()),
+        ("sampling", pa.string()),
+        ("scores", pa.list_(pa.float64())),
     ]
 )
 _SCHEMA: Final = pa.schema(
@@ -110,5 +114,8 @@ def read_pairs(path: Path) -> list[Pair]:
 
 def _pair(row: dict[str, Any]) -> Pair:
     messages = tuple(json.loads(row["messages"])) if row["messages"] else ()
-    sides = {side: Response(**row[side]) for side in ("first", "second")}
+    sides = {
+        side: Response(**{**row[side], "scores": tuple(row[side]["scores"])})
+        for side in ("first", "second")
+    }
     return Pair(**{**row, "messages": messages, **sides})

@@ -1,10 +1,19 @@
-"""Pairs for people to compare, sampled from a run's policies in this process; no cluster needed."""
+"""Pairs for people to compare, sampled from a run's policies in this process; no cluster needed.
+
+::
+
+    prompts --by shares--> a source each --sampled--> candidates --scored--> pairs
+                           supervised | best | human | policy       random and active ones
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from difflib import SequenceMatcher
+from statistics import fmean
 from typing import Final, Literal
 
 import numpy as np
@@ -13,87 +22,224 @@ from common.config.feedback import RoundConfig
 from common.config.run import RunConfig
 from common.data.chat import Message
 from common.data.prompts import encode_prompts
-from common.data.records import Comparison, Prompt, read_prompts
+from common.data.records import Comparison, Prompt, read_demonstrations, read_prompts
 from common.data.tokenizer import load_tokenizer
 from common.errors import ConfigError, DataError
+from common.logprobs import sampling_of
 from common.randomness import derive_seed
+from deploy.feedback.disagreement import disagreement, scored
 from deploy.feedback.pairs import Pair, Response, read_pairs
 from deploy.feedback.rounds import rounds_of
+from deploy.run_folder.weights import reward_models
 from deploy.sampler import Sampler
+
+Source = Literal["supervised", "best", "human", "policy"]
 
 _ALIKE: Final = 0.95
 """Responses that share more of their text are no pair: there is nothing to compare."""
 _SPARE: Final = 1.5
 """Prompts that are sampled for each pair that is wanted, as some responses are alike."""
+_POOL: Final = 4.0
+"""Candidates for each pair that is chosen by disagreement."""
 _LONGEST: Final = 400
 """Words of texts that are compared for that."""
 _SURE: Final = 0.9
 """Least confidence of what is known."""
 
 
-def proposed(config: RunConfig, settings: RoundConfig) -> tuple[list[Pair], str]:
+def proposed(
+    config: RunConfig, settings: RoundConfig, others: Sequence[RunConfig] = ()
+) -> tuple[list[Pair], str]:
     """Sample responses to prompts that no round before has asked, and pair them.
 
     Responses that did not end by themselves, or say nothing, are left out, as are pairs of which
     the responses are alike. Prompts with tools are not asked: what they may call is not shown.
 
+    Args:
+        config: of the run whose policies are sampled.
+        settings: of the round.
+        others: further runs whose rounds have asked prompts.
+
     Returns:
         The pairs, and which policy it is, in a line.
 
     Raises:
-        ConfigError: the run has too few prompts that were not asked yet.
+        ConfigError: the run has too few prompts that were not asked yet, too few demonstrations of
+            them, or not the reward models that the settings need.
         DataError: too few responses differ.
     """
+    judges = reward_models(config)
+    _require_judges(config, settings, len(judges))
     rng = np.random.default_rng(derive_seed(settings.seed, f"propose-{settings.number}"))
-    prompts = _prompts(config, settings, rng)
-    mixed = rng.random(len(prompts)) < settings.supervised_share
+    prompts = _prompts(config, settings, rng, others)
+    lines = _demonstrations(config) if settings.human_share else {}
+    sources = _sources(config, settings, prompts, lines, rng)
     policy = Sampler(config, sft=False, checkpoint=settings.checkpoint or None)
     note = policy.note
-    said = _said(policy, "policy", prompts, 2, settings)
+    said = _by_policy(policy, prompts, sources, settings, config)
     del policy
-    asked = [prompt for prompt, other in zip(prompts, mixed, strict=True) if other]
-    if asked:
-        begun = _said(Sampler(config, sft=True), "sft", asked, 1, settings)
-        said = {
-            uid: [*said[uid][:1], *begun[uid]] if uid in begun else of for uid, of in said.items()
-        }
-    pairs = []
+    begun = [prompt for prompt in prompts if sources[prompt.uid] == "supervised"]
+    if begun:
+        other = _said(Sampler(config, sft=True), "sft", begun, 1, settings, config)
+        said = {uid: [*of[:1], *other[uid]] if uid in other else of for uid, of in said.items()}
     for prompt in prompts:
-        sides = said[prompt.uid]
+        if sources[prompt.uid] == "human":
+            line = Response(text=lines[_name(prompt.prompt, prompt.messages)], policy="human")
+            said[prompt.uid] = [*said[prompt.uid][:1], line]
+    asked = {prompt.uid: prompt for prompt in prompts}
+    if judges:
+        said = scored(config, judges, asked, said)
+    found = []
+    for uid, sides in said.items():
+        if sources[uid] == "best" and len(sides) > 2:
+            sides = [sides[0], replace(max(sides[1:], key=_score), policy="best")]
         if len(sides) != 2 or alike(sides[0].text, sides[1].text):
             continue
         first, second = sides if rng.random() < 0.5 else sides[::-1]
-        pairs.append(
+        prompt = asked[uid]
+        found.append(
             Pair(prompt=prompt.prompt, messages=prompt.messages, first=first, second=second)
         )
-    if len(pairs) < settings.pairs:
+    if len(found) < settings.pairs:
         raise DataError(
-            f"{config.run_dir}: of {len(prompts)} prompts only {len(pairs)} had two responses that "
+            f"{config.run_dir}: of {len(prompts)} prompts only {len(found)} had two responses that "
             f"end and differ, and {settings.pairs} pairs are wanted; ask for fewer (--pairs)"
         )
-    return pairs[: settings.pairs], note
+    return chosen(found, settings), note
+
+
+def chosen(candidates: Sequence[Pair], settings: RoundConfig) -> list[Pair]:
+    """Take pairs at random, and of the others those on which the reward models disagree most.
+
+    Args:
+        candidates: in a random order.
+        settings: how many, and which share by disagreement.
+    """
+    active = math.floor(settings.active_share * settings.pairs)
+    random, rest = candidates[: settings.pairs - active], candidates[settings.pairs - active :]
+    most = sorted(rest, key=disagreement, reverse=True)[:active]
+    return [*random, *(replace(pair, chosen_by="active") for pair in most)]
+
+
+def _require_judges(config: RunConfig, settings: RoundConfig, there: int) -> None:
+    """Refuse what needs more reward models than the run has."""
+    if settings.active_share and there < 2:
+        raise ConfigError(
+            f"{config.run_dir}: pairs are chosen where reward models disagree, and it has {there}; "
+            "train several with reward_model.seeds=3 reward_model.keep_seeds=true, or leave "
+            "--active out"
+        )
+    if settings.best_share and not there:
+        raise ConfigError(
+            f"{config.run_dir}: the best of several responses is chosen by a reward model, and it "
+            "has none; leave --best out"
+        )
+
+
+def _score(response: Response) -> float:
+    return fmean(response.scores)
+
+
+def _demonstrations(config: RunConfig) -> dict[str, str]:
+    """Return what people wrote, by the prompt, as far as the policy could have written as much."""
+    if not config.data.demonstrations:
+        raise ConfigError(
+            f"{config.run_dir}: data.demonstrations is empty: there is no line of a human to "
+            "compare with; leave --human out"
+        )
+    tokenizer, most = load_tokenizer(config.folder.tokenizer), config.rollout.max_response_tokens
+    found = {}
+    for record in read_demonstrations(config.data.demonstrations):
+        asked, line = record.asked(), record.response.strip()
+        if line and len(tokenizer.encode(line)) < most:
+            found[_name(asked.prompt, asked.messages)] = line
+    return found
+
+
+def _sources(
+    config: RunConfig,
+    settings: RoundConfig,
+    prompts: Sequence[Prompt],
+    lines: Mapping[str, str],
+    rng: np.random.Generator,
+) -> dict[str, Source]:
+    """Draw where the two responses to each prompt come from, in the shares that are wanted."""
+    shares: dict[Source, float] = {
+        "human": settings.human_share,
+        "supervised": settings.supervised_share,
+        "best": settings.best_share,
+    }
+    found: dict[str, Source] = {}
+    free = [prompts[place] for place in rng.permutation(len(prompts))]
+    if settings.human_share:  # these first: few prompts may have a line of a human
+        free.sort(key=lambda prompt: _name(prompt.prompt, prompt.messages) not in lines)
+        wanted = round(settings.human_share * len(prompts))
+        there = sum(_name(p.prompt, p.messages) in lines for p in prompts)
+        if there < wanted:
+            raise ConfigError(
+                f"{config.run_dir}: {there} of {len(prompts)} prompts have a demonstration, and "
+                f"{wanted} are wanted for --human {settings.human_share:g}"
+            )
+    for source, share in shares.items():
+        taken, free = free[: round(share * len(prompts))], free[round(share * len(prompts)) :]
+        found |= {prompt.uid: source for prompt in taken}
+    return found | {prompt.uid: "policy" for prompt in free}
+
+
+def _by_policy(
+    policy: Sampler,
+    prompts: Sequence[Prompt],
+    sources: Mapping[str, Source],
+    settings: RoundConfig,
+    config: RunConfig,
+) -> dict[str, list[Response]]:
+    """Sample the policy once, twice, or so often that there is a best one."""
+    numbers = {"supervised": 1, "human": 1, "policy": 2, "best": 1 + settings.best_of}
+    found: dict[str, list[Response]] = {prompt.uid: [] for prompt in prompts}
+    for source, number in numbers.items():
+        part = [prompt for prompt in prompts if sources[prompt.uid] == source]
+        if part:
+            found |= _said(policy, "policy", part, number, settings, config)
+    return found
 
 
 def _said(
-    sampler: Sampler, policy: str, prompts: Sequence[Prompt], number: int, settings: RoundConfig
+    sampler: Sampler,
+    policy: str,
+    prompts: Sequence[Prompt],
+    number: int,
+    settings: RoundConfig,
+    config: RunConfig,
 ) -> dict[str, list[Response]]:
     """Sample each prompt; policies are sampled by different seeds, else they would say the same."""
     seed = derive_seed(settings.seed, f"{policy}-{settings.number}")
+    how = json.dumps(asdict(sampling_of(config.rollout, ())))
     found: dict[str, list[Response]] = {prompt.uid: [] for prompt in prompts}
     for answer in sampler.answers(prompts, seed, number):
         if answer.response and answer.finish_reason != "length":
-            response = Response(text=answer.response, policy=policy, seed=seed)
+            response = Response(
+                text=answer.response,
+                policy=policy,
+                version=sampler.iteration,
+                seed=seed,
+                sampling=how,
+            )
             found[answer.prompt.uid].append(response)
     return found
 
 
-def _prompts(config: RunConfig, settings: RoundConfig, rng: np.random.Generator) -> list[Prompt]:
+def _prompts(
+    config: RunConfig,
+    settings: RoundConfig,
+    rng: np.random.Generator,
+    others: Sequence[RunConfig],
+) -> list[Prompt]:
     """Draw prompts of the run that fit, have no tools, and that no round before has asked."""
     if not config.data.prompts:
         raise ConfigError(f"{config.run_dir}: data.prompts is empty; there is nothing to ask")
-    folder = config.folder
     asked = {
         _name(pair.prompt, pair.messages)
+        for folder in (config.folder, *(other.folder for other in others))
         for number in rounds_of(folder)
         for pair in read_pairs(folder.round(number).pairs)
     }
@@ -102,7 +248,7 @@ def _prompts(config: RunConfig, settings: RoundConfig, rng: np.random.Generator)
     if new:
         fitting, _ = encode_prompts(
             new,
-            load_tokenizer(folder.tokenizer),
+            load_tokenizer(config.folder.tokenizer),
             max_tokens=config.max_prompt_tokens,
             too_long="skip",
         )
@@ -113,7 +259,9 @@ def _prompts(config: RunConfig, settings: RoundConfig, rng: np.random.Generator)
             f"{config.run_dir}: {len(new)} prompts were not asked in an earlier round, and "
             f"{settings.pairs} pairs are wanted; ask for fewer (--pairs), or add prompts"
         )
-    count = min(len(new), round(_SPARE * settings.pairs) + 8)
+    active = settings.active_share * settings.pairs
+    candidates = settings.pairs - active + _POOL * active
+    count = min(len(new), round(_SPARE * candidates) + 8)
     return [new[place] for place in rng.permutation(len(new))[:count]]
 
 

@@ -52,6 +52,22 @@ def reward_weights(config: RunConfig) -> Path:
     return folder.weights if own is None or folder.weights.exists() else own
 
 
+def reward_models(config: RunConfig) -> list[Path]:
+    """Return the weights of the run's reward models, one of each seed where all are kept.
+
+    Raises:
+        DataError: as `reward_weights`.
+    """
+    found = []
+    for seed in range(config.reward_model.seeds):
+        folder = config.folder.reward_seed(seed)
+        if folder.path.exists():
+            found.append(folder.path if (folder.path / CONFIG).exists() else folder.weights)
+    if not found and config.reward_service.needs_model and reward_weights(config).exists():
+        found = [reward_weights(config)]
+    return found
+
+
 def require_earlier_stages(stage: str, config: RunConfig) -> None:
     """Refuse a stage that begins with weights which an earlier one has not left in the run yet.
 

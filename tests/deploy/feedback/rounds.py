@@ -22,8 +22,8 @@ def pairs_of(texts: Sequence[tuple[str, str, str]]) -> list[Pair]:
     return [
         Pair(
             prompt=prompt,
-            first=Response(text=first, policy="secret-policy", version=7, score=0.123456),
-            second=Response(text=second, policy="secret-sft", score=0.654321),
+            first=Response(text=first, policy="secret-policy", version=7, scores=(0.123456,)),
+            second=Response(text=second, policy="secret-sft", scores=(0.654321,)),
         )
         for prompt, first, second in texts
     ]
