@@ -67,8 +67,9 @@ class ReasoningConfig(QuickstartConfig):
     kind: Literal["reasoning"] = "reasoning"
     families: dict[str, dict[str, Any]] = Field(default={"chain_sum": {}, "spell_backward": {}})
     """Families of tasks, each with options of the library (its difficulty) and of ours (`chat`,
-    `system`), as in the name ``reasoning_gym:FAMILY?option=value``, and with a `weight`, its share
-    of the prompts (1)."""
+    `system`), as in the name ``reasoning_gym:FAMILY?option=value``, with a `weight`, its share of
+    the prompts (1), and with `demonstrations` of its own, where it is to have fewer or more than
+    the others."""
     prompts: PositiveInt = 2_000
     """Prompts of each family that the policy is trained on."""
     demonstrations: NonNegativeInt = 100
@@ -90,12 +91,23 @@ class ReasoningConfig(QuickstartConfig):
             weight = options.get("weight", 1.0)
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
                 raise ValueError(f"{name}: weight is {weight!r}; it is a number above 0")
+            taught = options.get("demonstrations", 0)
+            if isinstance(taught, bool) or not isinstance(taught, int) or taught < 0:
+                raise ValueError(f"{name}: demonstrations is {taught!r}; it is a number from 0 up")
         return families
 
     def options_of(self, family: str) -> dict[str, Any]:
         """Return a family's options, without what the library and its names know nothing of."""
-        return {name: value for name, value in self.families[family].items() if name != "weight"}
+        return {k: value for k, value in self.families[family].items() if k not in _OWN_OPTIONS}
 
     def weight_of(self, family: str) -> float:
         """Return a family's share of the prompts that the policy is trained on, beside others'."""
         return float(self.families[family].get("weight", 1.0))
+
+    def demonstrations_of(self, family: str) -> int:
+        """Return how many tasks of a family are imitated."""
+        return int(self.families[family].get("demonstrations", self.demonstrations))
+
+
+_OWN_OPTIONS = frozenset({"weight", "demonstrations"})
+"""What a family of the recipe says to us, and not to the library."""

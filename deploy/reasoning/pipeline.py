@@ -21,7 +21,7 @@ from deploy.evaluation.report import write_report
 from deploy.exchange.packaged import bring_model, to_import
 from deploy.reasoning.evaluation import evaluate
 from deploy.reasoning.outcome import Outcome, presentation
-from deploy.reasoning.task import held_out, require_tasks, settings_of, with_data
+from deploy.reasoning.task import held_out, require_tasks, taught, with_data
 from deploy.screen import say
 from deploy.stages import policy, preparation, supervised
 from deploy.stages.session import Session
@@ -66,7 +66,7 @@ def run_reasoning(session: Session) -> Outcome:
         for part in asked:
             out = f" ({part.overlapping} are in training too)" if part.overlapping else ""
             say(console, f"  {part.family}: {len(part.prompts)} held-out questions{out}")
-        if settings_of(config).demonstrations:
+        if taught(config):
             with session.stage("sft", "trained the supervised policy"):
                 if not (session.folder.sft.path / CONFIG).exists():
                     sft = supervised.run_sft(session, config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from common.config.quickstart import ReasoningConfig
@@ -29,14 +29,21 @@ def settings_of(config: RunConfig) -> ReasoningConfig:
     return config.quickstart
 
 
-def names_of(config: RunConfig, side: str, size: int) -> tuple[str, ...]:
+def names_of(config: RunConfig, side: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
     """Return the name of each family's tasks of one side; the sides have seeds of their own."""
     settings = settings_of(config)
     seed = derive_seed(config.seed, "reasoning", side) >> 32
     return tuple(
         name_of(family, {**settings.options_of(family), "size": size, "seed": seed})
-        for family in settings.families
+        for family, size in sizes.items()
     )
+
+
+def taught(config: RunConfig) -> dict[str, int]:
+    """Return how many tasks of each family are imitated, of those of which some are."""
+    settings = settings_of(config)
+    counts = {family: settings.demonstrations_of(family) for family in settings.families}
+    return {family: count for family, count in counts.items() if count}
 
 
 def with_data(config: RunConfig) -> RunConfig:
@@ -45,11 +52,13 @@ def with_data(config: RunConfig) -> RunConfig:
     Raises:
         ConfigError: it names other data, which would not be read.
     """
-    settings, taught = settings_of(config), settings_of(config).demonstrations
+    settings = settings_of(config)
     made = {
-        "prompts": names_of(config, "prompts", settings.prompts),
-        "demonstrations": names_of(config, "demonstrations", taught) if taught else (),
-        "evaluation": names_of(config, "held out", settings.held_out_prompts),
+        "prompts": names_of(config, "prompts", dict.fromkeys(settings.families, settings.prompts)),
+        "demonstrations": names_of(config, "demonstrations", taught(config)),
+        "evaluation": names_of(
+            config, "held out", dict.fromkeys(settings.families, settings.held_out_prompts)
+        ),
         "columns": COLUMNS,
         "mixture": {
             family: SourceConfig(weight=settings.weight_of(family)) for family in settings.families
@@ -75,12 +84,12 @@ def require_tasks(config: RunConfig) -> None:
     data = with_data(config).data
     for name in (*data.prompts, *data.demonstrations):
         require(name)
-    for name in names_of(config, "demonstrations", 1) if data.demonstrations else ():
+    for name in names_of(config, "demonstrations", dict.fromkeys(taught(config), 1)):
         [shown] = read_prompts([name], columns=("answer",))
         if shown.columns["answer"] is None:
             raise ConfigError(
                 f"quickstart.families.{family_of(name)}: gives no answers of its own to imitate; "
-                "set quickstart.demonstrations to 0, or leave the family out"
+                "give it demonstrations: 0, or leave the family out"
             )
 
 
