@@ -5,16 +5,35 @@ Heavy imports stand inside the commands, so that `talipot --help` is quick.
 
 from __future__ import annotations
 
-import getpass
 import json
-from contextlib import suppress
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from common.errors import ConfigError
-from deploy.cli.shared import CheckpointOption, RunArgument, app, console, note, of_run
+from deploy.cli.rounds import (
+    ActiveOption,
+    BestOption,
+    Desk,
+    GoldOption,
+    GuidelinesOption,
+    HostOption,
+    HumanOption,
+    MarkdownOption,
+    NameOption,
+    OverlapOption,
+    OverlapShareOption,
+    PairsOption,
+    PortOption,
+    PracticeOption,
+    RepeatShareOption,
+    SeedOption,
+    SupervisedOption,
+    propose_round,
+    serve_round,
+    settings_of,
+)
+from deploy.cli.shared import CheckpointOption, RunArgument, app, console, of_run
 from deploy.screen import say, show
 
 feedback = typer.Typer(help="Ask people which of two responses is better.", no_args_is_help=True)
@@ -29,122 +48,59 @@ NameArgument = Annotated[str, typer.Argument(help="A labeler's name.")]
 @feedback.command()
 def propose(
     run: RunArgument,
-    pairs: Annotated[int, typer.Option(min=1, help="How many.")] = 200,
-    supervised: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Share that compares the policy with what it began as."),
-    ] = 0.5,
-    best: Annotated[
-        float, typer.Option(min=0, max=1, help="Share that compares it with its best of 8.")
-    ] = 0.0,
-    human: Annotated[
-        float, typer.Option(min=0, max=1, help="Share that compares it with a demonstration.")
-    ] = 0.0,
-    active: Annotated[
-        float,
-        typer.Option(min=0, max=0.7, help="Share chosen where reward models of seeds disagree."),
-    ] = 0.0,
+    pairs: PairsOption = 200,
+    supervised: SupervisedOption = 0.5,
+    best: BestOption = 0.0,
+    human: HumanOption = 0.0,
+    active: ActiveOption = 0.0,
     checkpoint: CheckpointOption = None,
-    overlap: Annotated[int, typer.Option(min=1, help="People that some pairs are given to.")] = 2,
-    overlap_share: Annotated[float, typer.Option(min=0, max=1, help="Share of these.")] = 0.2,
-    repeat_share: Annotated[
-        float, typer.Option(min=0, max=1, help="Share that is shown again to the same person.")
-    ] = 0.05,
-    gold: Annotated[
-        list[str] | None,
-        typer.Option(help="A file of comparisons of which the better one is known; repeatable."),
-    ] = None,
-    practice: Annotated[
-        list[str] | None,
-        typer.Option(help="Likewise; everybody begins with these and is told the answer."),
-    ] = None,
-    guidelines: Annotated[
-        Path | None, typer.Option(help="A text that everybody reads before the first pair.")
-    ] = None,
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="Show texts as the Markdown that they are.")
-    ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 0,
+    overlap: OverlapOption = 2,
+    overlap_share: OverlapShareOption = 0.2,
+    repeat_share: RepeatShareOption = 0.05,
+    gold: GoldOption = None,
+    practice: PracticeOption = None,
+    guidelines: GuidelinesOption = None,
+    markdown: MarkdownOption = False,
+    seed: SeedOption = 0,
 ) -> None:
     """Make a new round: sample responses of a run's policies, and pair them. Needs no cluster."""
-    from common.config.feedback import RoundConfig
-    from common.data.records import read_comparisons
-    from deploy.feedback.propose import known_pairs, proposed
-    from deploy.feedback.rounds import make_round, read_guidelines, rounds_of
+    from deploy.feedback.loop import with_own_data
+    from deploy.feedback.rounds import rounds_of
 
-    config = of_run(run, None, None)
-    if supervised + best + human > 1:
-        raise ConfigError("--supervised, --best and --human are more than all pairs together")
-    settings = RoundConfig(
-        number=max(rounds_of(config.folder), default=0) + 1,
-        run=config.name,
-        seed=seed,
-        pairs=pairs,
+    config = with_own_data(of_run(run, None, None))
+    settings = settings_of(
+        config,
+        max(rounds_of(config.folder), default=0) + 1,
+        guidelines,
         supervised_share=supervised,
         best_share=best,
         human_share=human,
         active_share=active,
         checkpoint=checkpoint or "",
+        pairs=pairs,
         overlap=overlap,
         overlap_share=overlap_share,
         repeat_share=repeat_share,
-        guidelines=read_guidelines(guidelines) if guidelines else "",
         markdown=markdown,
+        seed=seed,
     )
-    known = known_pairs(read_comparisons(gold), seed, "gold") if gold else []
-    begin = known_pairs(read_comparisons(practice), seed, "practice") if practice else []
-    sampled, which = proposed(config, settings)
-    note(which)
-    settings = settings.model_copy(update={"policy": which})
-    made = make_round(config.folder, settings, sampled, known, begin)
-    also = f" and {len(known)} that are known" if known else ""
-    say(console, f"round {settings.number}: {pairs} pairs{also}")
-    say(console, (str(made.path), "bold"))
+    propose_round(config, config, settings, gold, practice)
 
 
 @feedback.command()
 def serve(
     run: RunArgument,
     number: RoundOption = None,
-    name: Annotated[
-        str | None, typer.Option("--as", help="Print a link for this labeler; left out, for you.")
-    ] = None,
-    host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
-    port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Left out, the first free one from 8970.")
-    ] = None,
+    name: NameOption = None,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = None,
 ) -> None:
     """Show a round's pairs to who was invited; Ctrl-C ends it, and loses nothing."""
-    import asyncio
-
-    from deploy.feedback.pages import Round
     from deploy.feedback.rounds import round_of
-    from deploy.feedback.server import serve
-    from deploy.listening import is_local
 
     config = of_run(run, None, None)
     folder, settings = round_of(config.folder, number)
-    served = Round(
-        name=f"{config.name}, round {settings.number}",
-        folder=folder,
-        settings=settings,
-        access=config.folder.labelers,
-        address=config.folder.labelling_address,
-    )
-    if not is_local(host):
-        note("others on the network can read what is sent: put TLS before it, or use ssh -L")
-    say(console, f"{served.name}; Ctrl-C ends it")
-    with suppress(KeyboardInterrupt):  # the way to leave it
-        asyncio.run(
-            serve(
-                served,
-                host,
-                port,
-                lambda url: say(console, (url, "bold")),
-                note,
-                name or _own_name(),
-            )
-        )
+    serve_round(config, folder, settings, Desk(name=name, host=host, port=port))
 
 
 @feedback.command()
@@ -240,9 +196,3 @@ def close(
         return
     say(console, f"round {settings.number} is closed; `--reopen` opens it again")
     say(console, f"{folder.comparisons}: {export_round(folder, settings)} comparisons")
-
-
-def _own_name() -> str:
-    with suppress(OSError, KeyError):
-        return getpass.getuser()
-    return "you"

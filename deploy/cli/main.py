@@ -1,11 +1,11 @@
-"""The command line: every command stands in `recipes` or `runs`; how one ends in `deploy.exits`."""
+"""The command line: commands stand in files beside this one; how one ends in `deploy.exits`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NoReturn
 
-from deploy.cli import feedback, recipes, runs  # noqa: F401  (their commands are registered)
+from deploy.cli import feedback, loop, recipes, runs  # noqa: F401  (their commands are registered)
 from deploy.cli.shared import app, errors
 from deploy.exits import run_to_end
 

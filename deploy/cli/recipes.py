@@ -5,7 +5,6 @@ Heavy imports stand inside the commands, so that `talipot --help` is quick.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,14 +23,12 @@ from deploy.cli.shared import (
     place,
     print_numbers,
     recipe_file,
+    run_stage,
 )
 from deploy.screen import at_work, say, show
 
 if TYPE_CHECKING:
     from deploy.stages.session import Session
-
-Stage = Callable[["Session", RunConfig], Mapping[str, Any]]
-"""A stage of a run: trains something in a session, and returns numbers to print."""
 
 
 @app.command()
@@ -65,7 +62,7 @@ def sft(
     """Train the supervised policy on demonstrations."""
     from deploy.stages.supervised import run_sft
 
-    _stage("sft", run_sft, load(config, overrides, address), writer="sft")
+    run_stage("sft", run_sft, load(config, overrides, address), writer="sft")
 
 
 @app.command()
@@ -75,7 +72,7 @@ def reward(
     """Train the reward model on comparisons; needs the run's supervised policy."""
     from deploy.stages.supervised import run_reward
 
-    _stage("reward", run_reward, load(config, overrides, address), writer="reward")
+    run_stage("reward", run_reward, load(config, overrides, address), writer="reward")
 
 
 @app.command()
@@ -121,7 +118,7 @@ def train(
             facts = run_train(session, config, stop_after=stop_after, resumption=resumption)
             return outcome_of(session.config, facts)
 
-        _stage("train", train_it, resolved, attach=True, address=address)
+        run_stage("train", train_it, resolved, attach=True, address=address)
 
 
 @app.command()
@@ -196,29 +193,3 @@ def import_model(
     with at_work(console, f"importing {source}"):
         facts = make(source, target, precision)
     print_numbers(str(target), facts)
-
-
-def _stage(
-    name: str,
-    run: Stage,
-    config: RunConfig,
-    *,
-    writer: str = "",
-    attach: bool = False,
-    address: str | None = None,
-) -> None:
-    """Run one stage in a session of its own, opened by these options, and print its numbers."""
-    from deploy.run_folder.lock import at_work
-    from deploy.stages.preparation import prepare_tokenizer
-    from deploy.stages.session import open_session
-    from deploy.validation.validate import require_stage
-
-    if at_work(config.run_dir) is None:
-        require_stage(config, name)
-    opened = open_session(config, console, writer=writer, attach=attach, address=address)
-    with opened as session:
-        with session.stage("tokenizer", "tokenizer", least_s=1.0):
-            resolved = prepare_tokenizer(session, session.config)
-        with session.stage(name, name):
-            numbers = run(session, resolved)
-    print_numbers(f"{resolved.run_dir}: {name}", numbers)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from common.config.recipe import load_config
 from common.config.run import RunConfig
 from deploy.screen import make_console, say, show
+
+if TYPE_CHECKING:
+    from deploy.stages.session import Session
+
+Stage = Callable[["Session", RunConfig], Mapping[str, Any]]
+"""A stage of a run: trains something in a session, and returns numbers to print."""
 
 app = typer.Typer(name="talipot", pretty_exceptions_enable=False, invoke_without_command=True)
 
@@ -92,3 +98,29 @@ def print_numbers(title: str, numbers: Mapping[str, Any]) -> None:
     for key, value in numbers.items():
         shown = f"{value:.4g}" if isinstance(value, float) else str(value)
         say(console, f" {key:<{width}}  ", (shown, "bold"))
+
+
+def run_stage(
+    name: str,
+    run: Stage,
+    config: RunConfig,
+    *,
+    writer: str = "",
+    attach: bool = False,
+    address: str | None = None,
+) -> None:
+    """Run one stage in a session of its own, opened by these options, and print its numbers."""
+    from deploy.run_folder.lock import at_work
+    from deploy.stages.preparation import prepare_tokenizer
+    from deploy.stages.session import open_session
+    from deploy.validation.validate import require_stage
+
+    if at_work(config.run_dir) is None:
+        require_stage(config, name)
+    opened = open_session(config, console, writer=writer, attach=attach, address=address)
+    with opened as session:
+        with session.stage("tokenizer", "tokenizer", least_s=1.0):
+            resolved = prepare_tokenizer(session, session.config)
+        with session.stage(name, name):
+            numbers = run(session, resolved)
+    print_numbers(f"{resolved.run_dir}: {name}", numbers)

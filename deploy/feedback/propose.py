@@ -27,6 +27,7 @@ from common.data.tokenizer import load_tokenizer
 from common.errors import ConfigError, DataError
 from common.logprobs import sampling_of
 from common.randomness import derive_seed
+from common.run_folder import RunFolder
 from deploy.feedback.disagreement import disagreement, scored
 from deploy.feedback.pairs import Pair, Response, read_pairs
 from deploy.feedback.rounds import rounds_of
@@ -48,7 +49,7 @@ _SURE: Final = 0.9
 
 
 def proposed(
-    config: RunConfig, settings: RoundConfig, others: Sequence[RunConfig] = ()
+    config: RunConfig, settings: RoundConfig, base: RunFolder | None = None
 ) -> tuple[list[Pair], str]:
     """Sample responses to prompts that no round before has asked, and pair them.
 
@@ -58,7 +59,7 @@ def proposed(
     Args:
         config: of the run whose policies are sampled.
         settings: of the round.
-        others: further runs whose rounds have asked prompts.
+        base: of the run that has the rounds; None: the same.
 
     Returns:
         The pairs, and which policy it is, in a line.
@@ -71,7 +72,7 @@ def proposed(
     judges = reward_models(config)
     _require_judges(config, settings, len(judges))
     rng = np.random.default_rng(derive_seed(settings.seed, f"propose-{settings.number}"))
-    prompts = _prompts(config, settings, rng, others)
+    prompts = _prompts(config, settings, rng, base or config.folder)
     lines = _demonstrations(config) if settings.human_share else {}
     sources = _sources(config, settings, prompts, lines, rng)
     policy = Sampler(config, sft=False, checkpoint=settings.checkpoint or None)
@@ -232,16 +233,15 @@ def _prompts(
     config: RunConfig,
     settings: RoundConfig,
     rng: np.random.Generator,
-    others: Sequence[RunConfig],
+    base: RunFolder,
 ) -> list[Prompt]:
     """Draw prompts of the run that fit, have no tools, and that no round before has asked."""
     if not config.data.prompts:
         raise ConfigError(f"{config.run_dir}: data.prompts is empty; there is nothing to ask")
     asked = {
         _name(pair.prompt, pair.messages)
-        for folder in (config.folder, *(other.folder for other in others))
-        for number in rounds_of(folder)
-        for pair in read_pairs(folder.round(number).pairs)
+        for number in rounds_of(base)
+        for pair in read_pairs(base.round(number).pairs)
     }
     known = {p.uid: p for p in read_prompts(config.data.prompts) if not p.tools}
     new = [p for p in known.values() if _name(p.prompt, p.messages) not in asked]

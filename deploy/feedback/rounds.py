@@ -139,6 +139,15 @@ def close_round(folder: RoundFolder, *, reopen: bool = False) -> None:
     store.close()
 
 
+def is_closed(folder: RoundFolder) -> bool:
+    """Whether a round was closed. Raises DataError where its file is missing or damaged."""
+    store = Store(folder.answers)
+    try:
+        return store.is_closed()
+    finally:
+        store.close()
+
+
 def export_round(
     folder: RoundFolder, settings: RoundConfig, without: Collection[str] = (), how: How = "rows"
 ) -> int:

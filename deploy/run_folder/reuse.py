@@ -39,7 +39,7 @@ def reused_from(
         ConfigError: the new run has no name of its own, or an override changes nothing.
     """
     source = config_of(run)
-    reuse = _results(source)
+    reuse = results_of(source)
     _require_effects(overrides, reuse, source)
     if recipe is not None:
         config = anchored(load_config(recipe, overrides, given))
@@ -58,7 +58,7 @@ def reused_from(
     return config.model_copy(update={"reuse": reuse})
 
 
-def _results(source: RunConfig) -> ReuseConfig:
+def results_of(source: RunConfig) -> ReuseConfig:
     """Return where a run's results lie; of a third run's, there."""
     folder = source.folder
     sft, reward = folder.sft.path, folder.reward_model.path
