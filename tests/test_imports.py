@@ -56,7 +56,8 @@ LAYERS: dict[str, list[set[str]]] = {
         {"evaluation", "stages"},
         {"commands", "config_docs", "instruct", "metric_docs", "monitoring", "quickstart"}
         | {"reasoning", "recipes", "sampler", "samples", "scorer"},
-        {"feedback", "tasks", "watch"},
+        {"feedback", "tasks"},
+        {"watch"},
         {"cli"},
     ],
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -10,9 +11,10 @@ from common.config.feedback import RoundConfig
 from common.run_folder import RoundFolder
 from deploy.evaluation.intervals import Interval
 from deploy.feedback.agreement import LabelerFigures, Share, alpha_interval, figures_of, units_of
-from deploy.feedback.answers import of_kind
+from deploy.feedback.answers import Answer, of_kind
+from deploy.feedback.disagreement import preferred
 from deploy.feedback.export import gold_of
-from deploy.feedback.pairs import read_pairs
+from deploy.feedback.pairs import Pair, read_pairs
 from deploy.feedback.store import Store
 from deploy.screen import Part
 
@@ -28,6 +30,8 @@ COLUMNS: Final = (
     "again",
 )
 _ALPHA_LEAST: Final = 0.2
+_RECENT_S: Final = 1800.0
+"""Of which answers say how fast people are."""
 _ENOUGH: Final = 20
 """Shared pairs from which on their agreement is judged."""
 
@@ -51,6 +55,13 @@ class RoundStanding:
     """Pairs that several people have answered, known ones left out."""
     alpha: Interval | None
     """Krippendorff's, over these; None where nothing can be said yet."""
+    per_hour: float | None
+    """Answers of the last half hour, as a rate; None where there were none."""
+    seconds_left: float | None
+    """Until all are there, at this rate."""
+    model: Share
+    """Preferences of people that the reward model shares, over pairs that were chosen at random:
+    of those that people preferred something of, and models have scored."""
     labelers: Sequence[LabelerFigures]
 
     @property
@@ -82,14 +93,28 @@ class RoundStanding:
         ]
 
 
-def standing_of(folder: RoundFolder, settings: RoundConfig) -> RoundStanding:
-    """Look at a round. Raises DataError where a file of it is missing or damaged."""
+def standing_of(
+    folder: RoundFolder, settings: RoundConfig, now: float | None = None
+) -> RoundStanding:
+    """Look at a round.
+
+    Args:
+        folder: of the round.
+        settings: likewise.
+        now: unix seconds; None is the clock's.
+
+    Raises:
+        DataError: a file of it is missing or damaged.
+    """
+    now = time.time() if now is None else now
     pairs = read_pairs(folder.pairs)
     store = Store(folder.answers)
     standing, left, closed = store.standing(), store.left(), store.is_closed()
     store.close()
     first, gold = of_kind(standing), gold_of(pairs)
     units = units_of(standing, gold)
+    recent = sum(now - answer.at < _RECENT_S for answer in standing)
+    per_hour = recent * 3600 / _RECENT_S if recent and not closed else None
     return RoundStanding(
         round=settings.number,
         pairs=len(pairs),
@@ -99,6 +124,9 @@ def standing_of(folder: RoundFolder, settings: RoundConfig) -> RoundStanding:
         closed=closed,
         shared=sum(len(unit) > 1 for unit in units),
         alpha=alpha_interval(units, settings.seed),
+        per_hour=per_hour,
+        seconds_left=3600 * left / per_hour if per_hour else None,
+        model=_of_the_model(pairs, first),
         labelers=figures_of(standing, gold),
     )
 
@@ -111,9 +139,31 @@ def lines_of(standing: RoundStanding) -> list[list[Part]]:
     done = f"{standing.answered} of {standing.pairs} pairs answered · {standing.left} answers to go"
     if standing.closed:
         done += " · closed"
+    if standing.per_hour and standing.seconds_left:
+        minutes = standing.seconds_left / 60
+        done += f" · {standing.per_hour:.0f} an hour, about {minutes:.0f} min left"
     lines: list[list[Part]] = [[(f"round {standing.round}", "italic"), f" · {done}{agree}"]]
+    if (found := standing.model.interval) is not None:
+        share = f"{found.mean:.0%} ({found.low:.0%} to {found.high:.0%})"
+        of = f"{standing.model.of} answers to random pairs"
+        lines.append([f"the reward model agrees with {share} of {of}"])
     lines += [[(concern, "yellow")] for concern in standing.concerns]
     return lines
+
+
+def _of_the_model(pairs: Sequence[Pair], answers: Sequence[Answer]) -> Share:
+    """Count preferences that are the reward model's too, where nothing chose the pairs by it."""
+    random = {
+        pair.uid: preferred(pair) > 0.5
+        for pair in pairs
+        if pair.chosen_by == "random" and pair.first.scores
+    }
+    said = [
+        (random[answer.pair_uid], answer.preference > 0)
+        for answer in answers
+        if answer.preference and answer.pair_uid in random
+    ]
+    return Share(hits=sum(model == person for model, person in said), of=len(said))
 
 
 def _share(share: Share) -> str:

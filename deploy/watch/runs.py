@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -15,6 +16,9 @@ from common.data.tokenizer import Tokenizer, load_tokenizer
 from common.errors import DataError
 from common.metric_catalogue import Logged
 from deploy.evaluation.facts import facts_of
+from deploy.feedback.rounds import round_of, rounds_of
+from deploy.feedback.standing import COLUMNS
+from deploy.feedback.standing import standing_of as round_standing
 from deploy.health.checks import CHECKS
 from deploy.health.history import History
 from deploy.lanes import Life, lives_of, timeline_of, times_of
@@ -29,6 +33,8 @@ from deploy.watch.panels import TABS, Columns, columns_of, drawn
 _EVENTS: Final = 200
 """Of what has happened, the last so many are told."""
 _SAMPLES: Final = 40
+_FEEDBACK_S: Final = 3.0
+"""Between looks at a round of feedback, all of which is read each time."""
 
 
 class WatchedRun:
@@ -46,6 +52,7 @@ class WatchedRun:
         self._lock = threading.Lock()
         self._columns: tuple[tuple[int, int], Columns] | None = None
         self._tokenizer: Tokenizer | None = None
+        self._feedback: tuple[float, tuple[int, ...], dict[str, Any]] | None = None
 
     @property
     def name(self) -> str:
@@ -58,15 +65,17 @@ class WatchedRun:
             config, log = self._current(), self._log.log()
             standing = standing_of(config, log)
             facts = facts_of(config, log.lines)
+        told = self._told_of_feedback()
         return {
             "name": self.name,
             "version": list(_version(log)),
+            "feedback": [str(part) for part in told],
             "standing": asdict(standing),
             "facts": facts,
             "tiles": _tiles(standing),
             "health": [{**asdict(v), "section": v.section} for v in standing.health],
             "checks": len(CHECKS) if any(line.stage == "train" for line in log.lines) else 0,
-            "tabs": [tab for tab in TABS if self._has(tab, log)],
+            "tabs": [tab for tab in TABS if self._has(tab, log)] + ["feedback"] * bool(told),
         }
 
     def panels(self, tab: str) -> dict[str, Any]:
@@ -95,6 +104,37 @@ class WatchedRun:
             "timeline": None if timeline is None else asdict(timeline),
             "events": [asdict(event) for event in events[-_EVENTS:][::-1]],
         }
+
+    def feedback(self) -> dict[str, Any]:
+        """Return how the newest round of feedback is. Raises TalipotError where it is damaged."""
+        folder, settings = round_of(self._current().folder, None)
+        told = self._told_of_feedback()
+        with self._lock:
+            known = self._feedback
+        if known is None or (known[1] != told and time.monotonic() - known[0] > _FEEDBACK_S):
+            standing = round_standing(folder, settings)
+            facts = {
+                **standing.facts(),
+                "columns": list(COLUMNS),
+                "rows": standing.rows(),
+                "rounds": rounds_of(self.config.folder),
+            }
+            known = time.monotonic(), told, facts
+            with self._lock:
+                self._feedback = known
+        return known[2]
+
+    def _told_of_feedback(self) -> tuple[int, ...]:
+        """Tell one state of the newest round from another; empty where there is none."""
+        numbers = rounds_of(self.config.folder)
+        if not numbers:
+            return ()
+        answers = self.config.folder.round(numbers[-1]).answers
+        found = [numbers[-1]]
+        for path in (answers, answers.with_name(f"{answers.name}-wal")):
+            with suppress(OSError):
+                found += [path.stat().st_mtime_ns, path.stat().st_size]
+        return tuple(found)
 
     def samples(self, iteration: int | None, order: str, seed: int) -> dict[str, Any]:
         """Return responses of an iteration, without their tokens, and score and length of all.

@@ -145,6 +145,7 @@ def application(runs: Sequence[WatchedRun], guard: Any) -> web.Application:
             web.get(f"{run}/state", about(lambda run, _: run.state())),
             web.get(f"{run}/panels/{{tab}}", about(_panels)),
             web.get(f"{run}/workers", about(lambda run, _: run.workers())),
+            web.get(f"{run}/feedback", about(lambda run, _: run.feedback())),
             web.get(f"{run}/samples", about(_samples)),
             web.get(
                 f"{run}/samples/{{rollout}}",

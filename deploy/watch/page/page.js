@@ -1,12 +1,16 @@
 // The live page: asks the server what a run's folder says, and draws it.
 // Texts are put in as texts, never as markup; nothing is asked of any other place.
 import { chart, forget } from "./charts.js";
+import { feedbackOf } from "./feedback.js";
 import { timelineOf } from "./lanes.js";
 import { button, el, fixed, fmt, get, replace, timeOf } from "./parts.js";
 import { leave, samples } from "./samples.js";
 
 const POLL_MS = 1500;
-const TABS = ["outcome", "learning", "throughput", "workers", "samples", "health", "supervised"];
+const TABS = [
+  "outcome", "learning", "throughput", "workers", "samples", "health", "supervised", "feedback",
+];
+const SOME = ["supervised", "feedback"];  // tabs that not every run has
 const now = {
   runs: [], chosen: [0], tab: "outcome", states: new Map(), drawn: "", busy: false, again: false,
 };
@@ -38,7 +42,7 @@ function head() {
   ]);
   for (const tab of TABS) {
     const own = at(`tab-${tab}`);
-    own.hidden = tab === "supervised" && !state.tabs.includes(tab);
+    own.hidden = SOME.includes(tab) && !state.tabs.includes(tab);
     if (tab === "health") own.textContent = state.health.length ? `health (${state.health.length})` : tab;
   }
 }
@@ -206,6 +210,7 @@ async function view(tab, chosen, state) {
   if (tab === "workers") return workers(chosen);
   if (tab === "health") return health(state);
   if (tab === "samples") return samples(chosen[0], put);
+  if (tab === "feedback") return feedbackOf(await get(`api/runs/${chosen[0]}/feedback`));
   return panels(tab, chosen);
 }
 
@@ -234,7 +239,7 @@ async function tick() {
     document.body.classList.remove("gone");
     head();
     const lives = states[0].standing.workers.map((worker) => [worker.name, worker.state]);
-    const live = tab === "workers" ? lives : tab === "health" ? states[0].health : "";
+    const live = { workers: lives, health: states[0].health, feedback: states[0].feedback }[tab] ?? "";
     const wanted = JSON.stringify([chosen, tab, states.map((state) => state.version), live]);
     if (wanted !== now.drawn) {
       const made = await view(tab, chosen, states[0]);

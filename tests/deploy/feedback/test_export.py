@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -146,6 +147,10 @@ def test_a_round_is_exported_and_looked_at(tmp_path: Path) -> None:
     standing = standing_of(chosen, settings)
     assert (standing.pairs, standing.answered, standing.labelers[0].gold.hits) == (6, 6, 1)
     assert standing.concerns == [] and standing.alpha is None
+    # The model prefers the second response of each pair, ann the first; all was a moment ago.
+    assert (standing.model.hits, standing.model.of) == (0, 5)
+    assert standing.per_hour == pytest.approx(2 * len(chosen.raw.read_text().splitlines()))
+    assert standing_of(chosen, settings, time.time() + 3600).per_hour is None
     assert "6 of 6 pairs answered" in "".join(
         part if isinstance(part, str) else part[0] for part in lines_of(standing)[0]
     )

@@ -15,7 +15,9 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from common.config.run import RunConfig
 from deploy.evaluation.report import write_report
+from deploy.feedback.store import Store
 from deploy.run_folder.log_lines import read_lines
+from tests.deploy.feedback.rounds import plain, round_in
 from tests.deploy.watch.served import event, log, log_samples, metrics_of, run_folder, served
 
 CHROMIUM = shutil.which("chromium")
@@ -157,6 +159,19 @@ def test_samples_are_read_token_by_token_and_do_nothing(
         assert page.title() != "stolen"
 
 
+def asked_people(config: RunConfig) -> None:
+    """A round that two people have answered, one of them always by the left side."""
+    made = round_in(config.run_dir, plain(40), overlap_share=1.0, repeat_share=0.0)
+    store = Store(made.answers)
+    for name, steps in (("ann", (1, 4, 5)), (HOSTILE[1], (0,))):
+        store.welcome(name)
+        for number in range(30):
+            task = store.next_task(name)
+            assert task is not None
+            store.submit(name, task.key, step=steps[number % len(steps)], seconds=20.0)
+    store.close()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_everybody_can_use_it_on_any_screen(
     browser: Browser, workspace: RunConfig, tmp_path: Path, scheme: Any
@@ -164,12 +179,13 @@ def test_everybody_can_use_it_on_any_screen(
     config = run_folder(workspace, tmp_path)
     log(config, "train", 7, {**metrics_of(7), "entropy": 0.01, "kl": 60.0})
     log_samples(config, 5, ["file " * 60, *HOSTILE])
+    asked_people(config)
     context = browser.new_context(color_scheme=scheme)
     with served([config.run_dir, config.run_dir]) as url, context.new_page() as page:
         seen = Watched(page, url)
         for width in (1280, 390):
             page.set_viewport_size({"width": width, "height": 900})
-            for tab in TABS:
+            for tab in (*TABS, "feedback"):
                 seen.open(tab)
                 wide = page.evaluate("document.documentElement.scrollWidth")
                 assert wide <= width, f"{tab} is {wide} wide at {width}"

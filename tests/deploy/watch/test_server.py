@@ -13,10 +13,12 @@ import pytest
 
 from common.config.run import RunConfig
 from common.errors import ConfigError, DataError
+from deploy.feedback.store import Store
 from deploy.run_folder.log_lines import Follower, read_lines
 from deploy.watch.runs import WatchedRun
 from deploy.watch.server import runs_in
 from tests.deploy.commands import Run, refused
+from tests.deploy.feedback.rounds import plain, round_in
 from tests.deploy.watch.served import event, log, log_samples, metrics_of, run_folder, served
 
 HOSTILE = "<script>alert(1)</script> \x1b[31mred \u202egnp"
@@ -89,6 +91,35 @@ def test_it_tells_what_workers_are_at(workspace: RunConfig, tmp_path: Path) -> N
     assert lanes["rollout-2"]["spans"] == [["idle", 134.0, 160.0]]
     config.folder.activity.unlink()
     assert WatchedRun(config.run_dir).workers()["timeline"] is None, "of an earlier version"
+
+
+def test_it_tells_how_a_round_of_feedback_is(workspace: RunConfig, tmp_path: Path) -> None:
+    config = run_folder(workspace, tmp_path)
+    with served([config.run_dir]) as url:
+        state = httpx.get(f"{url}api/runs/0/state").json()
+        assert "feedback" not in state["tabs"] and state["feedback"] == []
+        assert httpx.get(f"{url}api/runs/0/feedback").status_code == 422
+        made = round_in(config.run_dir, plain(30), overlap_share=0.0, repeat_share=0.0)
+        state = httpx.get(f"{url}api/runs/0/state").json()
+        assert "feedback" in state["tabs"]
+        told = httpx.get(f"{url}api/runs/0/feedback").json()
+        assert (told["round"], told["pairs"], told["left"], told["rows"]) == (1, 30, 30, [])
+        store = Store(made.answers)
+        store.welcome("ann")
+        for _ in range(20):  # always the left one
+            task = store.next_task("ann")
+            assert task is not None
+            store.submit("ann", task.key, step=0, seconds=1.0)
+        store.close()
+        later = httpx.get(f"{url}api/runs/0/state").json()
+        assert later["feedback"] != state["feedback"], "the page is to ask again"
+        deadline = time.monotonic() + 10
+        while not (told := httpx.get(f"{url}api/runs/0/feedback").json())["rows"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert (told["answered"], told["left"], told["rounds"]) == (20, 10, [1])
+        assert told["per_hour"] == pytest.approx(40) and told["seconds_left"] == pytest.approx(900)
+        assert any("ann prefers the left side in 100% of 20" in text for text in told["concerns"])
 
 
 def test_what_is_wrong_is_one_line(workspace: RunConfig, tmp_path: Path) -> None:
