@@ -69,7 +69,7 @@ class Practice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
+class HowFar:
     """How far a labeler is, and the round."""
 
     answered: int
@@ -131,7 +131,7 @@ class Desk:
             left_is_better=(pair.gold > 0) == is_left,
         )
 
-    def progress(self, labeler: str) -> Progress:
+    def progress(self, labeler: str) -> HowFar:
         """Return how far a labeler and the round are; a large round as it was a moment ago."""
         begin = time.monotonic()
         if begin > self._counted_until:
@@ -139,7 +139,7 @@ class Desk:
             end = time.monotonic()
             self._counted_until = end + _COUNTED_FOR * (end - begin)
         left, wanted = self._counts
-        return Progress(
+        return HowFar(
             answered=self.store.answered(labeler),
             pace=self.store.pace(labeler),
             given=wanted - left,
