@@ -81,7 +81,7 @@ class RewardModelConfig(Section):
     seeds: PositiveInt = 1
     """Models trained from different heads and orders; the most accurate is kept."""
     keep_seeds: bool = False
-    """Keep the others too, so that `talipot feedback propose` can ask where they disagree."""
+    """Keep the others too, so that `talipot feedback propose RUN` can ask where they disagree."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number type of products, as in `learner`."""
     max_grad_norm: PositiveFloat = 1.0
