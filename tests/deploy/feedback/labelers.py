@@ -37,7 +37,12 @@ class Simulated:
     noise: float = 0.0
     margin: float = 0.0
     """Responses that are nearer to each other are tied."""
-    answered: int = 0
+    twice: float = 0.0
+    """Share of answers that are sent a second time, as by a double click."""
+    acknowledged: list[str] = field(default_factory=list)
+    """Keys of the answers that the server said it had stored."""
+    seconds: list[float] = field(default_factory=list)
+    """Of each request: a page, and an answer until its next page is asked for."""
     _client: httpx.Client | None = field(default=None)
     _address: str = ""
 
@@ -50,15 +55,22 @@ class Simulated:
         client = self._signed_in()
         if client is None:
             return False
+        begin = time.perf_counter()
         page = client.get("/").text
+        self.seconds.append(time.perf_counter() - begin)
         found = re.search(r'name="key" value="([^"]*)"', page)
         if found is None:
             return False
         form = re.search(r'name="form" value="([^"]*)"', page)
         assert form is not None
         data = {"form": form[1], "key": found[1], "step": str(self._step(page))}
+        begin = time.perf_counter()
         said = client.post("/answer", data=data)
-        self.answered += said.status_code == 303
+        self.seconds.append(time.perf_counter() - begin)
+        if said.status_code == 303:
+            self.acknowledged.append(found[1])
+        if _drawn(self.name, found[1]) < self.twice:
+            client.post("/answer", data=data)
         return True
 
     def _signed_in(self) -> httpx.Client | None:
@@ -85,10 +97,15 @@ class Simulated:
         prompt, left, right = texts_of(page)
         differ = self.quality(prompt, left) - self.quality(prompt, right)
         sides = "\0".join(sorted((left, right)))
-        digest = hashlib.blake2b(f"{self.name}\0{prompt}\0{sides}".encode(), digest_size=8)
-        if int.from_bytes(digest.digest(), "big") / 2**64 < self.noise:
+        if _drawn(self.name, prompt, sides) < self.noise:
             differ = -differ
         return 3 if abs(differ) <= self.margin else 1 if differ > 0 else 5
+
+
+def _drawn(*of: str) -> float:
+    """A number from 0 to 1 that follows from texts."""
+    digest = hashlib.blake2b("\0".join(of).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
 def texts_of(page: str) -> tuple[str, str, str]:
@@ -99,25 +116,31 @@ def texts_of(page: str) -> tuple[str, str, str]:
 
 
 @contextmanager
-def at_work(people: Sequence[Simulated], *, stopping_after: int | None = None) -> Iterator[None]:
-    """Have people label by turns in the background, whenever a round of their run is served."""
+def at_work(people: Sequence[Simulated], *, together: bool = False) -> Iterator[None]:
+    """Have people label in the background, whenever a round of their run is served.
+
+    Args:
+        people: by turns, so that who is asked what is the same each time;
+        together: each by themselves instead.
+    """
     ended = threading.Event()
 
-    def work() -> None:
+    def work(some: Sequence[Simulated]) -> None:
         while not ended.is_set():
             busy = False
-            for who in people:
-                if stopping_after is not None and who.answered >= stopping_after:
-                    continue
+            for who in some:
                 with suppress(httpx.HTTPError):
                     busy |= who.answer()
             if not busy:
                 time.sleep(0.1)
 
-    thread = threading.Thread(target=work, name="labelers")
-    thread.start()
+    groups = [[who] for who in people] if together else [people]
+    threads = [threading.Thread(target=work, args=(group,)) for group in groups]
+    for thread in threads:
+        thread.start()
     try:
         yield
     finally:
         ended.set()
-        thread.join()
+        for thread in threads:
+            thread.join()
