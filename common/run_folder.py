@@ -192,7 +192,13 @@ class RunFolder:
 
     def reward_seed(self, seed: int) -> RewardModelFolder:
         """Return one of the reward models of several seeds, where they are kept."""
-        return RewardModelFolder(self.path / "reward_seeds" / f"{seed:03d}")
+        return RewardModelFolder(self.reward_seeds / f"{seed:03d}")
+
+    @property
+    def reward_seeds(self) -> Path:
+        """Folder of the reward models of all seeds; beside the reward model, whose ever it is."""
+        reused = self.reused.reward_model
+        return (self.path if reused is None else reused.parent) / "reward_seeds"
 
     @property
     def policy(self) -> PolicyFolder:

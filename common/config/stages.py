@@ -81,7 +81,8 @@ class RewardModelConfig(Section):
     seeds: PositiveInt = 1
     """Models trained from different heads and orders; the most accurate is kept."""
     keep_seeds: bool = False
-    """Keep the others too, so that `talipot feedback propose RUN` can ask where they disagree."""
+    """Keep the models of all seeds, in ``reward_seeds/``: `talipot feedback propose RUN` can ask
+    people where they disagree."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number type of products, as in `learner`."""
     max_grad_norm: PositiveFloat = 1.0

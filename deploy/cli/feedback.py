@@ -20,6 +20,7 @@ from deploy.cli.rounds import (
     HostOption,
     HumanOption,
     MarkdownOption,
+    MeanOption,
     NameOption,
     OverlapOption,
     OverlapShareOption,
@@ -29,6 +30,7 @@ from deploy.cli.rounds import (
     RepeatShareOption,
     SeedOption,
     SupervisedOption,
+    WithoutOption,
     propose_round,
     serve_round,
     settings_of,
@@ -163,12 +165,8 @@ def status(
 def export(
     run: RunArgument,
     number: RoundOption = None,
-    without: Annotated[
-        list[str] | None, typer.Option(help="A labeler whose answers are left out; repeatable.")
-    ] = None,
-    mean: Annotated[
-        bool, typer.Option("--mean", help="One row a pair, of the mean of its answers.")
-    ] = False,
+    without: WithoutOption = None,
+    mean: MeanOption = False,
 ) -> None:
     """Write a round's comparisons.jsonl, which `talipot reward` trains on, and all answers."""
     from deploy.feedback.rounds import export_round, round_of
@@ -183,16 +181,19 @@ def export(
 def close(
     run: RunArgument,
     number: RoundOption = None,
-    reopen: Annotated[bool, typer.Option("--reopen", help="Go on asking instead.")] = False,
+    without: WithoutOption = None,
+    mean: MeanOption = False,
+    reopen: Annotated[bool, typer.Option("--reopen", help="Open it again instead.")] = False,
 ) -> None:
-    """End a round: nothing more is asked, and no answer is taken. Exports it, too."""
-    from deploy.feedback.rounds import close_round, export_round, round_of
+    """End a round: nothing more is asked, no answer is taken. Writes what `export` writes."""
+    from deploy.feedback.rounds import close_round, end_round, round_of
 
     config = of_run(run, None, None)
     folder, settings = round_of(config.folder, number)
-    close_round(folder, reopen=reopen)
     if reopen:
+        close_round(folder, reopen=True)
         say(console, f"round {settings.number} is open again")
         return
+    count = end_round(folder, settings, without or (), how="mean" if mean else "rows")
     say(console, f"round {settings.number} is closed; `--reopen` opens it again")
-    say(console, f"{folder.comparisons}: {export_round(folder, settings)} comparisons")
+    say(console, f"{folder.comparisons}: {count} comparisons")

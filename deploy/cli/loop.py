@@ -17,6 +17,7 @@ from deploy.cli.rounds import (
     HostOption,
     HumanOption,
     MarkdownOption,
+    MeanOption,
     NameOption,
     OverlapOption,
     OverlapShareOption,
@@ -26,6 +27,7 @@ from deploy.cli.rounds import (
     RepeatShareOption,
     SeedOption,
     SupervisedOption,
+    WithoutOption,
     propose_round,
     serve_round,
     settings_of,
@@ -36,12 +38,14 @@ from deploy.cli.shared import (
     RunArgument,
     app,
     console,
+    note,
     of_run,
     run_stage,
 )
 from deploy.screen import say
 
 if TYPE_CHECKING:
+    from deploy.feedback.export import How
     from deploy.stages.session import Session
 
 
@@ -49,7 +53,9 @@ if TYPE_CHECKING:
 def loop(
     run: RunArgument,
     overrides: Overrides = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Until so many rounds are done.")] = 1,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Rounds to do in all, with those that are done.")
+    ] = 1,
     pairs: PairsOption = 200,
     supervised: SupervisedOption = 0.5,
     best: BestOption = 0.0,
@@ -63,17 +69,23 @@ def loop(
     guidelines: GuidelinesOption = None,
     markdown: MarkdownOption = False,
     seed: SeedOption = 0,
+    without: WithoutOption = None,
+    mean: MeanOption = False,
     name: NameOption = None,
     host: HostOption = "127.0.0.1",
     port: PortOption = None,
     address: AddressOption = None,
 ) -> None:
-    """Ask people about a run's policy, train on all that they said, ask again; goes on anywhere."""
-    from deploy.feedback.loop import base_of, is_answered, until_answered
-    from deploy.feedback.rounds import close_round, export_round, round_of
+    """Ask people about a run's policy, train on all that they said, and ask about the new one.
+
+    Given again it continues where it was interrupted.
+    """
+    from deploy.feedback.loop import base_of, require_runnable, until_answered
+    from deploy.feedback.rounds import end_round, is_closed, round_of
     from deploy.stages.supervised import run_reward
 
     base = base_of(of_run(run, overrides, address))
+    require_runnable(base.run_of(1))  # not when people have answered already
     for number in range(1, rounds + 1):
         asked, trained = base.run_of(number - 1), base.run_of(number)
         while (step := base.next_step(number)) is not None:
@@ -86,7 +98,7 @@ def loop(
                     supervised_share=supervised,
                     best_share=best,
                     human_share=human,
-                    active_share=active,
+                    active_share=_active(asked, active),
                     pairs=pairs,
                     overlap=overlap,
                     overlap_share=overlap_share,
@@ -98,18 +110,33 @@ def loop(
             elif step == "ask":
                 made, settings = round_of(base.config.folder, number)
                 desk = Desk(name=name, host=host, port=port)
-                if not is_answered(made) and not serve_round(
+                if not is_closed(made) and not serve_round(
                     base.config, made, settings, desk, until_answered
                 ):
                     say(console, "the round stays open; the same command goes on with it")
                     raise KeyboardInterrupt
-                close_round(made)
-                say(console, f"{made.comparisons}: {export_round(made, settings)} comparisons")
+                how: How = "mean" if mean else "rows"
+                count = end_round(made, settings, without or (), how)
+                say(console, f"{made.comparisons}: {count} comparisons")
             elif step == "reward":
                 run_stage("reward", run_reward, trained, writer="reward")
             else:
                 run_stage("train", _train, trained, attach=True, address=address)
     say(console, f"{rounds} rounds are done: ", (str(base.run_of(rounds).run_dir), "bold"))
+
+
+def _active(asked: RunConfig, share: float) -> float:
+    """Return the share of pairs that are chosen by disagreement; none where no models disagree."""
+    from deploy.run_folder.weights import reward_models
+
+    if share and len(reward_models(asked)) < 2:
+        note(
+            f"{asked.run_dir} has no reward models of several seeds: all pairs of this round are "
+            "random (--active); reward_model.seeds=3 reward_model.keep_seeds=true keep some for "
+            "the next"
+        )
+        return 0.0
+    return share
 
 
 def _train(session: Session, config: RunConfig) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 from common.config.feedback import RoundConfig
 from common.config.run import RunConfig
@@ -21,7 +22,7 @@ from deploy.screen import say
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
-PairsOption = Annotated[int, typer.Option(min=1, help="How many.")]
+PairsOption = Annotated[int, typer.Option(min=1, help="Pairs of a round.")]
 SupervisedOption = Annotated[
     float,
     typer.Option(min=0, max=1, help="Share that compares the policy with what it began as."),
@@ -36,18 +37,22 @@ ActiveOption = Annotated[
     float,
     typer.Option(min=0, max=0.7, help="Share chosen where reward models of seeds disagree."),
 ]
-OverlapOption = Annotated[int, typer.Option(min=1, help="People that some pairs are given to.")]
-OverlapShareOption = Annotated[float, typer.Option(min=0, max=1, help="Share of these.")]
+OverlapOption = Annotated[
+    int, typer.Option(min=1, help="How many people the pairs of --overlap-share are given to.")
+]
+OverlapShareOption = Annotated[
+    float, typer.Option(min=0, max=1, help="Share of pairs that several people are given.")
+]
 RepeatShareOption = Annotated[
     float, typer.Option(min=0, max=1, help="Share that is shown again to the same person.")
 ]
 GoldOption = Annotated[
     list[str] | None,
-    typer.Option(help="A file of comparisons of which the better one is known; repeatable."),
+    typer.Option(help="A file of comparisons whose better response is known; repeatable."),
 ]
 PracticeOption = Annotated[
     list[str] | None,
-    typer.Option(help="Likewise; everybody begins with these and is told the answer."),
+    typer.Option(help="A file of such comparisons to practise with first; answers are told."),
 ]
 GuidelinesOption = Annotated[
     Path | None, typer.Option(help="A text that everybody reads before the first pair.")
@@ -56,6 +61,12 @@ MarkdownOption = Annotated[
     bool, typer.Option("--markdown", help="Show texts as the Markdown that they are.")
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")]
+WithoutOption = Annotated[
+    list[str] | None, typer.Option(help="A labeler whose answers are left out; repeatable.")
+]
+MeanOption = Annotated[
+    bool, typer.Option("--mean", help="One row a pair, of the mean of its answers.")
+]
 NameOption = Annotated[
     str | None, typer.Option("--as", help="Print a link for this labeler; left out, for you.")
 ]
@@ -81,10 +92,11 @@ def settings_of(
     """
     from deploy.feedback.rounds import read_guidelines
 
-    if sum(chosen[f"{name}_share"] for name in ("supervised", "best", "human")) > 1:
-        raise ConfigError("--supervised, --best and --human are more than all pairs together")
     text = read_guidelines(guidelines) if guidelines else ""
-    return RoundConfig(number=number, run=config.name, guidelines=text, **chosen)
+    try:
+        return RoundConfig(number=number, run=config.name, guidelines=text, **chosen)
+    except ValidationError as error:
+        raise ConfigError(f"a round cannot be so: {error.errors()[0]['msg']}") from None
 
 
 def propose_round(
@@ -125,7 +137,7 @@ def serve_round(
     folder: RoundFolder,
     settings: RoundConfig,
     desk: Desk,
-    until: Callable[[RoundFolder], Coroutine[Any, Any, None]] | None = None,
+    until: Callable[[RoundFolder, Callable[[str], None]], Coroutine[Any, Any, None]] | None = None,
 ) -> bool:
     """Show a round's pairs to who was invited.
 
@@ -154,7 +166,8 @@ def serve_round(
         note("others on the network can read what is sent: put TLS before it, or use ssh -L")
     ends = "Ctrl-C ends it"
     if until is not None:
-        people = f" (some pairs by {settings.overlap} people)" if settings.overlap_share else ""
+        several = settings.overlap > 1 and settings.overlap_share > 0
+        people = f" (some pairs by {settings.overlap} people)" if several else ""
         ends = f"it ends when all is answered{people}, by `talipot feedback close`, or Ctrl-C"
     say(console, f"{served.name}; {ends}")
 
@@ -162,7 +175,9 @@ def serve_round(
         name = desk.name or _own_name()
         tell = _say_address
         serving = asyncio.create_task(serve(served, desk.host, desk.port, tell, note, name))
-        waiting = {serving} if until is None else {serving, asyncio.create_task(until(folder))}
+        waiting = (
+            {serving} if until is None else {serving, asyncio.create_task(until(folder, note))}
+        )
         done, left = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         for task in left:
             task.cancel()

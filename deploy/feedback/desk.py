@@ -76,9 +76,9 @@ class HowFar:
     """By this labeler."""
     pace: float | None
     """Median seconds of this labeler's last answers; None before the first."""
-    given: int
-    """Answers of everybody, of those that are wanted."""
-    wanted: int
+    share: float
+    """Of the answers that are wanted of everybody, in tenths: finer steps would tell which pair is
+    asked for another reason."""
     last: int
     """Number of the answer that an undo takes back; 0 where there is none."""
 
@@ -142,8 +142,7 @@ class Desk:
         return HowFar(
             answered=self.store.answered(labeler),
             pace=self.store.pace(labeler),
-            given=wanted - left,
-            wanted=wanted,
+            share=(10 * (wanted - left) // wanted) / 10 if wanted else 1.0,
             last=self.store.last_number(labeler),
         )
 

@@ -14,27 +14,35 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from common.config.quickstart import DocstringsConfig
 from common.config.run import DataConfig, RunConfig
-from common.errors import ConfigError
+from common.errors import ConfigError, StorageError
 from common.metric_catalogue import Logged
 from common.run_folder import RoundFolder
-from deploy.feedback.rounds import is_closed, rounds_of
+from deploy.feedback.rounds import close_round, is_closed, rounds_of
 from deploy.feedback.store import Store
 from deploy.quickstart.task import with_data
+from deploy.run_folder.inputs import RunInputs
 from deploy.run_folder.log_lines import read_lines
 from deploy.run_folder.progress import is_final, recorded_facts
+from deploy.run_folder.reads import reads_of
 from deploy.run_folder.reuse import results_of
 from deploy.run_folder.weights import weights_in
+from deploy.stages.preparation import require_paths
+from deploy.validation.validate import require_stage
+from deploy.workers.preflight import require_scorers, require_trainable
 
 Step = Literal["propose", "ask", "reward", "train"]
 _LOOK_S = 0.5
 """Between looks at whether everything is answered."""
 _GRACE_S = 10.0
 """From the last answer to the end of a round."""
+_GOODBYE_S = 3.0
+"""For which the page says that it is closed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,17 +70,24 @@ class Base:
         )
 
     def next_step(self, number: int) -> Step | None:
-        """Return what is to be done of a round; None where it is done."""
-        if number not in rounds_of(self.config.folder):
+        """Return what is to be done of a round; None where it is done.
+
+        Raises:
+            DataError: what people said was changed after the reward model had learnt from it, or a
+                file is damaged.
+        """
+        rounds = rounds_of(self.config.folder)
+        if number + 1 in rounds:  # people have been asked about the policy that it left
+            return None
+        if number not in rounds:
             return "propose"
-        if (
-            not is_closed(self.config.folder.round(number))
-            or not self.config.folder.round(number).comparisons.exists()
-        ):
+        folder = self.config.folder.round(number)
+        if not is_closed(folder) or not folder.comparisons.exists():
             return "ask"
         run = self.run_of(number)
         if not _has_reward_model(run):
             return "reward"
+        RunInputs(run.run_dir).check("reward", reads_of("reward", run))
         return None if is_final(recorded_facts(run.run_dir), run) else "train"
 
 
@@ -95,6 +110,20 @@ def base_of(config: RunConfig) -> Base:
     return Base(config=with_own_data(config))
 
 
+def require_runnable(config: RunConfig) -> None:
+    """Refuse what training would refuse, before people are asked.
+
+    Raises:
+        TalipotError: names the field, the file or the function.
+    """
+    require_trainable(config)
+    require_scorers(config)
+    require_stage(config, "reward")
+    require_paths(config.data.prompts, "data.prompts", "train")
+    if config.evaluate.every:
+        require_paths(config.data.evaluation, "data.evaluation", "evaluate.every")
+
+
 def with_own_data(config: RunConfig) -> RunConfig:
     """Return the recipe of a quickstart's run with the data that it made for itself."""
     made = config.folder.data
@@ -111,27 +140,44 @@ def _has_reward_model(run: RunConfig) -> bool:
     return any(line.stage == "reward" and Logged.EPOCHS in line.metrics for line in lines)
 
 
-def is_answered(folder: RoundFolder) -> bool:
-    """Whether nothing of a round is wanted any more, or it was closed. Raises DataError."""
+Waiting = Literal["answers", "others", "nothing"]
+"""For what a round waits: answers; answers of people who were not there yet; or nothing."""
+
+
+def waits_for(folder: RoundFolder) -> Waiting:
+    """Return what a round waits for. Raises DataError, StorageError."""
     store = Store(folder.answers)
     try:
-        return store.is_closed() or store.left() == 0
+        if store.is_closed() or (store.left() == 0 and not store.is_read()):
+            return "nothing"
+        return "answers" if store.is_read() or store.can_go_on() else "others"
     finally:
         store.close()
 
 
-async def until_answered(folder: RoundFolder) -> None:
-    """Wait until nothing of a round has been wanted for a while, or it was closed.
+async def until_answered(folder: RoundFolder, tell: Callable[[str], None]) -> None:
+    """Wait until nothing of a round has been wanted for a while, and close it, or until it is.
 
-    Who gave the last answer may take it back in that time.
+    Who gave the last answer may take it back in that time, and whoever is there sees it end.
+
+    Args:
+        folder: of the round.
+        tell: is told once where nobody who is there can answer what is left.
     """
     since: float | None = None
-    while True:
-        now = time.monotonic()
-        if not await asyncio.to_thread(is_answered, folder):
-            since = None
-        elif since is None:
-            since = now
-        if since is not None and (now - since >= _GRACE_S or is_closed(folder)):
-            return
+    told = False
+    while since is None or time.monotonic() - since < _GRACE_S:
+        try:
+            waiting = await asyncio.to_thread(waits_for, folder)
+        except StorageError:  # it is busy for long: the next look may find it free
+            waiting = "answers"
+        if waiting == "others" and not told:
+            told = True
+            tell(
+                "nobody who has labelled yet can answer what is left (skipped by all, or wanted of "
+                "more people): invite others, or end the round with `talipot feedback close`"
+            )
+        since = (since or time.monotonic()) if waiting == "nothing" else None
         await asyncio.sleep(_LOOK_S)
+    await asyncio.to_thread(close_round, folder)
+    await asyncio.sleep(_GOODBYE_S)

@@ -1,12 +1,12 @@
 """Markdown that a model wrote, as HTML that does nothing and asks no other place for anything.
 
-Raw HTML, links and images are not read as such, so a reader sees what stands there; then an
-allow-list without attributes takes out whatever came through.
+Raw HTML, links, images and entities are not read as such, so a reader sees what stands there; then
+an allow-list without attributes takes out whatever came through.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Final
 
 import nh3
@@ -23,6 +23,7 @@ _LONGEST: Final = 100_000
 """Characters; a longer text is shown as it is."""
 
 
+@lru_cache(maxsize=256)
 def rendered(text: str) -> Markup | None:
     """Return a text as HTML; None of one that is too long for it."""
     if len(text) > _LONGEST:
@@ -34,4 +35,6 @@ def rendered(text: str) -> Markup | None:
 @cache
 def _reader() -> MarkdownIt:
     reader = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
-    return reader.disable(["link", "image", "autolink", "reference", "html_block", "html_inline"])
+    return reader.disable(
+        ["link", "image", "autolink", "reference", "html_block", "html_inline", "entity"]
+    )

@@ -233,15 +233,18 @@ class Pages:
         name, form, desk = request[_LABELER], request[_FORM], self._clerk.desk
         guidelines = self._of.settings.guidelines
         await self._clerk.do(lambda: desk.store.welcome(name))
-        if guidelines and not await self._clerk.do(lambda: desk.store.has_read(name)):
+        closed = await self._clerk.do(lambda: desk.store.is_closed())
+        if (
+            guidelines
+            and not closed
+            and not await self._clerk.do(lambda: desk.store.has_read(name))
+        ):
             return self._page("guidelines.html.j2", form=form, guidelines=guidelines)
         known = {"name": name, "form": form, "guidelines": guidelines}
         practice = await self._clerk.do(lambda: desk.practice(name))
-        if practice is not None:
+        if practice is not None and not closed:
             return self._page("practice.html.j2", status, practice=practice, said=None, **known)
-        asked, progress, closed = await self._clerk.do(
-            lambda: (desk.asked(name), desk.progress(name), desk.store.is_closed())
-        )
+        asked, progress = await self._clerk.do(lambda: (desk.asked(name), desk.progress(name)))
         return self._page(
             "pair.html.j2",
             status,

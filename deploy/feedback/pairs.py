@@ -51,6 +51,11 @@ class Pair:
     gold: int | None = None
     """What is known of it, -3 ... 3, above 0 where the first is the better; None of most."""
 
+    @property
+    def has_best(self) -> bool:
+        """Whether one side was chosen by a reward model, as the best of several."""
+        return "best" in (self.first.policy, self.second.policy)
+
     def __post_init__(self) -> None:
         if self.first.text == self.second.text or not (self.first.text and self.second.text):
             raise ValueError("a pair needs two different responses that say something")

@@ -36,6 +36,12 @@ from deploy.sampler import Sampler
 
 Source = Literal["supervised", "best", "human", "policy"]
 
+_WORDS: Final[Mapping[Source, str]] = {
+    "supervised": "of the policy and the supervised one",
+    "best": "of the policy and the best of several",
+    "human": "of the policy and a demonstration",
+    "policy": "of the policy",
+}
 _ALIKE: Final = 0.95
 """Responses that share more of their text are no pair: there is nothing to compare."""
 _SPARE: Final = 1.5
@@ -72,52 +78,81 @@ def proposed(
     judges = reward_models(config)
     _require_judges(config, settings, len(judges))
     rng = np.random.default_rng(derive_seed(settings.seed, f"propose-{settings.number}"))
-    prompts = _prompts(config, settings, rng, base or config.folder)
     lines = _demonstrations(config) if settings.human_share else {}
-    sources = _sources(config, settings, prompts, lines, rng)
+    prompts = _prompts(config, settings, rng, base or config.folder)
+    by_source = _sources(config, settings, prompts, lines)
+    asked = {prompt.uid: prompt for of in by_source.values() for prompt in of}
     policy = Sampler(config, sft=False, checkpoint=settings.checkpoint or None)
     note = policy.note
-    said = _by_policy(policy, prompts, sources, settings, config)
+    said = _by_policy(policy, by_source, settings, config)
     del policy
-    begun = [prompt for prompt in prompts if sources[prompt.uid] == "supervised"]
-    if begun:
+    if begun := by_source["supervised"]:
         other = _said(Sampler(config, sft=True), "sft", begun, 1, settings, config)
-        said = {uid: [*of[:1], *other[uid]] if uid in other else of for uid, of in said.items()}
-    for prompt in prompts:
-        if sources[prompt.uid] == "human":
-            line = Response(text=lines[_name(prompt.prompt, prompt.messages)], policy="human")
-            said[prompt.uid] = [*said[prompt.uid][:1], line]
-    asked = {prompt.uid: prompt for prompt in prompts}
+        said |= {uid: [*said[uid][:1], *of] for uid, of in other.items()}
+    for prompt in by_source["human"]:
+        line = Response(text=lines[_name(prompt.prompt, prompt.messages)], policy="human")
+        said[prompt.uid] = [*said[prompt.uid][:1], line]
     if judges:
         said = scored(config, judges, asked, said)
+    candidates = {
+        source: [pair for prompt in of if (pair := _pair(prompt, said[prompt.uid], source, rng))]
+        for source, of in by_source.items()
+    }
     found = []
-    for uid, sides in said.items():
-        if sources[uid] == "best" and len(sides) > 2:
-            sides = [sides[0], replace(max(sides[1:], key=_score), policy="best")]
-        if len(sides) != 2 or alike(sides[0].text, sides[1].text):
-            continue
-        first, second = sides if rng.random() < 0.5 else sides[::-1]
-        prompt = asked[uid]
-        found.append(
-            Pair(prompt=prompt.prompt, messages=prompt.messages, first=first, second=second)
-        )
-    if len(found) < settings.pairs:
-        raise DataError(
-            f"{config.run_dir}: of {len(prompts)} prompts only {len(found)} had two responses that "
-            f"end and differ, and {settings.pairs} pairs are wanted; ask for fewer (--pairs)"
-        )
-    return chosen(found, settings), note
+    for source, count in quotas(settings).items():
+        if len(candidates[source]) < count:
+            raise DataError(
+                f"{config.run_dir}: of {len(by_source[source])} prompts only "
+                f"{len(candidates[source])} had two responses ({_WORDS[source]}) that end and "
+                f"differ, and {count} pairs are wanted; ask for fewer (--pairs), or other shares"
+            )
+        found += chosen(candidates[source], count, settings.active_share)
+    return found, note
 
 
-def chosen(candidates: Sequence[Pair], settings: RoundConfig) -> list[Pair]:
+def quotas(settings: RoundConfig) -> dict[Source, int]:
+    """Return how many pairs of each source are wanted; together they are all."""
+    shares: dict[Source, float] = {
+        "supervised": settings.supervised_share,
+        "best": settings.best_share,
+        "human": settings.human_share,
+    }
+    found: dict[Source, int] = {}
+    end = 0.0
+    for source, share in shares.items():  # rounded at the ends, so that they add up
+        found[source] = round((end + share) * settings.pairs) - round(end * settings.pairs)
+        end += share
+    return {**found, "policy": settings.pairs - sum(found.values())}
+
+
+def _pair(
+    prompt: Prompt, said: Sequence[Response], source: Source, rng: np.random.Generator
+) -> Pair | None:
+    """Return two responses to a prompt, the first one drawn; None where they are no pair."""
+    sides = list(said)
+    if source == "best":
+        if len(sides) < 3:  # there is no best of one
+            return None
+        sides = [sides[0], replace(max(sides[1:], key=_score), policy="best")]
+    if len(sides) != 2 or alike(sides[0].text, sides[1].text):
+        return None
+    first, second = sides if rng.random() < 0.5 else sides[::-1]
+    return Pair(prompt=prompt.prompt, messages=prompt.messages, first=first, second=second)
+
+
+def chosen(candidates: Sequence[Pair], count: int, active_share: float) -> list[Pair]:
     """Take pairs at random, and of the others those on which the reward models disagree most.
 
     Args:
         candidates: in a random order.
-        settings: how many, and which share by disagreement.
+        count: of pairs to take.
+        active_share: of these, which are taken by disagreement; where there are no more candidates
+            than pairs, nothing is chosen, and all are random.
     """
-    active = math.floor(settings.active_share * settings.pairs)
-    random, rest = candidates[: settings.pairs - active], candidates[settings.pairs - active :]
+    active = math.floor(active_share * count)
+    if len(candidates) <= count:
+        active = 0
+    random, rest = candidates[: count - active], candidates[count - active :]
     most = sorted(rest, key=disagreement, reverse=True)[:active]
     return [*random, *(replace(pair, chosen_by="active") for pair in most)]
 
@@ -162,45 +197,49 @@ def _sources(
     settings: RoundConfig,
     prompts: Sequence[Prompt],
     lines: Mapping[str, str],
-    rng: np.random.Generator,
-) -> dict[str, Source]:
-    """Draw where the two responses to each prompt come from, in the shares that are wanted."""
-    shares: dict[Source, float] = {
-        "human": settings.human_share,
-        "supervised": settings.supervised_share,
-        "best": settings.best_share,
-    }
-    found: dict[str, Source] = {}
-    free = [prompts[place] for place in rng.permutation(len(prompts))]
-    if settings.human_share:  # these first: few prompts may have a line of a human
-        free.sort(key=lambda prompt: _name(prompt.prompt, prompt.messages) not in lines)
-        wanted = round(settings.human_share * len(prompts))
-        there = sum(_name(p.prompt, p.messages) in lines for p in prompts)
-        if there < wanted:
-            raise ConfigError(
-                f"{config.run_dir}: {there} of {len(prompts)} prompts have a demonstration, and "
-                f"{wanted} are wanted for --human {settings.human_share:g}"
-            )
-    for source, share in shares.items():
-        taken, free = free[: round(share * len(prompts))], free[round(share * len(prompts)) :]
-        found |= {prompt.uid: source for prompt in taken}
-    return found | {prompt.uid: "policy" for prompt in free}
+) -> dict[Source, list[Prompt]]:
+    """Divide prompts, in their random order, by where the two responses to them come from."""
+    found: dict[Source, list[Prompt]] = {}
+    wanted = quotas(settings)
+    left = list(prompts)
+    written = [p for p in left if _name(p.prompt, p.messages) in lines]
+    if len(written) < wanted["human"]:
+        raise ConfigError(
+            f"{config.run_dir}: {len(written)} prompts that were not asked yet have a "
+            f"demonstration, and {wanted['human']} are wanted (--human); ask for fewer"
+        )
+    enough = len(left) >= sum(_sampled(count, settings) for count in wanted.values())
+    for source in ("human", "supervised", "best", "policy"):
+        count = wanted[source]
+        if enough:
+            most = _sampled(count, settings)
+        else:  # what there is, in the same shares
+            most = max(count, len(prompts) * count // settings.pairs)
+        free = left if source != "human" else written
+        found[source] = free[:most] if count else []
+        taken = {prompt.uid for prompt in found[source]}
+        left = [prompt for prompt in left if prompt.uid not in taken]
+    return found
+
+
+def _sampled(pairs: int, settings: RoundConfig) -> int:
+    """Return how many prompts are sampled for so many pairs."""
+    active = settings.active_share * pairs
+    return round(_SPARE * (pairs - active + _POOL * active)) + 8 if pairs else 0
 
 
 def _by_policy(
     policy: Sampler,
-    prompts: Sequence[Prompt],
-    sources: Mapping[str, Source],
+    by_source: Mapping[Source, Sequence[Prompt]],
     settings: RoundConfig,
     config: RunConfig,
 ) -> dict[str, list[Response]]:
     """Sample the policy once, twice, or so often that there is a best one."""
     numbers = {"supervised": 1, "human": 1, "policy": 2, "best": 1 + settings.best_of}
-    found: dict[str, list[Response]] = {prompt.uid: [] for prompt in prompts}
-    for source, number in numbers.items():
-        part = [prompt for prompt in prompts if sources[prompt.uid] == source]
-        if part:
-            found |= _said(policy, "policy", part, number, settings, config)
+    found: dict[str, list[Response]] = {}
+    for source, prompts in by_source.items():
+        if prompts:
+            found |= _said(policy, "policy", prompts, numbers[source], settings, config)
     return found
 
 
@@ -235,7 +274,10 @@ def _prompts(
     rng: np.random.Generator,
     base: RunFolder,
 ) -> list[Prompt]:
-    """Draw prompts of the run that fit, have no tools, and that no round before has asked."""
+    """Return prompts of the run that fit, have no tools, and that no round before has asked.
+
+    In a random order.
+    """
     if not config.data.prompts:
         raise ConfigError(f"{config.run_dir}: data.prompts is empty; there is nothing to ask")
     asked = {
@@ -259,10 +301,7 @@ def _prompts(
             f"{config.run_dir}: {len(new)} prompts were not asked in an earlier round, and "
             f"{settings.pairs} pairs are wanted; ask for fewer (--pairs), or add prompts"
         )
-    active = settings.active_share * settings.pairs
-    candidates = settings.pairs - active + _POOL * active
-    count = min(len(new), round(_SPARE * candidates) + 8)
-    return [new[place] for place in rng.permutation(len(new))[:count]]
+    return [new[place] for place in rng.permutation(len(new))]
 
 
 def _name(prompt: str, messages: Sequence[Message]) -> str:

@@ -139,6 +139,25 @@ def close_round(folder: RoundFolder, *, reopen: bool = False) -> None:
     store.close()
 
 
+def end_round(
+    folder: RoundFolder, settings: RoundConfig, without: Collection[str] = (), how: How = "rows"
+) -> int:
+    """Close a round and write its comparisons; it stays open where there are none.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        TalipotError: as `export_round`.
+    """
+    close_round(folder)
+    try:
+        return export_round(folder, settings, without, how)
+    except ConfigError:
+        close_round(folder, reopen=True)
+        raise
+
+
 def is_closed(folder: RoundFolder) -> bool:
     """Whether a round was closed. Raises DataError where its file is missing or damaged."""
     store = Store(folder.answers)
@@ -173,8 +192,8 @@ def export_round(
     if not found:
         what = "nothing else is answered" if without else "nothing is answered yet"
         raise ConfigError(f"{folder.path}: {what}, skipped and known pairs left out")
-    write_jsonl(folder.comparisons, found)
     write_atomic(
         folder.raw, (json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in history)
     )
+    write_jsonl(folder.comparisons, found)  # last: it says that all is there
     return len(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -32,6 +33,7 @@ COLUMNS: Final = (
 _ALPHA_LEAST: Final = 0.2
 _RECENT_S: Final = 1800.0
 """Of which answers say how fast people are."""
+_FEW: Final = 5
 _ENOUGH: Final = 20
 """Shared pairs from which on their agreement is judged."""
 
@@ -60,8 +62,8 @@ class RoundStanding:
     seconds_left: float | None
     """Until all are there, at this rate."""
     model: Share
-    """Preferences of people that the reward model shares, over pairs that were chosen at random:
-    of those that people preferred something of, and models have scored."""
+    """Pairs of which people together prefer the side that the reward model does, of those that were
+    drawn at random, without a best one of several, and that people are not even about."""
     labelers: Sequence[LabelerFigures]
 
     @property
@@ -113,8 +115,8 @@ def standing_of(
     store.close()
     first, gold = of_kind(standing), gold_of(pairs)
     units = units_of(standing, gold)
-    recent = sum(now - answer.at < _RECENT_S for answer in standing)
-    per_hour = recent * 3600 / _RECENT_S if recent and not closed else None
+    wanted = [answer.at for answer in first if answer.pair_uid not in gold]
+    per_hour = None if closed else _per_hour([now - at for at in wanted if now - at < _RECENT_S])
     return RoundStanding(
         round=settings.number,
         pairs=len(pairs),
@@ -145,25 +147,32 @@ def lines_of(standing: RoundStanding) -> list[list[Part]]:
     lines: list[list[Part]] = [[(f"round {standing.round}", "italic"), f" · {done}{agree}"]]
     if (found := standing.model.interval) is not None:
         share = f"{found.mean:.0%} ({found.low:.0%} to {found.high:.0%})"
-        of = f"{standing.model.of} answers to random pairs"
+        of = f"{standing.model.of} random pairs"
         lines.append([f"the reward model agrees with {share} of {of}"])
     lines += [[(concern, "yellow")] for concern in standing.concerns]
     return lines
 
 
+def _per_hour(ages: Sequence[float]) -> float | None:
+    """Return a rate from the ages of answers in seconds; None of few."""
+    if len(ages) < _FEW:
+        return None
+    return len(ages) * 3600 / max(1.0, *ages)
+
+
 def _of_the_model(pairs: Sequence[Pair], answers: Sequence[Answer]) -> Share:
-    """Count preferences that are the reward model's too, where nothing chose the pairs by it."""
+    """Count preferences that are the reward model's too, where nothing was chosen by it."""
     random = {
         pair.uid: preferred(pair) > 0.5
         for pair in pairs
-        if pair.chosen_by == "random" and pair.first.scores
+        if pair.chosen_by == "random" and pair.first.scores and not pair.has_best
     }
-    said = [
-        (random[answer.pair_uid], answer.preference > 0)
-        for answer in answers
-        if answer.preference and answer.pair_uid in random
-    ]
-    return Share(hits=sum(model == person for model, person in said), of=len(said))
+    said: defaultdict[str, int] = defaultdict(int)
+    for answer in answers:
+        said[answer.pair_uid] += answer.preference or 0
+    decided = {uid: total > 0 for uid, total in said.items() if total and uid in random}
+    hits = sum(random[uid] == first for uid, first in decided.items())
+    return Share(hits=hits, of=len(decided))
 
 
 def _share(share: Share) -> str:

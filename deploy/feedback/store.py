@@ -390,7 +390,8 @@ class Store:
 
     def pace(self, labeler: str) -> float | None:
         """Return the median seconds of a labeler's last answers; None before the first."""
-        seconds = [of.seconds for of in self.last_of(labeler, _PACE_OF)]
+        last = self.last_of(labeler, _PACE_OF)
+        seconds = [answer.seconds for answer in last if answer.kind == "answer"]
         return median(seconds) if seconds else None
 
     def last_number(self, labeler: str) -> int:
@@ -420,6 +421,28 @@ class Store:
         """Return how many answers are wanted in all, as `left` counts them."""
         row = self._file.row("SELECT coalesce(sum(wanted), 0) AS n FROM pairs")
         return 0 if row is None else int(row["n"])
+
+    def is_read(self) -> bool:
+        """Whether somebody has a pair before them now, known ones left out."""
+        row = self._file.row(
+            "SELECT 1 FROM leases l JOIN pairs p ON p.uid = l.pair "
+            "WHERE l.until > ? AND p.wanted > 0 LIMIT 1",
+            self._clock(),
+        )
+        return row is not None
+
+    def can_go_on(self) -> bool:
+        """Whether somebody who labels could answer a pair that is open, or nobody has come yet."""
+        row = self._file.row(
+            """
+            SELECT 1 FROM pairs p LEFT JOIN labelers l
+            WHERE p.missing > 0 AND p.wanted > 0 AND (l.name IS NULL OR NOT EXISTS (
+                SELECT 1 FROM standing a
+                WHERE a.labeler = l.name AND a.pair = p.uid AND a.occasion = 0
+            )) LIMIT 1
+            """
+        )
+        return row is not None
 
     def labelers(self) -> Sequence[str]:
         """Return the names of all who label."""

@@ -58,14 +58,13 @@ def reward_models(config: RunConfig) -> list[Path]:
     Raises:
         DataError: as `reward_weights`.
     """
-    found = []
-    for seed in range(config.reward_model.seeds):
-        folder = config.folder.reward_seed(seed)
-        if folder.path.exists():
-            found.append(folder.path if (folder.path / CONFIG).exists() else folder.weights)
-    if not found and config.reward_service.needs_model and reward_weights(config).exists():
-        found = [reward_weights(config)]
-    return found
+    folders = [config.folder.reward_seed(seed) for seed in range(config.reward_model.seeds)]
+    weights = [f.path if (f.path / CONFIG).exists() else f.weights for f in folders]
+    if config.reward_model.keep_seeds and all(path.exists() for path in weights):
+        return weights
+    if config.reward_service.needs_model and reward_weights(config).exists():
+        return [reward_weights(config)]
+    return []
 
 
 def require_earlier_stages(stage: str, config: RunConfig) -> None:

@@ -152,26 +152,33 @@ class Divided:
     reported: list[EncodedComparison]
     """To say how good the chosen one is; empty where no comparison is for that."""
     left_out: int
-    """Comparisons that nothing is said of, with the prompt of one that is held out."""
+    """Comparisons that were to be trained on, with the prompt of one that is held out."""
 
 
 def divided(data: Sequence[EncodedComparison], share: float, seed: int) -> Divided:
     """Divide comparisons as they say themselves; of those that say nothing a share is held out.
 
-    Where some are `valid1`, these are held out, and what says nothing is trained on.
+    No prompt is on two sides: what is reported is nowhere else, what is held out not trained on.
 
     Raises:
         DataError: as `hold_out`; or nothing is left to train on.
     """
-    of = {
-        split: [comparison for comparison in data if (comparison.split or "train") == split]
-        for split in ("train", "valid1", "valid2")
-    }
-    held = {tuple(c.prompt) for split in ("valid1", "valid2") for c in of[split]}
-    train = [c for c in of["train"] if tuple(c.prompt) not in held]
-    left_out, held_out = len(of["train"]) - len(train), of["valid1"]
-    if not held_out:
-        train, held_out = hold_out(train, share, seed, same_comparison)
+    of: dict[str, list[EncodedComparison]] = {"": [], "train": [], "valid1": [], "valid2": []}
+    for comparison in data:
+        of[comparison.split].append(comparison)
+    reported = {tuple(c.prompt) for c in of["valid2"]}
+    chosen_by = [c for c in of["valid1"] if tuple(c.prompt) not in reported]
+    apart = reported | {tuple(c.prompt) for c in chosen_by}
+    said = [c for c in of["train"] if tuple(c.prompt) not in apart]
+    unsaid = [c for c in of[""] if tuple(c.prompt) not in apart]
+    left_out = len(of["train"]) + len(of[""]) - len(said) - len(unsaid)
+    if not chosen_by:
+        train, held_out = hold_out(said + unsaid, share, seed, same_comparison)
+    elif len({same_comparison(c) for c in unsaid}) > 1:
+        rest, held_out = hold_out(unsaid, share, seed, same_comparison)
+        train, held_out = said + rest, chosen_by + held_out
+    else:
+        train, held_out = said + unsaid, chosen_by
     if not train:
         raise DataError("every usable comparison is held out (split valid1 or valid2); add others")
     return Divided(train=train, held_out=held_out, reported=of["valid2"], left_out=left_out)

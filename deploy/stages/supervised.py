@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 
 from common.config.run import RunConfig
@@ -106,6 +107,7 @@ def run_reward(session: Session, config: RunConfig) -> dict[str, float]:
     gang = session.gang()
     epochs = config.reward_model.epochs
     best: dict[str, float] = {Logged.ACCURACY_HELDOUT: -math.inf}
+    shutil.rmtree(session.folder.reward_seeds, ignore_errors=True)  # of another training
     tokens = sum(2 * len(c.prompt) + len(c.chosen) + len(c.rejected) for c in data.train)
     for seed in range(config.reward_model.seeds):
         start = reward_start(config)
@@ -113,10 +115,9 @@ def run_reward(session: Session, config: RunConfig) -> dict[str, float]:
         before = gang.evaluate()
         every = config.reward_model.evaluate_every
         metrics = _advance(session, "reward", f"reward model {seed + 1}", total, every)
-        metrics |= gang.evaluate()
+        metrics |= gang.evaluate() | gang.shift(reference)
         if metrics[Logged.ACCURACY_HELDOUT] > best[Logged.ACCURACY_HELDOUT]:
             best = metrics | _size(before, epochs, tokens)
-            best |= gang.shift(reference)
             gang.export_stage(session.folder.reward_model.path)
         if config.reward_model.keep_seeds:
             gang.export_stage(session.folder.reward_seed(seed).path)

@@ -52,7 +52,7 @@ class WatchedRun:
         self._lock = threading.Lock()
         self._columns: tuple[tuple[int, int], Columns] | None = None
         self._tokenizer: Tokenizer | None = None
-        self._feedback: tuple[float, tuple[int, ...], dict[str, Any]] | None = None
+        self._feedback: tuple[float, list[str], dict[str, Any]] | None = None
 
     @property
     def name(self) -> str:
@@ -65,11 +65,11 @@ class WatchedRun:
             config, log = self._current(), self._log.log()
             standing = standing_of(config, log)
             facts = facts_of(config, log.lines)
-        told = self._told_of_feedback()
+        told = self.told_of_feedback()
         return {
             "name": self.name,
             "version": list(_version(log)),
-            "feedback": [str(part) for part in told],
+            "feedback": told,
             "standing": asdict(standing),
             "facts": facts,
             "tiles": _tiles(standing),
@@ -108,7 +108,7 @@ class WatchedRun:
     def feedback(self) -> dict[str, Any]:
         """Return how the newest round of feedback is. Raises TalipotError where it is damaged."""
         folder, settings = round_of(self._current().folder, None)
-        told = self._told_of_feedback()
+        told = self.told_of_feedback()
         with self._lock:
             known = self._feedback
         if known is None or (known[1] != told and time.monotonic() - known[0] > _FEEDBACK_S):
@@ -118,23 +118,27 @@ class WatchedRun:
                 "columns": list(COLUMNS),
                 "rows": standing.rows(),
                 "rounds": rounds_of(self.config.folder),
+                "told": told,
             }
             known = time.monotonic(), told, facts
             with self._lock:
                 self._feedback = known
         return known[2]
 
-    def _told_of_feedback(self) -> tuple[int, ...]:
-        """Tell one state of the newest round from another; empty where there is none."""
+    def told_of_feedback(self) -> list[str]:
+        """Tell one state of the newest round from another; empty where there is none.
+
+        Its pace changes with time, too.
+        """
         numbers = rounds_of(self.config.folder)
         if not numbers:
-            return ()
+            return []
         answers = self.config.folder.round(numbers[-1]).answers
-        found = [numbers[-1]]
+        found = [numbers[-1], int(time.time() // 60)]
         for path in (answers, answers.with_name(f"{answers.name}-wal")):
             with suppress(OSError):
                 found += [path.stat().st_mtime_ns, path.stat().st_size]
-        return tuple(found)
+        return list(map(str, found))
 
     def samples(self, iteration: int | None, order: str, seed: int) -> dict[str, Any]:
         """Return responses of an iteration, without their tokens, and score and length of all.

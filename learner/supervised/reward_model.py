@@ -74,10 +74,13 @@ class RewardModelStage(SupervisedStage):
 
     @torch.no_grad()
     def evaluate(self) -> Metrics:
-        """Return accuracy and loss on held-out comparisons (a collective)."""
+        """Return accuracy and loss on held-out comparisons (a collective).
+
+        At the end of the stage also the accuracy on those that nothing is chosen by.
+        """
         accuracy, loss = self._evaluated(self._held_out)
         found: Metrics = {Logged.ACCURACY_HELDOUT: accuracy, Logged.HELDOUT_LOSS: loss}
-        if self._reported:
+        if self._reported and self.step == self.total_steps:
             found[Logged.ACCURACY_REPORTED], _ = self._evaluated(self._reported)
         return found
 

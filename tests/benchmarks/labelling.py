@@ -1,7 +1,7 @@
 """How long a labelling page takes with a large round: 100,000 pairs, eight people at once.
 
-``python -m tests.benchmarks.labelling`` (two minutes; figures in ``docs/feedback.md``). People read
-for a while between answers; beside that stands a round of 300 pairs, asked in the same way.
+``python -m tests.benchmarks.labelling`` (two minutes). People read for a while between answers;
+beside that stands a round of 300 pairs, asked in the same way.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ export function feedbackOf(facts) {
     [alpha ? `${alpha.mean.toFixed(2)} (${alpha.low.toFixed(2)} to ${alpha.high.toFixed(2)})` : "",
       `alpha over ${facts.shared} shared pairs`],
     [model.of ? `${Math.round(100 * model.hits / model.of)} % of ${model.of}` : "",
-      "answers that the reward model shares (random pairs)"],
+      "pairs that the reward model judges as people do (random ones)"],
   ].filter(([value]) => value !== "");
   return el("div", {},
     el("h2", {}, `Round ${facts.round}`),

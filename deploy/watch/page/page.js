@@ -13,6 +13,7 @@ const TABS = [
 const SOME = ["supervised", "feedback"];  // tabs that not every run has
 const now = {
   runs: [], chosen: [0], tab: "outcome", states: new Map(), drawn: "", busy: false, again: false,
+  old: false,
 };
 const at = (id) => document.getElementById(id);
 
@@ -210,7 +211,12 @@ async function view(tab, chosen, state) {
   if (tab === "workers") return workers(chosen);
   if (tab === "health") return health(state);
   if (tab === "samples") return samples(chosen[0], put);
-  if (tab === "feedback") return feedbackOf(await get(`api/runs/${chosen[0]}/feedback`));
+  if (tab === "feedback") {
+    const facts = await get(`api/runs/${chosen[0]}/feedback`);
+    // A round is not read anew for each answer: what is not the newest is asked for once more.
+    now.old = facts.told.join() !== state.feedback.join();
+    return feedbackOf(facts);
+  }
   return panels(tab, chosen);
 }
 
@@ -244,7 +250,8 @@ async function tick() {
     if (wanted !== now.drawn) {
       const made = await view(tab, chosen, states[0]);
       if (made) put(made, tab);
-      if (tab === now.tab) now.drawn = wanted;
+      if (tab === now.tab) now.drawn = now.old ? "" : wanted;
+      now.old = false;
     } else if (tab === "workers" && states[0].standing.state === "running") {
       await renew(chosen[0]);
     }

@@ -149,7 +149,9 @@ def test_a_round_is_exported_and_looked_at(tmp_path: Path) -> None:
     assert standing.concerns == [] and standing.alpha is None
     # The model prefers the second response of each pair, ann the first; all was a moment ago.
     assert (standing.model.hits, standing.model.of) == (0, 5)
-    assert standing.per_hour == pytest.approx(2 * len(chosen.raw.read_text().splitlines()))
+    assert standing.per_hour is not None and standing.per_hour > 5 * 60, "all within a minute"
+    later = standing_of(chosen, settings, time.time() + 1000)
+    assert later.per_hour == pytest.approx(5 * 3600 / 1000, rel=0.01), "without gold and repeats"
     assert standing_of(chosen, settings, time.time() + 3600).per_hour is None
     assert "6 of 6 pairs answered" in "".join(
         part if isinstance(part, str) else part[0] for part in lines_of(standing)[0]

@@ -18,7 +18,7 @@ from common.config.run import RunConfig
 from common.errors import ConfigError
 from common.models.build import build_policy
 from common.models.weight_files import save_weights
-from deploy.feedback.loop import base_of, is_answered
+from deploy.feedback.loop import base_of, waits_for
 from deploy.feedback.rounds import close_round, export_round, make_round, round_of
 from deploy.feedback.store import Store
 from deploy.run_folder.progress import record
@@ -55,13 +55,13 @@ def test_a_step_is_known_by_what_it_leaves(workspace: RunConfig, tmp_path: Path)
     assert base.run_of(0) == config
     assert base.next_step(1) == "propose"
     folder = make_round(config.folder, settings(overlap_share=0.0), plain(4))
-    assert base.next_step(1) == "ask" and not is_answered(folder)
+    assert base.next_step(1) == "ask" and waits_for(folder) == "answers"
     store = Store(folder.answers)
     store.welcome("ann")
     while (task := store.next_task("ann")) is not None:
         store.submit("ann", task.key, step=1)
     store.close()
-    assert is_answered(folder) and base.next_step(1) == "ask", "it is not closed yet"
+    assert waits_for(folder) == "nothing" and base.next_step(1) == "ask", "it is not closed yet"
     close_round(folder)
     assert base.next_step(1) == "ask", "its comparisons are not written yet"
     assert export_round(folder, round_of(config.folder, 1)[1]) == 4

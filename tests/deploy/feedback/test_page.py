@@ -32,7 +32,7 @@ HOSTILE = [
     "<form action='http://example.com'><button>x</button></form>",
     "<style>body { background: url(http://example.com/x) }</style>",
     "</div></section></main><script>window.stolen = 1</script>",
-    "\u202egnp.exe \u2066 \u200f",
+    "\u202egnp.exe \u2066 \u200f &#x202e;fdp &#x9b;",
     "```html\n<script>window.stolen = 1</script>\n```",
 ]
 

@@ -84,14 +84,16 @@ def test_pairs_come_from_every_source_and_are_scored(config: RunConfig) -> None:
     shares = {"supervised_share": 0.25, "best_share": 0.25, "human_share": 0.25, "best_of": 4}
     pairs, _ = proposed(config, settings(**shares))
     kinds = Counter(tuple(sorted((p.first.policy, p.second.policy))) for p in pairs)
-    assert kinds.keys() == {
-        ("policy", "policy"), ("policy", "sft"), ("best", "policy"), ("human", "policy"),
-    }  # fmt: skip
-    assert min(kinds.values()) >= 1
+    assert kinds == {
+        ("policy", "policy"): 3,
+        ("policy", "sft"): 3,
+        ("best", "policy"): 3,
+        ("human", "policy"): 3,
+    }
     written = {d.response.strip() for d in read_demonstrations(config.data.demonstrations)}
     for response in (side for pair in pairs for side in (pair.first, pair.second)):
         assert len(response.scores) == 3
-        assert (response.text in written) == (response.policy == "human") or response.policy
+        assert (response.policy == "human") <= (response.text in written)
         assert bool(response.sampling) == (response.policy != "human")
     folder = make_round(config.folder, settings(**shares), pairs)
     assert {p.uid: p for p in read_pairs(folder.pairs)} == {p.uid: p for p in pairs}
@@ -137,8 +139,11 @@ def test_disagreement_by_hand() -> None:
     assert disagreement(pair((3.0,), (0.0,))) == 0.0
     candidates = [pair((float(i), 0.0), (0.0, float(i))) for i in range(9)]
     candidates = [replace(each, uid=str(i)) for i, each in enumerate(candidates)]
-    found = chosen(candidates, settings(pairs=4, active_share=0.5))
+    found = chosen(candidates, 4, 0.5)
     assert [each.uid for each in found] == ["0", "1", "8", "7"]
+    assert [each.chosen_by for each in found] == ["random", "random", "active", "active"]
+    every = chosen(candidates, 9, 0.5)
+    assert {each.chosen_by for each in every} == {"random"}, "there was nothing to choose from"
 
 
 def test_no_prompt_is_asked_in_two_rounds(config: RunConfig) -> None:

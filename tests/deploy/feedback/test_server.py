@@ -163,8 +163,7 @@ def test_practice_comes_first_and_tells_its_answers(tmp_path: Path) -> None:
             assert ("That is right" in said) == good_is_left
             again = client.post("/practice", data={**form, "step": "0"})
             assert again.status_code == 303, "sent twice, it is answered once"
-        page = client.get("/").text
-        assert "Which response is better" in page and 'max="2"' in page
+        assert "Which response is better" in client.get("/").text
     store = Store(made.answers)
     assert store.standing() == []
     store.close()
@@ -185,7 +184,7 @@ def test_a_closed_round_asks_and_takes_nothing(tmp_path: Path) -> None:
         assert client.post("/answer", data={**form, "step": "1"}).status_code == 303
         time.sleep(0.2)  # counts are of a moment ago
         page = client.get("/").text
-        assert "Which response is better" in page and "1 of 2" in page
+        assert "Which response is better" in page and "50 %" in page
 
 
 def test_who_comes_too_late_is_told(tmp_path: Path) -> None:

@@ -239,6 +239,7 @@ def test_comparisons_are_for_what_they_say(
     rows = [{**comparison(f"p{i}"), "split": split} for i, split in enumerate(splits)]
     rows += [comparison(f"other {i}") for i in range(4)]
     rows += [comparison("p6", "c", "d"), comparison("p9", "c", "d")]  # prompts that are held out
+    rows += [{**comparison("p9", "e", "f"), "split": "valid1"}]  # reported is reported
     path = lines(tmp_path, "c", rows)
     config = config_of(workspace, tmp_path, comparisons=[path])
     session, said = session_of(config)
@@ -250,11 +251,12 @@ def test_comparisons_are_for_what_they_say(
             ("reported", found.reported),
         )
     }
-    assert prompts == {
-        "train": [f"p{i}" for i in range(6)] + [f"other {i}" for i in range(4)],
-        "held out": ["p6", "p7"],
-        "reported": ["p8", "p9", "p10"],
-    }
+    others = {f"other {i}" for i in range(4)}
+    assert prompts["train"][:6] == [f"p{i}" for i in range(6)]
+    assert prompts["held out"][:2] == ["p6", "p7"] and prompts["reported"] == ["p8", "p9", "p10"]
+    # Of what says nothing a share is held out, as without splits.
+    assert len(prompts["train"][6:]) == 3 and len(prompts["held out"][2:]) == 1
+    assert {*prompts["train"][6:], *prompts["held out"][2:]} == others
     assert said.getvalue() == "  2 comparisons are left out: their prompts are held out\n"
 
 
