@@ -31,12 +31,15 @@ LABEL = "eval"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Verdict:
+class Verdict:
+    """What the library says of an answer."""
+
     answered: bool
     score: float
 
     @property
     def right(self) -> bool:
+        """Whether it is wholly right."""
         return self.score == 1.0
 
 
@@ -59,9 +62,9 @@ def evaluate(
         }
         if "before" not in weights:  # nothing was taught: both are the model as it came
             sampled["before"], greedy["before"] = sampled["came"], greedy["came"]
-        with closing(_verifier()) as verifier:
-            judged = {s: _verdicts(verifier, prompts, of.texts) for s, of in greedy.items()}
-            at_random = {s: _verdicts(verifier, prompts, of) for s, of in sampled.items()}
+        with closing(verifier()) as verifying:
+            judged = {s: verdicts(verifying, prompts, of.texts) for s, of in greedy.items()}
+            at_random = {s: verdicts(verifying, prompts, of) for s, of in sampled.items()}
         _write_samples(session, prompts, greedy, judged)
     of = {part.family: [i for i, f in enumerate(families) if f == part.family] for part in held_out}
     found = {
@@ -132,7 +135,7 @@ def _of_all(found: Sampled, prompts: int) -> list[str]:
     return [said.get(prompt, "") for prompt in range(prompts)]
 
 
-def _verifier() -> IsolatedScorer:
+def verifier() -> IsolatedScorer:
     """Return the library's verifier, in a process of its own: it may run what a policy wrote."""
     limits = IsolationConfig()
     return IsolatedScorer(
@@ -144,21 +147,22 @@ def _verifier() -> IsolatedScorer:
     )
 
 
-def _verdicts(
-    verifier: IsolatedScorer, prompts: Sequence[Prompt], responses: Sequence[str]
-) -> list[_Verdict]:
+def verdicts(
+    verifying: IsolatedScorer, prompts: Sequence[Prompt], responses: Sequence[str]
+) -> list[Verdict]:
+    """Verify a response to each prompt."""
     samples = [
         Sample(prompt=prompt.prompt, response=response, columns=prompt.columns)
         for prompt, response in zip(prompts, responses, strict=True)
     ]
     return [
-        _Verdict(answered=bool(found.parts.get("form")), score=found.score or 0.0)
-        for found in verifier.score(samples)
+        Verdict(answered=bool(found.parts.get("form")), score=found.score or 0.0)
+        for found in verifying.score(samples)
     ]
 
 
 def _found(
-    judged: Sequence[_Verdict], at_random: Sequence[_Verdict], lengths: Sequence[int]
+    judged: Sequence[Verdict], at_random: Sequence[Verdict], lengths: Sequence[int]
 ) -> Found:
     return Found(
         accuracy=_share(judged),
@@ -168,14 +172,14 @@ def _found(
     )
 
 
-def _share(verdicts: Sequence[_Verdict]) -> Interval:
+def _share(verdicts: Sequence[Verdict]) -> Interval:
     right = sum(verdict.right for verdict in verdicts)
     low, high = wilson_interval(right, len(verdicts))
     return Interval(mean=right / len(verdicts), low=low, high=high)
 
 
 def _rise(
-    before: Sequence[_Verdict], after: Sequence[_Verdict], rows: Sequence[int], seed: int
+    before: Sequence[Verdict], after: Sequence[Verdict], rows: Sequence[int], seed: int
 ) -> Interval:
     """Return after less before, question by question."""
     return bootstrap_mean([after[i].right - before[i].right for i in rows], seed)
@@ -185,7 +189,7 @@ def _write_samples(
     session: Session,
     prompts: Sequence[Prompt],
     said: Mapping[Side, Answers],
-    judged: Mapping[Side, Sequence[_Verdict]],
+    judged: Mapping[Side, Sequence[Verdict]],
 ) -> None:
     rows = [
         {"prompt": prompt.prompt}

@@ -12,7 +12,9 @@ import json
 import shutil
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import resources
@@ -25,7 +27,9 @@ from rich.console import Console
 
 from common.config.recipe import load_config, save_config
 from common.config.run import RunConfig
-from deploy.evaluation.intervals import best_of_n_kl, win_rate
+from common.data.prompts import encode_prompts
+from deploy.evaluation.answering import answers, apart
+from deploy.evaluation.intervals import best_of_n_kl, bootstrap_mean, win_rate
 from deploy.evaluation.results import figures_of
 from deploy.evaluation.sampling import best_of, policy_weights, sample_scored
 from deploy.instruct.pipeline import prepare as prepare_instruct
@@ -34,9 +38,13 @@ from deploy.quickstart.evaluation import encoded_prompts, evaluate, stripped
 from deploy.quickstart.harvest import Pair, harvest, prompt_text
 from deploy.quickstart.pipeline import run_quickstart
 from deploy.quickstart.task import Task, judge_lines, make_task, settings_of
+from deploy.reasoning.evaluation import LABEL, verdicts, verifier
 from deploy.reasoning.pipeline import prepare as prepare_reasoning
 from deploy.reasoning.pipeline import run_reasoning
-from deploy.stages import policy, supervised
+from deploy.reasoning.task import held_out
+from deploy.reasoning.task import with_data as with_tasks
+from deploy.run_folder.weights import final_policy
+from deploy.stages import policy, preparation, supervised
 from deploy.stages.policy import start_pools
 from deploy.stages.session import open_session
 
@@ -175,6 +183,65 @@ def with_chat_model(out: Path, kind: str, name: str, seed: int, overrides: tuple
             run_instruct(session)
         else:
             run_reasoning(session)
+
+
+def other_algorithm(out: Path, name: str, seed: int, overrides: tuple[str, ...]) -> None:
+    """Train the taught policy of the recipe `reasoning` by another algorithm, and verify it.
+
+    What does not depend on the algorithm, the answers before, is taken from the recipe's own run of
+    the same seed.
+    """
+    base = out / f"reasoning-{next(iter(REASONING))}-s{seed}"
+    start = f"model.start={out / 'SmolLM2-135M-Instruct'}"
+    config = recipe(out, name, start, f"seed={seed}", *overrides, kind="reasoning")
+    for part in BEGUN:
+        if (base / part).exists():
+            shutil.copytree(base / part, config.run_dir / part)
+    begin = time.perf_counter()
+    with open_session(config, console) as session:
+        session.lock("quickstart")
+        config = with_tasks(session.config)
+        asked = held_out(config)
+        config = preparation.prepare_tokenizer(session, config)
+        pools = start_pools(session, config)
+        trained = policy.run_train(session, config, pools)
+        prompts = [prompt for part in asked for prompt in part.prompts]
+        encoded, _ = encode_prompts(
+            prompts, session.tokenizer(), max_tokens=config.max_prompt_tokens, too_long="error"
+        )
+        session.end_gang()
+        weights = final_policy(config)
+        sampled = sample_scored(
+            config, policy_weights(config, weights, 1), encoded, *pools, label=LABEL
+        )
+        session.close()
+        session.lock("quickstart")
+        greedy = apart(
+            config.rollout, answers, config, weights, encoded, label="greedy", greedy=True
+        )
+        said = dict(zip(sampled.prompts, sampled.responses, strict=True))
+        with closing(verifier()) as verifying:
+            right = [of.right for of in verdicts(verifying, prompts, greedy.texts)]
+            texts = [said.get(i, "") for i in range(len(prompts))]
+            right_sampled = [of.right for of in verdicts(verifying, prompts, texts)]
+    with (base / "samples.jsonl").open(encoding="utf8") as file:
+        before = {row["prompt"]: row["conforms_before"] for row in map(json.loads, file)}
+    known = json.loads((base / "summary.json").read_text(encoding="utf8"))
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    families = [part.family for part in asked for _ in part.prompts]
+    for family in dict.fromkeys(families):
+        rows = [i for i, of in enumerate(families) if of == family]
+        rise = bootstrap_mean([right[i] - before[prompts[i].prompt] for i in rows], seed)
+        found["judge_accuracy_before"][family] = known["judge_accuracy_before"][family]
+        found["judge_accuracy_after"][family] = float(np.mean([right[i] for i in rows]))
+        for end, value in (("", rise.mean), ("_low", rise.low), ("_high", rise.high)):
+            found[f"judge_accuracy_rise{end}"][family] = value
+        found["judge_accuracy_sampled_rise"][family] = (
+            float(np.mean([right_sampled[i] for i in rows]))
+            - known["judge_accuracy_sampled_before"][family]
+        )
+    seconds = {"seconds_pipeline": time.perf_counter() - begin}
+    save(config.run_dir, {**trained, **found, "kl": float(np.mean(sampled.kl)), **seconds})
 
 
 def best_of_n(out: Path) -> None:
@@ -343,7 +410,10 @@ def experiments(out: Path) -> dict[str, Callable[[], None]]:
         for algorithm, overrides in algorithms.items():
             for seed in SEEDS if not overrides else SEEDS[:1]:
                 name = f"{kind}-{algorithm}-s{seed}"
-                every[name] = partial(with_chat_model, out, kind, name, seed, overrides)
+                if kind == "reasoning" and overrides:
+                    every[name] = partial(other_algorithm, out, name, seed, overrides)
+                else:
+                    every[name] = partial(with_chat_model, out, kind, name, seed, overrides)
     return every
 
 

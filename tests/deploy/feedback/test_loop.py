@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,17 +19,24 @@ from common.config.run import RunConfig
 from common.errors import ConfigError
 from common.models.build import build_policy
 from common.models.weight_files import save_weights
-from deploy.feedback.loop import base_of, waits_for
-from deploy.feedback.rounds import close_round, export_round, make_round, round_of
+from common.run_folder import RunFolder
+from deploy.feedback.loop import base_of, require_runnable, waits_for
+from deploy.feedback.rounds import (
+    close_round,
+    end_round,
+    export_round,
+    is_closed,
+    make_round,
+    round_of,
+)
 from deploy.feedback.store import Store
 from deploy.run_folder.progress import record
 from tests.conftest import run_copy
 from tests.deploy.feedback.labelers import Simulated, at_work
-from tests.deploy.feedback.rounds import plain
+from tests.deploy.feedback.rounds import plain, round_in
 from tests.deploy.feedback.test_propose import settings
 
 ROOT = Path(__file__).parents[3]
-STEPS = ("choosing pairs", "asking people", "training the reward model", "training the policy")
 
 
 def trained(workspace: RunConfig, folder: Path) -> RunConfig:
@@ -82,6 +90,51 @@ def test_a_step_is_known_by_what_it_leaves(workspace: RunConfig, tmp_path: Path)
     assert base.run_of(2).data.comparisons[-1].endswith("round-002/comparisons.jsonl")
 
 
+def test_a_round_that_nobody_here_can_finish_is_told(tmp_path: Path) -> None:
+    folder = round_in(tmp_path, plain(3), overlap=2, overlap_share=1.0)
+    assert waits_for(folder) == "answers", "nobody has come yet"
+    store = Store(folder.answers)
+    for name in ("ann", "bob"):
+        store.welcome(name)
+        while (task := store.next_task(name)) is not None:
+            step = None if name == "bob" and task.pair_uid == plain(3)[1].uid else 1
+            store.submit(name, task.key, step=step, why="broken")
+        assert (
+            waits_for(folder) == "others"
+        )  # first of the second person's, then of the skipped one
+    store.welcome("cid")
+    assert waits_for(folder) == "answers"
+    assert store.next_task("cid") is not None
+    assert waits_for(folder) == "answers", "it is being read"
+    store.close()
+    close_round(folder)
+    assert waits_for(folder) == "nothing"
+
+
+def test_an_empty_round_stays_open(tmp_path: Path) -> None:
+    folder = round_in(tmp_path, plain(3))
+    with pytest.raises(ConfigError, match="nothing is answered yet"):
+        end_round(folder, settings())
+    assert not is_closed(folder) and not folder.comparisons.exists()
+
+
+def test_what_training_would_refuse_is_refused_before_people_are_asked(
+    workspace: RunConfig, tmp_path: Path
+) -> None:
+    config = trained(workspace, tmp_path)
+    require_runnable(base_of(config).run_of(1))
+    greedy = config.model_copy(
+        update={"rollout": config.rollout.model_copy(update={"temperature": 0.0})}
+    )
+    with pytest.raises(ConfigError, match="nothing to learn from"):
+        require_runnable(greedy)
+    no_data = config.model_copy(
+        update={"data": config.data.model_copy(update={"demonstrations": ()})}
+    )
+    with pytest.raises(ConfigError, match=r"data\.demonstrations is empty"):
+        require_runnable(no_data)
+
+
 def test_a_run_without_a_policy_or_a_reward_model_is_no_base(
     workspace: RunConfig, tmp_path: Path
 ) -> None:
@@ -106,6 +159,34 @@ def looped(config: RunConfig, rounds: int, log: Path) -> subprocess.Popen[bytes]
         cwd=ROOT,
         start_new_session=True,
     )
+
+
+def moments(config: RunConfig) -> dict[str, Callable[[], bool]]:
+    """When a loop of two rounds is killed: by what each step has written then."""
+    base = base_of(config)
+    first, second = (base.run_of(number).folder for number in (1, 2))
+
+    def answered(number: int, least: int) -> bool:
+        folder = config.folder.round(number)
+        if not folder.path.exists() or is_closed(folder):
+            return False
+        store = Store(folder.answers)
+        count = len(store.standing())
+        store.close()
+        return count >= least
+
+    def logged(folder: RunFolder, stage: str) -> bool:
+        return folder.metrics.exists() and f'"{stage}"' in folder.metrics.read_text()
+
+    return {
+        "while pairs are chosen": lambda: (config.run_dir / "feedback").exists(),
+        "while people answer": lambda: answered(1, 4),
+        "while the reward model learns": lambda: logged(first, "reward"),
+        "after a checkpoint of the policy": first.checkpoint(1).exists,
+        "in the second round": lambda: answered(2, 2),
+        "while the second reward model learns": lambda: logged(second, "reward"),
+        "while the second policy learns": lambda: logged(second, "train"),
+    }
 
 
 def fingerprints(config: RunConfig, rounds: int) -> list[object]:
@@ -134,27 +215,26 @@ def test_a_loop_that_is_killed_in_each_step_comes_to_the_same_end(
     workspace: RunConfig, tmp_path: Path
 ) -> None:
     found = []
-    for name, kills in (("whole", ()), ("killed", STEPS)):
+    for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
         config = trained(workspace, tmp_path / name)
         log = tmp_path / f"{name}.log"
-        left = list(kills)
+        left = moments(config) if name == "killed" else {}
         with at_work(people(config)):
             while True:
-                before = log.stat().st_size if log.exists() else 0
                 running = looped(config, 2, log)
                 while running.poll() is None:
                     time.sleep(0.05)
-                    if left and left[0].encode() in log.read_bytes()[before:]:
-                        time.sleep(1.5)
+                    come = next((name for name, has_come in left.items() if has_come()), None)
+                    if come is not None:
                         os.killpg(running.pid, signal.SIGKILL)
-                        left.pop(0)
+                        del left[come]
                         running.wait()
                         time.sleep(3.0)  # what was killed gives its lock and its ports back
                         break
                 else:
                     assert running.returncode == 0, log.read_text()[-3000:]
                     break
-        assert not left, f"never killed at: {left}"
+        assert not left, f"never killed: {list(left)}"
         found.append(fingerprints(config, 2))
     assert found[0] == found[1]

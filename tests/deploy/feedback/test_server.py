@@ -170,9 +170,13 @@ def test_practice_comes_first_and_tells_its_answers(tmp_path: Path) -> None:
 
 
 def test_a_closed_round_asks_and_takes_nothing(tmp_path: Path) -> None:
-    made = round_in(tmp_path, plain(2), repeat_share=0.0)
+    made = round_in(tmp_path, plain(2), repeat_share=0.0, guidelines="Read.")
     with served(tmp_path, made) as address, httpx.Client(base_url=address) as client:
         sign_in(client, invited(tmp_path, address, "ann"))
+        close_round(made)
+        assert "This round is closed" in client.get("/").text, "nothing is to be read any more"
+        close_round(made, reopen=True)
+        client.post("/read", data={"form": field(client.get("/").text, "form")})
         page = client.get("/").text
         form = {n: field(page, n) for n in ("form", "key")}
         close_round(made)
