@@ -85,7 +85,7 @@ def loop(
     from deploy.stages.supervised import run_reward
 
     base = base_of(of_run(run, overrides, address))
-    require_runnable(base.run_of(1))  # not when people have answered already
+    require_runnable(base.config)  # not when people have answered already
     for number in range(1, rounds + 1):
         asked, trained = base.run_of(number - 1), base.run_of(number)
         while (step := base.next_step(number)) is not None:

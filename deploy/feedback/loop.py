@@ -113,15 +113,16 @@ def base_of(config: RunConfig) -> Base:
 def require_runnable(config: RunConfig) -> None:
     """Refuse what training would refuse, before people are asked.
 
+    Args:
+        config: of the base.
+
     Raises:
         TalipotError: names the field, the file or the function.
     """
     require_trainable(config)
     require_scorers(config)
-    require_stage(config, "reward")
-    require_paths(config.data.prompts, "data.prompts", "train")
-    if config.evaluate.every:
-        require_paths(config.data.evaluation, "data.evaluation", "evaluate.every")
+    require_stage(config, "train")
+    require_paths(config.data.demonstrations, "data.demonstrations", "centring the reward model")
 
 
 def with_own_data(config: RunConfig) -> RunConfig:

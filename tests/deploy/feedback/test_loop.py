@@ -122,7 +122,7 @@ def test_what_training_would_refuse_is_refused_before_people_are_asked(
     workspace: RunConfig, tmp_path: Path
 ) -> None:
     config = trained(workspace, tmp_path)
-    require_runnable(base_of(config).run_of(1))
+    require_runnable(base_of(config).config)
     greedy = config.model_copy(
         update={"rollout": config.rollout.model_copy(update={"temperature": 0.0})}
     )

@@ -11,7 +11,7 @@ from common.config.run import RunConfig
 from common.data.records import read_prompts
 from common.errors import ConfigError, DataError
 from common.reasoning_tasks import family_of
-from deploy.reasoning.task import held_out, require_tasks, with_data
+from deploy.reasoning.task import held_out, require_tasks, taught, with_data
 
 RECIPE = Path("deploy/recipes/reasoning.yaml")
 
@@ -24,15 +24,16 @@ def test_the_recipe_names_data_of_each_family_on_each_side() -> None:
     config = with_data(recipe("quickstart={prompts: 30, demonstrations: 20, held_out_prompts: 10}"))
     sides = (config.data.prompts, config.data.demonstrations, config.data.evaluation)
     families = list(config.quickstart.families)  # type: ignore[attr-defined]
-    for names, size in zip(sides, (30, 20, 10), strict=True):
+    # Words have demonstrations of their own number.
+    for names, sizes in zip(sides, ((30, 30), (20, 60), (10, 10)), strict=True):
         assert [family_of(name) for name in names] == families
-        assert len(list(read_prompts(names))) == size * len(families)
+        assert [len(list(read_prompts([name]))) for name in names] == [*sizes]
     assert len({name for names in sides for name in names}) == 3 * len(families)
     assert {name: of.weight for name, of in (config.data.mixture or {}).items()} == {
         "spiral_matrix": 2.0,
         "word_sequence_reversal": 3.0,
     }
-    assert not any("weight" in name for names in sides for name in names)
+    assert not any(own in name for own in ("weight", "demons") for n in sides for name in n)
     other = with_data(recipe("seed=1")).data
     assert not {*other.prompts} & {*with_data(recipe()).data.prompts}
     assert with_data(config) == config
@@ -61,6 +62,10 @@ def test_no_held_out_question_is_in_training() -> None:
     ("override", "wrong"),
     [
         ("quickstart.families={}", r"quickstart\.families: names no family; name one"),
+        (
+            "quickstart.families={gcd: {demonstrations: -1}}",
+            r"gcd: demonstrations is -1; it is a number from 0 up",
+        ),
         ("quickstart.families={gcd: {weight: 0}}", r"gcd: weight is 0; it is a number above 0"),
         ("quickstart.families={gcd: {weight: yes}}", r"gcd: weight is True; it is a number above"),
         (
@@ -90,7 +95,7 @@ def test_other_data_is_refused() -> None:
         (
             "{propositional_logic: {}}",
             ConfigError,
-            r"families\.propositional_logic: gives no answers of its own to imitate; set quick",
+            r"families\.propositional_logic: gives no answers of its own to imitate; give it",
         ),
     ],
 )
@@ -99,3 +104,12 @@ def test_families_that_cannot_be_are_refused_before_anything_starts(
 ) -> None:
     with pytest.raises(kind, match=wrong):
         require_tasks(recipe(f"quickstart.families={families}"))
+
+
+def test_a_family_without_demonstrations_is_not_imitated() -> None:
+    families = "{gcd: {demonstrations: 0}, propositional_logic: {demonstrations: 0}, lcm: {}}"
+    config = recipe(f"quickstart={{demonstrations: 5, families: {families}}}")
+    require_tasks(config)
+    assert taught(config) == {"lcm": 5}
+    assert [family_of(name) for name in with_data(config).data.demonstrations] == ["lcm"]
+    assert len(with_data(config).data.prompts) == 3
