@@ -81,6 +81,8 @@ class HowFar:
     asked for another reason."""
     last: int
     """Number of the answer that an undo takes back; 0 where there is none."""
+    last_said: str
+    """What it said."""
 
 
 class Desk:
@@ -144,6 +146,7 @@ class Desk:
             pace=self.store.pace(labeler),
             share=(10 * (wanted - left) // wanted) / 10 if wanted else 1.0,
             last=self.store.last_number(labeler),
+            last_said=self.store.last_said(labeler),
         )
 
     def _shown(self, pair: Pair, *, first_is_left: bool) -> Shown:

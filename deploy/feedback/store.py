@@ -25,7 +25,7 @@ from statistics import median
 from typing import Any, Final
 
 from common.errors import DataError
-from deploy.feedback.answers import MOST, REASONS, Answer, preference_of
+from deploy.feedback.answers import MOST, REASONS, STEPS, Answer, preference_of
 from deploy.feedback.asking import Asking, Refused, Task
 from deploy.feedback.sqlite_file import SqliteFile
 
@@ -398,6 +398,13 @@ class Store:
         """Return the number of the answer that an undo takes back; 0 where there is none."""
         last = self._last(labeler)
         return 0 if last is None else int(last["id"])
+
+    def last_said(self, labeler: str) -> str:
+        """Return what that answer said, in the words of its button; empty where there is none."""
+        last = self._last(labeler)
+        if last is None:
+            return ""
+        return "skipped" if last["step"] is None else STEPS[last["step"]]
 
     def asked(self) -> set[str]:
         """Return the uids of all pairs."""

@@ -42,6 +42,16 @@ if (form) {
   });
 }
 
+function differ() {
+  at("sides")?.classList.toggle("differ");
+}
+
+const shows = at("show-differences");
+if (shows) {
+  shows.hidden = false;
+  shows.addEventListener("click", differ);
+}
+
 function keys(event) {
   // A key that is held down is pressed once, whatever page it was pressed on.
   if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
@@ -52,7 +62,7 @@ function keys(event) {
   const pressed = {
     u: () => at("undo")?.click(),
     s: () => at("do-skip")?.click(),
-    d: () => at("sides")?.classList.toggle("differ"),
+    d: differ,
     "?": () => { if (at("keys")) at("keys").hidden = !at("keys").hidden; },
   }[key];
   if (pressed) {

@@ -129,8 +129,11 @@ def test_what_differs_is_shown_on_demand(browser: Browser, tmp_path: Path) -> No
         plainly = desk.page.evaluate(colour)
         desk.page.keyboard.press("d")
         assert desk.page.evaluate(colour) != plainly
-        desk.page.keyboard.press("?")
         assert desk.page.is_visible("#keys")
+        desk.page.keyboard.press("?")
+        assert not desk.page.is_visible("#keys")
+        desk.page.click("#show-differences")
+        assert desk.page.evaluate(colour) == plainly
         desk.page.focus("#why")
         desk.page.keyboard.type("1 is better, undo s")
         assert desk.key, "who writes presses no buttons"
