@@ -191,19 +191,24 @@ def moments(config: RunConfig) -> dict[str, Callable[[], bool]]:
 
 
 def fingerprints(config: RunConfig, rounds: int) -> list[object]:
-    """What a loop leaves, without times."""
+    """What a loop leaves, without times, and without who was asked what, which follows from them."""
     base = base_of(config)
     found: list[object] = []
     for number in range(1, rounds + 1):
         text = config.folder.round(number).comparisons.read_text()
         rows = [json.loads(line) for line in text.splitlines()]
-        found.append([{k: v for k, v in row.items() if k != "seconds"} for row in rows])
+        found.append(
+            [
+                {k: v for k, v in row.items() if k not in ("uid", "labeler", "seconds")}
+                for row in rows
+            ]
+        )
         found.append(json.loads(base.run_of(number).folder.result.read_text())["weights_hash"])
     return found
 
 
 def people(config: RunConfig) -> list[Simulated]:
-    """Three, who like letters e, and are wrong now and then."""
+    """Three who prefer what is longer."""
     return [
         Simulated(run=config.run_dir, name=name, quality=lambda _, text: text.count("e"), noise=0.1)
         for name in ("ann", "bob", "cid")
