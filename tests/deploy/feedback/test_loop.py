@@ -191,7 +191,8 @@ def moments(config: RunConfig) -> dict[str, Callable[[], bool]]:
 
 
 def fingerprints(config: RunConfig, rounds: int) -> list[object]:
-    """What a loop leaves, without times, and without who was asked what, which follows from them."""
+    """What a loop leaves, without times, and without who was asked, which follows from them."""
+    drawn = ("uid", "labeler", "seconds")
     base = base_of(config)
     found: list[object] = []
     for number in range(1, rounds + 1):
@@ -210,7 +211,7 @@ def fingerprints(config: RunConfig, rounds: int) -> list[object]:
 def people(config: RunConfig) -> list[Simulated]:
     """Three who prefer what is longer."""
     return [
-        Simulated(run=config.run_dir, name=name, quality=lambda _, text: text.count("e"), noise=0.1)
+        Simulated(run=config.run_dir, name=name, quality=lambda _, text: len(text))
         for name in ("ann", "bob", "cid")
     ]
 
