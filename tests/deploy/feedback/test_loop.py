@@ -198,12 +198,7 @@ def fingerprints(config: RunConfig, rounds: int) -> list[object]:
     for number in range(1, rounds + 1):
         text = config.folder.round(number).comparisons.read_text()
         rows = [json.loads(line) for line in text.splitlines()]
-        found.append(
-            [
-                {k: v for k, v in row.items() if k not in ("uid", "labeler", "seconds")}
-                for row in rows
-            ]
-        )
+        found.append([{k: v for k, v in row.items() if k not in drawn} for row in rows])
         found.append(json.loads(base.run_of(number).folder.result.read_text())["weights_hash"])
     return found
 
