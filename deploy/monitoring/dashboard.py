@@ -250,7 +250,13 @@ ROWS: Final[dict[str, tuple[Panel, ...]]] = {
     ),
     "Supervised stages": (
         states("Loss", Logged.LOSS, Logged.HELDOUT_LOSS, Logged.HELDOUT_LOSS_BEFORE, stage=""),
-        states("Reward model: accuracy", Logged.ACCURACY, Logged.ACCURACY_HELDOUT, stage="reward"),
+        states(
+            "Reward model: accuracy",
+            Logged.ACCURACY,
+            Logged.ACCURACY_HELDOUT,
+            Logged.ACCURACY_REPORTED,
+            stage="reward",
+        ),
         states("Mean score of demonstrations", Logged.REFERENCE_MEAN, stage="reward"),
         states("Passes over the data", Logged.EPOCHS, stage=""),
         states("Tokens of the data", Logged.TOKENS, stage=""),
