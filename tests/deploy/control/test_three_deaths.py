@@ -17,7 +17,7 @@ from deploy.workers.gang import LearnerGang
 from tests.conftest import run_copy
 from tests.deploy.control.runs import Run, kill_worker, when
 
-pytestmark = pytest.mark.usefixtures("cluster")
+pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("cluster")]
 
 
 def kill_rank(gang: LearnerGang) -> None:
