@@ -22,7 +22,7 @@ from deploy.feedback.markdown import rendered
 from deploy.feedback.pairs import Pair, read_pairs
 from deploy.feedback.store import Store
 
-_COUNTED_FOR: Final = 50.0
+_COUNTED_FOR: Final = 500.0
 """How long a count of what is left is good for, in times of what it took: it looks at all pairs."""
 _MOST_WORDS: Final = 400
 """Longer texts are not marked where they differ: that takes the square of their length."""
@@ -103,6 +103,7 @@ class Desk:
             raise DataError(
                 f"{folder.answers}: is of other pairs than {folder.pairs}; put both back together"
             )
+        self._wanted = self.store.wanted()
         self._counts, self._counted_until = (0, 0), 0.0
 
     def close(self) -> None:
@@ -137,7 +138,7 @@ class Desk:
         """Return how far a labeler and the round are; a large round as it was a moment ago."""
         begin = time.monotonic()
         if begin > self._counted_until:
-            self._counts = self.store.left(), self.store.wanted()
+            self._counts = self.store.left(), self._wanted
             end = time.monotonic()
             self._counted_until = end + _COUNTED_FOR * (end - begin)
         left, wanted = self._counts
