@@ -1,10 +1,10 @@
-"""Is a label worth more where reward models disagree? Simulated people on the quickstart's data.
+"""Is a label worth more where reward models disagree? Simulated people, the quickstart's data.
 
-``python -m tests.benchmarks.choosing OUT`` (a quarter of an hour), with the quickstart's run of seed
-0 under OUT. People are wrong in 25 % of the answers. In each draw three reward models learn from
-the same few labels; then as many labels again are bought: at random, or 70 % of them where the
-three disagree most. A reward model on all of them is asked about comparisons that nobody was wrong
-about.
+``python -m tests.benchmarks.choosing OUT`` (a quarter of an hour), with the quickstart's run of
+seed 0 under OUT. People are wrong in 25 % of the answers. In each draw three reward models learn
+from the same few labels; then as many labels again are bought: at random, or 70 % of them where
+the three disagree most. A reward model on all of them is asked about comparisons that nobody was
+wrong about.
 """
 
 from __future__ import annotations
