@@ -14,7 +14,6 @@ from common.errors import ConfigError
 from deploy.cli.rounds import (
     ActiveOption,
     BestOption,
-    Desk,
     GoldOption,
     GuidelinesOption,
     HostOption,
@@ -29,6 +28,7 @@ from deploy.cli.rounds import (
     PracticeOption,
     RepeatShareOption,
     SeedOption,
+    ServedAt,
     SupervisedOption,
     WithoutOption,
     propose_round,
@@ -102,7 +102,7 @@ def serve(
 
     config = of_run(run, None, None)
     folder, settings = round_of(config.folder, number)
-    serve_round(config, folder, settings, Desk(name=name, host=host, port=port))
+    serve_round(config, folder, settings, ServedAt(name=name, host=host, port=port))
 
 
 @feedback.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +11,6 @@ from common.config.run import RunConfig
 from deploy.cli.rounds import (
     ActiveOption,
     BestOption,
-    Desk,
     GoldOption,
     GuidelinesOption,
     HostOption,
@@ -26,6 +25,7 @@ from deploy.cli.rounds import (
     PracticeOption,
     RepeatShareOption,
     SeedOption,
+    ServedAt,
     SupervisedOption,
     WithoutOption,
     propose_round,
@@ -80,8 +80,7 @@ def loop(
 
     Given again it continues where it was interrupted.
     """
-    from deploy.feedback.loop import base_of, require_runnable, until_answered
-    from deploy.feedback.rounds import end_round, is_closed, round_of
+    from deploy.feedback.loop import base_of, require_runnable
     from deploy.stages.supervised import run_reward
 
     base = base_of(of_run(run, overrides, address))
@@ -108,21 +107,30 @@ def loop(
                 )
                 propose_round(base.config, asked, settings, gold, practice)
             elif step == "ask":
-                made, settings = round_of(base.config.folder, number)
-                desk = Desk(name=name, host=host, port=port)
-                if not is_closed(made) and not serve_round(
-                    base.config, made, settings, desk, until_answered
-                ):
-                    say(console, "the round stays open; the same command goes on with it")
-                    raise KeyboardInterrupt
-                how: How = "mean" if mean else "rows"
-                count = end_round(made, settings, without or (), how)
-                say(console, f"{made.comparisons}: {count} comparisons")
+                at = ServedAt(name=name, host=host, port=port)
+                _ask(base.config, number, at, without or (), "mean" if mean else "rows")
             elif step == "reward":
                 run_stage("reward", run_reward, trained, writer="reward")
             else:
                 run_stage("train", _train, trained, attach=True, address=address)
     say(console, f"{rounds} rounds are done: ", (str(base.run_of(rounds).run_dir), "bold"))
+
+
+def _ask(base: RunConfig, number: int, at: ServedAt, without: Sequence[str], how: How) -> None:
+    """Serve a round until it is answered or closed, and write its comparisons.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C ended it; the round stays open.
+    """
+    from deploy.feedback.loop import until_answered
+    from deploy.feedback.rounds import end_round, is_closed, round_of
+
+    made, settings = round_of(base.folder, number)
+    if not is_closed(made) and not serve_round(base, made, settings, at, until_answered):
+        say(console, "the round stays open; the same command goes on with it")
+        raise KeyboardInterrupt
+    count = end_round(made, settings, without, how)
+    say(console, f"{made.comparisons}: {count} comparisons")
 
 
 def _active(asked: RunConfig, share: float) -> float:

@@ -123,7 +123,7 @@ def propose_round(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Desk:
+class ServedAt:
     """Where people are asked."""
 
     name: str | None = None
@@ -136,7 +136,7 @@ def serve_round(
     base: RunConfig,
     folder: RoundFolder,
     settings: RoundConfig,
-    desk: Desk,
+    at: ServedAt,
     until: Callable[[RoundFolder, Callable[[str], None]], Coroutine[Any, Any, None]] | None = None,
 ) -> bool:
     """Show a round's pairs to who was invited.
@@ -145,7 +145,7 @@ def serve_round(
         base: the run that the round is of.
         folder: the round's.
         settings: of the round.
-        desk: where.
+        at: where.
         until: ends it when it returns; None: Ctrl-C alone does.
 
     Returns:
@@ -162,7 +162,7 @@ def serve_round(
         access=base.folder.labelers,
         address=base.folder.labelling_address,
     )
-    if not is_local(desk.host):
+    if not is_local(at.host):
         note("others on the network can read what is sent: put TLS before it, or use ssh -L")
     ends = "Ctrl-C ends it"
     if until is not None:
@@ -172,9 +172,9 @@ def serve_round(
     say(console, f"{served.name}; {ends}")
 
     async def work() -> bool:
-        name = desk.name or _own_name()
+        name = at.name or _own_name()
         tell = _say_address
-        serving = asyncio.create_task(serve(served, desk.host, desk.port, tell, note, name))
+        serving = asyncio.create_task(serve(served, at.host, at.port, tell, note, name))
         waiting = (
             {serving} if until is None else {serving, asyncio.create_task(until(folder, note))}
         )

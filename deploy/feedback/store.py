@@ -27,80 +27,15 @@ from typing import Any, Final
 from common.errors import DataError
 from deploy.feedback.answers import MOST, REASONS, STEPS, Answer, preference_of
 from deploy.feedback.asking import Asking, Refused, Task
+from deploy.feedback.schema import SCHEMA, VERSION
 from deploy.feedback.sqlite_file import SqliteFile
 
-VERSION: Final = 2
 _PACE_OF: Final = 20
 """Answers that a labeler's pace is the median of."""
 _EVERYBODY: Final = 1_000_000
 """Answers that are missing of a pair that everybody is asked."""
 _AGAIN_AFTER: Final = 8
 """Answers from the first to the second showing of a pair to one labeler, at least."""
-_SCHEMA: Final = """
-CREATE TABLE pairs (
-    uid TEXT PRIMARY KEY,
-    place INTEGER NOT NULL UNIQUE,
-    wanted INTEGER NOT NULL,
-    missing INTEGER NOT NULL,
-    again INTEGER NOT NULL
-) STRICT;
-CREATE INDEX open_pairs ON pairs (place) WHERE missing > 0;
-CREATE TABLE labelers (
-    name TEXT PRIMARY KEY,
-    since REAL NOT NULL,
-    read_guidelines REAL,
-    practised INTEGER NOT NULL DEFAULT 0,
-    cursor INTEGER NOT NULL DEFAULT 0,
-    standing INTEGER NOT NULL DEFAULT 0,
-    ever INTEGER NOT NULL DEFAULT 0,
-    known_at INTEGER NOT NULL DEFAULT 0
-) STRICT;
-CREATE TABLE due (
-    labeler TEXT NOT NULL,
-    pair TEXT NOT NULL,
-    after INTEGER NOT NULL,
-    PRIMARY KEY (labeler, pair)
-) STRICT;
-CREATE TABLE answers (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    key TEXT NOT NULL UNIQUE,
-    labeler TEXT NOT NULL,
-    pair TEXT NOT NULL,
-    occasion INTEGER NOT NULL,
-    kind TEXT NOT NULL CHECK (kind IN ('answer', 'skip', 'undo')),
-    step INTEGER,
-    first_is_left INTEGER NOT NULL,
-    why TEXT NOT NULL,
-    flagged INTEGER NOT NULL,
-    seconds REAL NOT NULL,
-    at REAL NOT NULL,
-    undoes INTEGER REFERENCES answers (id)
-) STRICT;
-CREATE INDEX answers_of ON answers (labeler, pair);
-CREATE INDEX last_answers ON answers (labeler);
-CREATE UNIQUE INDEX undone_once ON answers (undoes) WHERE undoes IS NOT NULL;
-CREATE VIEW standing AS
-    SELECT * FROM answers a WHERE a.kind != 'undo'
-    AND NOT EXISTS (SELECT 1 FROM answers u WHERE u.undoes = a.id);
-CREATE TABLE leases (
-    labeler TEXT PRIMARY KEY,
-    pair TEXT NOT NULL,
-    occasion INTEGER NOT NULL,
-    key TEXT NOT NULL UNIQUE,
-    first_is_left INTEGER NOT NULL,
-    given REAL NOT NULL,
-    until REAL NOT NULL
-) STRICT;
-CREATE TABLE closed (at REAL NOT NULL) STRICT;
-CREATE TABLE expired (
-    key TEXT PRIMARY KEY,
-    labeler TEXT NOT NULL,
-    pair TEXT NOT NULL,
-    occasion INTEGER NOT NULL,
-    first_is_left INTEGER NOT NULL,
-    given REAL NOT NULL
-) STRICT;
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +75,7 @@ class Store:
         if not make and not path.is_file():
             raise DataError(f"{path}: is not there; what people said in this round is lost with it")
         self._clock = clock
-        self._file = SqliteFile(path, _SCHEMA, VERSION)
+        self._file = SqliteFile(path, SCHEMA, VERSION)
         self._asking = Asking(self._file, lease_s)
 
     def close(self) -> None:
