@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -385,10 +385,6 @@ class Store:
             """
         )
         return row is not None
-
-    def labelers(self) -> Sequence[str]:
-        """Return the names of all who label."""
-        return [row["name"] for row in self._file.rows("SELECT name FROM labelers ORDER BY name")]
 
 
 def _answer(row: sqlite3.Row) -> Answer:

@@ -148,6 +148,13 @@ def test_what_is_skipped_goes_to_others(store: Store) -> None:
     assert undone is not None and undone.pair_uid == "b", "what others have taken is passed over"
 
 
+def test_a_pair_to_practise_with_counts_once_and_in_its_turn(store: Store) -> None:
+    store.welcome("ann")
+    for number in (1, 0, 0, 2):
+        store.note_practised("ann", number)
+    assert store.practised("ann") == 1 and store.practised("bob") == 0
+
+
 def test_what_is_sent_twice_undoes_one(store: Store) -> None:
     store.ask([Asked(uid="a"), Asked(uid="b"), Asked(uid="c")])
     for _ in range(3):
