@@ -6,6 +6,7 @@ Pure functions over standing answers. Krippendorff's alpha for ordinal values (K
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +21,12 @@ from deploy.evaluation.intervals import Interval, wilson_interval
 from deploy.feedback.answers import MOST, Answer, of_kind
 
 LEAST_AGREEMENT: Final = 0.75
-"""A labeler who is right on less of the known pairs is reported: who guesses is right on 43 %.
-
-Agreement with others is shown and not judged: of honest people it is 63 to 73 %, and who guesses
-pulls down that of a good partner."""
+"""A labeler who is right on less of the known pairs is reported: who guesses is right on 43 %."""
 _SIGMAS: Final = 4.0
+_BY_CHANCE: Final = 1.96
+"""Standard errors up to which two shares may differ by chance."""
+_FEW: Final = 20
+"""Pairs of answers, below which agreement with others is not judged."""
 _VALUES: Final = 2 * MOST + 1
 
 Counts = npt.NDArray[np.float64]
@@ -133,6 +135,12 @@ class LabelerFigures:
     """Same preference (first, tie, second) as is known of gold pairs."""
     others: Share
     """Same preference as another labeler, over all pairs of answers to one pair."""
+    rest: Share
+    """Likewise among the others, without this labeler.
+
+    It is what agreement with others is judged by: honest people agree on 63 to 73 % where the
+    responses are alike and on more where they are not, and who guesses pulls down that of a good
+    partner, but not that of the partners' among themselves."""
     again: Share
     """Same preference as the time before, of pairs that were shown again."""
 
@@ -146,6 +154,12 @@ class LabelerFigures:
                 f"is right on {interval.mean:.0%} of {self.gold.of} known pairs: below "
                 f"{LEAST_AGREEMENT:.0%}, by more than chance"
             )
+        if self._differs:
+            found.append(
+                f"agrees with others on {self.others.hits / self.others.of:.0%} of "
+                f"{self.others.of} pairs, and they among themselves on "
+                f"{self.rest.hits / self.rest.of:.0%} of {self.rest.of}: more than chance"
+            )
         if self.left.of and abs(self.left.hits - self.left.of / 2) > _SIGMAS * (
             self.left.of**0.5 / 2
         ):
@@ -153,6 +167,16 @@ class LabelerFigures:
                 f"prefers the left side in {self.left.hits / self.left.of:.0%} of {self.left.of}"
             )
         return found
+
+    @property
+    def _differs(self) -> bool:
+        """Whether others agree more among themselves, by the test of two proportions."""
+        if min(self.others.of, self.rest.of) < _FEW:
+            return False
+        hits, of = self.others.hits + self.rest.hits, self.others.of + self.rest.of
+        variance = hits / of * (1 - hits / of) * (1 / self.others.of + 1 / self.rest.of)
+        differ = self.rest.hits / self.rest.of - self.others.hits / self.others.of
+        return differ > _BY_CHANCE * math.sqrt(variance)
 
 
 def figures_of(answers: Sequence[Answer], gold: Mapping[str, int]) -> list[LabelerFigures]:
@@ -167,19 +191,22 @@ def figures_of(answers: Sequence[Answer], gold: Mapping[str, int]) -> list[Label
         assert answer.preference is not None
         if answer.pair_uid not in gold:  # they are easy, and everybody answers them
             of_pair[answer.pair_uid][answer.labeler] = _sign(answer.preference)
-    agreed: defaultdict[str, list[bool]] = defaultdict(list)
-    for said in of_pair.values():
-        for one, two in combinations(sorted(said), 2):
-            agreed[one].append(said[one] == said[two])
-            agreed[two].append(said[one] == said[two])
-    return [
-        _figures(name, [a for a in answers if a.labeler == name], gold, agreed[name])
-        for name in sorted({answer.labeler for answer in answers})
+    agreed = [
+        (one, two, said[one] == said[two])
+        for said in of_pair.values()
+        for one, two in combinations(sorted(said), 2)
     ]
+    found = []
+    for name in sorted({answer.labeler for answer in answers}):
+        others = _share([same for one, two, same in agreed if name in (one, two)])
+        rest = _share([same for one, two, same in agreed if name not in (one, two)])
+        own = [answer for answer in answers if answer.labeler == name]
+        found.append(_figures(name, own, gold, others, rest))
+    return found
 
 
 def _figures(
-    name: str, own: Sequence[Answer], gold: Mapping[str, int], agreed: Sequence[bool]
+    name: str, own: Sequence[Answer], gold: Mapping[str, int], others: Share, rest: Share
 ) -> LabelerFigures:
     first = {a.pair_uid: a for a in of_kind(own)}
     again = {a.pair_uid: a for a in of_kind(own, occasion=1)}
@@ -194,11 +221,16 @@ def _figures(
         flags=sum(a.flagged for a in own),
         seconds=median(a.seconds for a in said) if said else None,
         ties=Share(hits=sum(a.preference == 0 for a in said), of=len(said)),
-        left=Share(hits=sum(sides), of=len(sides)),
-        gold=Share(hits=sum(known), of=len(known)),
-        others=Share(hits=sum(agreed), of=len(agreed)),
-        again=Share(hits=sum(twice), of=len(twice)),
+        left=_share(sides),
+        gold=_share(known),
+        others=others,
+        rest=rest,
+        again=_share(twice),
     )
+
+
+def _share(hits: Sequence[bool]) -> Share:
+    return Share(hits=sum(hits), of=len(hits))
 
 
 def _same(answer: Answer, preference: int | None) -> bool:

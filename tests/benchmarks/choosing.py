@@ -24,11 +24,10 @@ from common.data.records import Comparison, Prompt, read_comparisons
 from deploy.evaluation.intervals import bootstrap_mean
 from deploy.feedback.disagreement import disagreement, scored
 from deploy.feedback.pairs import Pair, Response
-from deploy.quickstart.task import with_data
 from deploy.stages.encoding import encode_comparisons
 from deploy.stages.session import Session, open_session
 from learner.supervised.examples import EncodedComparison
-from tests.benchmarks.experiments import SEEDS, derive, save
+from tests.benchmarks.bases import SEEDS, derive, save
 
 DRAWS = range(5)
 FEW, HELD_OUT, NOISE, ACTIVE = 450, 600, 0.25, 0.7
@@ -116,7 +115,6 @@ def main(arguments: Sequence[str]) -> None:
     """All draws, and their difference with its interval over draws."""
     out = Path(arguments[0]).absolute()
     config = derive(out / "quickstart-s0", out / "choosing", ())
-    config = with_data(config, config.folder.data)
     with open_session(config, console) as session:
         records = [
             record

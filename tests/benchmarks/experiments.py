@@ -16,16 +16,14 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cache, partial
-from importlib import resources
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from common.config.recipe import load_config, save_config
+from common.config.recipe import load_config
 from common.config.run import RunConfig
 from common.data.prompts import encode_prompts
 from deploy.evaluation.answering import answers, apart
@@ -35,9 +33,9 @@ from deploy.evaluation.sampling import best_of, policy_weights, sample_scored
 from deploy.instruct.pipeline import prepare as prepare_instruct
 from deploy.instruct.pipeline import run_instruct
 from deploy.quickstart.evaluation import encoded_prompts, evaluate, stripped
-from deploy.quickstart.harvest import Pair, harvest, prompt_text
+from deploy.quickstart.harvest import Pair, prompt_text
 from deploy.quickstart.pipeline import run_quickstart
-from deploy.quickstart.task import Task, judge_lines, make_task, settings_of
+from deploy.quickstart.task import judge_lines
 from deploy.reasoning.evaluation import LABEL, verdicts, verifier
 from deploy.reasoning.pipeline import prepare as prepare_reasoning
 from deploy.reasoning.pipeline import run_reasoning
@@ -47,8 +45,8 @@ from deploy.run_folder.weights import final_policy
 from deploy.stages import policy, preparation, supervised
 from deploy.stages.policy import start_pools
 from deploy.stages.session import open_session
+from tests.benchmarks.bases import SEEDS, derive, recipe, save, task_of
 
-SEEDS = (0, 1, 2)
 N_VALUES = (1, 2, 4, 8, 16)
 KL_COEFS = (0.4, 0.2, 0.05, 0.025)
 """Beside the recipe's own."""
@@ -99,7 +97,6 @@ CHAT_RECIPES: dict[str, Mapping[str, tuple[str, ...]]] = {
 }
 BEGUN = ("tokenizer", "data", "sft")
 """What other algorithms begin with, as far as the recipe has it."""
-BASE_FILES = ("tokenizer.json", "sft", "reward_model", "data")
 
 console = Console()
 
@@ -338,57 +335,6 @@ def _judge_log(path: Path, config: RunConfig, by_prompt: Mapping[str, Pair]) -> 
         "score": float(np.mean([row["score"] for row in table])),
         **figures_of(judge_lines(pairs, lines, config.seed, qualities)),
     }
-
-
-# ------------------------------------------------------------------ parts
-
-
-@cache
-def _pairs() -> list[Pair]:
-    return harvest()
-
-
-@cache
-def _task(seed: int, demonstrations: int, held_out: int) -> Task:
-    settings = settings_of(load_config(_recipe_path()))
-    settings = settings.model_copy(update={"demonstrations": demonstrations, "held_out": held_out})
-    return make_task(_pairs(), settings, seed)
-
-
-def task_of(config: RunConfig) -> Task:
-    """Return the task that the base run of this config was made from."""
-    settings = settings_of(config)
-    return _task(config.seed, settings.demonstrations, settings.held_out)
-
-
-def _recipe_path(kind: str = "quickstart") -> Path:
-    return Path(str(resources.files("deploy.recipes") / f"{kind}.yaml"))
-
-
-def recipe(out: Path, name: str, *overrides: str, kind: str = "quickstart") -> RunConfig:
-    """Load a recipe that ships with Talipot under another name."""
-    here = [f"output={out}", f"name={name}", "cluster.dashboard=false"]
-    return load_config(_recipe_path(kind), [*here, *overrides])
-
-
-def derive(base: Path, target: Path, overrides: tuple[str, ...]) -> RunConfig:
-    """Begin a new run with the base run's data, supervised policy and reward model."""
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    for name in BASE_FILES:
-        source = base / name
-        copy: Callable[..., Any] = shutil.copytree if source.is_dir() else shutil.copy2
-        copy(source, target / name)
-    here = [f"output={target.parent}", f"name={target.name}"]
-    config = load_config(base / "config.yaml", [*overrides, *here])
-    save_config(config, target / "config.yaml")
-    return config
-
-
-def save(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write an experiment's summary: its mark that it is done."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf8")
 
 
 def experiments(out: Path) -> dict[str, Callable[[], None]]:

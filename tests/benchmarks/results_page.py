@@ -19,6 +19,7 @@ from typing import Any
 from deploy.evaluation.intervals import Interval, best_of_n_kl
 from deploy.evaluation.results import figure
 from deploy.instruct.instructions import KINDS
+from tests.benchmarks.bases import SEEDS
 from tests.benchmarks.experiments import (
     BEST_FULL_LR,
     FULL_LRS,
@@ -29,7 +30,6 @@ from tests.benchmarks.experiments import (
     LORA_RANK,
     LORA_RANKS,
     REASONING,
-    SEEDS,
 )
 
 Summary = dict[str, Any]

@@ -106,6 +106,7 @@ def test_figures_of_people_by_hand() -> None:
     assert (ann.left.hits, ann.left.of) == (2, 4)
     assert (ann.gold.hits, ann.gold.of) == (1, 1)
     assert (ann.others.hits, ann.others.of) == (0, 1), "known pairs say nothing of others"
+    assert (ann.rest.hits, ann.rest.of) == (0, 0), "there is one other only"
     assert (ann.again.hits, ann.again.of) == (1, 2)
     assert (bob.gold.hits, bob.gold.of, bob.again.of) == (1, 1, 0)
     assert bob.again.interval is None
@@ -130,6 +131,41 @@ def test_who_guesses_is_reported_and_who_is_good_is_not() -> None:
     assert reported >= 195
     assert spared >= 195
     assert 0.5 < LEAST_AGREEMENT < 1
+
+
+def test_who_guesses_is_reported_without_known_pairs_too() -> None:
+    """Within 40 shared pairs, among three good labelers; each pair is answered by two."""
+    rng = np.random.default_rng(2)
+    good, reported, wrongly, alarms = ("ann", "bob", "cid"), 0, 0, 0
+
+    def of_good(truth: int) -> int:
+        return truth if rng.random() < 0.9 else -truth
+
+    for _ in range(200):
+        answers = []
+        for i in range(80):  # the first half is shared with the guesser
+            truth = int(rng.choice([-2, 2]))
+            one, two = rng.permutation(good)[:2]
+            guess = ("guess", int(rng.integers(-MOST, MOST + 1)))
+            both = [guess if i < 40 else (one, of_good(truth)), (two, of_good(truth))]
+            answers += [said(str(i), name, preference) for name, preference in both]
+        found = {who.labeler: who for who in figures_of(answers, {})}
+        assert (found["guess"].others.of, found["guess"].rest.of) == (40, 40)
+        reported += any("agrees with others" in what for what in found["guess"].concerns)
+        wrongly += any(found[name].concerns for name in good)
+        honest = [a for a in answers if int(a.pair_uid) >= 40]
+        alarms += any(who.concerns for who in figures_of(honest, {}))
+    assert reported >= 190
+    assert wrongly <= 10, "who is good suffers no more from a partner who guesses"
+    assert alarms <= 10
+
+
+def test_two_labelers_who_disagree_are_both_spared() -> None:
+    """Nothing says which of them guesses; alpha tells that somebody does."""
+    answers = [said(str(i), name, 2 if name == "ann" or i % 2 else -2) for i in range(40)
+               for name in ("ann", "bob")]  # fmt: skip
+    assert [who.others.hits for who in figures_of(answers, {})] == [20, 20]
+    assert not any("agrees" in what for who in figures_of(answers, {}) for what in who.concerns)
 
 
 def test_who_always_takes_one_side_is_reported() -> None:
