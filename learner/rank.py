@@ -1,6 +1,6 @@
 """One member of the learner gang: its verbs, from the first supervised step to the last export.
 
-A plain class; `deploy.workers.gang` makes a Ray actor of it. All methods but `address` are
+A plain class; `deploy.workers.gang` makes a Ray actor of it. All methods but `listen` are
 collectives: the gang calls them on every rank together, and rank 0's answer counts.
 """
 
@@ -65,25 +65,31 @@ class LearnerRank:
         torch.manual_seed(rank)
         self.rank, self.world = rank, world
         self._collectives = compute.collectives
+        self._listener: socket.socket | None = None
         self._stage: SupervisedStage | None = None
         self._learner: Learner | None = None
 
-    def address(self) -> tuple[str, int]:
-        """Return where rank 0 will listen for the others: an address and a free port."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port: int = probe.getsockname()[1]
-        return socket.gethostbyname(socket.gethostname()), port
+    def listen(self, host: str = "127.0.0.1") -> int:
+        """Listen for the others, as rank 0; returns the port."""
+        self._listener = process_group.listen(host)
+        port: int = self._listener.getsockname()[1]
+        return port
 
-    def connect(self, address: str, port: int, timeout_s: float) -> None:
-        """Join the process group."""
+    def connect(self, port: int, hosts: Sequence[str] = (), timeout_s: float = 60.0) -> None:
+        """Join the process group.
+
+        Args:
+            port: where rank 0 listens.
+            hosts: addresses of the ranks' nodes, by rank; without any all are of this node.
+            timeout_s: longest wait for the others in every collective.
+        """
         process_group.connect(
             rank=self.rank,
-            world=self.world,
-            address=address,
+            hosts=hosts or ["127.0.0.1"] * self.world,
             port=port,
             timeout_s=timeout_s,
             backend=self._collectives,
+            listener=self._listener,
         )
 
     # ---------------------------------------------------------------- supervised stages

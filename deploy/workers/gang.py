@@ -42,6 +42,7 @@ from deploy.workers.calls import (
     kill,
     own_error,
     start,
+    start_function,
     start_pair,
     summary,
 )
@@ -49,11 +50,14 @@ from deploy.workers.reservations import reserved
 from deploy.workers.told import Identity
 from learner.rank import LearnerRank
 from learner.supervised.examples import EncodedComparison, EncodedPair
+from learner.zero.process_group import NotMet
 
 _GRACE_S = 15.0
 """After a rank failed: how long the others have to show who died. A collective breaks for the
 survivors a moment before Ray notices the death."""
 _WAIT_S, _PUMP_S = 1.0, 0.02
+_TRIES = 3
+"""Of ranks to reach each other."""
 _PULSE_S = 5.0
 """How often a rank tells how far it is, at most."""
 
@@ -99,12 +103,25 @@ class LearnerGang:
         Once they have their place, `meanwhile` is called again and again until they are connected:
         what starts beside them takes no room that they need.
 
+        Ranks that cannot reach each other are ended, and others tried at other ports.
+
         Raises:
-            ClusterError: no room for all of them.
+            ClusterError: no room for all of them, or they cannot reach each other.
             LearnerLost: one died on the way.
         """
         if self.started:
             return
+        for left in reversed(range(_TRIES)):
+            self._start_ranks()
+            try:
+                self._meet(meanwhile)
+                return
+            except NotMet:
+                self.stop()
+                if not left:
+                    raise
+
+    def _start_ranks(self) -> None:
         settings = self.config.learner
         cpus = reserved(self.config).rank
         compute = compute_of(
@@ -137,9 +154,16 @@ class LearnerGang:
             )
             for rank in range(settings.ranks)
         ]
-        asked = [start(self.ranks[0], LearnerRank.address)]
-        ((address, port),) = self._answers(asked, "address", meanwhile)
-        self._call(LearnerRank.connect, meanwhile, address, port, settings.deadline_s)
+
+    def _meet(self, meanwhile: Meanwhile | None) -> None:
+        """Connect the ranks: on the loopback device where they are on one node."""
+        asked = [start_function(rank, _host_of) for rank in self.ranks]
+        hosts = self._answers(asked, "start", meanwhile)
+        if len(set(hosts)) == 1:
+            hosts = ["127.0.0.1"] * len(hosts)
+        asked_port = [start(self.ranks[0], LearnerRank.listen, hosts[0])]
+        (port,) = self._answers(asked_port, "listen", meanwhile)
+        self._call(LearnerRank.connect, meanwhile, port, hosts, self.deadline_s)
 
     def stop(self) -> None:
         """End all ranks and free their resources, all of them; then raise what failed."""
@@ -343,6 +367,11 @@ class _Listening:
         before, self._told = self._told, pulses.heard(self._keys)
         self._looked = time.monotonic()
         return before is not None and self._told != before
+
+
+def _host_of(rank: object) -> str:
+    """Return, in a rank, the address by which the cluster knows its node."""
+    return str(ray.util.get_node_ip_address())
 
 
 def _put(value: Answer) -> Answer:

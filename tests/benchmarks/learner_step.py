@@ -86,7 +86,7 @@ def plain_step(
 
 def speed() -> list[Result]:
     rank = LearnerRank(0, 1, compute_of(cpus=1, threads=THREADS))
-    rank.connect(*rank.address(), 60.0)
+    rank.connect(rank.listen())
     sequences, targets = data()
     net = network()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, betas=(0.9, 0.95))

@@ -160,7 +160,7 @@ def step_seconds() -> dict[str, float]:
     """Median seconds of a policy update at shape S, on one DeepSpeed rank."""
     torch.set_num_threads(THREADS)
     rank = LearnerRank(0, 1, compute_of(cpus=1, threads=THREADS))
-    rank.connect(*rank.address(), 60.0)
+    rank.connect(rank.listen())
     sequences, targets = data()
     engines = {}
     for precision in ("fp32", "bf16"):

@@ -94,7 +94,7 @@ def learner(config: RunConfig, start: str) -> None:
         for i, row in enumerate(made)
     ]
     rank = LearnerRank(0, 1, compute_of(cpus=1, threads=2))
-    rank.connect(*rank.address(), 60.0)
+    rank.connect(rank.listen())
     rank.begin_train(config, start, None, [2])
     rank.policy_phase(0, None, to_table(trajectories, ScoredTrajectory))
     if config.train.ppg is not None:

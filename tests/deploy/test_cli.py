@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 import yaml
 
-from common.devices import compute_of
-from common.errors import ClusterError
 from deploy.run_folder import checkpoints
-from learner.rank import LearnerRank
 from tests.deploy.commands import Run, refused
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -344,13 +339,3 @@ def test_a_full_disk(run: Run, recipe: Callable[..., str], tmp_path: Path) -> No
     path = recipe()
     (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
     refused(run("sft", "--config", path), 8, "No space left")
-
-
-def test_a_port_in_use(cluster: None) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        rank = ray.remote(LearnerRank).options(num_cpus=0).remote(0, 1, compute_of(cpus=1))
-        with pytest.raises(ClusterError, match="free the port"):
-            ray.get(rank.connect.remote("127.0.0.1", taken.getsockname()[1], 20.0))
-        ray.kill(rank)

@@ -17,7 +17,7 @@ from learner.zero.process_group import disconnect
 def one_rank() -> Iterator[None]:
     """A learner gang of one, in this process: for what needs DeepSpeed and no cluster."""
     rank = LearnerRank(0, 1, compute_of(cpus=1))
-    rank.connect(*rank.address(), 60.0)
+    rank.connect(rank.listen())
     yield
     disconnect()
 

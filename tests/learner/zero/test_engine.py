@@ -46,7 +46,7 @@ from common.devices import compute_of
 from learner.rank import LearnerRank
 
 rank = LearnerRank(0, 1, compute_of(cpus=1))
-rank.connect(*rank.address(), 60.0)
+rank.connect(rank.listen())
 found = {"backend": dist.get_backend()}
 for stage in (0, 1, 2, 3):
     network = torch.nn.Linear(3, 1)
