@@ -24,6 +24,7 @@ from deploy.screen import Bar, progress_bar, say
 from deploy.trackers import outboxes
 from deploy.workers.attach import Way, own_address, sign_in, start_cluster, way_to
 from deploy.workers.gang import LearnerGang
+from deploy.workers.guard import unguarded
 from deploy.workers.pool import Pool
 from deploy.workers.preflight import explain, sharing
 
@@ -179,6 +180,8 @@ def _in_cluster(session: Session, way: Way | None) -> Session:
     say(session.console, (f"run {session.run_dir} · dashboard {url or 'off'}", "dim"))
     if url and (hint := sign_in()):
         say(session.console, (hint, "dim"))
+    if told := unguarded(own_address()):
+        say(session.console, (told, "yellow"))
     return session
 
 

@@ -31,6 +31,8 @@ from deploy.run_folder.lock import writing
 from deploy.stages.controller_actor import RemoteController
 from deploy.workers import attach
 from deploy.workers.attach import Way, ask_cluster, start_cluster
+from deploy.workers.guard import unguarded
+from tests.deploy.workers.test_meeting import outside
 
 ROOT = Path(__file__).parents[3]
 HERE = {"ray_version": ray.__version__, "python_version": platform.python_version()}
@@ -56,7 +58,7 @@ def web() -> Iterator[str]:
 
 
 @contextmanager
-def gcs(versions: dict[str, str], token: str = "") -> Iterator[str]:
+def gcs(versions: dict[str, str], token: str = "", host: str = "127.0.0.1") -> Iterator[str]:
     """What a cluster's head answers a newcomer, on Ray's own protocol; it has no nodes."""
 
     class Kept(services.InternalKVGcsServiceServicer):  # type: ignore[misc]
@@ -73,9 +75,9 @@ def gcs(versions: dict[str, str], token: str = "") -> Iterator[str]:
     server = grpc.server(futures.ThreadPoolExecutor(2))
     services.add_InternalKVGcsServiceServicer_to_server(Kept(), server)
     services.add_NodeInfoGcsServiceServicer_to_server(Nodes(), server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(f"{host}:0")
     server.start()
-    yield f"127.0.0.1:{port}"
+    yield f"{host}:{port}"
     server.stop(None)
 
 
@@ -344,3 +346,15 @@ def test_an_error_of_the_system_says_what_it_knows(
     shown = capsys.readouterr().err
     assert says in shown
     assert "None" not in shown
+
+
+def test_a_cluster_that_asks_nobody_for_a_token_is_told(cluster: None) -> None:
+    host = outside()
+    with gcs(HERE, host=host) as address:
+        assert f"the cluster at {address} asks nobody for a token" in unguarded(address)
+    with gcs(HERE, token="a" * 32, host=host) as address:
+        assert unguarded(address) == ""
+    with gcs(HERE) as address:
+        assert unguarded(address) == "", "nobody else reaches it"
+    assert unguarded("") == ""
+    assert not attach.own_address().startswith("127.") and unguarded(attach.own_address()) == ""
