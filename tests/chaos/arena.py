@@ -16,9 +16,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import psutil
 import pyarrow.parquet as pq
@@ -37,7 +37,7 @@ _ANSWER_S = 30.0
 _CODES = {8: "StorageError", 9: "WorkerError"}
 """How a command may end by a fault; it must say so in a line of its own."""
 _ROOT = Path(__file__).parents[2]
-_TALIPOT = [sys.executable, "-m", "deploy.cli"]
+TALIPOT = [sys.executable, "-m", "deploy.cli"]
 
 
 class Hung(Exception):
@@ -46,6 +46,20 @@ class Hung(Exception):
 
 class Unattributed(Exception):
     """A command ended in a way that a fault does not explain."""
+
+
+class Place(Protocol):
+    """Where commands are run."""
+
+    @property
+    def address(self) -> str:
+        """The cluster's."""
+
+    def start(self, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+        """Start a command, and append what it prints to a file."""
+
+
+Where = TypeVar("Where", bound=Place)
 
 
 class Arena:
@@ -65,6 +79,14 @@ class Arena:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+
+    @property
+    def address(self) -> str:
+        return str(self.cluster.address)
+
+    def start(self, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+        with log.open("ab") as output:
+            return subprocess.Popen(command, stdout=output, stderr=output, cwd=_ROOT)
 
     def add_node(self) -> None:
         self.cluster.add_node(num_cpus=4, object_store_memory=100 * 2**20)
@@ -108,11 +130,11 @@ class Arena:
         self.cluster.shutdown()
 
 
-class Campaign:
+class Campaign(Generic[Where]):
     """One run, through whatever is done to it."""
 
     def __init__(
-        self, arena: Arena, workspace: RunConfig, folder: Path, **sections: dict[str, object]
+        self, arena: Where, workspace: RunConfig, folder: Path, **sections: dict[str, object]
     ) -> None:
         self.arena = arena
         folder.mkdir(exist_ok=True)
@@ -133,13 +155,8 @@ class Campaign:
     def start(self, *, resume: bool = False) -> None:
         """A `talipot train` command of its own process."""
         chosen = ["--resume", str(self.run_dir)] if resume else ["--config", str(self.recipe)]
-        with self.output.open("ab") as output:
-            self.process = subprocess.Popen(
-                [*_TALIPOT, "train", *chosen, "--address", self.arena.cluster.address],
-                stdout=output,
-                stderr=output,
-                cwd=_ROOT,
-            )
+        command = [*TALIPOT, "train", *chosen, "--address", self.arena.address]
+        self.process = self.arena.start(command, self.output)
 
     def lines(self) -> int:
         """Iterations that ended so far, those that were done again included."""
@@ -197,15 +214,8 @@ class Campaign:
 
     def replayed(self) -> bool:
         """Whether the trajectory log, trained again, ends in the run's weights."""
-        done = subprocess.run(
-            [*_TALIPOT, "replay", str(self.run_dir), "--address", self.arena.cluster.address],
-            cwd=_ROOT,
-            capture_output=True,
-            timeout=HANG_S,
-        )
-        with self.output.open("ab") as output:
-            output.write(done.stdout + done.stderr)
-        return done.returncode == 0
+        command = [*TALIPOT, "replay", str(self.run_dir), "--address", self.arena.address]
+        return self.arena.start(command, self.output).wait(HANG_S) == 0
 
     def accounts(self, facts: dict[str, Any]) -> tuple[int, int]:
         """Rollouts lost and doubled: by the log of what was trained, and by the ledger."""

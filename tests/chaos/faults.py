@@ -13,9 +13,9 @@ import psutil
 
 from learner.learner import Learner
 from learner.zero.engine import ZeroEngine
-from tests.chaos.arena import Campaign
+from tests.chaos.arena import Arena, Campaign
 
-Fault = Callable[[Campaign, random.Random], None]
+Fault = Callable[[Campaign[Arena], random.Random], None]
 
 TITLES = {
     "rollout": "RolloutActor",
@@ -25,7 +25,7 @@ TITLES = {
 }
 
 
-def pick(campaign: Campaign, kind: str, rng: random.Random) -> psutil.Process:
+def pick(campaign: Campaign[Arena], kind: str, rng: random.Random) -> psutil.Process:
     """A process of this kind, as soon as there is one."""
     campaign.until(lambda: bool(campaign.arena.processes(TITLES[kind])))
     return rng.choice(campaign.arena.processes(TITLES[kind]))
@@ -34,13 +34,13 @@ def pick(campaign: Campaign, kind: str, rng: random.Random) -> psutil.Process:
 def killed(kind: str) -> Fault:
     """SIGKILL a worker's process at whatever it does."""
 
-    def strike(campaign: Campaign, rng: random.Random) -> None:
+    def strike(campaign: Campaign[Arena], rng: random.Random) -> None:
         pick(campaign, kind, rng).kill()
 
     return strike
 
 
-def driver(campaign: Campaign, rng: random.Random) -> None:
+def driver(campaign: Campaign[Arena], rng: random.Random) -> None:
     """SIGKILL the command; the run goes on, and the next command attaches to it."""
     campaign.process.kill()
     campaign.process.wait()
@@ -49,7 +49,7 @@ def driver(campaign: Campaign, rng: random.Random) -> None:
 def hung(kind: str) -> Fault:
     """SIGSTOP for ever: found by a deadline, ended and replaced."""
 
-    def strike(campaign: Campaign, rng: random.Random) -> None:
+    def strike(campaign: Campaign[Arena], rng: random.Random) -> None:
         victim = pick(campaign, kind, rng)
         victim.suspend()
         campaign.until(lambda: not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE)
@@ -60,7 +60,7 @@ def hung(kind: str) -> Fault:
 def slow(kind: str) -> Fault:
     """SIGSTOP for a second, under every deadline: nobody may be replaced for that."""
 
-    def strike(campaign: Campaign, rng: random.Random) -> None:
+    def strike(campaign: Campaign[Arena], rng: random.Random) -> None:
         victim = pick(campaign, kind, rng)
         victim.suspend()
         time.sleep(1.0)
@@ -73,7 +73,7 @@ def slow(kind: str) -> Fault:
     return strike
 
 
-def node(campaign: Campaign, rng: random.Random) -> None:
+def node(campaign: Campaign[Arena], rng: random.Random) -> None:
     """SIGKILL a raylet, and with it all workers of its node; another node joins later."""
     arena = campaign.arena
     nodes = sorted(arena.cluster.worker_nodes, key=lambda node: str(node.unique_id))
@@ -82,7 +82,7 @@ def node(campaign: Campaign, rng: random.Random) -> None:
     arena.add_node()
 
 
-def corrupted_slice(campaign: Campaign, rng: random.Random) -> None:
+def corrupted_slice(campaign: Campaign[Arena], rng: random.Random) -> None:
     """Flip a byte of the next weights that one actor receives."""
     before = campaign.lines()
     campaign.arena.ask(r"run:rollout-\d+", _flip, rng.randrange(1000))
@@ -103,7 +103,7 @@ def _flip(actor: Any, place: int) -> None:
     actor.generator.buffer.load = flipped
 
 
-def corrupted_checkpoint(campaign: Campaign, rng: random.Random) -> None:
+def corrupted_checkpoint(campaign: Campaign[Arena], rng: random.Random) -> None:
     """Damage the newest checkpoint, then SIGKILL the controller, so that it is wanted."""
     folder = campaign.run_dir / "checkpoints"
     campaign.until(lambda: len(list(folder.glob("step-??????"))) > 1)
@@ -115,7 +115,7 @@ def corrupted_checkpoint(campaign: Campaign, rng: random.Random) -> None:
     pick(campaign, "controller", rng).kill()
 
 
-def full_disk(campaign: Campaign, rng: random.Random) -> None:
+def full_disk(campaign: Campaign[Arena], rng: random.Random) -> None:
     """Fill the run's disk until the command has given up, then make room again."""
     filler = campaign.run_dir / "filler"
     with filler.open("wb") as file:
@@ -141,7 +141,7 @@ def in_the_midst_of(moment: str, kind: str) -> Fault:
     """SIGKILL inside a phase or a checkpoint's write: rank 1 of the learner kills the controller,
     or itself, as it is there for the second time from now."""
 
-    def strike(campaign: Campaign, rng: random.Random) -> None:
+    def strike(campaign: Campaign[Arena], rng: random.Random) -> None:
         campaign.until(lambda: len(campaign.arena.processes(TITLES["learner"])) > 1)
         victim = pick(campaign, "controller", rng) if kind == "controller" else None
         rank = r"run:learner-1"

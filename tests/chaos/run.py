@@ -216,7 +216,7 @@ class Session:
             self._hashes[key] = campaign.finish()["weights_hash"]
         return self._hashes[key]
 
-    def _one(self, plan: Plan, campaign: Campaign, whole: str) -> None:
+    def _one(self, plan: Plan, campaign: Campaign[Arena], whole: str) -> None:
         begin = time.monotonic()
         struck: list[str] = []
         try:
@@ -249,7 +249,7 @@ class Session:
         finally:
             self.ended += campaign.ended
 
-    def _strike(self, name: str, campaign: Campaign) -> None:
+    def _strike(self, name: str, campaign: Campaign[Arena]) -> None:
         count = self.counts[name]
         count.injected += 1
         FAULTS[name](campaign, self.rng)
