@@ -214,6 +214,10 @@ class RunFolder:
         """Return the folder of one checkpoint."""
         return self.checkpoints / f"step-{step:06d}"
 
+    def unfinished(self, stage: str) -> RunFolder:
+        """Return where a supervised stage keeps its checkpoints until it is done."""
+        return RunFolder(self.path / "unfinished" / stage)
+
     def trajectories(self, iteration: int) -> Path:
         """Return the log of the trajectories that an iteration was trained on."""
         return self.path / "trajectories" / f"iteration-{iteration:06d}.parquet"

@@ -159,6 +159,16 @@ class LearnerRank:
         assert self._stage is not None
         self._stage.export(Path(folder))
 
+    def save_stage(self, folder: str) -> dict[str, Any]:
+        """Write a checkpoint's tensors of the current supervised stage; returns the other state."""
+        assert self._stage is not None
+        return self._stage.save(Path(folder))
+
+    def load_stage(self, folder: str, state: dict[str, Any]) -> None:
+        """Read such a checkpoint."""
+        assert self._stage is not None
+        self._stage.load(Path(folder), state)
+
     def _end_stage(self) -> None:
         """Give the memory of the stage before back; engines hold themselves, in cycles."""
         self._stage = self._learner = None

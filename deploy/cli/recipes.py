@@ -30,6 +30,8 @@ from deploy.screen import at_work, say, show
 if TYPE_CHECKING:
     from deploy.stages.session import Session
 
+ResumeOption = Annotated[Path | None, typer.Option(help="Carry on with this run's folder.")]
+
 
 @app.command()
 def quickstart(
@@ -57,22 +59,42 @@ def quickstart(
 
 @app.command()
 def sft(
-    overrides: Overrides = None, config: ConfigOption = None, address: AddressOption = None
+    overrides: Overrides = None,
+    config: ConfigOption = None,
+    address: AddressOption = None,
+    resume: ResumeOption = None,
 ) -> None:
-    """Train the supervised policy on demonstrations."""
+    """Train the supervised policy on demonstrations; goes on where it was interrupted."""
     from deploy.stages.supervised import run_sft
 
-    run_stage("sft", run_sft, load(config, overrides, address), writer="sft")
+    run_stage("sft", run_sft, _chosen(config, resume, overrides, address), writer="sft")
 
 
 @app.command()
 def reward(
-    overrides: Overrides = None, config: ConfigOption = None, address: AddressOption = None
+    overrides: Overrides = None,
+    config: ConfigOption = None,
+    address: AddressOption = None,
+    resume: ResumeOption = None,
 ) -> None:
-    """Train the reward model on comparisons; needs the run's supervised policy."""
+    """Train the reward model on comparisons, on top of the run's supervised policy.
+
+    Goes on where it was interrupted.
+    """
     from deploy.stages.supervised import run_reward
 
-    run_stage("reward", run_reward, load(config, overrides, address), writer="reward")
+    run_stage("reward", run_reward, _chosen(config, resume, overrides, address), writer="reward")
+
+
+def _chosen(
+    config: str | None, resume: Path | None, overrides: list[str] | None, address: str | None
+) -> RunConfig:
+    """Return the recipe that was named, or that of the run to go on with."""
+    if resume is None:
+        return load(config, overrides, address)
+    if config:
+        raise ConfigError("--resume takes all from the run itself: leave --config out")
+    return of_run(resume, overrides, address)
 
 
 @app.command()
@@ -80,7 +102,7 @@ def train(
     overrides: Overrides = None,
     config: ConfigOption = None,
     address: AddressOption = None,
-    resume: Annotated[Path | None, typer.Option(help="Carry on with this run's folder.")] = None,
+    resume: ResumeOption = None,
     source: Annotated[
         Path | None,
         typer.Option(

@@ -97,7 +97,7 @@ def _teach(session: Session, config: RunConfig, task: Task) -> None:
     data = DataConfig(demonstrations=(str(path),), too_long="skip")
     with session.stage("sft", "trained the supervised policy"):
         if not (session.folder.sft.path / CONFIG).exists():
-            sft = supervised.run_sft(session, config.model_copy(update={"data": data}))
+            sft = supervised.once(session, config.model_copy(update={"data": data}), "sft")
             say(session.console, f"  held-out loss {sft['heldout_loss']:.3f} nats per token")
 
 

@@ -43,7 +43,7 @@ def run_quickstart(session: Session) -> Outcome:
     with session.stage("tokenizer", "trained a byte-level BPE tokenizer"):
         config = preparation.prepare_tokenizer(session, config)
     with session.stage("sft", "trained the supervised policy"):
-        sft = supervised.run_sft(session, config)
+        sft = supervised.once(session, config, "sft")
     say(console, f"  held-out loss {sft['heldout_loss']:.3f} nats per token")
     rollout = session.keep(
         rollout_pool(config, config.name, session.folder.tokenizer, policy_start(config))
@@ -52,7 +52,7 @@ def run_quickstart(session: Session) -> Outcome:
         count, ties = _make_comparisons(session, config, task, rollout)
     say(console, f"  {count} comparisons, {ties} ties left out")
     with session.stage("reward", "trained the reward model"):
-        reward = supervised.run_reward(session, config)
+        reward = supervised.once(session, config, "reward")
     say(console, f"  held-out accuracy {reward['accuracy_heldout']:.1%}")
     scoring = session.keep(
         reward_pool(

@@ -69,7 +69,7 @@ def run_reasoning(session: Session) -> Outcome:
         if taught(config):
             with session.stage("sft", "trained the supervised policy"):
                 if not (session.folder.sft.path / CONFIG).exists():
-                    sft = supervised.run_sft(session, config)
+                    sft = supervised.once(session, config, "sft")
                     say(console, f"  held-out loss {sft['heldout_loss']:.3f} nats per token")
         pools = policy.start_pools(session, config)
         with session.stage("train", "trained the policy"):

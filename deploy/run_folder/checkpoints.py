@@ -27,7 +27,9 @@ from common.errors import CheckpointError, StorageError
 from common.files import one_line
 from common.run_folder import RunFolder
 
-_SUMS = "checksums.json"
+_SUMS, _STATE = "checksums.json", "state.json"
+_WRITTEN = (".safetensors", ".parquet", ".json")
+"""What a checkpoint consists of; what others put beside it is nothing to it."""
 
 
 def write(
@@ -37,12 +39,14 @@ def write(
     *,
     keep: int,
     best: int | None = None,
+    then: str = "",
 ) -> Path:
     """Write a checkpoint; `fill` writes tensors into a folder and returns the JSON state.
 
     Killed at any point, it leaves at least the whole ones that were there. Afterwards the newest
     `keep` up to this step are left, that of step `best`, and those of later steps that are whole: a
     run goes on from its newest whole one, so a later one is either damaged or another writer's.
+    `then` is what carries on with it; by default that of policy training.
 
     Raises:
         StorageError: the disk is full or not writable; older checkpoints stay.
@@ -53,7 +57,7 @@ def write(
     try:
         partial.mkdir(parents=True)
         state = fill(partial)
-        (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf8")
+        (partial / _STATE).write_text(json.dumps(state, indent=1), encoding="utf8")
         sums = {str(p.relative_to(partial)): _checksum(p) for p in _files(partial)}
         (partial / _SUMS).write_text(json.dumps(sums, indent=1), encoding="utf8")
         for path in (*partial.rglob("*"), partial):
@@ -65,7 +69,7 @@ def write(
     except (OSError, StorageError) as error:
         raise StorageError(
             f"{final}: checkpoint could not be written ({one_line(error)}); free space or correct "
-            f"rights, then `talipot train --resume {run_dir}`"
+            f"rights, then {then or f'`talipot train --resume {run_dir}`'}"
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # what is not whole is of no use
@@ -105,7 +109,7 @@ def newest(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
     finished = _finished(run_dir)
     for folder in reversed(finished):
         if is_whole(folder):
-            state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf8"))
+            state: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf8"))
             return folder, state
     if finished:
         raise CheckpointError(f"{finished[-1]}: every checkpoint of this run is damaged")
@@ -113,11 +117,14 @@ def newest(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every file exists and has its checksum."""
+    """Whether every file is there and has its checksum."""
     try:
-        sums: dict[str, str] = json.loads((folder / _SUMS).read_text(encoding="utf8"))
-        return all(_checksum(folder / name) == value for name, value in sums.items())
-    except (OSError, ValueError):
+        sums = json.loads((folder / _SUMS).read_text(encoding="utf8"))
+        written = {str(p.relative_to(folder)) for p in _files(folder) if p.suffix in _WRITTEN}
+        return {_STATE} <= written <= sums.keys() and all(
+            _checksum(folder / name) == value for name, value in sums.items()
+        )
+    except (OSError, ValueError, AttributeError):
         return False
 
 

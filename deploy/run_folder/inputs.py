@@ -201,11 +201,15 @@ class RunInputs:
 
 
 def settings_of(stage: str, config: RunConfig) -> dict[str, Any]:
-    """Return the fields that a stage's result depends on; of a path to weights the contents do."""
+    """Return the fields that a stage's result depends on; of a path to weights the contents do.
+
+    How often a checkpoint is written changes no result.
+    """
     return {
         name: value
         for name, value in flat(config.model_dump(mode="json"))
-        if not name.endswith(".start") and any(within(name, prefix) for prefix in _SETTINGS[stage])
+        if not name.endswith((".start", ".checkpoint_every_s"))
+        and any(within(name, prefix) for prefix in _SETTINGS[stage])
     }
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import shutil
-import time
+from typing import Literal
 
 from common.config.run import RunConfig
 from common.data.records import read_comparisons, read_demonstrations
 from common.data.tokenizer import Tokenizer, load_tokenizer
-from common.endings import at_the_end
 from common.metric_catalogue import Logged
 from deploy.exchange.card import add_card
 from deploy.run_folder.weights import reward_start
@@ -25,20 +23,23 @@ from deploy.stages.encoding import (
 from deploy.stages.preparation import (
     check_inputs,
     log_metrics,
+    record_end,
     require_own,
     require_paths,
     say_fitting,
 )
 from deploy.stages.session import Session
 from deploy.stages.sizing import say_moved
+from deploy.stages.supervision import Metrics, SeedsDone, Supervision, finished
+from deploy.workers.gang import LearnerGang
 from learner.supervised.examples import EncodedPair
 
 _SFT_HELD_OUT = 0.02
 """Share of the demonstrations that no supervised policy is trained on."""
 _REFERENCES = 512
 """Demonstrations that the reward model is centred on."""
-_LOGGED_PORTIONS = 20
-"""About how many lines of the log a supervised stage writes."""
+_CHOSEN_BY = Logged.ACCURACY_HELDOUT
+_STEPS = "steps"
 
 
 def run_sft(session: Session, config: RunConfig) -> dict[str, float]:
@@ -52,18 +53,36 @@ def run_sft(session: Session, config: RunConfig) -> dict[str, float]:
     fitting.require(len(pairs), 2, "sft (1 is held out)")
     train, held_out = hold_out(pairs, _SFT_HELD_OUT, config.seed, same_pair)
     record()
-    gang = session.gang()
-    total = gang.begin_sft(config, train, held_out)
-    before = gang.evaluate()
-    metrics = _advance(session, "sft", "supervised policy", total, config.sft.evaluate_every)
-    metrics |= gang.evaluate()
-    gang.export_stage(session.folder.sft.path)
+
+    def finish(gang: LearnerGang, _: Metrics) -> Metrics:
+        gang.export_stage(session.folder.sft.path)
+        return {}
+
+    training = Supervision(
+        session,
+        config,
+        "sft",
+        "supervised policy",
+        begin=lambda gang: gang.begin_sft(config, train, held_out),
+    )
+    before, metrics, total = training.run(finish)
     tokens = sum(len(pair.prompt) + len(pair.response) for pair in train)
     metrics |= _size(before, config.sft.epochs, tokens)
     log_metrics(session, "sft", total, metrics)
+    record_end(session, "sft", session.folder.sft.path)
     add_card(session.folder.sft.path, config, "sft")
     say_moved(session.console, "sft", total, metrics, pretrained=config.pretrained)
     return metrics
+
+
+def once(session: Session, config: RunConfig, stage: Literal["sft", "reward"]) -> Metrics:
+    """Run a stage of a pipeline, unless this run has done it already; returns its metrics."""
+    run = {"sft": run_sft, "reward": run_reward}[stage]
+    done = finished(config, stage)
+    if done is None:
+        return run(session, config)
+    say(session.console, ("  was done before", "dim"))
+    return done
 
 
 def encoded_comparisons(session: Session, config: RunConfig) -> Divided:
@@ -104,24 +123,34 @@ def run_reward(session: Session, config: RunConfig) -> dict[str, float]:
     tokenizer, seen = _as_the_reward_model_reads(session, config)
     reference = reference_pairs(seen, tokenizer)
     record()
-    gang = session.gang()
-    epochs = config.reward_model.epochs
-    best: dict[str, float] = {Logged.ACCURACY_HELDOUT: -math.inf}
-    shutil.rmtree(session.folder.reward_seeds, ignore_errors=True)  # of another training
+    epochs, done = config.reward_model.epochs, SeedsDone(session, "reward")
+    if not done.metrics:
+        shutil.rmtree(session.folder.reward_seeds, ignore_errors=True)  # of another training
     tokens = sum(2 * len(c.prompt) + len(c.chosen) + len(c.rejected) for c in data.train)
-    for seed in range(config.reward_model.seeds):
-        start = reward_start(config)
-        total = gang.begin_reward(config, data.train, data.held_out, data.reported, start, seed)
-        before = gang.evaluate()
-        every = config.reward_model.evaluate_every
-        metrics = _advance(session, "reward", f"reward model {seed + 1}", total, every)
-        metrics |= gang.evaluate() | gang.shift(reference)
-        if metrics[Logged.ACCURACY_HELDOUT] > best[Logged.ACCURACY_HELDOUT]:
-            best = metrics | _size(before, epochs, tokens)
-            gang.export_stage(session.folder.reward_model.path)
-        if config.reward_model.keep_seeds:
-            gang.export_stage(session.folder.reward_seed(seed).path)
+    for seed in range(len(done.metrics), config.reward_model.seeds):
+
+        def begin(gang: LearnerGang, seed: int = seed) -> int:
+            start = reward_start(config)
+            return gang.begin_reward(config, data.train, data.held_out, data.reported, start, seed)
+
+        def finish(gang: LearnerGang, found: Metrics, seed: int = seed) -> Metrics:
+            shift = gang.shift(reference)
+            if all(found[_CHOSEN_BY] > other[_CHOSEN_BY] for other in done.metrics):
+                gang.export_stage(session.folder.reward_model.path)
+            if config.reward_model.keep_seeds:
+                gang.export_stage(session.folder.reward_seed(seed).path)
+            return shift
+
+        training = Supervision(
+            session, config, "reward", f"reward model {seed + 1}", begin=begin, part=f"-{seed:03d}"
+        )
+        before, metrics, total = training.run(finish)
+        done.add(metrics | _size(before, epochs, tokens) | {_STEPS: total})
+    done.clear()
+    best = max(done.metrics, key=lambda metrics: metrics[_CHOSEN_BY])
+    total = round(best.pop(_STEPS))
     log_metrics(session, "reward", total, best)
+    record_end(session, "reward", session.folder.reward_model.path)
     say_moved(session.console, "reward", total, best, pretrained=seen.pretrained)
     return best
 
@@ -133,34 +162,6 @@ def _size(before: dict[str, float], epochs: float, tokens: int) -> dict[str, flo
         Logged.EPOCHS: epochs,
         Logged.TOKENS: round(epochs * tokens),
     }
-
-
-def _advance(
-    session: Session, stage: str, title: str, total: int, evaluate_every: int
-) -> dict[str, float]:
-    """Run all steps of a supervised stage, in portions; return the metrics of the last one.
-
-    Held-out data is looked at each `evaluate_every` steps before the last one; 0 is never.
-    """
-    gang, portion = session.gang(), max(1, total // _LOGGED_PORTIONS)
-    metrics: dict[str, float] = {}
-    log = session.log()
-    with at_the_end(log.close), session.progress(title, total) as bar:
-        ends = {*range(portion, total, portion), total}
-        looks = {*range(evaluate_every, total, evaluate_every)} if evaluate_every else set[int]()
-        done = 0
-        for step in sorted(ends | looks):
-            begin = time.perf_counter()
-            metrics = gang.advance(step - done)
-            done = step
-            seconds = time.perf_counter() - begin
-            if "tokens" in metrics:
-                metrics[Logged.TOKENS_PER_SECOND] = metrics.pop("tokens") / seconds
-            if step in looks:
-                metrics |= gang.evaluate()
-            log.write(stage, step, metrics)
-            bar.update(step, f"loss {metrics[Logged.LOSS]:.3f}")
-    return metrics
 
 
 def reference_pairs(config: RunConfig, tokenizer: Tokenizer) -> list[EncodedPair]:

@@ -215,6 +215,14 @@ class LearnerGang:
         """Write the current supervised stage's weights."""
         self._call(LearnerRank.export_stage, None, _absolute(folder))
 
+    def save_stage(self, folder: Path) -> dict[str, Any]:
+        """Write a checkpoint's tensors of the current supervised stage; returns the other state."""
+        return self._call(LearnerRank.save_stage, None, _absolute(folder))
+
+    def load_stage(self, folder: Path, state: dict[str, Any]) -> None:
+        """Read such a checkpoint."""
+        self._call(LearnerRank.load_stage, None, _absolute(folder), state)
+
     # ------------------------------------------------------------------ policy training
 
     def begin_train(self, config: RunConfig, meanwhile: Meanwhile | None = None) -> None:

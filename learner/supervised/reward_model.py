@@ -68,9 +68,15 @@ class RewardModelStage(SupervisedStage):
         start_scalar(network, start, model_seed)
         super().__init__(config, settings, network, _ADAPTER, model_seed)
         self._training, self._held_out, self._reported = training, held_out, reported
-        self._order = ShuffledIndex(len(training), model_seed)
+        self._seed = model_seed
+        self._go_to(0)
         comparisons = math.ceil(settings.epochs * len(training))
         self.total_steps = max(1, comparisons // settings.batch_size)
+
+    def _go_to(self, step: int) -> None:
+        super()._go_to(step)
+        position = step * self.config.reward_model.batch_size
+        self._order = ShuffledIndex(len(self._training), self._seed, position)
 
     @torch.no_grad()
     def evaluate(self) -> Metrics:

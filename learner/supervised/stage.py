@@ -7,11 +7,12 @@ function of the step number alone (PaLM, section 5: bitwise determinism).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from common.config.run import RunConfig
 from common.config.stages import RewardModelConfig, SftConfig
+from common.errors import CheckpointError
 from common.metric_catalogue import Logged
 from common.metrics import Metrics, mean
 from common.models.adapters import attach_adapter, base_fingerprint
@@ -19,6 +20,7 @@ from common.models.networks import PolicyNetwork, ScalarNetwork
 from learner.algorithms.schedule import warmup_cosine
 from learner.batch.shards import Shards
 from learner.optimisation import Loss, accumulate
+from learner.zero import state_files
 from learner.zero.engine import ZeroEngine
 
 
@@ -87,6 +89,26 @@ class SupervisedStage(ABC):
             for key, value in {"loss": loss, **sums}.items():
                 totals[key] = totals.get(key, 0.0) + value
         return self._metrics(totals, count) | {Logged.GRADIENT_NORM: mean(norm, count)}
+
+    def save(self, folder: Path) -> dict[str, object]:
+        """Write the engine (a collective); returns what belongs into the checkpoint's JSON."""
+        state_files.save(self.engine, folder)
+        return {"step": self.step, "base": self._base_fingerprint}
+
+    def load(self, folder: Path, state: Mapping[str, object]) -> None:
+        """Read what `save` wrote (a collective), on any number of ranks.
+
+        Raises:
+            CheckpointError: of another shape, or adapters of another base.
+        """
+        if state["base"] != self._base_fingerprint:
+            raise CheckpointError(f"{folder}: its adapters belong to another base model")
+        state_files.load(self.engine, folder)
+        self._go_to(int(str(state["step"])))
+
+    def _go_to(self, step: int) -> None:
+        """Let the next batch be that of a step."""
+        self.step = step
 
     @abstractmethod
     def evaluate(self) -> Metrics:

@@ -63,11 +63,11 @@ class PalmAdafactor(torch.optim.Optimizer):
     def _update(self, parameter: Tensor, group: dict[str, Any], scale: float) -> None:
         state = self.state[parameter]
         if not state:
-            state["step"] = 0
+            state["step"] = torch.zeros(())
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         state["step"] += 1
-        beta2 = 1.0 - state["step"] ** -0.8
+        beta2 = 1.0 - float(state["step"]) ** -0.8
         gradient = parameter.grad
         assert gradient is not None
         state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)

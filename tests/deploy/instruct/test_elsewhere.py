@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from deploy.evaluation.memory import Resident
 from deploy.instruct.elsewhere import (
     CAPITALS,
     TEXT_TOKENS,
@@ -61,15 +59,28 @@ def test_the_likelihood_of_a_text_is_that_of_one_token_after_the_other(tmp_path:
 
 
 def test_memory_of_children_counts() -> None:
-    with Resident(every_s=0.05) as alone:
-        time.sleep(0.2)
-    code = "x = bytearray(b'1' * 300_000_000); print('held', flush=True); input()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as child:
-        assert child.stdout is not None
-        child.stdout.readline()
-        with Resident(every_s=0.05) as both:
-            time.sleep(0.3)
-        child.communicate(b"\n")
-    assert 0.25 < both.peak_gb - alone.peak_gb < 0.6
+    """In a process of its own: of this one, other tests' children come and go."""
+    code = """
+import subprocess, sys, time
+from deploy.evaluation.memory import Resident
+
+with Resident(every_s=0.05) as alone:
+    time.sleep(0.2)
+holds = "x = bytearray(b'1' * 300_000_000); print('held', flush=True); input()"
+with subprocess.Popen(
+    [sys.executable, "-c", holds], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+) as child:
+    child.stdout.readline()
+    with Resident(every_s=0.05) as both:
+        time.sleep(0.3)
+    child.communicate(b"\\n")
+print(both.peak_gb - alone.peak_gb)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert 0.25 < float(done.stdout) < 0.6

@@ -18,7 +18,7 @@ from deploy.run_folder import checkpoints
 def filler(value: int) -> Any:
     def fill(folder: Path) -> dict[str, Any]:
         (folder / "policy").mkdir()
-        (folder / "policy" / "weights.bin").write_bytes(bytes([value]) * 1000)
+        (folder / "policy" / "weights.safetensors").write_bytes(bytes([value]) * 1000)
         return {"iteration": value}
 
     return fill
@@ -38,18 +38,21 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert found[1] == {"iteration": 10}
 
 
-@pytest.mark.parametrize("damage", ["flip", "remove", "sums", "state"])
+SUMS = ("", "{", "{}", "[]", "null", "3", '"x"', '{"state.json": 3}', "[[]]")
+
+
+@pytest.mark.parametrize("damage", ["flip", "remove", "state", *SUMS])
 def test_a_damaged_one_gives_way(tmp_path: Path, damage: str) -> None:
     for step in (1, 2):
         checkpoints.write(tmp_path, step, filler(step), keep=2)
     last = tmp_path / "checkpoints" / "step-000002"
-    weights = last / "policy" / "weights.bin"
+    weights = last / "policy" / "weights.safetensors"
     if damage == "flip":
         weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
     elif damage == "remove":
         weights.unlink()
-    elif damage == "sums":
-        (last / "checksums.json").write_text("{", encoding="utf8")
+    elif damage in SUMS:
+        (last / "checksums.json").write_text(damage, encoding="utf8")
     else:
         (last / "state.json").write_text(json.dumps({"iteration": 9}), encoding="utf8")
     found = checkpoints.newest(tmp_path)

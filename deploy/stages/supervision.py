@@ -1,0 +1,250 @@
+"""A supervised stage that outlives its ranks, and its command.
+
+::
+
+    begin --> advance --> checkpoint --> advance ... --> results
+      ^          | a rank died, or the command did
+      +----------+ from the newest checkpoint
+
+A batch follows from the step alone, so a training that goes on from a checkpoint comes to the same
+weights, bit for bit. Checkpoints lie in ``RUN/unfinished`` until the stage is done. One that was
+made from other data or under other settings is not taken.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+from common.config.run import RunConfig
+from common.config.stages import RewardModelConfig, SftConfig
+from common.endings import at_the_end
+from common.files import one_line, write_atomic
+from common.metric_catalogue import Logged
+from deploy.run_folder import checkpoints
+from deploy.run_folder.failures import note_restart
+from deploy.run_folder.fingerprints import difference
+from deploy.run_folder.inputs import RunInputs, settings_of
+from deploy.run_folder.log_lines import read_lines
+from deploy.run_folder.reads import reads_of
+from deploy.run_folder.resume_rules import RULES, prefix_of
+from deploy.screen import say
+from deploy.stages.session import Session
+from deploy.workers.gang import LearnerGang, LearnerLost
+
+_LOGGED_PORTIONS: Final = 20
+"""About how many lines of the log a supervised stage writes."""
+_AT_FIRST: Final = 50
+"""Steps of the first call, while nobody knows how long one takes."""
+
+Metrics = dict[str, float]
+Finish = Callable[[LearnerGang, Metrics], Metrics]
+"""Writes the results, and returns metrics beside those that it is given."""
+
+
+def made_from(run_dir: Path, stage: str) -> Mapping[str, Any]:
+    """Return what the weights of a stage that has begun depend on.
+
+    What changes neither data nor mathematics may be another one when it goes on, as with policy
+    training.
+    """
+    facts = RunInputs(run_dir).stages[stage]
+    settings = {name: value for name, value in facts.settings.items() if not _is_free(name)}
+    reads = {name: [file.xxh3_128 for file in files] for name, files in facts.reads.items()}
+    found: Mapping[str, Any] = json.loads(json.dumps({"settings": settings, "reads": reads}))
+    return found
+
+
+def finished(config: RunConfig, stage: str) -> Metrics | None:
+    """Return the metrics of a stage that this run has done already, of the same data and settings.
+
+    None where it has not, or where something of it has changed since.
+
+    Raises:
+        DataError: an input is missing, or cannot be read.
+    """
+    inputs = RunInputs(config.run_dir)
+    facts = inputs.stages.get(stage)
+    if facts is None or not facts.writes or facts.settings != settings_of(stage, config):
+        return None
+    paths = [config.run_dir / name for name in facts.writes]
+    if not all(path.exists() for path in paths):
+        return None
+    left = {name: [inputs.look(path)] for name, path in zip(facts.writes, paths, strict=True)}
+    for was, now in ((facts.writes, left), (facts.reads, inputs.look_all(reads_of(stage, config)))):
+        if was.keys() != now.keys() or any(difference(name, was[name], now[name]) for name in was):
+            return None
+    lines = read_lines(config.folder.metrics).lines
+    done = [x.metrics for x in lines if x.stage == stage and Logged.EPOCHS in x.metrics]
+    return dict(done[-1]) if done else None
+
+
+def _is_free(field: str) -> bool:
+    return not field.startswith(("sft.", "reward_model.")) and RULES[prefix_of(field)][0] != "fixed"
+
+
+class Supervision:
+    """One training of a supervised stage."""
+
+    def __init__(
+        self,
+        session: Session,
+        config: RunConfig,
+        stage: str,
+        title: str,
+        *,
+        begin: Callable[[LearnerGang], int],
+        part: str = "",
+    ) -> None:
+        """Nothing starts yet.
+
+        Args:
+            session: holds the gang, the lock and the log.
+            config: the recipe.
+            stage: `sft` or `reward`, whose inputs are recorded.
+            title: of its progress bar.
+            begin: builds the stage on a gang, and returns its number of steps.
+            part: tells trainings of one stage apart.
+        """
+        self._session, self._config, self._stage, self._title = session, config, stage, title
+        self._begin, self._from = begin, made_from(session.run_dir, stage)
+        self._folder = session.folder.unfinished(stage + part)
+
+    @property
+    def _settings(self) -> SftConfig | RewardModelConfig:
+        return self._config.sft if self._stage == "sft" else self._config.reward_model
+
+    def run(self, finish: Finish) -> tuple[Metrics, Metrics, int]:
+        """Train, and have the results written; a gang whose rank died is followed by another.
+
+        Args:
+            finish: called when all steps are taken; may be called again.
+
+        Returns:
+            Metrics before the first step, those after the last one, and the number of steps.
+
+        Raises:
+            LearnerLost: ranks died more than `learner.max_restarts` times.
+        """
+        gang, left = self._session.gang(), self._config.learner.max_restarts
+        while True:
+            try:
+                found = self._attempt(gang, finish)
+            except LearnerLost as error:
+                if not left:
+                    raise
+                left -= 1
+                told = f"{self._stage}: {one_line(error)}; it goes on with other ranks"
+                say(self._session.console, (told, "yellow"))
+                note_restart(self._session.folder.events, told)
+                gang.restart()
+            else:
+                shutil.rmtree(self._folder.path, ignore_errors=True)
+                return found
+
+    def _attempt(self, gang: LearnerGang, finish: Finish) -> tuple[Metrics, Metrics, int]:
+        total = self._begin(gang)
+        newest = self._newest()
+        if newest is None:
+            done, before = 0, gang.evaluate()
+        else:
+            folder, state = newest
+            gang.load_stage(folder, state["learner"])
+            done, before = state["step"], state["before"]
+            say(self._session.console, (f"  {self._title}: goes on after step {done}", "dim"))
+        metrics = self._advance(gang, done, total, before)
+        metrics |= gang.evaluate()
+        return before, metrics | finish(gang, metrics), total
+
+    def _newest(self) -> tuple[Path, dict[str, Any]] | None:
+        newest = checkpoints.newest(self._folder.path)
+        if newest is None or newest[1]["from"] == self._from:
+            return newest
+        say(self._session.console, (f"  {self._title}: {self._other(newest[1])}", "yellow"))
+        shutil.rmtree(self._folder.path)
+        return None
+
+    def _other(self, state: Mapping[str, Any]) -> str:
+        """Say why a checkpoint is not taken."""
+        differing = sorted(
+            name
+            for kind in ("settings", "reads")
+            for name in state["from"][kind].keys() | self._from[kind].keys()
+            if state["from"][kind].get(name) != self._from[kind].get(name)
+        )
+        return (
+            f"begins anew, as what it did up to step {state['step']} was made from others: "
+            f"{', '.join(differing)}"
+        )
+
+    def _advance(self, gang: LearnerGang, done: int, total: int, before: Metrics) -> Metrics:
+        """Take all steps that are left, in portions; return the metrics of the last ones.
+
+        Held-out data is looked at each `evaluate_every` steps before the last one; 0 is never.
+        """
+        portion = max(1, total // _LOGGED_PORTIONS)
+        every, saves_every = self._settings.evaluate_every, self._settings.checkpoint_every_s
+        looks = {*range(every, total, every)} if every else set[int]()
+        ends = sorted({*range(portion, total, portion), total} | looks)
+        metrics: Metrics = {}
+        most, saved, log = _AT_FIRST, time.monotonic(), self._session.log()
+        with (
+            at_the_end(log.close),
+            self._session.progress(self._title, total, done) as bar,
+        ):
+            while done < total:
+                steps = min(most, next(end for end in ends if end > done) - done)
+                begin = time.perf_counter()
+                metrics = gang.advance(steps)
+                done += steps
+                seconds = time.perf_counter() - begin
+                if "tokens" in metrics:
+                    metrics[Logged.TOKENS_PER_SECOND] = metrics.pop("tokens") / seconds
+                if done in looks:
+                    metrics |= gang.evaluate()
+                log.write(self._stage, done, metrics)
+                bar.update(done, f"loss {metrics[Logged.LOSS]:.3f}")
+                # A call that lasts longer than the time between checkpoints would lose more.
+                most = max(1, int(max(1.0, saves_every) * steps / seconds))
+                if done < total and time.monotonic() - saved >= saves_every:
+                    self._save(gang, done, before)
+                    saved = time.monotonic()
+        return metrics
+
+    def _save(self, gang: LearnerGang, step: int, before: Metrics) -> None:
+        def fill(folder: Path) -> dict[str, Any]:
+            learner = gang.save_stage(folder)
+            return {"step": step, "before": before, "from": self._from, "learner": learner}
+
+        then = f"`talipot {self._stage} --resume {self._session.run_dir}`"
+        checkpoints.write(self._folder.path, step, fill, keep=1, then=then)
+
+
+class SeedsDone:
+    """The trainings of a stage of several that are done already, with their metrics."""
+
+    def __init__(self, session: Session, stage: str) -> None:
+        """Read what an interrupted command has left; nothing where it began from something else."""
+        self._file = session.folder.unfinished(stage).path / "done.json"
+        self._from = made_from(session.run_dir, stage)
+        self.metrics: list[Metrics] = []
+        with suppress(OSError, ValueError, LookupError, TypeError):  # then none is done
+            state = json.loads(self._file.read_bytes())
+            if state["from"] == self._from:
+                self.metrics = state["metrics"]
+
+    def add(self, metrics: Metrics) -> None:
+        """Note that another one is done."""
+        self.metrics.append(metrics)
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        state = {"from": self._from, "metrics": self.metrics}
+        write_atomic(self._file, [json.dumps(state).encode()])
+
+    def clear(self) -> None:
+        """All are done."""
+        shutil.rmtree(self._file.parent, ignore_errors=True)

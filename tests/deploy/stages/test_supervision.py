@@ -1,0 +1,210 @@
+"""Supervised stages whose ranks and commands die: the weights are those of an untroubled stage."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from rich.console import Console
+from safetensors.torch import load_file
+
+from common.config.run import RunConfig
+from common.errors import WorkerError
+from common.run_folder import RunFolder
+from deploy.run_folder.log_lines import read_lines
+from deploy.stages.session import open_session
+from deploy.stages.supervised import run_reward, run_sft
+from deploy.stages.supervision import finished
+from deploy.workers.gang import LearnerGang
+from tests.conftest import run_copy
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+Trouble = Callable[[LearnerGang], None]
+SFT = {"batch_tokens": 128, "epochs": 4.0, "checkpoint_every_s": 0.0}
+REWARD = {"batch_size": 16, "epochs": 2.0, "seeds": 2, "keep_seeds": True}
+
+
+def of(workspace: RunConfig, folder: Path, **sections: Any) -> RunConfig:
+    folder.mkdir()
+    made = {"sft": SFT, "reward_model": {**REWARD, "checkpoint_every_s": 0.0}}
+    made |= {"learner": {"deadline_s": 60}}
+    return run_copy(workspace, folder, **{**made, **sections})
+
+
+def do(config: RunConfig, stage: str, trouble: Trouble = lambda _: None) -> tuple[Any, str]:
+    """Run a stage as its command does; what it returns and prints. Trouble precedes advances."""
+    advance, said = LearnerGang.advance, io.StringIO()
+
+    def troubled(self: LearnerGang, steps: int) -> dict[str, float]:
+        trouble(self)
+        return advance(self, steps)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LearnerGang, "advance", troubled)
+        console = Console(file=said, width=400)
+        with open_session(config, console, writer=stage) as session:
+            found = {"sft": run_sft, "reward": run_reward}[stage](session, config)
+    return found, said.getvalue()
+
+
+def at_call(number: int, what: Trouble) -> Trouble:
+    """Trouble at one call only."""
+    calls = 0
+
+    def strike(gang: LearnerGang) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            what(gang)
+
+    return strike
+
+
+def kill_rank(gang: LearnerGang) -> None:
+    os.kill(ray.get(gang.ranks[1].__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+
+
+def interrupt(_: LearnerGang) -> None:
+    raise KeyboardInterrupt
+
+
+def weights(folder: RunFolder) -> dict[str, Any]:
+    paths = [folder.sft.weights, *sorted(folder.path.glob("reward_*/**/*.safetensors"))]
+    return {
+        f"{path.relative_to(folder.path)} {name}": tensor
+        for path in paths
+        for name, tensor in load_file(path).items()
+    }
+
+
+def same(one: RunConfig, two: RunConfig) -> bool:
+    ours, theirs = weights(one.folder), weights(two.folder)
+    assert len(ours) > 10
+    return ours.keys() == theirs.keys() and all(ours[n].equal(theirs[n]) for n in ours)
+
+
+@pytest.fixture(scope="module")
+def untroubled(workspace: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    config = of(workspace, tmp_path_factory.mktemp("untroubled") / "x")
+    do(config, "sft")
+    do(config, "reward")
+    return config
+
+
+def test_a_rank_that_dies_changes_no_weight(
+    workspace: RunConfig, untroubled: RunConfig, tmp_path: Path
+) -> None:
+    config = of(workspace, tmp_path / "x")
+    _, said = do(config, "sft", at_call(3, kill_rank))
+    assert "sft: learner-1 died in advance" in said and "it goes on with other ranks" in said
+    assert "supervised policy: goes on after step " in said
+    _, said = do(config, "reward", at_call(10, kill_rank))
+    assert "it goes on with other ranks" in said
+    assert same(config, untroubled)
+    assert not (config.run_dir / "unfinished" / "sft").exists()
+    events = [json.loads(line) for line in config.folder.events.read_text().splitlines()]
+    assert [event["what"] for event in events].count("learner restarted") == 2
+
+
+def test_a_command_that_dies_is_given_again(
+    workspace: RunConfig, untroubled: RunConfig, tmp_path: Path
+) -> None:
+    """The reward model in its second seed: the first is not trained again."""
+    config = of(workspace, tmp_path / "x")
+    with pytest.raises(KeyboardInterrupt):
+        do(config, "sft", at_call(4, interrupt))
+    assert (config.run_dir / "unfinished" / "sft").exists()
+    metrics, said = do(config, "sft")
+    assert "supervised policy: goes on after step " in said
+    whole = [line for line in read_lines(untroubled.folder.metrics).lines if line.stage == "sft"]
+    assert {**metrics, "tokens_per_second": 0} == {**whole[-1].metrics, "tokens_per_second": 0}
+
+    calls = 0
+
+    def count(_: LearnerGang) -> None:
+        nonlocal calls
+        calls += 1
+
+    do(of(workspace, tmp_path / "counted"), "reward", count)
+    with pytest.raises(KeyboardInterrupt):
+        do(config, "reward", at_call(calls // 2 + 2, interrupt))
+    _, said = do(config, "reward")
+    assert "reward model 1" not in said and "reward model 2: goes on after step " in said
+    assert same(config, untroubled)
+    assert not list((config.run_dir / "unfinished").iterdir())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_adafactor_goes_on_too(workspace: RunConfig, tmp_path: Path, stage: int) -> None:
+    learner = {"deadline_s": 60, "zero_stage": stage}
+    found = []
+    for name in ("whole", "killed"):
+        config = of(
+            workspace,
+            tmp_path / name,
+            sft={**SFT, "optimizer": "adafactor", "lr": 0.05},
+            learner=learner,
+        )
+        do(config, "sft", at_call(3, kill_rank) if name == "killed" else lambda _: None)
+        found.append(load_file(config.folder.sft.weights))
+    assert found[0].keys() == found[1].keys()
+    assert all(found[0][name].equal(found[1][name]) for name in found[0])
+
+
+def test_a_checkpoint_of_other_settings_is_not_taken(workspace: RunConfig, tmp_path: Path) -> None:
+    config = of(workspace, tmp_path / "x")
+    with pytest.raises(KeyboardInterrupt):
+        do(config, "sft", at_call(4, interrupt))
+    other = config.model_copy(update={"sft": config.sft.model_copy(update={"lr": 1e-3})})
+    _, said = do(other, "sft")
+    assert "supervised policy: begins anew" in said and "sft.lr" in said
+    fresh = of(workspace, tmp_path / "fresh", sft={**SFT, "lr": 1e-3})
+    do(fresh, "sft")
+    ours, theirs = (load_file(c.folder.sft.weights) for c in (config, fresh))
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+def test_ranks_that_die_again_and_again_end_the_stage(workspace: RunConfig, tmp_path: Path) -> None:
+    config = of(workspace, tmp_path / "x", learner={"deadline_s": 60, "max_restarts": 1})
+    with pytest.raises(WorkerError, match="learner-1 died in advance"):
+        do(config, "sft", kill_rank)
+
+
+def test_checkpoints_come_by_the_clock(workspace: RunConfig, tmp_path: Path) -> None:
+    """None of a stage that is done before the first is due."""
+    saved = 0
+    save = LearnerGang.save_stage
+
+    def counted(self: LearnerGang, folder: Path) -> dict[str, Any]:
+        nonlocal saved
+        saved += 1
+        return save(self, folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LearnerGang, "save_stage", counted)
+        do(of(workspace, tmp_path / "often"), "sft")
+        often, saved = saved, 0
+        do(of(workspace, tmp_path / "never", sft={**SFT, "checkpoint_every_s": 600.0}), "sft")
+    assert often > 3 and saved == 0
+
+
+def test_a_pipeline_does_nothing_twice(workspace: RunConfig, tmp_path: Path) -> None:
+    config = of(workspace, tmp_path / "x")
+    first, _ = do(config, "sft")
+    assert finished(config, "sft") == first
+    assert finished(config, "reward") is None
+    other = config.model_copy(update={"sft": config.sft.model_copy(update={"lr": 1e-3})})
+    assert finished(other, "sft") is None
+    path = config.folder.sft.weights
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert finished(config, "sft") is None, "its result was damaged"
+    path.unlink()
+    assert finished(config, "sft") is None
