@@ -8,10 +8,14 @@ Batches go out side by side up to a cap; a failed batch
 is retried with exponential backoff and full jitter; after several failures in a row the circuit
 opens and requests wait for a cool-down before one tries again. A batch that stays down is a dead
 letter: returned as such, counted, and written to a file when one is named. Nothing is lost.
+
+Requests are made in an event loop of the scorer's own, in which each can be left at its deadline,
+whatever the endpoint is at: it may send a byte of a header now and then for ever.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import threading
@@ -94,9 +98,9 @@ class HttpScorer:
             prepare_file(settings.dead_letter_path)
         self.settings = settings
         self._exchange = exchange or Scores()
-        self._client = httpx.Client(
+        self._client = httpx.AsyncClient(
             headers=headers,
-            timeout=settings.timeout_s,
+            timeout=None,  # httpx limits each wait; what is limited here is the whole request
             follow_redirects=False,
             # The environment is read by us: httpx fails on proxies that this endpoint needs not.
             trust_env=False,
@@ -105,6 +109,9 @@ class HttpScorer:
             # httpx stops at 100 by itself; a request that waits there would time out unsent.
             limits=httpx.Limits(max_connections=settings.max_concurrency),
         )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="http", daemon=True)
+        self._thread.start()
         self._random = random.Random(seed)
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
@@ -126,7 +133,10 @@ class HttpScorer:
 
     def close(self) -> None:
         """Close connections."""
-        self._client.close()
+        asyncio.run_coroutine_threadsafe(self._client.aclose(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     # ------------------------------------------------------------------ one batch
 
@@ -158,21 +168,27 @@ class HttpScorer:
     def _post(self, requests: Sequence[Sample]) -> list[ScoreResult]:
         body = self._exchange.body(requests)
         self._count("requests")
-        deadline = time.monotonic() + self.settings.timeout_s
+        asked = asyncio.run_coroutine_threadsafe(self._answer(body), self._loop)
+        return self._exchange.read(asked.result(), requests)
+
+    async def _answer(self, body: Mapping[str, Any]) -> bytes:
+        """Return what a request is answered with. Raises Failed, Refused."""
+        raw = bytearray()
         try:
-            with self._client.stream("POST", self.settings.url, json=body) as response:
+            async with (
+                asyncio.timeout(self.settings.timeout_s),
+                self._client.stream("POST", self.settings.url, json=body) as response,
+            ):
                 self._require_ok(response)
-                raw = bytearray()
-                for chunk in response.iter_bytes():
+                async for chunk in response.aiter_bytes():
                     raw += chunk
-                    # httpx limits the wait for each piece; a slow drip needs one for the whole.
-                    if time.monotonic() > deadline:
-                        raise Failed(f"no whole answer within {self.settings.timeout_s} s")
                     if len(raw) > self.settings.max_response_bytes:
                         raise Refused(f"answer over {self.settings.max_response_bytes} bytes")
+        except TimeoutError:
+            raise Failed(f"no whole answer within {self.settings.timeout_s} s") from None
         except httpx.RequestError as error:
             raise Failed(f"{type(error).__name__}: {error}") from None
-        return self._exchange.read(bytes(raw), requests)
+        return bytes(raw)
 
     def _require_ok(self, response: httpx.Response) -> None:
         status = response.status_code
