@@ -48,6 +48,8 @@ from deploy.gauges import Reading
 from deploy.health.watch import Watch
 from deploy.run_folder.activity import Activity
 from deploy.run_folder.failures import note_health, note_restart, note_untracked
+from deploy.run_folder.fingerprints import tensors_in
+from deploy.run_folder.inputs import RunInputs
 from deploy.run_folder.lock import writing
 from deploy.run_folder.log_lines import HELD_OUT
 from deploy.run_folder.metrics_log import RunLog
@@ -199,7 +201,9 @@ class Controller:
                 if self.iteration < last and not self.held_out.hopeless:
                     return ""
                 weights_hash = self.gang.export_policy(self.config.folder.policy.path)
-                add_card(self.config.folder.policy.path, self.config, "train")
+                policy = self.config.folder.policy.path
+                add_card(policy, self.config, "train")
+                RunInputs(self.run_dir).end("train", tensors_in(policy))
                 return weights_hash
             except _Stopped:
                 self.position.checkpoint()

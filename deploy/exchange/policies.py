@@ -33,6 +33,7 @@ from common.models.pretrained.writing import copy_any, take_tokenizer
 from common.models.weight_files import checkpoint_of, save_policy
 from common.run_folder import PolicyFolder
 from deploy.run_folder import checkpoints
+from deploy.run_folder.inputs import RunInputs
 from deploy.run_folder.log_lines import held_out_scores, read_lines
 from deploy.run_folder.weights import final_policy, is_there, policy_start
 from learner.zero.masters import masters
@@ -103,6 +104,7 @@ def policy_of(config: RunConfig, word: str | None) -> Iterator[tuple[Chosen, Pat
     """
     chosen = choose(config, word)
     if chosen.checkpoint is None:
+        RunInputs(config.run_dir).require_result("train")
         yield chosen, final_policy(config)
         return
     with TemporaryDirectory(prefix="talipot-policy-") as name:
@@ -136,6 +138,7 @@ def write_policy(config: RunConfig, word: str | None, folder: Path) -> Chosen:
 
 def _write(config: RunConfig, chosen: Chosen, folder: Path) -> None:
     if chosen.checkpoint is None:
+        RunInputs(config.run_dir).require_result("train")
         for path in config.folder.policy.path.iterdir():
             copy_any(path, folder / path.name)
         if checkpoint_of(config.model) is None:

@@ -66,6 +66,11 @@ def files_in(path: Path) -> list[Path]:
     return sorted(inner for inner in path.rglob("*") if inner.is_file())
 
 
+def tensors_in(folder: Path) -> list[Path]:
+    """List the files of weights in a folder."""
+    return [path for path in files_in(folder) if path.suffix == ".safetensors"]
+
+
 def difference(name: str, old: Sequence[FileFacts], new: Sequence[FileFacts]) -> str:
     """Say what changed in the files of one name; empty when their contents did not."""
     before, now = [f.xxh3_128 for f in old], [f.xxh3_128 for f in new]

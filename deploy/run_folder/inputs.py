@@ -126,7 +126,30 @@ class RunInputs:
                     changed.setdefault(what, []).append(other)
         if changed:
             raise DataError(f"{self.folder.path}: {self._refusal(changed)}")
+        for other, left in self.stages.items():
+            if other != stage:
+                self._require_as_written(other, left.writes, facts)
         return facts, told
+
+    def require_result(self, stage: str) -> None:
+        """Refuse what a stage has left where it is another one than it wrote.
+
+        Nothing is known of runs of earlier versions.
+
+        Raises:
+            DataError: it is missing, or was changed.
+        """
+        if facts := self.stages.get(stage):
+            there = self.look_all({name: [self.folder.path / name] for name in facts.writes})
+            self._require_as_written(stage, facts.writes, there)
+
+    def _require_as_written(self, stage: str, written: Facts, there: Facts) -> None:
+        for name in sorted(written.keys() & there.keys()):
+            if what := difference(name, written[name], there[name]):
+                raise DataError(
+                    f"{self.folder.path}: {what} since `{stage}` wrote it; put back what it was, "
+                    f"or remove it and give `talipot {stage} --resume {self.folder.path}`"
+                )
 
     def require_repeat(self, stage: str, config: RunConfig) -> None:
         """Refuse to replace what `train` depends on, once it has begun, by something else.
@@ -157,12 +180,13 @@ class RunInputs:
             began=self.stages[stage].began if resumed else now,
             settings=settings_of(stage, config),
             reads=reads,
+            writes=self.stages[stage].writes if resumed else {},
         )
         self._save()
 
     def end(self, stage: str, writes: Sequence[Path]) -> None:
         """Record what a stage left in the run's folder. Raises StorageError."""
-        self.stages[stage].writes = {
+        self.stages.setdefault(stage, StageFacts()).writes = {
             self.folder.name_of(path): [self.look(path)] for path in writes
         }
         self._save()

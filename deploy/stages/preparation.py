@@ -14,7 +14,7 @@ from common.endings import at_the_end
 from common.errors import ConfigError
 from deploy import trackers
 from deploy.run_folder.code import keep_functions
-from deploy.run_folder.fingerprints import files_in
+from deploy.run_folder.fingerprints import tensors_in
 from deploy.run_folder.inputs import RunInputs
 from deploy.run_folder.paths import anchored
 from deploy.run_folder.reads import reads_of
@@ -101,8 +101,7 @@ def check_inputs(session: Session, config: RunConfig, stage: str) -> Callable[[]
 
 def record_end(session: Session, stage: str, folder: Path) -> None:
     """Record which weights a stage has left in a folder."""
-    weights = [path for path in files_in(folder) if path.suffix == ".safetensors"]
-    RunInputs(session.run_dir).end(stage, weights)
+    RunInputs(session.run_dir).end(stage, tensors_in(folder))
 
 
 def require_paths(paths: Sequence[str], field: str, stage: str) -> None:

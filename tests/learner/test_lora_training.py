@@ -63,8 +63,7 @@ class Gang:
     def __init__(self, ranks: int) -> None:
         remote = ray.remote(Rank).options(num_cpus=0.5)
         self.ranks = [remote.remote(rank, ranks, compute_of(cpus=1)) for rank in range(ranks)]
-        address, port = ray.get(self.ranks[0].address.remote())
-        self.every("connect", address, port, 120.0)
+        self.every("connect", ray.get(self.ranks[0].listen.remote()))
 
     def every(self, method: str, *args: Any) -> list[Any]:
         return list(ray.get([getattr(rank, method).remote(*args) for rank in self.ranks]))

@@ -19,9 +19,10 @@ from common.models.build import build_policy
 from common.models.weight_files import save_policy
 from deploy.exchange.policies import choose, policy_of, write_policy
 from deploy.run_folder import checkpoints
+from deploy.run_folder.inputs import RunInputs
 from deploy.sampler import Sampler
 from tests.conftest import run_copy
-from tests.deploy.commands import Run
+from tests.deploy.commands import Run, refused
 
 SCORES = {1: 0.2, 2: 0.9, 3: 0.4}
 
@@ -223,3 +224,20 @@ def test_what_cannot_be_sampled_is_one_line(stopped: RunConfig, tmp_path: Path, 
         done = run("sample", folder, *arguments)
         assert done.code in (2, 3), (arguments, done.error)
         assert words in done.error
+
+
+def test_a_policy_that_was_changed_is_refused_in_every_command(
+    stopped: RunConfig, tmp_path: Path, run: Run
+) -> None:
+    finish(stopped, 4, 40)
+    path = stopped.folder.policy.weights
+    RunInputs(stopped.run_dir).end("train", [path])
+    whole = path.read_bytes()
+    loaded(stopped, "final")
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # of a weight: it loads as before
+    assert load_file(path).keys() == weights(stopped, 40).keys()
+    told = "policy/policy.safetensors"
+    folder = str(stopped.run_dir)
+    for command in (["sample", folder, "--prompt", "x"], ["export", folder, str(tmp_path / "e")]):
+        outcome = run(*command)
+        refused(outcome, 3, told, "changed", "since `train` wrote it")

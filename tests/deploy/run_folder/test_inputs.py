@@ -348,3 +348,18 @@ def test_a_file_that_joins_a_folder_is_noticed(tmp_path: Path) -> None:
     shutil.copy(folder / "a.jsonl", folder / "b.jsonl")
     with pytest.raises(DataError, match=r"data\.prompts: .*a\.jsonl -> .*a\.jsonl, .*b\.jsonl"):
         checked(config, "train")
+
+
+def test_what_a_stage_left_is_what_the_next_one_reads(tmp_path: Path) -> None:
+    """A bit that turned between two stages is no policy of ours."""
+    config = make_workspace(tmp_path)
+    checked(config, "sft")
+    path = config.folder.sft.weights
+    RunInputs(config.run_dir).end("sft", [path])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    for stage in ("reward", "train"):
+        with pytest.raises(DataError, match=r"sft/policy\.safetensors: .* since `sft` wrote it"):
+            checked(config, stage)
+    path.write_bytes(whole)
+    checked(config, "train")
