@@ -9,7 +9,7 @@ DAILY := not chaos and not checkpoint and not journey
 QUICK = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and $(DAILY)" -n 2 --dist loadscope
 MEASURED = COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml
 
-.PHONY: run run-instruct run-reasoning test test-fast test-checkpoint test-journey check bench chaos soak results clean help
+.PHONY: run run-instruct run-reasoning test test-fast test-checkpoint test-journey check bench chaos network soak results clean help
 
 help:            ## Show the targets.
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -52,6 +52,9 @@ bench: $(VENV)/.tested   ## Run the benchmarks; figures go to docs/performance.m
 chaos: $(VENV)/.tested   ## Kill, stop and corrupt what a run consists of; loses nothing (twenty minutes).
 	@$(BIN)/python -m pytest -m chaos
 	@$(BIN)/python -m tests.chaos.run $(SEED)
+
+network: $(VENV)/.tested   ## Runs over several machines (namespaces of this one), with links cut, slow and lossy (a quarter of an hour).
+	@$(BIN)/python -m tests.network.run $(SEED)
 
 soak: $(VENV)/.tested   ## Hundreds of iterations; memory must stay flat (some minutes).
 	@$(BIN)/python -m tests.chaos.soak

@@ -1,10 +1,10 @@
 """Is a label worth more where reward models disagree? Simulated people, the quickstart's data.
 
-``python -m tests.benchmarks.choosing OUT`` (a quarter of an hour), with the quickstart's run of
-seed 0 under OUT. People are wrong in 25 % of the answers. In each draw three reward models learn
-from the same few labels; then as many labels again are bought: at random, or 70 % of them where
-the three disagree most. A reward model on all of them is asked about comparisons that nobody was
-wrong about.
+``python -m tests.benchmarks.choosing OUT [FEW [DRAWS]]`` (450 labels and 5 draws: a quarter of an
+hour), with the quickstart's run of seed 0 under OUT. People are wrong in 25 % of the answers. In
+each draw three reward models learn from the same few labels; then as many labels again are bought:
+at random, or 70 % of them where the three disagree most. A reward model on all of them is asked
+about comparisons that nobody was wrong about.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from deploy.stages.session import Session, open_session
 from learner.supervised.examples import EncodedComparison
 from tests.benchmarks.bases import SEEDS, derive, save
 
-DRAWS = range(5)
-FEW, HELD_OUT, NOISE, ACTIVE = 450, 600, 0.25, 0.7
+FEW, DRAWS = 450, 5
+HELD_OUT, NOISE, ACTIVE = 600, 0.25, 0.7
 
 console = Console()
 
@@ -86,21 +86,23 @@ def by_disagreement(
     return sorted(range(len(pool)), key=lambda i: -apart[i])
 
 
-def drawn(session: Session, config: RunConfig, records: Sequence[Comparison], draw: int) -> None:
+def drawn(
+    session: Session, config: RunConfig, records: Sequence[Comparison], draw: int, few: int
+) -> None:
     """One draw, added to the summary."""
     rng = np.random.default_rng(draw)
     order = rng.permutation(len(records))
     judged = [records[i] for i in order[:HELD_OUT]]
-    said = [answered(records[i], rng) for i in order[HELD_OUT : HELD_OUT + FEW]]
-    pool = [records[i] for i in order[HELD_OUT + FEW :]]
+    said = [answered(records[i], rng) for i in order[HELD_OUT : HELD_OUT + few]]
+    pool = [records[i] for i in order[HELD_OUT + few :]]
     answers = [answered(record, rng) for record in pool]
     most = by_disagreement(session, config, said, pool, judged)
-    active = math.floor(ACTIVE * FEW)
+    active = math.floor(ACTIVE * few)
     chosen = most[:active]
     rest = [i for i in range(len(pool)) if i not in set(chosen)]
     bought = {
-        "random": list(range(FEW)),
-        "active": chosen + rest[: FEW - active],
+        "random": list(range(few)),
+        "active": chosen + rest[: few - active],
     }
     row: dict[str, float] = {"draw": draw, "few": trained(session, config, said, judged, 0)}
     for name, places in bought.items():
@@ -114,15 +116,16 @@ def drawn(session: Session, config: RunConfig, records: Sequence[Comparison], dr
 def main(arguments: Sequence[str]) -> None:
     """All draws, and their difference with its interval over draws."""
     out = Path(arguments[0]).absolute()
-    config = derive(out / "quickstart-s0", out / "choosing", ())
+    few, draws = (int(x) for x in [*arguments[1:], *(FEW, DRAWS)[len(arguments) - 1 :]])
+    config = derive(out / "quickstart-s0", out / f"choosing-{few}", ())
     with open_session(config, console) as session:
         records = [
             record
             for record in read_comparisons(config.data.comparisons)
             if record.chosen.strip() and record.rejected.strip()
         ]
-        for draw in DRAWS:
-            drawn(session, config, records, draw)
+        for draw in range(draws):
+            drawn(session, config, records, draw, few)
     text = (config.run_dir / "rows.jsonl").read_text(encoding="utf8")
     rows = [json.loads(line) for line in text.splitlines()]
     gain = bootstrap_mean([row["active"] - row["random"] for row in rows], 0)
