@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from deploy.health.checks import verdicts
 from deploy.health.history import History, Verdict
 from deploy.run_folder import checkpoints
 from deploy.run_folder.inputs import RunInputs
+from deploy.run_folder.lock import at_work
 from deploy.run_folder.log_lines import Line, read_lines
 from deploy.run_folder.paths import anchored, rebased
 from deploy.run_folder.progress import is_final, recorded_facts
@@ -42,6 +44,10 @@ from deploy.workers.gang import LearnerGang
 from deploy.workers.placement import reward_pool, rollout_pool
 from deploy.workers.pool import Pool
 from deploy.workers.preflight import require_trainable
+
+_SETTLES_S = 20.0
+"""For which a controller may be beginning, or dying."""
+_LOOK_S = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,12 +124,7 @@ def run_train(
     if config.evaluate.every:
         require_paths(config.data.evaluation, "data.evaluation", "evaluate.every")
     config = anchored(config)
-    controller, known = living_controller(config), 0
-    if controller is None and session.attached:
-        raise ClusterError(
-            f"{config.run_dir} is at work, and not in this cluster: leave --address out, or give "
-            "the command again if the run has just begun or ended"
-        )
+    controller, known = _controller_of(session, config), 0
     if controller is not None and stop_after is not None:
         raise ConfigError(
             f"--stop-after has no effect on {config.run_dir}, which is at work already; Ctrl-C in "
@@ -172,6 +173,30 @@ def _say_end(console: Console, config: RunConfig, facts: Mapping[str, Any]) -> N
             f"{config.evaluate.patience} evaluations in a row were no better (evaluate.patience); "
             "resumed with a larger patience, or null, it goes on",
         )
+
+
+def _controller_of(session: Session, config: RunConfig) -> RemoteController | None:
+    """Return the controller that is at work on a run; None where a new one is to begin.
+
+    One that has just begun has no name yet, and one that is just dying still holds the lock: both
+    are waited for.
+
+    Raises:
+        ClusterError: somebody writes into the run's folder for longer, whom this cluster does not
+            know.
+    """
+    deadline = time.monotonic() + _SETTLES_S
+    while True:
+        controller = living_controller(config)
+        if controller is not None or not session.attached:
+            return controller
+        session.attached = at_work(config.run_dir) is not None
+        if session.attached and time.monotonic() > deadline:
+            raise ClusterError(
+                f"{config.run_dir} is at work, and not in this cluster: leave --address out, or "
+                "give the command again if the run has just begun or ended"
+            )
+        time.sleep(_LOOK_S)
 
 
 def _held_out(

@@ -116,7 +116,8 @@ def drawn(
 def main(arguments: Sequence[str]) -> None:
     """All draws, and their difference with its interval over draws."""
     out = Path(arguments[0]).absolute()
-    few, draws = (int(x) for x in [*arguments[1:], *(FEW, DRAWS)[len(arguments) - 1 :]])
+    few = int(arguments[1]) if len(arguments) > 1 else FEW
+    draws = int(arguments[2]) if len(arguments) > 2 else DRAWS
     config = derive(out / "quickstart-s0", out / f"choosing-{few}", ())
     with open_session(config, console) as session:
         records = [

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import ray
+from rich.console import Console
 
+from common.config.recipe import load_config
+from common.errors import ClusterError
 from deploy.run_folder import checkpoints
+from deploy.run_folder.lock import writing
+from deploy.stages import policy
+from deploy.stages.session import Session
 from tests.deploy.commands import Run, refused, start, until_logged
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -65,3 +73,22 @@ def test_a_run_outlives_its_driver_and_can_be_attached_to(
     assert "nothing to train" in " ".join(again.out.split())
     with pytest.raises(ValueError, match="Failed to look up actor"):
         ray.get_actor("run:controller", namespace="talipot")
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_controller_that_is_dying_is_waited_for(
+    recipe: Callable[..., str], cluster: None, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    """It holds the lock for a moment after its name is gone; not so somebody in another cluster."""
+    monkeypatch.setattr(policy, "_SETTLES_S", 20.0 if ends else 0.5)
+    config = load_config(Path(recipe()))
+    session = Session(config, Console(), attached=True)
+    with ExitStack() as held:
+        held.enter_context(writing(config.run_dir, "train"))
+        if ends:
+            threading.Timer(1.0, held.close).start()
+            assert policy._controller_of(session, config) is None
+            assert not session.attached
+        else:
+            with pytest.raises(ClusterError, match="is at work, and not in this cluster"):
+                policy._controller_of(session, config)
