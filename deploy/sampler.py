@@ -23,6 +23,7 @@ from common.models.networks import PolicyNetwork
 from common.models.weight_files import load_weights
 from common.wire.trajectory import FinishReason
 from deploy.exchange.policies import policy_of
+from deploy.run_folder.inputs import RunInputs
 from deploy.run_folder.weights import policy_start
 
 _AT_ONCE = 256
@@ -98,6 +99,7 @@ class Sampler:
         if exported is not None:
             network, self.iteration = _loaded(config, exported), -1
         elif sft:
+            RunInputs(config.run_dir).require_result("sft")
             network = _loaded(config, policy_start(config))
         else:
             with policy_of(config, checkpoint) as (chosen, weights):

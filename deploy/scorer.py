@@ -21,6 +21,7 @@ from common.errors import DataError
 from common.files import is_utf8
 from common.logprobs import sampling_of
 from common.wire.trajectory import Rollout, ScoredTrajectory, from_table, to_table
+from deploy.run_folder.inputs import RunInputs
 from deploy.run_folder.weights import policy_start, reward_weights
 from reward_service.service import RewardWorker
 
@@ -70,12 +71,16 @@ class RunScorer:
     """Scores by the components of a run's `reward_service`, one worker of it in this process."""
 
     def __init__(self, config: RunConfig, reward: Path | None = None) -> None:
-        """Load what the components score with; raises as a reward worker's start does.
+        """Load what the components score with.
+
+        Raises what a reward worker's start does, and DataError where the reward model was changed.
 
         Args:
             config: the run's.
             reward: weights of the reward model, in place of the run's own.
         """
+        if reward is None:
+            RunInputs(config.run_dir).require_result("reward")
         settings = config.reward_service
         self._config, self._tokenizer = config, load_tokenizer(config.folder.tokenizer)
         if reward is None and settings.needs_model:
