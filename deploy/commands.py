@@ -19,6 +19,7 @@ from deploy.evaluation.compare import Judge, compare
 from deploy.evaluation.results import PolicyComparison, figures_of
 from deploy.evaluation.sampling import sample_both
 from deploy.exchange.policies import policy_of
+from deploy.run_folder.inputs import RunInputs
 from deploy.run_folder.lock import Holder, at_work
 from deploy.run_folder.progress import Told, is_final, recorded_facts
 from deploy.run_folder.weights import policy_start
@@ -46,6 +47,8 @@ def evaluate_run(
     if not config.data.evaluation:
         raise ConfigError("data.evaluation is empty; evaluate needs held-out prompts")
     judge = _judge(config.evaluate.judge) if config.evaluate.judge else None
+    for stage in ("sft", "reward"):
+        RunInputs(config.run_dir).require_result(stage)
     # Before anything starts: a word that names no policy is told at once.
     with (
         policy_of(config, checkpoint) as (chosen, weights),

@@ -52,9 +52,9 @@ class SftConfig(Section):
     evaluate_every: NonNegativeInt = 0
     """Optimizer steps from one look at the held-out demonstrations to the next, beside those before
     the first step and after the last; 0 is these alone."""
-    checkpoint_every_s: NonNegativeFloat = 600.0
+    checkpoint_every_s: PositiveFloat = 600.0
     """Seconds from one checkpoint of this stage to the next, kept until it is done; what goes on
-    after a failure has lost no more."""
+    after a failure has lost about as much."""
     start: PathText | None = None
     """Weights of a policy (safetensors) to start from; null starts from random ones."""
     lora: LoraConfig | None = None
@@ -92,7 +92,7 @@ class RewardModelConfig(Section):
     """Largest global gradient norm."""
     evaluate_every: NonNegativeInt = 0
     """As in `sft`, of the held-out comparisons."""
-    checkpoint_every_s: NonNegativeFloat = 600.0
+    checkpoint_every_s: PositiveFloat = 600.0
     """As in `sft`."""
     lora: LoraConfig | None = None
     """Train adapters on what the reward model starts as instead of all weights."""

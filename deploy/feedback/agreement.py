@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from statistics import median
+from statistics import NormalDist, median
 from typing import Final
 
 import numpy as np
@@ -23,10 +23,10 @@ from deploy.feedback.answers import MOST, Answer, of_kind
 LEAST_AGREEMENT: Final = 0.75
 """A labeler who is right on less of the known pairs is reported: who guesses is right on 43 %."""
 _SIGMAS: Final = 4.0
-_BY_CHANCE: Final = 1.96
-"""Standard errors up to which two shares may differ by chance."""
+_BY_CHANCE: Final = 0.05
+"""How likely it may be that anybody of a round is reported for agreement, where all are honest."""
 _FEW: Final = 20
-"""Pairs of answers, below which agreement with others is not judged."""
+"""Pairs, below which agreement with others is not judged."""
 _VALUES: Final = 2 * MOST + 1
 
 Counts = npt.NDArray[np.float64]
@@ -141,6 +141,8 @@ class LabelerFigures:
     It is what agreement with others is judged by: honest people agree on 63 to 73 % where the
     responses are alike and on more where they are not, and who guesses pulls down that of a good
     partner, but not that of the partners' among themselves."""
+    agrees_less: bool
+    """Others agree more among themselves than with this labeler, by more than chance."""
     again: Share
     """Same preference as the time before, of pairs that were shown again."""
 
@@ -154,7 +156,7 @@ class LabelerFigures:
                 f"is right on {interval.mean:.0%} of {self.gold.of} known pairs: below "
                 f"{LEAST_AGREEMENT:.0%}, by more than chance"
             )
-        if self._differs:
+        if self.agrees_less:
             found.append(
                 f"agrees with others on {self.others.hits / self.others.of:.0%} of "
                 f"{self.others.of} pairs, and they among themselves on "
@@ -167,16 +169,6 @@ class LabelerFigures:
                 f"prefers the left side in {self.left.hits / self.left.of:.0%} of {self.left.of}"
             )
         return found
-
-    @property
-    def _differs(self) -> bool:
-        """Whether others agree more among themselves, by the test of two proportions."""
-        if min(self.others.of, self.rest.of) < _FEW:
-            return False
-        hits, of = self.others.hits + self.rest.hits, self.others.of + self.rest.of
-        variance = hits / of * (1 - hits / of) * (1 / self.others.of + 1 / self.rest.of)
-        differ = self.rest.hits / self.rest.of - self.others.hits / self.others.of
-        return differ > _BY_CHANCE * math.sqrt(variance)
 
 
 def figures_of(answers: Sequence[Answer], gold: Mapping[str, int]) -> list[LabelerFigures]:
@@ -191,22 +183,65 @@ def figures_of(answers: Sequence[Answer], gold: Mapping[str, int]) -> list[Label
         assert answer.preference is not None
         if answer.pair_uid not in gold:  # they are easy, and everybody answers them
             of_pair[answer.pair_uid][answer.labeler] = _sign(answer.preference)
-    agreed = [
-        (one, two, said[one] == said[two])
-        for said in of_pair.values()
-        for one, two in combinations(sorted(said), 2)
-    ]
+    shared = [said for said in of_pair.values() if len(said) > 1]
+    names = sorted({answer.labeler for answer in answers})
     found = []
-    for name in sorted({answer.labeler for answer in answers}):
-        others = _share([same for one, two, same in agreed if name in (one, two)])
-        rest = _share([same for one, two, same in agreed if name not in (one, two)])
+    for name in names:
         own = [answer for answer in answers if answer.labeler == name]
-        found.append(_figures(name, own, gold, others, rest))
+        found.append(_figures(name, own, gold, _Agreement(name, shared), len(names)))
     return found
 
 
+class _Agreement:
+    """How often a labeler and others, and these others among themselves, said the same.
+
+    What several people say of one pair goes together, so pairs are what is drawn, not answers.
+    """
+
+    def __init__(self, name: str, shared: Sequence[Mapping[str, int]]) -> None:
+        self._others = [_same_as(name, said) for said in shared if name in said]
+        without = [{who: v for who, v in said.items() if who != name} for said in shared]
+        self._rest = [_same_in(said) for said in without if len(said) > 1]
+        self.others, self.rest = _sum(self._others), _sum(self._rest)
+
+    def is_less(self, labelers: int) -> bool:
+        """Whether the labeler agrees less, at a level that holds for all labelers together."""
+        if min(len(self._others), len(self._rest)) < _FEW:
+            return False
+        differ = self.rest.hits / self.rest.of - self.others.hits / self.others.of
+        error = math.sqrt(_variance(self._others) + _variance(self._rest))
+        return differ > NormalDist().inv_cdf(1 - _BY_CHANCE / labelers) * error
+
+
+def _same_as(name: str, said: Mapping[str, int]) -> Share:
+    return _share([value == said[name] for who, value in said.items() if who != name])
+
+
+def _same_in(said: Mapping[str, int]) -> Share:
+    return _share([one == two for one, two in combinations(said.values(), 2)])
+
+
+def _sum(shares: Sequence[Share]) -> Share:
+    return Share(hits=sum(s.hits for s in shares), of=sum(s.of for s in shares))
+
+
+def _variance(shares: Sequence[Share]) -> float:
+    """Return that of their sum's share, with one success and one failure more than there were.
+
+    By the residuals of a ratio of sums; without these two a share of 1 would have none.
+    """
+    drawn = [*shares, Share(hits=1, of=1), Share(hits=0, of=1)]
+    total = _sum(drawn)
+    mean = total.hits / total.of
+    return sum((s.hits - mean * s.of) ** 2 for s in drawn) / total.of**2
+
+
 def _figures(
-    name: str, own: Sequence[Answer], gold: Mapping[str, int], others: Share, rest: Share
+    name: str,
+    own: Sequence[Answer],
+    gold: Mapping[str, int],
+    agreement: _Agreement,
+    labelers: int,
 ) -> LabelerFigures:
     first = {a.pair_uid: a for a in of_kind(own)}
     again = {a.pair_uid: a for a in of_kind(own, occasion=1)}
@@ -223,8 +258,9 @@ def _figures(
         ties=Share(hits=sum(a.preference == 0 for a in said), of=len(said)),
         left=_share(sides),
         gold=_share(known),
-        others=others,
-        rest=rest,
+        others=agreement.others,
+        rest=agreement.rest,
+        agrees_less=agreement.is_less(labelers),
         again=_share(twice),
     )
 

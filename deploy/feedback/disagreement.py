@@ -17,6 +17,7 @@ from common.config.rewards import ModelComponent
 from common.config.run import RunConfig
 from common.data.records import Prompt
 from deploy.feedback.pairs import Pair, Response
+from deploy.run_folder.inputs import RunInputs
 from deploy.scorer import RunScorer
 
 
@@ -57,7 +58,11 @@ def scored(
         models: their weights.
         prompts: by uid.
         said: responses by the prompt's uid.
+
+    Raises:
+        DataError: the run's reward models are not what its stage wrote.
     """
+    RunInputs(config.run_dir).require_result("reward")
     alone = {"components": {"model": ModelComponent()}}
     judged = config.model_copy(
         update={"reward_service": config.reward_service.model_copy(update=alone)}

@@ -17,7 +17,6 @@ from common.config.quickstart import InstructConfig
 from common.config.run import DataConfig, RunConfig
 from common.errors import ConfigError
 from common.files import write_atomic
-from common.models.pretrained.config_files import CONFIG
 from common.run_folder import DataFolder
 from deploy.evaluation.answering import answers, apart
 from deploy.evaluation.memory import Resident
@@ -96,9 +95,8 @@ def _teach(session: Session, config: RunConfig, task: Task) -> None:
             say(session.console, f"  {count} of {len(asks)} answers")
     data = DataConfig(demonstrations=(str(path),), too_long="skip")
     with session.stage("sft", "trained the supervised policy"):
-        if not (session.folder.sft.path / CONFIG).exists():
-            sft = supervised.once(session, config.model_copy(update={"data": data}), "sft")
-            say(session.console, f"  held-out loss {sft['heldout_loss']:.3f} nats per token")
+        sft = supervised.once(session, config.model_copy(update={"data": data}), "sft")
+        say(session.console, f"  held-out loss {sft['heldout_loss']:.3f} nats per token")
 
 
 def with_data(config: RunConfig, folder: DataFolder) -> RunConfig:

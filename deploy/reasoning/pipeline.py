@@ -15,7 +15,6 @@ from rich.console import Console
 from common.config.run import RunConfig
 from common.errors import ConfigError
 from common.files import write_atomic
-from common.models.pretrained.config_files import CONFIG
 from deploy.evaluation.memory import Resident
 from deploy.evaluation.report import write_report
 from deploy.exchange.packaged import bring_model, to_import
@@ -68,9 +67,8 @@ def run_reasoning(session: Session) -> Outcome:
             say(console, f"  {part.family}: {len(part.prompts)} held-out questions{out}")
         if taught(config):
             with session.stage("sft", "trained the supervised policy"):
-                if not (session.folder.sft.path / CONFIG).exists():
-                    sft = supervised.once(session, config, "sft")
-                    say(console, f"  held-out loss {sft['heldout_loss']:.3f} nats per token")
+                sft = supervised.once(session, config, "sft")
+                say(console, f"  held-out loss {sft['heldout_loss']:.3f} nats per token")
         pools = policy.start_pools(session, config)
         with session.stage("train", "trained the policy"):
             resumption = policy.resumption_of(config)

@@ -28,8 +28,8 @@ from common.files import one_line
 from common.run_folder import RunFolder
 
 _SUMS, _STATE = "checksums.json", "state.json"
-_WRITTEN = (".safetensors", ".parquet", ".json")
-"""What a checkpoint consists of; what others put beside it is nothing to it."""
+_RANKS = "rank-*.safetensors"
+"""Files that are read whether a checksum names them or not."""
 
 
 def write(
@@ -117,11 +117,11 @@ def newest(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every file is there and has its checksum."""
+    """Whether every file is there and has its checksum; what others put beside is nothing to it."""
     try:
         sums = json.loads((folder / _SUMS).read_text(encoding="utf8"))
-        written = {str(p.relative_to(folder)) for p in _files(folder) if p.suffix in _WRITTEN}
-        return {_STATE} <= written <= sums.keys() and all(
+        read = {str(path.relative_to(folder)) for path in folder.rglob(_RANKS)}
+        return {_STATE, *read} <= sums.keys() and all(
             _checksum(folder / name) == value for name, value in sums.items()
         )
     except (OSError, ValueError, AttributeError):

@@ -27,7 +27,7 @@ from deploy.run_folder.log_lines import Line, read_lines
 from deploy.run_folder.paths import anchored, rebased
 from deploy.run_folder.progress import is_final, recorded_facts
 from deploy.run_folder.resume_rules import Change, require_resumable
-from deploy.run_folder.weights import policy_start, reward_weights
+from deploy.run_folder.weights import is_there, policy_start, reward_weights
 from deploy.screen import say, spark
 from deploy.stages.controller_actor import (
     RemoteController,
@@ -40,6 +40,7 @@ from deploy.stages.encoding import read_encoded_prompts, read_held_out
 from deploy.stages.preparation import check_inputs, require_paths, say_fitting
 from deploy.stages.session import Session
 from deploy.stages.sizing import ends_of, say_trained
+from deploy.workers.attach import named_address
 from deploy.workers.gang import LearnerGang
 from deploy.workers.placement import reward_pool, rollout_pool
 from deploy.workers.pool import Pool
@@ -86,7 +87,7 @@ def resumption_of(config: RunConfig) -> Resumption:
         RunInputs(config.run_dir).recorded("train"),
     )
     facts = recorded_facts(config.run_dir)
-    if not is_final(facts, config):
+    if not (is_final(facts, config) and is_there(config.folder.policy)):
         facts = None
     return Resumption(
         changed=changed, facts=facts, iteration=state["iteration"], checkpoint=checkpoint[0]
@@ -190,8 +191,10 @@ def _controller_of(session: Session, config: RunConfig) -> RemoteController | No
         controller = living_controller(config)
         if controller is not None or not session.attached:
             return controller
-        session.attached = at_work(config.run_dir) is not None
-        if session.attached and time.monotonic() > deadline:
+        ended = at_work(config.run_dir) is None
+        if ended and named_address(config) is not None:
+            session.attached = False
+        elif ended or time.monotonic() > deadline:  # its own cluster ends with it
             raise ClusterError(
                 f"{config.run_dir} is at work, and not in this cluster: leave --address out, or "
                 "give the command again if the run has just begun or ended"

@@ -99,9 +99,11 @@ def check_inputs(session: Session, config: RunConfig, stage: str) -> Callable[[]
     return record
 
 
-def record_end(session: Session, stage: str, folder: Path) -> None:
-    """Record which weights a stage has left in a folder."""
-    RunInputs(session.run_dir).end(stage, tensors_in(folder))
+def record_end(session: Session, stage: str, *folders: Path) -> None:
+    """Record which weights a stage has left in folders."""
+    weights = [path for folder in folders if folder.exists() for path in tensors_in(folder)]
+    assert weights, f"`{stage}` has left no weights"
+    RunInputs(session.run_dir).end(stage, weights)
 
 
 def require_paths(paths: Sequence[str], field: str, stage: str) -> None:

@@ -70,6 +70,7 @@ def run_sft(session: Session, config: RunConfig) -> dict[str, float]:
     metrics |= _size(before, config.sft.epochs, tokens)
     log_metrics(session, "sft", total, metrics)
     record_end(session, "sft", session.folder.sft.path)
+    training.clear()
     add_card(session.folder.sft.path, config, "sft")
     say_moved(session.console, "sft", total, metrics, pretrained=config.pretrained)
     return metrics
@@ -123,7 +124,9 @@ def run_reward(session: Session, config: RunConfig) -> dict[str, float]:
     tokenizer, seen = _as_the_reward_model_reads(session, config)
     reference = reference_pairs(seen, tokenizer)
     record()
-    epochs, done = config.reward_model.epochs, SeedsDone(session, "reward")
+    epochs = config.reward_model.epochs
+    results = session.folder.reward_model.path, session.folder.reward_seeds
+    done = SeedsDone(session, "reward", results)
     if not done.metrics:
         shutil.rmtree(session.folder.reward_seeds, ignore_errors=True)  # of another training
     tokens = sum(2 * len(c.prompt) + len(c.chosen) + len(c.rejected) for c in data.train)
@@ -146,11 +149,12 @@ def run_reward(session: Session, config: RunConfig) -> dict[str, float]:
         )
         before, metrics, total = training.run(finish)
         done.add(metrics | _size(before, epochs, tokens) | {_STEPS: total})
-    done.clear()
+        training.clear()
     best = max(done.metrics, key=lambda metrics: metrics[_CHOSEN_BY])
     total = round(best.pop(_STEPS))
     log_metrics(session, "reward", total, best)
-    record_end(session, "reward", session.folder.reward_model.path)
+    record_end(session, "reward", *results)
+    done.clear()
     say_moved(session.console, "reward", total, best, pretrained=seen.pretrained)
     return best
 

@@ -16,19 +16,21 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
 from common.config.run import RunConfig
 from common.config.stages import RewardModelConfig, SftConfig
 from common.endings import at_the_end
+from common.errors import CheckpointError
 from common.files import one_line, write_atomic
 from common.metric_catalogue import Logged
 from deploy.run_folder import checkpoints
 from deploy.run_folder.failures import note_restart
-from deploy.run_folder.fingerprints import difference
+from deploy.run_folder.fingerprints import difference, tensors_in
 from deploy.run_folder.inputs import RunInputs, settings_of
 from deploy.run_folder.log_lines import read_lines
 from deploy.run_folder.reads import reads_of
@@ -129,23 +131,31 @@ class Supervision:
             Metrics before the first step, those after the last one, and the number of steps.
 
         Raises:
-            LearnerLost: ranks died more than `learner.max_restarts` times.
+            LearnerLost: ranks died more than `learner.max_restarts` times, at their start too.
         """
-        gang, left = self._session.gang(), self._config.learner.max_restarts
-        while True:
+        most = self._config.learner.max_restarts
+        for restarts in count():
             try:
-                found = self._attempt(gang, finish)
+                return self._attempt(self._session.gang(), finish)
             except LearnerLost as error:
-                if not left:
-                    raise
-                left -= 1
+                self._session.end_gang()  # the others wait for the one that is lost
+                if restarts == most:
+                    raise LearnerLost(
+                        f"{one_line(error)}; the learner was restarted {most} times "
+                        f"(learner.max_restarts); carry on with {self._again}"
+                    ) from None
                 told = f"{self._stage}: {one_line(error)}; it goes on with other ranks"
                 say(self._session.console, (told, "yellow"))
                 note_restart(self._session.folder.events, told)
-                gang.restart()
-            else:
-                shutil.rmtree(self._folder.path, ignore_errors=True)
-                return found
+        raise AssertionError("unreachable")
+
+    def clear(self) -> None:
+        """Remove the checkpoints: what was trained is recorded."""
+        shutil.rmtree(self._folder.path, ignore_errors=True)
+
+    @property
+    def _again(self) -> str:
+        return f"`talipot {self._stage} --resume {self._session.run_dir}`"
 
     def _attempt(self, gang: LearnerGang, finish: Finish) -> tuple[Metrics, Metrics, int]:
         total = self._begin(gang)
@@ -162,10 +172,15 @@ class Supervision:
         return before, metrics | finish(gang, metrics), total
 
     def _newest(self) -> tuple[Path, dict[str, Any]] | None:
-        newest = checkpoints.newest(self._folder.path)
-        if newest is None or newest[1]["from"] == self._from:
-            return newest
-        say(self._session.console, (f"  {self._title}: {self._other(newest[1])}", "yellow"))
+        try:
+            newest = checkpoints.newest(self._folder.path)
+        except CheckpointError as error:
+            told = f"starts again from step 0: {one_line(error)}"
+        else:
+            if newest is None or newest[1]["from"] == self._from:
+                return newest
+            told = self._other(newest[1])
+        say(self._session.console, (f"  {self._title}: {told}", "yellow"))
         shutil.rmtree(self._folder.path)
         return None
 
@@ -178,8 +193,8 @@ class Supervision:
             if state["from"][kind].get(name) != self._from[kind].get(name)
         )
         return (
-            f"begins anew, as what it did up to step {state['step']} was made from others: "
-            f"{', '.join(differing)}"
+            f"starts again from step 0: the checkpoint of step {state['step']} was made with "
+            f"another {', '.join(differing)}"
         )
 
     def _advance(self, gang: LearnerGang, done: int, total: int, before: Metrics) -> Metrics:
@@ -221,30 +236,48 @@ class Supervision:
             learner = gang.save_stage(folder)
             return {"step": step, "before": before, "from": self._from, "learner": learner}
 
-        then = f"`talipot {self._stage} --resume {self._session.run_dir}`"
-        checkpoints.write(self._folder.path, step, fill, keep=1, then=then)
+        checkpoints.write(self._folder.path, step, fill, keep=1, then=self._again)
 
 
 class SeedsDone:
-    """The trainings of a stage of several that are done already, with their metrics."""
+    """The trainings of a stage of several that are done already, with their metrics.
 
-    def __init__(self, session: Session, stage: str) -> None:
-        """Read what an interrupted command has left; nothing where it began from something else."""
-        self._file = session.folder.unfinished(stage).path / "done.json"
-        self._from = made_from(session.run_dir, stage)
+    They count as long as what they wrote is there, unchanged, and was made from the same.
+    """
+
+    def __init__(self, session: Session, stage: str, results: Sequence[Path]) -> None:
+        """Read what an interrupted command has left, or remove it.
+
+        Args:
+            session: of the run.
+            stage: whose trainings they are.
+            results: folders that they write weights into.
+        """
+        self._folder, self._results = session.folder.unfinished(stage).path, results
+        self._inputs, self._from = RunInputs(session.run_dir), made_from(session.run_dir, stage)
         self.metrics: list[Metrics] = []
         with suppress(OSError, ValueError, LookupError, TypeError):  # then none is done
             state = json.loads(self._file.read_bytes())
-            if state["from"] == self._from:
+            if state["from"] == self._from and state["wrote"] == self._wrote():
                 self.metrics = state["metrics"]
+        if not self.metrics:
+            self.clear()
+
+    @property
+    def _file(self) -> Path:
+        return self._folder / "done.json"
+
+    def _wrote(self) -> dict[str, str]:
+        paths = [path for folder in self._results for path in tensors_in(folder)]
+        return {str(path): self._inputs.look(path).xxh3_128 for path in paths if path.exists()}
 
     def add(self, metrics: Metrics) -> None:
         """Note that another one is done."""
         self.metrics.append(metrics)
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        state = {"from": self._from, "metrics": self.metrics}
+        self._folder.mkdir(parents=True, exist_ok=True)
+        state = {"from": self._from, "metrics": self.metrics, "wrote": self._wrote()}
         write_atomic(self._file, [json.dumps(state).encode()])
 
     def clear(self) -> None:
-        """All are done."""
-        shutil.rmtree(self._file.parent, ignore_errors=True)
+        """Remove what was noted."""
+        shutil.rmtree(self._folder, ignore_errors=True)

@@ -36,13 +36,16 @@ def listen(host: str) -> socket.socket:
         host: address of this node.
 
     Raises:
-        NotMet: the node has no such address.
+        ClusterError: the node has no such address.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, 0), family=family)
     except OSError as error:
-        raise NotMet(f"learner-0 cannot listen at {host}: {one_line(error)}") from None
+        raise ClusterError(
+            f"learner-0 cannot listen at {host}, by which Ray knows its node: {one_line(error)}; "
+            "start that with `ray start --node-ip-address` and an address that it has"
+        ) from None
 
 
 def connect(
@@ -76,7 +79,8 @@ def connect(
         "MASTER_ADDR": hosts[0],
         "MASTER_PORT": str(port),
     }
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_of(hosts[rank]))
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        os.environ["GLOO_SOCKET_IFNAME"] = _interface_of(hosts[rank])
     timeout = timedelta(seconds=timeout_s)
     try:
         store = dist.TCPStore(  # type: ignore[attr-defined]  # documented, and not exported
@@ -84,7 +88,7 @@ def connect(
             port,
             world,
             is_master=listener is not None,
-            timeout=min(timeout, timedelta(seconds=_MEET_S)),
+            timeout=min(timeout / 2, timedelta(seconds=_MEET_S)),
             master_listen_fd=None if listener is None else listener.detach(),
         )
         store.set_timeout(timeout)

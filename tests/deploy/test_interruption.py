@@ -79,9 +79,12 @@ def test_a_run_outlives_its_driver_and_can_be_attached_to(
 def test_a_controller_that_is_dying_is_waited_for(
     recipe: Callable[..., str], cluster: None, monkeypatch: pytest.MonkeyPatch, ends: bool
 ) -> None:
-    """It holds the lock for a moment after its name is gone; not so somebody in another cluster."""
+    """It holds the lock for a moment after its name is gone; not so somebody in another cluster.
+
+    Another begins only where the cluster was named: a command's own one ends with that command.
+    """
     monkeypatch.setattr(policy, "_SETTLES_S", 20.0 if ends else 0.5)
-    config = load_config(Path(recipe()))
+    config = load_config(Path(recipe()), ["cluster.address=127.0.0.1:1"] if ends else [])
     session = Session(config, Console(), attached=True)
     with ExitStack() as held:
         held.enter_context(writing(config.run_dir, "train"))

@@ -78,6 +78,7 @@ class Node:
     ) -> None:
         self.name, self.address, self.on = name, address, True
         self._switch = switch
+        self._started: list[subprocess.Popen[bytes]] = []
         self._environment = {**os.environ, "RAY_TMPDIR": "/run", "TMPDIR": "/run", **environment}
         self._machine = subprocess.Popen(
             [*_NODE, "sh", "-c", _SETUP, "sh", name, hosts(name, address)],
@@ -106,13 +107,15 @@ class Node:
     def start(self, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
         """Start a command on this machine."""
         with log.open("ab") as file:
-            return subprocess.Popen(
+            started = subprocess.Popen(
                 [*self.inside, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
                 env=self._environment,
             )
+        self._started.append(started)
+        return started
 
     def say(self, command: Sequence[str]) -> str:
         """Return what a command on this machine prints."""
@@ -134,6 +137,8 @@ class Node:
         """Kill every process of this machine at once."""
         self.on = False
         os.kill(self._init, signal.SIGKILL)
+        for process in self._started:  # the first one ends once all others are taken note of
+            process.wait(_START_S)
         self._machine.wait(_START_S)
         self._switch.disconnect(self.address)
 

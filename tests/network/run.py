@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -58,7 +59,11 @@ ALONE: dict[str, dict[str, object]] = {
 
 
 class Machines:
-    """A Ray cluster over nodes of ours, with a token."""
+    """A Ray cluster over nodes of ours, with a token.
+
+    Where Ray has ended on a node whose power is on it is started again, as a service or a pod would
+    be: a node that was cut off for long is declared dead, and ends when it hears of that.
+    """
 
     def __init__(self, hosts: Hosts, folder: Path, seed: int) -> None:
         self._hosts, self._folder, self._count = hosts, folder, 0
@@ -70,8 +75,12 @@ class Machines:
             "RAY_AUTH_TOKEN": secrets.token_hex(16),
         }
         self._nodes: list[Node] = []
+        self._rays: dict[str, tuple[Node, list[str], subprocess.Popen[bytes]]] = {}
         self.head = self._node("gang", 1, head=True)
         self.of_role = {"gang": self._node("gang", 1), "elastic": self._node("elastic", 2)}
+        self._ended = threading.Event()
+        self._keeper = threading.Thread(target=self._keep, daemon=True)
+        self._keeper.start()
 
     @property
     def address(self) -> str:
@@ -88,6 +97,8 @@ class Machines:
 
     def close(self) -> None:
         """Switch all machines off."""
+        self._ended.set()
+        self._keeper.join()
         for node in reversed(self._nodes):
             if node.on:
                 node.power_off()
@@ -110,7 +121,8 @@ class Machines:
             "--block",
         ]
         log = self._folder / f"{name}.txt"
-        joining = node.start([sys.executable, _RAY, "start", *options], log)
+        command = [sys.executable, _RAY, "start", *options]
+        joining = node.start(command, log)
         until(
             lambda: joining.poll() is not None or b"Ray runtime started" in log.read_bytes(),
             _START_S,
@@ -118,7 +130,16 @@ class Machines:
         )
         if joining.poll() is not None:
             raise TimeoutError(f"{name} has ended; see {log}")
+        self._rays[name] = (node, command, joining)
         return node
+
+    def _keep(self) -> None:
+        while not self._ended.wait(1.0):
+            for name, (node, command, ray) in list(self._rays.items()):
+                reached = node.on and self.switch.links[node.address].up
+                if reached and node is not self.head and ray.poll() is not None:
+                    again = node.start(command, self._folder / f"{name}.txt")
+                    self._rays[name] = (node, command, again)
 
 
 Fault = Callable[[Campaign[Machines], str], None]
@@ -244,6 +265,8 @@ class Session:
 
     def run(self, names: Sequence[str]) -> None:
         """All plans, or those of these names, one after another."""
+        if strange := set(names) - {plan.name for plan in plans()}:
+            raise SystemExit(f"no such run: {', '.join(sorted(strange))}")
         for number, plan in enumerate(p for p in plans() if not names or p.name in names):
             machines = Machines(plan.hosts, self.root / f"machines-{number}", number)
             try:

@@ -133,31 +133,54 @@ def test_who_guesses_is_reported_and_who_is_good_is_not() -> None:
     assert 0.5 < LEAST_AGREEMENT < 1
 
 
-def test_who_guesses_is_reported_without_known_pairs_too() -> None:
-    """Within 40 shared pairs, among three good labelers; each pair is answered by two."""
-    rng = np.random.default_rng(2)
-    good, reported, wrongly, alarms = ("ann", "bob", "cid"), 0, 0, 0
+def answered(
+    rng: np.random.Generator, people: int, pairs: int, each: int, right: float, *, guess: bool
+) -> list[Answer]:
+    """Each pair is answered by some people, honest ones but for the first, who may guess."""
+    answers = []
+    for i in range(pairs):
+        truth = int(rng.choice([-2, 2]))
+        for who in rng.permutation(people)[:each]:
+            said_so = truth if rng.random() < right else -truth
+            if guess and who == 0:
+                said_so = int(rng.integers(-MOST, MOST + 1))
+            answers.append(said(str(i), f"p{who}", said_so))
+    return answers
 
-    def of_good(truth: int) -> int:
-        return truth if rng.random() < 0.9 else -truth
 
+@pytest.mark.parametrize(("people", "pairs", "shared"), [(3, 90, 60), (4, 80, 40), (8, 160, 40)])
+def test_who_guesses_is_reported_without_known_pairs_too(
+    people: int, pairs: int, shared: int
+) -> None:
+    """Within 40 shared pairs of theirs among four people, 60 among three; who is good errs in 10 %.
+
+    Among three a third of the pairs is all that says how far the others agree.
+    """
+    rng, reported, wrongly = np.random.default_rng(2), 0, 0
     for _ in range(200):
-        answers = []
-        for i in range(80):  # the first half is shared with the guesser
-            truth = int(rng.choice([-2, 2]))
-            one, two = rng.permutation(good)[:2]
-            guess = ("guess", int(rng.integers(-MOST, MOST + 1)))
-            both = [guess if i < 40 else (one, of_good(truth)), (two, of_good(truth))]
-            answers += [said(str(i), name, preference) for name, preference in both]
-        found = {who.labeler: who for who in figures_of(answers, {})}
-        assert (found["guess"].others.of, found["guess"].rest.of) == (40, 40)
-        reported += any("agrees with others" in what for what in found["guess"].concerns)
-        wrongly += any(found[name].concerns for name in good)
-        honest = [a for a in answers if int(a.pair_uid) >= 40]
-        alarms += any(who.concerns for who in figures_of(honest, {}))
-    assert reported >= 190
+        answers = answered(rng, people, pairs, 2, 0.9, guess=True)
+        first, *honest = figures_of(answers, {})
+        assert shared - 20 < first.others.of < shared + 20
+        reported += any("agrees with others" in what for what in first.concerns)
+        wrongly += any(who.concerns for who in honest)
+    assert reported >= 180
     assert wrongly <= 10, "who is good suffers no more from a partner who guesses"
-    assert alarms <= 10
+
+
+@pytest.mark.parametrize(
+    ("people", "pairs", "each", "right"),
+    [(3, 200, 2, 0.9), (3, 200, 3, 0.9), (8, 300, 2, 0.9), (8, 200, 8, 0.9), (4, 120, 2, 0.75)],
+)
+def test_honest_people_are_seldom_reported(
+    people: int, pairs: int, each: int, right: float
+) -> None:
+    """Anybody of a round, in one of twenty rounds or not much more."""
+    rng, alarms, rounds = np.random.default_rng(3), 0, 150
+    for _ in range(rounds):
+        found = figures_of(answered(rng, people, pairs, each, right, guess=False), {})
+        assert all(who.rest.of >= 20 and who.others.of >= 20 for who in found), "all are judged"
+        alarms += any(who.concerns for who in found)
+    assert alarms <= 0.08 * rounds
 
 
 def test_two_labelers_who_disagree_are_both_spared() -> None:

@@ -60,6 +60,17 @@ def test_a_damaged_one_gives_way(tmp_path: Path, damage: str) -> None:
     assert found[1] == {"iteration": 1}
 
 
+def test_what_others_put_beside_it_is_nothing_to_it(tmp_path: Path) -> None:
+    """As file systems and people do; but a rank's file would be read."""
+    checkpoints.write(tmp_path, 1, filler(1), keep=1)
+    folder = tmp_path / "checkpoints" / "step-000001"
+    for name in ("._state.json", "notes.json", ".nfs01"):
+        (folder / name).write_text("x")
+    assert checkpoints.is_whole(folder)
+    (folder / "policy" / "rank-00007.safetensors").write_text("x")
+    assert not checkpoints.is_whole(folder)
+
+
 def test_all_damaged_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
     checkpoints.write(tmp_path, 1, filler(1), keep=1)
     (tmp_path / "checkpoints" / "step-000001" / "state.json").unlink()

@@ -1,7 +1,7 @@
 """Every file of a finished run flipped, cut and emptied: a line or the same result, never another.
 
 Files of text have no checksum: a digit of a log that turned into another digit is read as it
-stands. Weights, checkpoints, the tokenizer and data are compared with what was recorded.
+stands. Weights, checkpoints and the tokenizer are compared with what was recorded.
 """
 
 from __future__ import annotations

@@ -28,13 +28,13 @@ from tests.conftest import run_copy
 pytestmark = pytest.mark.usefixtures("cluster")
 
 Trouble = Callable[[LearnerGang], None]
-SFT = {"batch_tokens": 128, "epochs": 4.0, "checkpoint_every_s": 0.0}
+SFT = {"batch_tokens": 128, "epochs": 4.0, "checkpoint_every_s": 0.001}
 REWARD = {"batch_size": 16, "epochs": 2.0, "seeds": 2, "keep_seeds": True}
 
 
 def of(workspace: RunConfig, folder: Path, **sections: Any) -> RunConfig:
     folder.mkdir()
-    made = {"sft": SFT, "reward_model": {**REWARD, "checkpoint_every_s": 0.0}}
+    made = {"sft": SFT, "reward_model": {**REWARD, "checkpoint_every_s": 0.001}}
     made |= {"learner": {"deadline_s": 60}}
     return run_copy(workspace, folder, **{**made, **sections})
 
@@ -165,7 +165,8 @@ def test_a_checkpoint_of_other_settings_is_not_taken(workspace: RunConfig, tmp_p
         do(config, "sft", at_call(4, interrupt))
     other = config.model_copy(update={"sft": config.sft.model_copy(update={"lr": 1e-3})})
     _, said = do(other, "sft")
-    assert "supervised policy: begins anew" in said and "sft.lr" in said
+    assert "supervised policy: starts again from step 0: the checkpoint of step " in said
+    assert "was made with another sft.lr" in said
     fresh = of(workspace, tmp_path / "fresh", sft={**SFT, "lr": 1e-3})
     do(fresh, "sft")
     ours, theirs = (load_file(c.folder.sft.weights) for c in (config, fresh))
@@ -174,8 +175,50 @@ def test_a_checkpoint_of_other_settings_is_not_taken(workspace: RunConfig, tmp_p
 
 def test_ranks_that_die_again_and_again_end_the_stage(workspace: RunConfig, tmp_path: Path) -> None:
     config = of(workspace, tmp_path / "x", learner={"deadline_s": 60, "max_restarts": 1})
-    with pytest.raises(WorkerError, match="learner-1 died in advance"):
+    with pytest.raises(
+        WorkerError, match=r"learner-1 died in advance.*restarted 1 times.*--resume"
+    ):
         do(config, "sft", kill_rank)
+
+
+def test_a_damaged_checkpoint_is_told_and_left(workspace: RunConfig, tmp_path: Path) -> None:
+    config = of(workspace, tmp_path / "x")
+    with pytest.raises(KeyboardInterrupt):
+        do(config, "sft", at_call(4, interrupt))
+    (state,) = config.run_dir.glob("unfinished/sft/checkpoints/*/state.json")
+    state.write_text("{}")
+    _, said = do(config, "sft")
+    assert "supervised policy: starts again from step 0" in said and "damaged" in said
+    assert config.folder.sft.weights.exists() and not state.exists()
+
+
+@pytest.mark.parametrize("what", ["removed", "changed", "of other settings"])
+def test_a_seed_whose_model_is_not_there_any_more_is_trained_again(
+    workspace: RunConfig, untroubled: RunConfig, tmp_path: Path, what: str
+) -> None:
+    config = of(workspace, tmp_path / "x")
+    do(config, "sft")
+    calls = 0
+
+    def in_the_second(_: LearnerGang) -> None:
+        nonlocal calls
+        calls += (config.run_dir / "unfinished" / "reward" / "done.json").exists()
+        if calls == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        do(config, "reward", in_the_second)
+    path = config.folder.reward_seed(0).weights
+    if what == "removed":
+        path.unlink()
+    elif what == "changed":
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    else:
+        model = config.reward_model.model_copy(update={"lr": 1e-5})
+        with pytest.raises(KeyboardInterrupt):
+            do(config.model_copy(update={"reward_model": model}), "reward", at_call(2, interrupt))
+    do(config, "reward")
+    assert same(config, untroubled)
 
 
 def test_checkpoints_come_by_the_clock(workspace: RunConfig, tmp_path: Path) -> None:

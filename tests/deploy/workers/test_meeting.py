@@ -83,9 +83,12 @@ def test_an_address_that_no_interface_has_is_said(monkeypatch: pytest.MonkeyPatc
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    with pytest.raises(NotMet, match="cannot listen at 203"):
+    with pytest.raises(ClusterError, match=r"cannot listen at 203.*--node-ip-address"):
         process_group.listen("203.0.113.7")
     with pytest.raises(ClusterError, match=r"no network interface .*--node-ip-address"):
+        process_group.connect(rank=0, hosts=["203.0.113.7"], port=1, timeout_s=1.0, backend="gloo")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # as a user who knows better
+    with pytest.raises(NotMet):
         process_group.connect(rank=0, hosts=["203.0.113.7"], port=1, timeout_s=1.0, backend="gloo")
 
 
