@@ -17,11 +17,6 @@ from typing import Any, Concatenate
 
 import pyarrow as pa
 import ray
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group,
-    remove_placement_group,
-)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from common.config.run import RunConfig
@@ -46,6 +41,7 @@ from deploy.workers.calls import (
     start_pair,
     summary,
 )
+from deploy.workers.gang_place import GangPlace
 from deploy.workers.reservations import reserved
 from deploy.workers.told import Identity
 from learner.rank import LearnerRank
@@ -84,7 +80,7 @@ class LearnerGang:
         self.config, self.run = config, run
         self.deadline_s = config.learner.deadline_s
         self.ranks: list[Handle] = []
-        self._group: PlacementGroup | None = None
+        self._place = GangPlace(config, run)
         self._pulses: list[str] = []
         """Where each rank tells how far it is."""
         if start:
@@ -112,14 +108,17 @@ class LearnerGang:
         if self.started:
             return
         for left in reversed(range(_TRIES)):
-            self._start_ranks()
             try:
+                self._start_ranks()
                 self._meet(meanwhile)
                 return
             except NotMet:
                 self.stop()
                 if not left:
                     raise
+            except ClusterError:
+                self.stop()
+                raise
 
     def _start_ranks(self) -> None:
         settings = self.config.learner
@@ -130,7 +129,7 @@ class LearnerGang:
             threads=settings.threads,
             frugal=self.config.pretrained,
         )
-        group = self._place(cpus)
+        group = self._place.reserve(cpus)
         own = f"{self.run}:{secrets.token_hex(4)}"
         self._pulses = [f"{own}:{rank}" for rank in range(settings.ranks)]
         pulses.begin(self._pulses)
@@ -168,10 +167,9 @@ class LearnerGang:
     def stop(self) -> None:
         """End all ranks and free their resources, all of them; then raise what failed."""
         end = [partial(kill, rank) for rank in self.ranks]
-        free = [partial(remove_placement_group, self._group)] if self._group else []
         silent = [partial(pulses.forget, self._pulses)] if self.ranks else []
-        self.ranks, self._group = [], None
-        take_all(*end, *free, *silent)
+        self.ranks = []
+        take_all(*end, self._place.free, *silent)
 
     def restart(self, meanwhile: Meanwhile | None = None) -> None:
         """End what is left of this gang and start another; raises what `start` raises."""
@@ -284,25 +282,6 @@ class LearnerGang:
         return self._call(LearnerRank.export_policy, None, _absolute(folder))
 
     # ------------------------------------------------------------------ parts
-
-    def _place(self, cpus: float) -> PlacementGroup:
-        settings, timeout_s = self.config.learner, self.config.cluster.start_timeout_s
-        bundle = {"CPU": cpus}
-        if settings.gpus_per_rank:
-            bundle["GPU"] = settings.gpus_per_rank
-        group: PlacementGroup = placement_group(
-            [bundle] * settings.ranks,
-            strategy="PACK",
-            bundle_label_selector=[dict(settings.labels)] * settings.ranks,
-        )
-        self._group = group
-        if not group.wait(timeout_s):
-            self.stop()
-            raise ClusterError(
-                f"the cluster has no room for {settings.ranks} learner ranks of {bundle} within "
-                f"{timeout_s:.0f} s; run `talipot preflight` to see why"
-            )
-        return group
 
     def _call(
         self,

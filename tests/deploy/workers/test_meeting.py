@@ -12,11 +12,14 @@ import psutil
 import pytest
 import ray
 import torch.distributed as dist
+from ray.util.placement_group import placement_group_table
 
 from common.config.run import RunConfig
 from common.errors import ClusterError
 from deploy.workers import gang as gangs
+from deploy.workers import gang_place
 from deploy.workers.gang import LearnerGang
+from deploy.workers.gang_place import GangPlace
 from learner.zero import process_group
 from learner.zero.process_group import NotMet
 
@@ -124,3 +127,21 @@ def test_ranks_that_do_not_meet_are_tried_again(
     with pytest.raises(NotMet, match="the link is down"):
         gang.start()
     assert len(tried) == gangs._TRIES and not gang.started
+
+
+def test_a_place_that_an_earlier_gang_left_is_freed(
+    workspace: RunConfig, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a controller that asked for it when it had been declared dead; others' stay."""
+    monkeypatch.setattr(gang_place, "_OTHERS_S", 0.2)
+    left, other, new = (GangPlace(workspace, name) for name in ("left", "left-too", "left"))
+    left.reserve(12.0)  # 24 of 32 cores: there is room for one
+    other.reserve(0.5)
+    try:
+        new.reserve(12.0)
+        there = [p["name"].split()[0] for p in placement_group_table().values()
+                 if p["state"] == "CREATED"]  # fmt: skip
+        assert [there.count(name) for name in ("left", "left-too")] == [1, 1]
+    finally:
+        new.free()
+        other.free()
