@@ -138,6 +138,7 @@ class Node:
         self.on = False
         os.kill(self._init, signal.SIGKILL)
         for process in self._started:  # the first one ends once all others are taken note of
+            process.kill()  # nsenter, which stops where what it started is stopped
             process.wait(_START_S)
         self._machine.wait(_START_S)
         self._switch.disconnect(self.address)
