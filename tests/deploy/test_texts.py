@@ -6,6 +6,7 @@ import ast
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,8 @@ def test_a_run_is_resumed_whatever_its_folder_is_called(
     state = {"iteration": 4, "config": yaml.safe_load((folder / "config.yaml").read_text())}
     checkpoints.write(folder, 4, lambda _: state, keep=1)
     (folder / "result.json").write_text('{"iterations": 4}', encoding="utf8")
+    (folder / "policy").mkdir()
+    shutil.copy(folder / "sft" / "policy.safetensors", folder / "policy")
     resumed = run("train", "--resume", str(folder))
     assert resumed.code == 0, resumed
     shown = str(folder).replace("a\nb", "a\\nb")

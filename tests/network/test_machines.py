@@ -106,7 +106,7 @@ def test_a_machine_knows_its_name_as_its_kind_does(
     assert running.wait(10) != 0, "its power went"
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.timeout(400)
 def test_ranks_on_two_debian_machines_train_as_on_one() -> None:
     """The whole campaign is `make network`."""

@@ -142,7 +142,9 @@ def test_a_command_that_dies_is_given_again(
     assert not list((config.run_dir / "unfinished").iterdir())
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize(
+    "stage", [pytest.param(0, marks=pytest.mark.chaos), pytest.param(1, marks=pytest.mark.chaos), 3]
+)
 def test_adafactor_goes_on_too(workspace: RunConfig, tmp_path: Path, stage: int) -> None:
     learner = {"deadline_s": 60, "zero_stage": stage}
     found = []
@@ -173,6 +175,7 @@ def test_a_checkpoint_of_other_settings_is_not_taken(workspace: RunConfig, tmp_p
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
+@pytest.mark.chaos
 def test_ranks_that_die_again_and_again_end_the_stage(workspace: RunConfig, tmp_path: Path) -> None:
     config = of(workspace, tmp_path / "x", learner={"deadline_s": 60, "max_restarts": 1})
     with pytest.raises(
@@ -192,7 +195,14 @@ def test_a_damaged_checkpoint_is_told_and_left(workspace: RunConfig, tmp_path: P
     assert config.folder.sft.weights.exists() and not state.exists()
 
 
-@pytest.mark.parametrize("what", ["removed", "changed", "of other settings"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param("removed", marks=pytest.mark.chaos),
+        "changed",
+        pytest.param("of other settings", marks=pytest.mark.chaos),
+    ],
+)
 def test_a_seed_whose_model_is_not_there_any_more_is_trained_again(
     workspace: RunConfig, untroubled: RunConfig, tmp_path: Path, what: str
 ) -> None:
@@ -221,6 +231,7 @@ def test_a_seed_whose_model_is_not_there_any_more_is_trained_again(
     assert same(config, untroubled)
 
 
+@pytest.mark.chaos
 def test_checkpoints_come_by_the_clock(workspace: RunConfig, tmp_path: Path) -> None:
     """None of a stage that is done before the first is due."""
     saved = 0
