@@ -5,6 +5,7 @@
     ├── DataError                3   an input file that cannot be read as what it should be
     ├── CheckpointError          4   a checkpoint that is torn, missing, or of another architecture
     ├── ClusterError             5   no cluster, or not enough resources on it
+    │   └── NotMet               5   ranks that cannot reach each other (in zero.process_group)
     ├── TrainingError            6   the optimisation broke (NaN, mismatched weights)
     │   └── CorruptSliceError    6   weights that changed on their way (in wire.weights)
     ├── RewardError              7   a scorer that cannot score
