@@ -14,6 +14,7 @@ CREATE TABLE pairs (
     again INTEGER NOT NULL
 ) STRICT;
 CREATE INDEX open_pairs ON pairs (place) WHERE missing > 0;
+CREATE INDEX known_pairs ON pairs (place) WHERE wanted = 0;
 CREATE TABLE labelers (
     name TEXT PRIMARY KEY,
     since REAL NOT NULL,

@@ -22,6 +22,7 @@ from common.errors import DataError
 from deploy.feedback.answers import REASONS
 from deploy.feedback.asking import Refused, first_is_left
 from deploy.feedback.store import Asked, Store
+from tests.deploy.feedback.rounds import plain, round_in
 
 
 class Clock:
@@ -377,3 +378,12 @@ def test_any_text_comes_back(store: Store, text: str) -> None:
     assert task is not None
     store.submit("ann", task.key, step=3, why=text)
     assert store.standing()[0].why == text
+
+
+def test_known_pairs_are_found_without_reading_the_round(tmp_path: Path) -> None:
+    """It is asked before every pair, while nobody else may write."""
+    store = Store(round_in(tmp_path, plain(3)).answers)
+    asked = "SELECT p.uid FROM pairs p WHERE p.wanted = 0 ORDER BY p.place LIMIT 1"
+    (plan,) = store._file.rows(f"EXPLAIN QUERY PLAN {asked}")
+    assert "known_pairs" in plan["detail"]
+    store.close()
