@@ -18,16 +18,14 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from common.config.run import RunConfig
 from tests.chaos.arena import Arena, Campaign, Hung, Unattributed, small_disk
+from tests.chaos.books import Books, wrong
 from tests.chaos.faults import (
     Fault,
     corrupted_checkpoint,
@@ -108,18 +106,6 @@ POINTS = [
 """Seeded points at which any of the three is killed, for every ZeRO stage (invariant I4)."""
 
 
-@dataclass(slots=True)
-class Count:
-    """What became of one kind of fault."""
-
-    injected: int = 0
-    seconds: list[float] = field(default_factory=list)
-    """From the strike to the end of the next iteration."""
-    lost: int = 0
-    doubled: int = 0
-    unequal: int = 0
-
-
 @dataclass(frozen=True, slots=True)
 class Plan:
     """One run and what is done to it, in this order."""
@@ -181,9 +167,7 @@ class Session:
     def __init__(self, seed: int, console: Console) -> None:
         self.rng = random.Random(seed)
         self.console = console
-        self.counts = {name: Count() for name in FAULTS}
-        self.hung = 0
-        self.ended: list[str] = []
+        self.books = Books(FAULTS)
         self._hashes: dict[str, str] = {}
         self._workspaces: dict[Callable[[Path], RunConfig], RunConfig] = {}
 
@@ -232,56 +216,27 @@ class Session:
             facts = campaign.finish()
             equal = campaign.replayed() if plan.alone else facts["weights_hash"] == whole
             lost, doubled = campaign.accounts(facts)
-            for name in set(struck):
-                self.counts[name].lost += lost
-                self.counts[name].doubled += doubled
-                self.counts[name].unequal += not equal
+            self.books.enter(struck, lost=lost, doubled=doubled, equal=equal)
             self.console.print(
                 f"{plan.name}: {len(struck)} faults, {lost} lost, {doubled} doubled, "
                 f"weights {'equal' if equal else 'UNEQUAL'}, {time.monotonic() - begin:.0f} s",
                 highlight=False,
             )
         except (Hung, Unattributed, AssertionError, LookupError) as error:
-            self.hung += 1
+            self.books.hung += 1
             self.console.print(f"[red]{plan.name}[/] after {struck}: {error}", highlight=False)
             campaign.process.kill()
             raise
         finally:
-            self.ended += campaign.ended
+            self.books.ended += campaign.ended
 
     def _strike(self, name: str, campaign: Campaign[Arena]) -> None:
-        count = self.counts[name]
+        count = self.books.counts[name]
         count.injected += 1
         FAULTS[name](campaign, self.rng)
         begin, before = time.monotonic(), campaign.lines()
         campaign.until(lambda: campaign.lines() > before or campaign.process.poll() == 0)
         count.seconds.append(time.monotonic() - begin)
-
-    def table(self) -> Table:
-        """One line a fault."""
-        shown = Table("fault", "injected", "recovered", "median s", "max s", "lost", "doubled")
-        shown.add_column("weights")
-        for name, count in self.counts.items():
-            seconds = count.seconds or [float("nan")]
-            numbers = f"{median(seconds):.1f}", f"{max(seconds):.1f}"
-            equal = "equal" if not count.unequal else f"{count.unequal} UNEQUAL"
-            cells = (count.injected, len(count.seconds), *numbers, count.lost, count.doubled, equal)
-            shown.add_row(name, *map(str, cells))
-        return shown
-
-    def verdict(self) -> dict[str, Any]:
-        """The last line."""
-        counts = self.counts.values()
-        seconds = [s for count in counts for s in count.seconds]
-        return {
-            "faults": sum(count.injected for count in counts),
-            "kinds": sum(count.injected > 0 for count in counts),
-            "lost": sum(count.lost for count in counts),
-            "doubled": sum(count.doubled for count in counts),
-            "unequal": sum(count.unequal for count in counts),
-            "hung": self.hung,
-            "median_recovery_s": round(median(seconds), 2) if seconds else None,
-        }
 
 
 def _sections(plan: Plan) -> dict[str, dict[str, object]]:
@@ -306,14 +261,11 @@ def main(arguments: Sequence[str]) -> int:
         console.print(f"ended early: {error}", highlight=False)
     finally:
         arena.close()
-    console.print(session.table())
-    for how in sorted(set(session.ended)):
-        console.print(f"commands that ended by {how}: {session.ended.count(how)}", highlight=False)
+    session.books.tell(console)
     console.print(f"{time.monotonic() - begin:.0f} s", highlight=False)
-    found = session.verdict()
+    found = session.books.verdict()
     print(json.dumps(found), flush=True)
-    wrong = any(found[name] for name in ("lost", "doubled", "unequal", "hung"))
-    if whole and not wrong:
+    if whole and not wrong(found):
         shutil.rmtree(root)
         return 0
     return 1

@@ -12,35 +12,25 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import secrets
 import shutil
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from typing import Any
 
-import psutil
 from rich.console import Console
-from rich.table import Table
 
 from tests.chaos.arena import Campaign, Hung, Unattributed
+from tests.chaos.books import Books, wrong
 from tests.chaos.run import DEADLINES
 from tests.conftest import make_workspace
 from tests.network.checker import judge
-from tests.network.nodes import Hosts, Node, debian, kubernetes, unresolvable, until, why_not
-from tests.network.switch import Switch
+from tests.network.faults import FAULTS
+from tests.network.machines import Alone, Machines
+from tests.network.nodes import Hosts, debian, kubernetes, unresolvable, why_not
 
-_ROOT = Path(__file__).parents[2]
-_RAY = str(Path(sys.executable).with_name("ray"))
-_PORT = 6379
-_START_S = 60.0
 SHORT, LONG = 4, 120
 """Iterations."""
 SPREAD: dict[str, dict[str, object]] = {
@@ -56,170 +46,6 @@ ALONE: dict[str, dict[str, object]] = {
     "cluster": DEADLINES["cluster"],
 }
 """For two cores."""
-
-
-class Machines:
-    """A Ray cluster over nodes of ours, with a token.
-
-    Where Ray has ended on a node whose power is on it is started again, as a service or a pod would
-    be: a node that was cut off for long is declared dead, and ends when it hears of that.
-    """
-
-    def __init__(self, hosts: Hosts, folder: Path, seed: int) -> None:
-        self._hosts, self._folder, self._count = hosts, folder, 0
-        folder.mkdir()
-        self.switch = Switch(seed)
-        self._environment = {
-            "PYTHONPATH": str(_ROOT),
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(16),
-        }
-        self._nodes: list[Node] = []
-        self._rays: dict[str, tuple[Node, list[str], subprocess.Popen[bytes]]] = {}
-        self.head = self._node("gang", 1, head=True)
-        self.of_role = {"gang": self._node("gang", 1), "elastic": self._node("elastic", 2)}
-        self._ended = threading.Event()
-        self._keeper = threading.Thread(target=self._keep, daemon=True)
-        self._keeper.start()
-
-    @property
-    def address(self) -> str:
-        """The cluster's."""
-        return f"{self.head.address}:{_PORT}"
-
-    def start(self, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-        """Start a command on the head."""
-        return self.head.start(command, log)
-
-    def replace(self, role: str) -> None:
-        """Let another machine, of another address, join in a role."""
-        self.of_role[role] = self._node(role, 1 if role == "gang" else 2)
-
-    def close(self) -> None:
-        """Switch all machines off."""
-        self._ended.set()
-        self._keeper.join()
-        for node in reversed(self._nodes):
-            if node.on:
-                node.power_off()
-        self.switch.close()
-
-    def _node(self, role: str, cpus: int, *, head: bool = False) -> Node:
-        self._count += 1
-        name, address = f"{role}-{self._count}", f"10.77.0.{self._count}"
-        node = Node(self.switch, name, address, self._hosts, self._environment)
-        self._nodes.append(node)
-        place = [f"--head --port={_PORT} --include-dashboard=false" if head
-                 else f"--address={self.address}"]  # fmt: skip
-        options = [
-            *place[0].split(),
-            f"--node-ip-address={address}",
-            f"--num-cpus={cpus}",
-            f"--labels=role={role}",
-            f"--object-store-memory={100 * 2**20}",
-            "--disable-usage-stats",
-            "--block",
-        ]
-        log = self._folder / f"{name}.txt"
-        command = [sys.executable, _RAY, "start", *options]
-        joining = node.start(command, log)
-        until(
-            lambda: joining.poll() is not None or b"Ray runtime started" in log.read_bytes(),
-            _START_S,
-            f"{name} does not join; see {log}",
-        )
-        if joining.poll() is not None:
-            raise TimeoutError(f"{name} has ended; see {log}")
-        self._rays[name] = (node, command, joining)
-        return node
-
-    def _keep(self) -> None:
-        while not self._ended.wait(1.0):
-            for name, (node, command, ray) in list(self._rays.items()):
-                reached = node.on and self.switch.links[node.address].up
-                if reached and node is not self.head and ray.poll() is not None:
-                    again = node.start(command, self._folder / f"{name}.txt")
-                    self._rays[name] = (node, command, again)
-
-
-Fault = Callable[[Campaign[Machines], str], None]
-"""What happens to the node of a role; returns when it is over."""
-
-
-def cut(seconds: float) -> Fault:
-    """Its link is cut for a time."""
-
-    def strike(campaign: Campaign[Machines], role: str) -> None:
-        link = campaign.arena.switch.links[campaign.arena.of_role[role].address]
-        link.up = False
-        time.sleep(seconds)
-        link.up = True
-
-    return strike
-
-
-def cut_for_ever(campaign: Campaign[Machines], role: str) -> None:
-    """Its link is cut, and its processes live on; another node takes its place."""
-    campaign.arena.switch.links[campaign.arena.of_role[role].address].up = False
-    campaign.arena.replace(role)
-
-
-def power(campaign: Campaign[Machines], role: str) -> None:
-    """Its power fails; it comes back with another address."""
-    campaign.arena.of_role[role].power_off()
-    campaign.arena.replace(role)
-
-
-def poor(seconds: float, *, loss: float = 0.0, delay_s: float = 0.0) -> Fault:
-    """Its link is slow, or loses packets, for a time."""
-
-    def strike(campaign: Campaign[Machines], role: str) -> None:
-        link = campaign.arena.switch.links[campaign.arena.of_role[role].address]
-        link.loss, link.delay_s = loss, delay_s
-        time.sleep(seconds)
-        link.loss, link.delay_s = 0.0, 0.0
-
-    return strike
-
-
-def slow(seconds: float) -> Fault:
-    """Its processes stand still every other half second, for a time."""
-
-    def strike(campaign: Campaign[Machines], role: str) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            for step in (psutil.Process.suspend, psutil.Process.resume):
-                for process in campaign.arena.of_role[role].processes():
-                    try:
-                        step(process)
-                    except psutil.NoSuchProcess:
-                        continue
-                time.sleep(0.5)
-
-    return strike
-
-
-FAULTS: dict[str, Fault] = {
-    "cut 5 s": cut(5.0),
-    "cut 30 s": cut(30.0),
-    "cut for ever": cut_for_ever,
-    "20 % loss": poor(10.0, loss=0.2),
-    "200 ms": poor(10.0, delay_s=0.2),
-    "slow node": slow(10.0),
-    "another address": power,
-}
-
-
-@dataclass(slots=True)
-class Count:
-    """What became of one kind of fault."""
-
-    injected: int = 0
-    seconds: list[float] = field(default_factory=list)
-    """From its end to the end of the next iteration."""
-    lost: int = 0
-    doubled: int = 0
-    unequal: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,12 +79,8 @@ class Session:
     """All plans; books of what happened."""
 
     def __init__(self, seed: int, console: Console, root: Path) -> None:
-        self.rng, self.console, self.root = random.Random(seed), console, root
-        self.counts = {
-            name: Count() for name in (*FAULTS, *(p.name for p in plans() if not p.faults))
-        }
-        self.hung = 0
-        self.ended: list[str] = []
+        self.seed, self.console, self.root = seed, console, root
+        self.books = Books([*FAULTS, *(plan.name for plan in plans() if not plan.faults)])
         (root / "workspace").mkdir()
         self._workspace = make_workspace(root / "workspace")
         self._untroubled: dict[int, Path] = {}
@@ -268,7 +90,7 @@ class Session:
         if strange := set(names) - {plan.name for plan in plans()}:
             raise SystemExit(f"no such run: {', '.join(sorted(strange))}")
         for number, plan in enumerate(p for p in plans() if not names or p.name in names):
-            machines = Machines(plan.hosts, self.root / f"machines-{number}", number)
+            machines = Machines(plan.hosts, self.root / f"machines-{number}", self.seed)
             try:
                 self._one(plan, machines, self.root / f"run-{number}")
             finally:
@@ -300,18 +122,16 @@ class Session:
                 self._strike(name, campaign, plan.role)
             campaign.finish()
             if not plan.faults:
-                self.counts[plan.name].injected += 1
-            batch = self._workspace.train.batch_size
+                self.books.counts[plan.name].injected += 1
             found = judge(
                 campaign.run_dir,
                 self.untroubled(plan.iterations),
                 iterations=plan.iterations,
-                batch=batch,
+                batch=self._workspace.train.batch_size,
             )
-            for name in set(struck):
-                self.counts[name].lost += found.lost
-                self.counts[name].doubled += found.doubled
-                self.counts[name].unequal += bool(found.unequal)
+            self.books.enter(
+                struck, lost=found.lost, doubled=found.doubled, equal=not found.unequal
+            )
             self.console.print(
                 f"{plan.name}: {len(plan.faults)} faults, {found.lost} lost, {found.doubled} "
                 f"doubled, weights {'UNEQUAL' if found.unequal else 'equal'}, "
@@ -319,60 +139,18 @@ class Session:
                 highlight=False,
             )
         except (Hung, Unattributed, TimeoutError) as error:
-            self.hung += 1
+            self.books.hung += 1
             self.console.print(f"[red]{plan.name}[/] after {struck}: {error}", highlight=False)
         finally:
-            self.ended += campaign.ended
+            self.books.ended += campaign.ended
 
     def _strike(self, name: str, campaign: Campaign[Machines], role: str) -> None:
-        count = self.counts[name]
+        count = self.books.counts[name]
         count.injected += 1
         FAULTS[name](campaign, role)
         begin, before = time.monotonic(), campaign.lines()
         campaign.until(lambda: campaign.lines() > before)  # refused where the run has ended
         count.seconds.append(time.monotonic() - begin)
-
-    def table(self) -> Table:
-        """One line a fault."""
-        shown = Table("fault", "injected", "recovered", "median s", "max s", "lost", "doubled")
-        shown.add_column("weights")
-        for name, count in self.counts.items():
-            if not count.injected:
-                continue
-            seconds = count.seconds or [float("nan")]
-            numbers = f"{median(seconds):.1f}", f"{max(seconds):.1f}"
-            equal = "UNEQUAL" if count.unequal else "equal"
-            cells = (count.injected, len(count.seconds), *numbers, count.lost, count.doubled, equal)
-            shown.add_row(name, *map(str, cells))
-        return shown
-
-    def verdict(self) -> dict[str, Any]:
-        """The last line."""
-        counts = self.counts.values()
-        return {
-            "faults": sum(count.injected for count in counts),
-            "kinds": sum(count.injected > 0 for count in counts),
-            "lost": sum(count.lost for count in counts),
-            "doubled": sum(count.doubled for count in counts),
-            "unequal": sum(count.unequal for count in counts),
-            "hung": self.hung,
-            "median_recovery_s": {
-                name: round(median(count.seconds), 1)
-                for name, count in self.counts.items()
-                if count.seconds
-            },
-        }
-
-
-class Alone:
-    """This machine, with a local cluster of each command's own."""
-
-    address = "local"
-
-    def start(self, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-        """Start a command here."""
-        with log.open("ab") as file:
-            return subprocess.Popen(command, stdout=file, stderr=file, cwd=_ROOT)
 
 
 def sections(iterations: int, *, alone: bool = False) -> dict[str, dict[str, object]]:
@@ -395,13 +173,11 @@ def main(arguments: Sequence[str]) -> int:
     console.print(f"seed {seed}, runs in {root}", highlight=False)
     session = Session(seed, console, root)
     session.run(arguments[1:])
-    console.print(session.table())
-    for how in sorted(set(session.ended)):
-        console.print(f"commands that ended by {how}: {session.ended.count(how)}", highlight=False)
+    session.books.tell(console)
     console.print(f"{time.monotonic() - begin:.0f} s", highlight=False)
-    found = session.verdict()
+    found = session.books.verdict() | {"median_recovery_s": session.books.medians()}
     print(json.dumps(found), flush=True)
-    if any(found[name] for name in ("lost", "doubled", "unequal", "hung")):
+    if wrong(found):
         return 1
     shutil.rmtree(root)
     return 0
