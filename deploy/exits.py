@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from common.errors import ClusterError, ConfigError, StorageError, TalipotError
-from deploy.screen import degrade_unprintable, say
+from deploy.screen import degrade_unprintable, make_console, say
 
 _INTERRUPTED: Final = 130
 _TERMINATED: Final = 143
@@ -47,6 +47,16 @@ def run_to_end(app: typer.Typer, arguments: Sequence[str] | None, errors: Consol
             _fail(errors, "terminated", _TERMINATED)
         raise
     sys.exit(0)
+
+
+def end_now(error: TalipotError) -> NoReturn:
+    """End the process from any of its threads, with an error's line and exit code.
+
+    For what leaves its main thread hanging in a call that never returns.
+    """
+    _say(make_console(stderr=True), str(error))
+    sys.stdout.flush()
+    os._exit(error.exit_code)
 
 
 def _run(app: typer.Typer, arguments: Sequence[str] | None, errors: Console) -> None:
@@ -79,9 +89,13 @@ def _what_failed(error: OSError) -> str:
     return f"{' -> '.join(names) or 'file system'}: {reason}"
 
 
-def _fail(errors: Console, message: str, code: int) -> NoReturn:
+def _say(errors: Console, message: str) -> None:
     lines = (line.strip() for line in message.splitlines())
     say(errors, ("error", "bold red"), " " + " ".join(line for line in lines if line))
+
+
+def _fail(errors: Console, message: str, code: int) -> NoReturn:
+    _say(errors, message)
     attach = sys.modules.get("deploy.workers.attach")
     if attach is not None and attach.asks():
         # Python would wait at its end for a call of Ray's that may never return.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,10 @@ def token_of(variable: str) -> str:
     """
     token = os.environ.get(variable, "").strip()
     if not token:
-        raise ConfigError(f"reward endpoint: environment variable {variable} is not set")
+        raise ConfigError(
+            f"reward endpoint: environment variable {variable} is not set on host "
+            f"{socket.gethostname()}; workers have the environment that Ray was started in there"
+        )
     if not (token.isascii() and token.isprintable()):
         raise ConfigError(
             f"reward endpoint: environment variable {variable} holds characters that no HTTP "

@@ -40,7 +40,7 @@ from deploy.stages.encoding import read_encoded_prompts, read_held_out
 from deploy.stages.preparation import check_inputs, require_paths, say_fitting
 from deploy.stages.session import Session
 from deploy.stages.sizing import ends_of, say_trained
-from deploy.workers.attach import named_address
+from deploy.workers.attach import named_address, own_address
 from deploy.workers.gang import LearnerGang
 from deploy.workers.placement import reward_pool, rollout_pool
 from deploy.workers.pool import Pool
@@ -48,6 +48,11 @@ from deploy.workers.preflight import require_trainable
 
 _SETTLES_S = 20.0
 """For which a controller may be beginning, or dying."""
+_CUT_OFF_S = 150.0
+"""For which one may go on on a node that its cluster has lost: Ray ends there after a minute in
+which it hears nothing, and needs some time to."""
+_PATIENCE_S = 2.0
+"""After which such a wait is told."""
 _LOOK_S = 0.25
 
 
@@ -180,26 +185,42 @@ def _controller_of(session: Session, config: RunConfig) -> RemoteController | No
     """Return the controller that is at work on a run; None where a new one is to begin.
 
     One that has just begun has no name yet, and one that is just dying still holds the lock: both
-    are waited for.
+    are waited for. So is one on a node that is cut off: it writes until its Ray ends.
 
     Raises:
         ClusterError: somebody writes into the run's folder for longer, whom this cluster does not
             know.
     """
-    deadline = time.monotonic() + _SETTLES_S
+    begin, told = time.monotonic(), False
     while True:
         controller = living_controller(config)
         if controller is not None or not session.attached:
             return controller
-        ended = at_work(config.run_dir) is None
-        if ended and named_address(config) is not None:
+        holder, waited = at_work(config.run_dir), time.monotonic() - begin
+        if holder is None:
+            if named_address(config) is None:  # its own cluster ends with it
+                raise _elsewhere(config)
             session.attached = False
-        elif ended or time.monotonic() > deadline:  # its own cluster ends with it
+        elif holder.cluster != own_address():
+            if waited > _SETTLES_S:
+                raise _elsewhere(config)
+        elif waited > _CUT_OFF_S:
             raise ClusterError(
-                f"{config.run_dir} is at work, and not in this cluster: leave --address out, or "
-                "give the command again if the run has just begun or ended"
+                f"{config.run_dir} is still written by {holder}, whom this cluster does not reach; "
+                "end it there, and give the command again"
             )
+        elif waited > _PATIENCE_S and not told:
+            text = f"waits for {holder}: it has just begun, is about to end, or is cut off"
+            say(session.console, (text, "dim"))
+            told = True
         time.sleep(_LOOK_S)
+
+
+def _elsewhere(config: RunConfig) -> ClusterError:
+    return ClusterError(
+        f"{config.run_dir} is at work, and not in this cluster: leave --address out, or give the "
+        "command again if the run has just begun or ended"
+    )
 
 
 def _held_out(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final, NoReturn
 
 import ray
 from rich.console import Console
@@ -14,8 +15,9 @@ from rich.console import Console
 from common.config.run import RunConfig
 from common.data.tokenizer import Tokenizer, load_tokenizer
 from common.endings import at_the_end, take_all
-from common.errors import StorageError
+from common.errors import ClusterError, StorageError
 from common.run_folder import RunFolder
+from deploy.exits import end_now
 from deploy.run_folder.failures import note_failure, note_success, note_untracked
 from deploy.run_folder.lock import RunLock, at_work, remove_unused
 from deploy.run_folder.metrics_log import RunLog
@@ -24,9 +26,13 @@ from deploy.screen import Bar, progress_bar, say
 from deploy.trackers import outboxes
 from deploy.workers.attach import Way, own_address, sign_in, start_cluster, way_to
 from deploy.workers.gang import LearnerGang
-from deploy.workers.guard import unguarded
+from deploy.workers.guard import closed_token, unguarded
+from deploy.workers.head import HeadWatch, end_here
 from deploy.workers.pool import Pool
 from deploy.workers.preflight import explain, sharing
+
+_RESUMABLE: Final = ("sft", "reward", "train")
+_AGAIN: Final = "give the command again"
 
 
 @dataclass(slots=True)
@@ -38,11 +44,15 @@ class Session:
     console: Console
     attached: bool = False
     """Its cluster is the one that the run is at work on already."""
+    again: str = ""
+    """How to go on after an error; empty where that is the stage's `--resume`."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time per stage."""
     _gang: LearnerGang | None = None
     _pools: list[Pool] = field(default_factory=list)
     _lock: RunLock | None = None
+    _stage: str = ""
+    """The one that is under way, or was last."""
 
     def __post_init__(self) -> None:
         self.config = anchored(self.config)
@@ -103,6 +113,20 @@ class Session:
         pools, self._pools = self._pools, []
         take_all(*(pool.stop for pool in pools), self.end_gang, self.unlock)
 
+    def end_without_head(self, why: str) -> NoReturn:
+        """End the program, with a line that says how to go on: the cluster has lost its head.
+
+        Nothing is asked of the cluster any more, and no thread is waited for.
+        """
+        resume = f"carry on with `talipot {self._stage} --resume {self.run_dir}`"
+        again = self.again or (resume if self._stage in _RESUMABLE else _AGAIN)
+        error = ClusterError(f"{why}; {again}")
+        if self._stage and self.folder.config.exists():
+            note_failure(self.folder.events, self._stage, error)
+        self.console.show_cursor()
+        end_here()
+        end_now(error)
+
     def log(self) -> RunLog:
         """Open this run's logs for writing; close them after use."""
         return RunLog(self.run_dir, outboxes(self.config, self._untracked))
@@ -117,7 +141,7 @@ class Session:
 
         Nothing is said of one that took less than `least_s` seconds.
         """
-        begin = time.perf_counter()
+        begin, self._stage = time.perf_counter(), name
         try:
             yield
         except Exception as error:
@@ -159,18 +183,21 @@ def open_session(
         StorageError: the folder cannot be written, or another stage is writing there.
         ClusterError: no cluster answers, or it has no room for the recipe.
     """
-    session = Session(config, console)
+    session = Session(config, console, again=_AGAIN if writer == "quickstart" else "")
     with _run_folder(session.run_dir):
         if writer:
             session.lock(writer)
         joined = ray.is_initialized()  # by a program that uses this as a library: its own to end
-        with at_the_end(session.close, *(() if joined else (ray.shutdown,))):
+        watch = HeadWatch(session.end_without_head)
+        with at_the_end(session.close, watch.stop, *(() if joined else (ray.shutdown,))):
             way = _way_to_attach(session.run_dir, address) if attach else None
             session.attached = way is not None
-            yield _in_cluster(session, way)
+            _in_cluster(session, way)
+            watch.start(own_address())
+            yield session
 
 
-def _in_cluster(session: Session, way: Way | None) -> Session:
+def _in_cluster(session: Session, way: Way | None) -> None:
     """Join or start the session's cluster, and say where it is."""
     url = start_cluster(session.config, way)
     if not session.config.cluster.autoscales:
@@ -180,9 +207,9 @@ def _in_cluster(session: Session, way: Way | None) -> Session:
     say(session.console, (f"run {session.run_dir} · dashboard {url or 'off'}", "dim"))
     if url and (hint := sign_in()):
         say(session.console, (hint, "dim"))
-    if told := unguarded(own_address()):
-        say(session.console, (told, "yellow"))
-    return session
+    for told in (unguarded(own_address()), closed_token()):
+        if told:
+            say(session.console, (told, "yellow"))
 
 
 def _way_to_attach(run_dir: Path, address: str | None) -> Way | None:

@@ -1,16 +1,14 @@
-"""Whether the cluster that was joined asks for a password."""
+"""Whether the cluster that was joined asks for a password, and who may read that."""
 
 from __future__ import annotations
 
-import contextlib
-from typing import Final
+import os
+from pathlib import Path
 
 import grpc
-from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from deploy.listening import is_local
-
-_ANSWER_S: Final = 2.0
+from deploy.workers.head import code_of
 
 
 def unguarded(address: str) -> str:
@@ -23,7 +21,7 @@ def unguarded(address: str) -> str:
         Nothing where it is on this machine alone, or asks for a token.
     """
     host = address.rpartition(":")[0].strip("[]")
-    if not host or is_local(host) or not _answers_anyone(address):
+    if not host or is_local(host) or code_of(address) is not grpc.StatusCode.OK:
         return ""
     return (
         f"the cluster at {address} asks nobody for a token: who reaches it can run any program on "
@@ -31,15 +29,21 @@ def unguarded(address: str) -> str:
     )
 
 
-def _answers_anyone(address: str) -> bool:
-    """Whether it answers a question that no token was sent with."""
-    channel = grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)])
-    with contextlib.closing(channel):
-        try:
-            gcs_service_pb2_grpc.InternalKVGcsServiceStub(channel).InternalKVGet(
-                gcs_service_pb2.InternalKVGetRequest(namespace=b"cluster", key=b"CLUSTER_METADATA"),
-                timeout=_ANSWER_S,
-            )
-        except grpc.RpcError:
-            return False
-    return True
+def closed_token() -> str:
+    """Take from other users of this machine the right to read this user's token.
+
+    Ray writes it as any file, which most systems let everybody read. A file that
+    `RAY_AUTH_TOKEN_PATH` names is its owner's business.
+
+    Returns:
+        What to say of it; nothing where others could not read it.
+    """
+    path = Path.home() / ".ray" / "auth_token"
+    try:
+        found = path.stat()
+        if found.st_uid != os.getuid() or not found.st_mode & 0o077:
+            return ""
+        path.chmod(0o600)
+    except OSError:  # there is none, or it lies where nothing can be changed
+        return ""
+    return "other users of this machine could read ~/.ray/auth_token; now only you can"

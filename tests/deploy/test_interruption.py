@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import threading
@@ -19,6 +20,7 @@ from deploy.run_folder import checkpoints
 from deploy.run_folder.lock import writing
 from deploy.stages import policy
 from deploy.stages.session import Session
+from deploy.workers.attach import own_address
 from tests.deploy.commands import Run, refused, start, until_logged
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -95,3 +97,26 @@ def test_a_controller_that_is_dying_is_waited_for(
         else:
             with pytest.raises(ClusterError, match="is at work, and not in this cluster"):
                 policy._controller_of(session, config)
+
+
+def test_a_controller_that_is_cut_off_is_waited_for_longer(
+    recipe: Callable[..., str], cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its node goes on for as long as Ray does not notice there, and so does it."""
+    monkeypatch.setattr(policy, "_SETTLES_S", 0.2)
+    monkeypatch.setattr(policy, "_PATIENCE_S", 0.1)
+    config = load_config(Path(recipe()), ["cluster.address=127.0.0.1:1"])
+    said = io.StringIO()
+    session = Session(config, Console(file=said, width=400), attached=True)
+    with ExitStack() as held:
+        held.enter_context(writing(config.run_dir, "train", cluster=own_address()))
+        threading.Timer(1.5, held.close).start()
+        assert policy._controller_of(session, config) is None
+        assert said.getvalue().count("waits for `talipot train` on host ") == 1
+    monkeypatch.setattr(policy, "_CUT_OFF_S", 0.5)
+    session.attached = True
+    with (
+        writing(config.run_dir, "train", cluster=own_address()),
+        pytest.raises(ClusterError, match=r"is still written by .*; end it there"),
+    ):
+        policy._controller_of(session, config)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.network.nodes import Hosts, Node, until
@@ -18,6 +19,17 @@ _PORT = 6379
 _START_S = 60.0
 
 
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Options of `ray start`, beside those that make the cluster."""
+
+    head: Sequence[str] = ()
+    every: Sequence[str] = ()
+
+
+WITHOUT_DASHBOARD = Options(head=["--include-dashboard=false"])
+
+
 class Machines:
     """A Ray cluster over nodes of ours, with a token.
 
@@ -25,8 +37,10 @@ class Machines:
     be: a node that was cut off for long is declared dead, and ends when it hears of that.
     """
 
-    def __init__(self, hosts: Hosts, folder: Path, seed: int) -> None:
-        self._hosts, self._folder, self._count = hosts, folder, 0
+    def __init__(
+        self, hosts: Hosts, folder: Path, seed: int, options: Options = WITHOUT_DASHBOARD
+    ) -> None:
+        self._hosts, self._folder, self._count, self._options = hosts, folder, 0, options
         folder.mkdir()
         self.switch = Switch(seed)
         self._environment = {
@@ -34,7 +48,7 @@ class Machines:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(16),
         }
-        self._nodes: list[Node] = []
+        self.nodes: list[Node] = []
         self._rays: dict[str, tuple[Node, list[str], subprocess.Popen[bytes]]] = {}
         self.head = self._node("gang", 1, head=True)
         self.of_role = {"gang": self._node("gang", 1), "elastic": self._node("elastic", 2)}
@@ -59,7 +73,7 @@ class Machines:
         """Switch all machines off."""
         self._ended.set()
         self._keeper.join()
-        for node in reversed(self._nodes):
+        for node in reversed(self.nodes):
             if node.on:
                 node.power_off()
         self.switch.close()
@@ -68,11 +82,11 @@ class Machines:
         self._count += 1
         name, address = f"{role}-{self._count}", f"10.77.0.{self._count}"
         node = Node(self.switch, name, address, self._hosts, self._environment)
-        self._nodes.append(node)
-        place = [f"--head --port={_PORT} --include-dashboard=false" if head
-                 else f"--address={self.address}"]  # fmt: skip
+        self.nodes.append(node)
+        begins = ["--head", f"--port={_PORT}", *self._options.head]
         options = [
-            *place[0].split(),
+            *(begins if head else [f"--address={self.address}"]),
+            *self._options.every,
             f"--node-ip-address={address}",
             f"--num-cpus={cpus}",
             f"--labels=role={role}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,10 @@ def test_a_token_variable_without_a_token_is_a_config_error(
     monkeypatch.delenv("TALIPOT_TEST_TOKEN", raising=False)
     if stored is not None:
         monkeypatch.setenv("TALIPOT_TEST_TOKEN", stored)
-    with pytest.raises(ConfigError, match="TALIPOT_TEST_TOKEN is not set"):
+    where = socket.gethostname()
+    with pytest.raises(
+        ConfigError, match=f"TALIPOT_TEST_TOKEN is not set on host {where}; workers"
+    ):
         scorer("http://localhost/score", token_env="TALIPOT_TEST_TOKEN")
 
 

@@ -31,7 +31,7 @@ from deploy.run_folder.lock import writing
 from deploy.stages.controller_actor import RemoteController
 from deploy.workers import attach
 from deploy.workers.attach import Way, ask_cluster, start_cluster
-from deploy.workers.guard import unguarded
+from deploy.workers.guard import closed_token, unguarded
 from tests.deploy.workers.test_meeting import outside
 
 ROOT = Path(__file__).parents[3]
@@ -358,3 +358,18 @@ def test_a_cluster_that_asks_nobody_for_a_token_is_told(cluster: None) -> None:
         assert unguarded(address) == "", "nobody else reaches it"
     assert unguarded("") == ""
     assert not attach.own_address().startswith("127.") and unguarded(attach.own_address()) == ""
+
+
+def test_a_token_that_others_may_read_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray writes it under the user's umask."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert closed_token() == ""
+    token = tmp_path / ".ray" / "auth_token"
+    token.parent.mkdir()
+    token.write_text("secret", encoding="utf8")
+    token.chmod(0o644)
+    assert "now only you can" in closed_token()
+    assert token.stat().st_mode & 0o777 == 0o600 and token.read_text() == "secret"
+    assert closed_token() == ""
