@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Final
 
 import grpc
+import psutil
 from ray._private import worker as ray_worker
 from ray._private.node import Node
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
@@ -101,5 +102,13 @@ def ended_here() -> str:
 def end_here() -> None:
     """Kill what is left of a local cluster that this program has started; nobody else would."""
     node: Node | None = ray_worker._global_node
-    if node is not None and node.is_head():
-        node.kill_all_processes(check_alive=False, allow_graceful=False, wait=False)
+    if node is None or not node.is_head():
+        return
+    left: list[psutil.Process] = []
+    for raylet in node.all_processes.get("raylet", []):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left += psutil.Process(raylet.process.pid).children(recursive=True)
+    node.kill_all_processes(check_alive=False, allow_graceful=False, wait=False)
+    for child in left:  # Ray's agents would stay for a minute
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()

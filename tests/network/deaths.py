@@ -25,7 +25,8 @@ _ROOT = Path(__file__).parents[2]
 _TALIPOT = [sys.executable, "-m", "deploy.cli"]
 LONGEST_S = 240.0
 """Of a command, from its start to its end."""
-_GONE_S = 90.0
+_GONE_S = 30.0
+_OURS = r"ray::(LearnerRank|RolloutActor|RewardWorker|ControllerActor)|deploy\.cli"
 VICTIMS = {
     "driver": r"-m deploy\.cli ",
     "rank": r"ray::LearnerRank",
@@ -79,12 +80,16 @@ class Machine:
             process.send_signal(signal.SIGKILL)
 
     def deserted(self) -> None:
-        """Wait until nothing runs here any more. Raises TimeoutError where something stays."""
-        until(
-            lambda: not [p for p in self.node.processes() if command_of(p)],
-            _GONE_S,
-            f"left behind: {[command_of(p) for p in self.node.processes()]}",
-        )
+        """Wait until nothing of ours runs here any more; agents of Ray's may, for a minute.
+
+        Raises:
+            TimeoutError: something stays.
+        """
+
+        def left() -> list[str]:
+            return [c for c in map(command_of, self.node.processes()) if re.search(_OURS, c)]
+
+        until(lambda: not left(), _GONE_S, f"left behind: {left()}")
 
     def read_only(self, folder: Path) -> None:
         """Let nobody here write into a folder."""
