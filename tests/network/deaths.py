@@ -89,7 +89,10 @@ class Machine:
         def left() -> list[str]:
             return [c for c in map(command_of, self.node.processes()) if re.search(_OURS, c)]
 
-        until(lambda: not left(), _GONE_S, f"left behind: {left()}")
+        try:
+            until(lambda: not left(), _GONE_S, "left behind")
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}: {left()}") from None
 
     def read_only(self, folder: Path) -> None:
         """Let nobody here write into a folder."""

@@ -58,6 +58,7 @@ _NODE = [
     *("unshare", "--user", "--map-root-user", "--net", "--mount", "--uts", "--ipc", "--pid"),
     *("--fork", "--kill-child", "--mount-proc", "--propagation", "private"),
 ]
+# The first process takes note of the end of orphans, as any system's does.
 _SETUP = """
 set -e
 mount -t tmpfs none /run
@@ -66,7 +67,9 @@ hostname "$1"
 printf '%s' "$2" > /run/hosts; mount --bind /run/hosts /etc/hosts
 echo 'hosts: files' > /run/nsswitch; mount --bind /run/nsswitch /etc/nsswitch.conf
 echo ready
-exec sleep infinity
+exec "$3" -S -c "import os, signal
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+os.execvp('sleep', ['sleep', 'infinity'])"
 """
 
 
@@ -81,7 +84,7 @@ class Node:
         self._started: list[subprocess.Popen[bytes]] = []
         self._environment = {**os.environ, "RAY_TMPDIR": "/run", "TMPDIR": "/run", **environment}
         self._machine = subprocess.Popen(
-            [*_NODE, "sh", "-c", _SETUP, "sh", name, hosts(name, address)],
+            [*_NODE, "sh", "-c", _SETUP, "sh", name, hosts(name, address), sys.executable],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
