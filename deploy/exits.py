@@ -32,6 +32,7 @@ def run_to_end(app: typer.Typer, arguments: Sequence[str] | None, errors: Consol
         errors: where errors go.
     """
     degrade_unprintable()
+    threading.excepthook = _unraised
     terminated = threading.Event()
 
     def terminate(*_: object) -> None:
@@ -47,6 +48,16 @@ def run_to_end(app: typer.Typer, arguments: Sequence[str] | None, errors: Consol
             _fail(errors, "terminated", _TERMINATED)
         raise
     sys.exit(0)
+
+
+def _unraised(arguments: threading.ExceptHookArgs) -> None:
+    """Print what ended a thread, but for what is raised again where it is noticed.
+
+    TensorBoard's thread hands a disk that is full to whoever writes next.
+    """
+    handed_on = type(arguments.thread).__module__.partition(".")[0] == "tensorboard"
+    if not (handed_on and issubclass(arguments.exc_type, OSError)):
+        threading.__excepthook__(arguments)
 
 
 def end_now(error: TalipotError) -> NoReturn:

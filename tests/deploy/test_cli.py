@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from deploy.exits import _unraised
 from deploy.run_folder import checkpoints
 from tests.deploy.commands import Run, refused
 
@@ -339,3 +341,18 @@ def test_a_full_disk(run: Run, recipe: Callable[..., str], tmp_path: Path) -> No
     path = recipe()
     (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
     refused(run("sft", "--config", path), 8, "No space left")
+
+
+def test_a_thread_that_hands_its_error_on_prints_no_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """TensorBoard's writer, of a folder that cannot be written; any other thread's is printed."""
+
+    def hook(thread: threading.Thread, error: Exception) -> str:
+        _unraised(threading.ExceptHookArgs((type(error), error, None, thread)))
+        return capsys.readouterr().err
+
+    board = type("Writer", (threading.Thread,), {"__module__": "tensorboard.summary.writer"})()
+    assert hook(board, OSError("read-only")) == ""
+    assert "ValueError: ours" in hook(board, ValueError("ours"))
+    assert "OSError: other" in hook(threading.Thread(), OSError("other"))
