@@ -4,7 +4,7 @@ The rows of a call are flat tokens of many sequences, so that no product is spen
 first the newest token of each slot, then the earlier tokens of prompts that are being prefilled.
 
 `actors.generation.torch_forward` runs any decoder's own blocks; `actors.generation.native_forward`
-is written for processors and one shape of block. A property test holds both to the forward of
+is written for processors and some shapes of block. A property test holds both to the forward of
 training (invariant I1).
 
 Shape suffixes: S slots in use, B rows, V vocabulary.
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from actors.generation.forward import Chunk, Copy, Forward, lay_out
-from actors.generation.native_forward import NativeForward, supports
+from actors.generation.native_blocks import why_not
+from actors.generation.native_forward import NativeForward
 from actors.generation.torch_forward import TorchForward
 from common.errors import ClusterError, ConfigError
 from common.logprobs import Sampling
@@ -112,12 +113,12 @@ def _choose(decoder: Decoder, slots: int, kernels: Choice, merged: str | None) -
             "native kernels compute no adapter beside the weights: set rollout.lora=merged, or "
             "rollout.kernels to auto or torch"
         )
-    if kernels == "native" and not supports(decoder):
+    lacking = why_not(decoder)
+    if kernels == "native" and lacking:
         raise ConfigError(
-            f"native kernels do not run a {type(decoder).__name__} on "
-            f"{next(decoder.parameters()).device}: set rollout.kernels to auto or torch"
+            f"native kernels do not run this model: {lacking}; set rollout.kernels to auto or torch"
         )
-    if kernels == "torch" or merged is None or not supports(decoder):
+    if kernels == "torch" or merged is None or lacking:
         return TorchForward(decoder, slots)
     try:
         return NativeForward(decoder, slots)

@@ -1,4 +1,6 @@
-"""The forward for processors, in C: PaLM's shape of block, with adapters merged into the weights.
+"""The forward for processors, in C, with adapters merged into the weights.
+
+Which decoders it computes, and what of them, is `actors.generation.native_blocks`.
 
 Shape suffixes: B rows, D width, S slots in use, V vocabulary.
 """
@@ -17,19 +19,13 @@ from torch import Tensor
 
 from actors.generation import native_library
 from actors.generation.forward import Step
+from actors.generation.native_blocks import BlockWeights, describe
 from actors.generation.native_library import KEY_BLOCK, PANEL, Packed, address_of, compiled
 from common.logprobs import Sampling
 from common.models.decoder import Decoder
-from common.models.palm import Block, PaLM
-from common.models.rotary import rotary
 
 _LARGE_PAGE = 2**21
 """Bytes of a large page."""
-
-
-def supports(decoder: Decoder) -> bool:
-    """Whether the native forward computes what this decoder does, where its weights are."""
-    return isinstance(decoder, PaLM) and decoder.embedding.weight.device.type == "cpu"
 
 
 class NativeForward:
@@ -38,48 +34,48 @@ class NativeForward:
     def __init__(self, decoder: Decoder, slots: int) -> None:
         """Products and cache in the dtype of `decoder`'s parameters.
 
+        Args:
+            decoder: one that `native_blocks.why_not` says nothing of.
+            slots: sequences that the cache holds.
+
         Raises:
             ClusterError: there is no C compiler, or it fails.
         """
-        assert isinstance(decoder, PaLM)
-        self._config = config = decoder.config
-        self._dtype = dtype = decoder.embedding.weight.dtype
-        self._library = native_library.library(compiled(decoder.sizes, dtype))
+        self._described = of = describe(decoder)
+        sizes = of.sizes
+        self._dtype = dtype = of.ends(decoder)[0].dtype
+        self._library = native_library.library(compiled(sizes, of.rotary, dtype))
         self._packed_dtype = dtype if self._library.weight_bytes() == 2 else torch.float32
-        context = _up(config.context, KEY_BLOCK)
-        shape = (config.layers, slots, context, config.head_dim)
+        context = _up(sizes.context, KEY_BLOCK)
+        shape = (sizes.layers, slots, sizes.kv_heads, context, sizes.head_dim)
         self._keys, self._values = _zeros(shape, dtype), _zeros(shape, dtype)
-        self._tables = _rotary_tables(decoder)
-        self._inner = config.heads * config.head_dim
-        self._ff = config.ff_mult * config.dim
-        self._strides = _up(config.dim, 2), _up(self._inner + self._ff, 2)
-        self._columns = self._sections()
-        cos_q, sin_q, cos_k, sin_k = map(address_of, self._tables)
+        self._inner, self._keyvalue = (
+            heads * sizes.head_dim for heads in (sizes.heads, 2 * sizes.kv_heads)
+        )
+        # Attention and SwiGLU lie side by side where one product reads both.
+        mixed = self._inner if of.sequential else self._inner + of.ff
+        self._strides = _up(sizes.dim, 2), _up(mixed, 2), _up(of.ff, 2)
         self._model = native_library.Model(
-            layers=config.layers,
-            dim=config.dim,
-            inner=self._inner,
-            ff=self._ff,
-            vocabulary=config.vocab_size,
+            layers=sizes.layers,
+            dim=sizes.dim,
+            ff=of.ff,
+            vocabulary=of.vocabulary,
             context=context,
             dim_stride=self._strides[0],
-            both_stride=self._strides[1],
-            cos_q=cos_q,
-            sin_q=sin_q,
-            cos_k=cos_k,
-            sin_k=sin_k,
+            mixed_stride=self._strides[1],
+            ff_stride=self._strides[2] if of.sequential else self._strides[1],
+            centred=of.centred,
+            eps=of.eps,
+            scale=sizes.head_dim**-0.5,
         )
-        self._logits_SV = _zeros((slots, config.vocab_size), torch.float32)
+        self._logits_SV = _zeros((slots, of.vocabulary), torch.float32)
         self._scratch_rows = 0
         self._scratch_tensors: list[Tensor] = []
         self._scratch = native_library.Scratch()
-        widths = sum(map(len, self._columns)), _up(config.dim, PANEL)
-        panels = config.layers * sum(map(math.prod, zip(widths, self._strides, strict=True)))
-        logits = _up(config.vocab_size, PANEL) * self._strides[0]
-        self._panels = _zeros((panels + logits,), self._packed_dtype)
+        self._panels = _zeros((self._packed_size(),), self._packed_dtype)
         """All packed weights; those of a new version overwrite the old ones."""
         self._panels_end = 0
-        self._weights: list[Tensor] = []
+        self._kept: list[Tensor] = []
         self._seconds = native_library.Seconds()
 
     @torch.no_grad()
@@ -89,35 +85,51 @@ class NativeForward:
         Raises:
             TrainingError: the adapter is not finite.
         """
-        assert isinstance(decoder, PaLM)
         (adapter,) = adapters
-        query, keyvalue, forward = self._columns
-        layers = (native_library.Layer * len(decoder.blocks))()
-        self._panels_end, norms = 0, list[Tensor]()
-        for index, block in enumerate(decoder.blocks):
-            assert isinstance(block, Block)
-            inward = block.fused_in.merged(adapter)
-            outward = torch.cat(
-                (block.attn_out.merged(adapter), block.ff_out.merged(adapter)), dim=1
-            )
-            norms.append(block.norm.weight.float())
-            layers[index] = native_library.Layer(
-                norm=address_of(norms[-1]),
-                query=self._packed(inward, query),
-                keyvalue=self._packed(inward, keyvalue),
-                forward=self._packed(inward, forward),
-                outward=self._packed(outward, _padded(0, self._config.dim)),
-                keys=address_of(self._keys[index]),
-                values=address_of(self._values[index]),
-            )
-        scale = self._config.dim**-0.5 if self._config.scale_logits else 1.0
-        norm, embedding = decoder.norm.weight.float() * scale, decoder.embedding.weight.detach()
+        # C has only addresses: what they point to must live as long as these weights are in use.
+        self._panels_end, self._kept = 0, []
+        layers = (native_library.Layer * self._described.sizes.layers)()
+        for index, weights in enumerate(self._described.blocks(decoder, adapter)):
+            layers[index] = self._layer(index, weights)
+        embedding, norm, head = self._described.ends(decoder)
         self._layers = layers
         self._model.layer = ctypes.cast(layers, ctypes.POINTER(native_library.Layer))
-        self._model.norm, self._model.embedding = address_of(norm), address_of(embedding)
-        self._model.logits = self._packed(embedding, _padded(0, len(embedding)))
-        # C has only addresses: what they point to must live as long as these weights are in use.
-        self._weights = [norm, embedding, *norms]
+        self._model.norm, self._model.embedding = self._address(norm), self._address(embedding)
+        self._model.logits = self._packed(head, _padded(0, len(head)))
+
+    def _layer(self, index: int, of: BlockWeights) -> native_library.Layer:
+        """Pack a block's weights."""
+        rows = torch.cat((of.key, of.value))
+        both = torch.cat((of.up, of.gate))
+        sides = [_padded(begin, len(of.up), PANEL // 2) for begin in (0, len(of.up))]
+        columns = torch.stack([side.view(-1, PANEL // 2) for side in sides], dim=1).flatten()
+        outward = of.out if of.second_D is not None else torch.cat((of.out, of.down), dim=1)
+        layer = native_library.Layer(
+            query=self._packed(of.query, _padded(0, len(of.query))),
+            keyvalue=self._packed(rows, _padded(0, len(rows))),
+            forward=self._packed(both, columns),
+            outward=self._packed(outward, _padded(0, len(outward))),
+            norm=self._address(of.norm_D),
+            second=self._address(of.second_D),
+            bias=self._address(of.bias),
+            norm_q=self._address(of.norm_q_K),
+            norm_k=self._address(of.norm_k_K),
+            window=self._described.windows[index],
+            keys=address_of(self._keys[index]),
+            values=address_of(self._values[index]),
+        )
+        names = ("cos_q", "sin_q", "cos_k", "sin_k")
+        for name, table in zip(names, self._described.tables[index], strict=True):
+            setattr(layer, name, address_of(table))
+        if of.second_D is not None:
+            layer.down = self._packed(of.down, _padded(0, len(of.down)))
+        return layer
+
+    def _address(self, tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        self._kept.append(tensor.contiguous())
+        return address_of(self._kept[-1])
 
     def run(self, step: Step) -> Tensor:
         """fp32 logits ``[S, V]`` after the newest token of each slot, valid until the next call.
@@ -178,16 +190,14 @@ class NativeForward:
         kinds = [name for name, _ in native_library.Seconds._fields_]
         return {name: float(getattr(self._seconds, name)) for name in kinds}
 
-    def _sections(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows of the input projection in the order of the panels.
-
-        Queries, then keys and values, then the two sides of SwiGLU side by side.
-        """
-        inner, kv, ff, half = self._inner, 2 * self._config.head_dim, self._ff, PANEL // 2
-        up = _padded(inner + kv, ff, half).view(-1, half)
-        gate = _padded(inner + kv + ff, ff, half).view(-1, half)
-        both = torch.stack((up, gate), dim=1).flatten()
-        return _padded(0, inner), _padded(inner, kv), both
+    def _packed_size(self) -> int:
+        """Numbers of all packed weights."""
+        of = self._described
+        dim, (inward, mixed, ff) = _up(of.sizes.dim, PANEL), self._strides
+        columns = _up(self._inner, PANEL) + _up(self._keyvalue, PANEL)
+        columns += 2 * _up(of.ff, PANEL // 2)
+        block = columns * inward + dim * mixed + (dim * ff if of.sequential else 0)
+        return of.sizes.layers * block + _up(of.vocabulary, PANEL) * inward
 
     def _packed(self, weight: Tensor, columns: Tensor) -> Packed:
         """Pack rows of weights ``[any, length]`` into panels of columns."""
@@ -205,30 +215,23 @@ class NativeForward:
         """Have memory for the activations of so many rows; kept, because fresh pages cost time."""
         if rows <= self._scratch_rows:
             return
-        fused = sum(len(columns) for columns in self._columns[:2])
-        x = _zeros((rows, self._config.dim), torch.float32)
-        normed = _zeros((rows, self._strides[0]), self._dtype)
-        fused_rows = _zeros((rows, fused), self._dtype)
-        both = _zeros((rows, self._strides[1]), self._dtype)
+        of = self._described
+        fused = _up(self._inner, PANEL) + _up(self._keyvalue, PANEL)
+        x = _zeros((rows, of.sizes.dim), torch.float32)
+        normed, fused_rows, mixed, ff = (
+            _zeros((rows, width), self._dtype)
+            for width in (self._strides[0], fused, self._strides[1], self._strides[2])
+        )
+        beside = mixed.view(-1)[self._inner :]
         self._scratch = native_library.Scratch(
             x=address_of(x),
             normed=address_of(normed),
             fused=address_of(fused_rows),
-            both=address_of(both),
+            mixed=address_of(mixed),
+            ff=address_of(ff if of.sequential else beside),
         )
-        self._scratch_tensors, self._scratch_rows = [x, normed, fused_rows, both], rows
-
-
-def _rotary_tables(decoder: PaLM) -> tuple[Tensor, ...]:
-    """``(cos_q, sin_q, cos_k, sin_k)``, fp32 ``[context, K / 2]`` of every position."""
-    config = decoder.config
-    tables = rotary(
-        torch.arange(config.context),
-        config.head_dim,
-        xpos=config.xpos,
-        centre=config.context // 2,
-    )
-    return tuple(table[:, : config.head_dim // 2].contiguous() for table in tables)
+        self._scratch_tensors = [x, normed, fused_rows, mixed, ff]
+        self._scratch_rows = rows
 
 
 def _up(size: int, multiple: int) -> int:

@@ -35,13 +35,19 @@ KEY_BLOCK = 16
 """Positions of a block of keys, as in attention.c."""
 
 
-def compiled(sizes: Sizes, dtype: torch.dtype) -> Path:
+def compiled(sizes: Sizes, rotary: int, dtype: torch.dtype) -> Path:
     """Return the shared library for a head shape and precision, compiled at the first call.
+
+    Args:
+        sizes: of which the heads count.
+        rotary: dimensions of a head that positions turn.
+        dtype: of weights and cache.
 
     Raises:
         ClusterError: there is no C compiler, or it fails.
     """
-    shape = [f"-DHEADS={sizes.heads}", f"-DHEAD_DIM={sizes.head_dim}"]
+    shape = [f"-DHEADS={sizes.heads}", f"-DKV_HEADS={sizes.kv_heads}"]
+    shape += [f"-DHEAD_DIM={sizes.head_dim}", f"-DROTARY={rotary}"]
     shape += ["-DBF16"] if dtype == torch.bfloat16 else []
     wide = ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
     included = sorted(_FOLDER.iterdir())
@@ -87,10 +93,20 @@ class Layer(ctypes.Structure):
 
     _fields_ = (
         ("norm", ctypes.c_void_p),
+        ("second", ctypes.c_void_p),
         ("query", Packed),
         ("keyvalue", Packed),
         ("forward", Packed),
         ("outward", Packed),
+        ("down", Packed),
+        ("bias", ctypes.c_void_p),
+        ("norm_q", ctypes.c_void_p),
+        ("norm_k", ctypes.c_void_p),
+        ("cos_q", ctypes.c_void_p),
+        ("sin_q", ctypes.c_void_p),
+        ("cos_k", ctypes.c_void_p),
+        ("sin_k", ctypes.c_void_p),
+        ("window", ctypes.c_int64),
         ("keys", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
     )
@@ -102,20 +118,19 @@ class Model(ctypes.Structure):
     _fields_ = (
         ("layers", ctypes.c_int64),
         ("dim", ctypes.c_int64),
-        ("inner", ctypes.c_int64),
         ("ff", ctypes.c_int64),
         ("vocabulary", ctypes.c_int64),
         ("context", ctypes.c_int64),
         ("dim_stride", ctypes.c_int64),
-        ("both_stride", ctypes.c_int64),
+        ("mixed_stride", ctypes.c_int64),
+        ("ff_stride", ctypes.c_int64),
+        ("centred", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
         ("layer", ctypes.POINTER(Layer)),
         ("norm", ctypes.c_void_p),
         ("embedding", ctypes.c_void_p),
         ("logits", Packed),
-        ("cos_q", ctypes.c_void_p),
-        ("sin_q", ctypes.c_void_p),
-        ("cos_k", ctypes.c_void_p),
-        ("sin_k", ctypes.c_void_p),
     )
 
 
@@ -140,7 +155,8 @@ class Scratch(ctypes.Structure):
         ("x", ctypes.c_void_p),
         ("normed", ctypes.c_void_p),
         ("fused", ctypes.c_void_p),
-        ("both", ctypes.c_void_p),
+        ("mixed", ctypes.c_void_p),
+        ("ff", ctypes.c_void_p),
     )
 
 

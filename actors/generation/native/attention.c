@@ -1,6 +1,6 @@
-/* Rotation, the cache and attention. One key and value head serves all query heads.
+/* Rotation, the cache and attention. A head of keys and values serves GROUP query heads.
  *
- * The cache of a slot lies so that attention reads it front to back: keys in blocks of 16
+ * The cache of a slot and head lies so that attention reads it front to back: keys in blocks of 16
  * positions, all 16 for one dimension (one pair of dimensions, where there is an instruction for
  * pairs) after another; values position by position (in pairs of positions).
  */
@@ -10,15 +10,26 @@
 #define PAIRS
 #endif
 
-#if HEADS % 4 == 0
-#define HEADS_AT_ONCE 4
-#elif HEADS % 3 == 0
+/* Query heads whose sums are in registers at once; what is left of a group comes after. */
+#if GROUP < 4
+#define HEADS_AT_ONCE GROUP
+#elif GROUP % 4 && GROUP % 3 == 0
 #define HEADS_AT_ONCE 3
-#elif HEADS % 2 == 0
-#define HEADS_AT_ONCE 2
 #else
-#define HEADS_AT_ONCE 1
+#define HEADS_AT_ONCE 4
 #endif
+#define LEFT_OVER (GROUP % HEADS_AT_ONCE)
+#define EACH_GROUP(call)                                                 \
+    do {                                                                 \
+        for (int h = 0; h + HEADS_AT_ONCE <= GROUP; h += HEADS_AT_ONCE) { \
+            const int heads = HEADS_AT_ONCE;                             \
+            call;                                                        \
+        }                                                                \
+        if (LEFT_OVER) {                                                 \
+            const int heads = LEFT_OVER, h = GROUP - LEFT_OVER;          \
+            call;                                                        \
+        }                                                                \
+    } while (0)
 #define ATTEND_ROWS 4 /* of a task */
 
 static inline int64_t key_at(int64_t position, int64_t i) {
@@ -37,32 +48,57 @@ static inline int64_t value_at(int64_t position, int64_t i) {
 #endif
 }
 
-/* out [HEAD_DIM] = in turned by a position's angles, times `scale`. */
-static inline void rotate(const real *in, const float *cosine, const float *sine, float scale,
-                          float *out) {
+/* out [HEAD_DIM] = in with its bias and its norm, turned by a position's angles, times `scale`. */
+static inline void turn(const model *m, const real *in, const float *bias, const float *norm,
+                        const float *cosine, const float *sine, float scale, float *out) {
+    float x[HEAD_DIM];
+    for (int i = 0; i < HEAD_DIM; i++) x[i] = wide(in[i]);
+    if (bias)
+        for (int i = 0; i < HEAD_DIM; i++) x[i] += bias[i];
+    if (norm) {
+        float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+        for (int i = 0; i < HEAD_DIM; i++) squares += x[i] * x[i];
+        float inverse = 1.0f / sqrtf(squares / HEAD_DIM + m->eps);
+        for (int i = 0; i < HEAD_DIM; i++) x[i] *= inverse * norm[i];
+    }
     for (int i = 0; i < HALF; i++) {
-        float left = wide(in[i]), right = wide(in[i + HALF]);
+        float left = x[i], right = x[i + HALF];
         out[i] = (left * cosine[i] - right * sine[i]) * scale;
         out[i + HALF] = (right * cosine[i] + left * sine[i]) * scale;
     }
+    for (int i = ROTARY; i < HEAD_DIM; i++) out[i] = x[i] * scale;
 }
 
-/* Rotate a row's key and write it and its value to the cache; kv begins with the key. */
+/* Where the keys or values of a slot and head begin. */
+static inline int64_t cache_at(const model *m, int64_t slot, int64_t head) {
+    return (slot * KV_HEADS + head) * m->context * HEAD_DIM;
+}
+
+/* Turn a row's keys and write them and its values to the cache; kv begins with the keys. */
 static inline void store_row(const model *m, const layer *at, const real *kv, int64_t slot,
                              int64_t position) {
-    real *keys = at->keys + slot * m->context * HEAD_DIM;
-    real *values = at->values + slot * m->context * HEAD_DIM;
-    float turned[HEAD_DIM];
-    real key[HEAD_DIM];
-    rotate(kv, m->cos_k + position * HALF, m->sin_k + position * HALF, 1.0f, turned);
-    narrow_all(turned, key, HEAD_DIM);
+    const float *cosine = at->cos_k + position * HALF, *sine = at->sin_k + position * HALF;
+    const float *bias_k = at->bias ? at->bias + HEADS * HEAD_DIM : NULL;
+    const float *bias_v = at->bias ? bias_k + KV_HEADS * HEAD_DIM : NULL;
+    for (int g = 0; g < KV_HEADS; g++) {
+        real *keys = at->keys + cache_at(m, slot, g), *values = at->values + cache_at(m, slot, g);
+        const real *value = kv + (KV_HEADS + g) * HEAD_DIM;
+        float turned[HEAD_DIM];
+        real key[HEAD_DIM];
+        turn(m, kv + g * HEAD_DIM, bias_k ? bias_k + g * HEAD_DIM : NULL, at->norm_k, cosine, sine,
+             1.0f, turned);
+        narrow_all(turned, key, HEAD_DIM);
 #ifdef PAIRS
-    for (int i = 0; i < HEAD_DIM; i += 2) /* two dimensions in one write */
-        memcpy(keys + key_at(position, i), key + i, 2 * sizeof(real));
+        for (int i = 0; i < HEAD_DIM; i += 2) /* two dimensions in one write */
+            memcpy(keys + key_at(position, i), key + i, 2 * sizeof(real));
 #else
-    for (int i = 0; i < HEAD_DIM; i++) keys[key_at(position, i)] = key[i];
+        for (int i = 0; i < HEAD_DIM; i++) keys[key_at(position, i)] = key[i];
 #endif
-    for (int i = 0; i < HEAD_DIM; i++) values[value_at(position, i)] = kv[HEAD_DIM + i];
+        for (int i = 0; i < HEAD_DIM; i++)
+            values[value_at(position, i)] =
+                bias_v ? narrow(wide(value[i]) + bias_v[g * HEAD_DIM + i]) : value[i];
+    }
 }
 
 /* The same for all rows, kv [rows, stride]. */
@@ -76,18 +112,22 @@ static void store(worker *me, const model *m, const layer *at, const real *kv, i
 
 /* Give a slot the first positions of another; what the target has behind them stays. */
 static void copy_slot(const model *m, const layer *at, int64_t source, int64_t target,
-               int64_t positions) {
-    int64_t from = source * m->context * HEAD_DIM, to = target * m->context * HEAD_DIM;
+                      int64_t positions) {
     int64_t whole = positions / 16 * 16; /* of keys and of values */
     size_t bytes = whole * HEAD_DIM * sizeof(real);
-    memcpy(at->keys + to, at->keys + from, bytes);
-    memcpy(at->values + to, at->values + from, bytes);
-    for (int64_t p = whole; p < positions; p++)
-        for (int i = 0; i < HEAD_DIM; i++) {
-            at->keys[to + key_at(p, i)] = at->keys[from + key_at(p, i)];
-            at->values[to + value_at(p, i)] = at->values[from + value_at(p, i)];
-        }
+    for (int g = 0; g < KV_HEADS; g++) {
+        int64_t from = cache_at(m, source, g), to = cache_at(m, target, g);
+        memcpy(at->keys + to, at->keys + from, bytes);
+        memcpy(at->values + to, at->values + from, bytes);
+        for (int64_t p = whole; p < positions; p++)
+            for (int i = 0; i < HEAD_DIM; i++) {
+                at->keys[to + key_at(p, i)] = at->keys[from + key_at(p, i)];
+                at->values[to + value_at(p, i)] = at->values[from + value_at(p, i)];
+            }
+    }
 }
+
+#define NOTHING -1e30f /* the score of what is not attended to */
 
 #ifdef PAIRS
 #if HEAD_DIM <= 64
@@ -104,95 +144,99 @@ static inline __m512bh broadcast(const real *pair) {
     return (__m512bh)_mm512_set1_epi32(both);
 }
 
-/* scores [HEADS, reach] of 16 x blocks positions from t; `ahead` is what the next row will read. */
-static inline __attribute__((always_inline)) void score_blocks(const int blocks, const real *q,
-                                                               const real *keys, int64_t t,
-                                                               int64_t reach, const real *ahead,
-                                                               float *scores) {
-    for (int h = 0; h < HEADS; h += HEADS_AT_ONCE) {
-        __m512 sum[2][HEADS_AT_ONCE]; /* enough sums that none waits for its last addition */
+/* Scores of `heads` heads from h on and 16 x blocks positions from t; `ahead` is what comes next. */
+INLINE void score_blocks(const int blocks, const int heads, int h, const real *q, const real *keys,
+                         int64_t t, int64_t reach, const real *ahead, float *scores) {
+    __m512 sum[2][HEADS_AT_ONCE]; /* enough sums that none waits for its last addition */
 #pragma GCC unroll 2
-        for (int b = 0; b < blocks; b++)
+    for (int b = 0; b < blocks; b++)
 #pragma GCC unroll 4
-            for (int g = 0; g < HEADS_AT_ONCE; g++) sum[b][g] = _mm512_setzero_ps();
+        for (int g = 0; g < heads; g++) sum[b][g] = _mm512_setzero_ps();
 #pragma GCC unroll 4
-        for (int i = 0; i < HEAD_DIM; i += 2) {
-            __m512bh key[2];
+    for (int i = 0; i < HEAD_DIM; i += 2) {
+        __m512bh key[2];
 #pragma GCC unroll 2
-            for (int b = 0; b < blocks; b++) {
-                int64_t at = (t + 16 * b) * HEAD_DIM + i * 16;
-                key[b] = (__m512bh)_mm512_loadu_si512(keys + at);
-                if (h == 0) __builtin_prefetch(ahead + at);
-            }
-#pragma GCC unroll 4
-            for (int g = 0; g < HEADS_AT_ONCE; g++) {
-                __m512bh pair = broadcast(q + (h + g) * HEAD_DIM + i);
-#pragma GCC unroll 2
-                for (int b = 0; b < blocks; b++)
-                    sum[b][g] = _mm512_dpbf16_ps(sum[b][g], key[b], pair);
-            }
+        for (int b = 0; b < blocks; b++) {
+            int64_t at = (t + 16 * b) * HEAD_DIM + i * 16;
+            key[b] = (__m512bh)_mm512_loadu_si512(keys + at);
+            if (h == 0) __builtin_prefetch(ahead + at);
         }
 #pragma GCC unroll 4
-        for (int g = 0; g < HEADS_AT_ONCE; g++)
+        for (int g = 0; g < heads; g++) {
+            __m512bh pair = broadcast(q + (h + g) * HEAD_DIM + i);
 #pragma GCC unroll 2
             for (int b = 0; b < blocks; b++)
-                _mm512_storeu_ps(scores + (h + g) * reach + t + 16 * b, sum[b][g]);
+                sum[b][g] = _mm512_dpbf16_ps(sum[b][g], key[b], pair);
+        }
     }
+#pragma GCC unroll 4
+    for (int g = 0; g < heads; g++)
+#pragma GCC unroll 2
+        for (int b = 0; b < blocks; b++)
+            _mm512_storeu_ps(scores + (h + g) * reach + t + 16 * b, sum[b][g]);
 }
 
-/* scores [HEADS, reach] of a query [HEADS, HEAD_DIM] against the keys of a slot. */
+/* scores [GROUP, reach] of a query [GROUP, HEAD_DIM] against the keys of a slot. */
 static inline void score(const real *q, const real *keys, int64_t reach, const real *ahead,
                          float *scores) {
     int64_t t = 0;
-    for (; t + 32 <= reach; t += 32) score_blocks(2, q, keys, t, reach, ahead, scores);
-    if (t < reach) score_blocks(1, q, keys, t, reach, ahead, scores);
+    for (; t + 32 <= reach; t += 32)
+        EACH_GROUP(score_blocks(2, heads, h, q, keys, t, reach, ahead, scores));
+    if (t < reach) EACH_GROUP(score_blocks(1, heads, h, q, keys, t, reach, ahead, scores));
 }
 
-/* out [HEADS, HEAD_DIM]: values weighted by weights [HEADS, reach], times `scale` [HEADS]. */
-static inline void mix(const real *weights, const real *values, int64_t length, int64_t reach,
-                       const real *ahead, const float *scale, real *out) {
-    for (int h = 0; h < HEADS; h += HEADS_AT_ONCE)
-        for (int i = 0; i < HEAD_DIM; i += WIDTH) {
-            __m512 sum[HEADS_AT_ONCE][WIDTH / 16];
+/* Values weighted by the weights of `heads` heads from h on, dimensions from i on. */
+INLINE void mix_heads(const int heads, int h, int i, const real *weights, const real *values,
+                      int64_t length, int64_t reach, const real *ahead, const float *scale,
+                      real *out) {
+    __m512 sum[HEADS_AT_ONCE][WIDTH / 16];
 #pragma GCC unroll 4
-            for (int g = 0; g < HEADS_AT_ONCE; g++)
+    for (int g = 0; g < heads; g++)
 #pragma GCC unroll 4
-                for (int j = 0; j < WIDTH / 16; j++) sum[g][j] = _mm512_setzero_ps();
-            for (int64_t t = 0; t < length; t += 2) {
-                __m512i value[WIDTH / 16];
+        for (int j = 0; j < WIDTH / 16; j++) sum[g][j] = _mm512_setzero_ps();
+    for (int64_t t = 0; t < length; t += 2) {
+        __m512i value[WIDTH / 16];
 #pragma GCC unroll 4
-                for (int j = 0; j < WIDTH / 16; j++) {
-                    int64_t at = t * HEAD_DIM + (i + 16 * j) * 2;
-                    value[j] = _mm512_loadu_si512(values + at);
-                    if (h == 0) __builtin_prefetch(ahead + at);
-                }
-                if (t + 1 == length) /* the other of the pair is what another text left there */
+        for (int j = 0; j < WIDTH / 16; j++) {
+            int64_t at = t * HEAD_DIM + (i + 16 * j) * 2;
+            value[j] = _mm512_loadu_si512(values + at);
+            if (h == 0) __builtin_prefetch(ahead + at);
+        }
+        if (t + 1 == length) /* the other of the pair is what another text left there */
 #pragma GCC unroll 4
-                    for (int j = 0; j < WIDTH / 16; j++)
-                        value[j] = _mm512_and_si512(value[j], _mm512_set1_epi32(0xffff));
+            for (int j = 0; j < WIDTH / 16; j++)
+                value[j] = _mm512_and_si512(value[j], _mm512_set1_epi32(0xffff));
 #pragma GCC unroll 4
-                for (int g = 0; g < HEADS_AT_ONCE; g++) {
-                    __m512bh weight = broadcast(weights + (h + g) * reach + t);
+        for (int g = 0; g < heads; g++) {
+            __m512bh weight = broadcast(weights + (h + g) * reach + t);
 #pragma GCC unroll 4
-                    for (int j = 0; j < WIDTH / 16; j++)
-                        sum[g][j] = _mm512_dpbf16_ps(sum[g][j], weight, (__m512bh)value[j]);
-                }
-            }
+            for (int j = 0; j < WIDTH / 16; j++)
+                sum[g][j] = _mm512_dpbf16_ps(sum[g][j], weight, (__m512bh)value[j]);
+        }
+    }
 #pragma GCC unroll 4
-            for (int g = 0; g < HEADS_AT_ONCE; g++)
+    for (int g = 0; g < heads; g++)
 #pragma GCC unroll 4
-                for (int j = 0; j < WIDTH / 16; j++) {
-                    __m512 mixed = _mm512_mul_ps(sum[g][j], _mm512_set1_ps(scale[h + g]));
-                    __m256i bits = (__m256i)_mm512_cvtneps_pbh(mixed);
-                    memcpy(out + (h + g) * HEAD_DIM + i + 16 * j, &bits, sizeof bits);
-                }
+        for (int j = 0; j < WIDTH / 16; j++) {
+            __m512 mixed = _mm512_mul_ps(sum[g][j], _mm512_set1_ps(scale[h + g]));
+            __m256i bits = (__m256i)_mm512_cvtneps_pbh(mixed);
+            memcpy(out + (h + g) * HEAD_DIM + i + 16 * j, &bits, sizeof bits);
         }
 }
 
-/* weights [reach] = exp(scores - the largest), zero from `length` on; the inverse of their sum, as
- * they are used: rounded. */
-static inline float softmax_weights(const float *scores, int64_t length, int64_t reach,
+/* out [GROUP, HEAD_DIM]: values weighted by weights [GROUP, reach], times `scale` [GROUP]. */
+static inline void mix(const real *weights, const real *values, int64_t length, int64_t reach,
+                       const real *ahead, const float *scale, real *out) {
+    for (int i = 0; i < HEAD_DIM; i += WIDTH)
+        EACH_GROUP(
+            mix_heads(heads, h, i, weights, values, length, reach, ahead, scale, out));
+}
+
+/* weights [reach] = exp(scores - the largest), zero before `skip` and from `length` on; the inverse of
+ * their sum, as they are used: rounded. */
+static inline float softmax_weights(float *scores, int64_t skip, int64_t length, int64_t reach,
                                     real *weights) {
+    for (int64_t t = 0; t < skip; t++) scores[t] = NOTHING;
     int64_t whole = length / 16 * 16;
     __mmask16 rest = (__mmask16)((1u << (length - whole)) - 1);
     __m512 low = _mm512_set1_ps(-FLT_MAX), top = low, total = _mm512_setzero_ps();
@@ -211,44 +255,48 @@ static inline float softmax_weights(const float *scores, int64_t length, int64_t
     return 1.0f / _mm512_reduce_add_ps(total);
 }
 #else
+INLINE void score_block(const int heads, int h, const float *q, const real *keys, int64_t t,
+                        int64_t reach, float *scores) {
+    float sum[HEADS_AT_ONCE][16] = {{0.0f}};
+    for (int i = 0; i < HEAD_DIM; i++)
+        for (int g = 0; g < heads; g++)
+            for (int l = 0; l < 16; l++)
+                sum[g][l] += q[(h + g) * HEAD_DIM + i] * wide(keys[t * HEAD_DIM + i * 16 + l]);
+    for (int g = 0; g < heads; g++) memcpy(scores + (h + g) * reach + t, sum[g], sizeof sum[g]);
+}
+
 static inline void score(const float *q, const real *keys, int64_t reach, const real *ahead,
                          float *scores) {
     (void)ahead;
     for (int64_t t = 0; t < reach; t += 16)
-        for (int h = 0; h < HEADS; h += HEADS_AT_ONCE) {
-            float sum[HEADS_AT_ONCE][16] = {{0.0f}};
-            for (int i = 0; i < HEAD_DIM; i++)
-                for (int g = 0; g < HEADS_AT_ONCE; g++)
-                    for (int l = 0; l < 16; l++)
-                        sum[g][l] += q[(h + g) * HEAD_DIM + i] *
-                                     wide(keys[t * HEAD_DIM + i * 16 + l]);
-            for (int g = 0; g < HEADS_AT_ONCE; g++)
-                memcpy(scores + (h + g) * reach + t, sum[g], sizeof sum[g]);
-        }
+        EACH_GROUP(score_block(heads, h, q, keys, t, reach, scores));
 }
 
 static inline void mix(const real *weights, const real *values, int64_t length, int64_t reach,
                        const real *ahead, const float *scale, real *out) {
     (void)ahead;
-    float mixed[HEADS * HEAD_DIM] = {0.0f};
+    float mixed[GROUP * HEAD_DIM] = {0.0f};
     for (int64_t t = 0; t < length; t++)
-        for (int h = 0; h < HEADS; h++) {
+        for (int h = 0; h < GROUP; h++) {
             float weight = wide(weights[h * reach + t]);
             for (int i = 0; i < HEAD_DIM; i++)
                 mixed[h * HEAD_DIM + i] += weight * wide(values[value_at(t, i)]);
         }
-    for (int h = 0; h < HEADS; h++)
+    for (int h = 0; h < GROUP; h++)
         for (int i = 0; i < HEAD_DIM; i++)
             out[h * HEAD_DIM + i] = narrow(mixed[h * HEAD_DIM + i] * scale[h]);
 }
 
-static inline float softmax_weights(float *scores, int64_t length, int64_t reach, real *weights) {
+static inline float softmax_weights(float *scores, int64_t skip, int64_t length, int64_t reach,
+                                    real *weights) {
     float top = -FLT_MAX, total = 0.0f;
+    for (int64_t t = 0; t < skip; t++) scores[t] = NOTHING;
     for (int64_t t = length; t < reach; t++) scores[t] = -FLT_MAX;
 #pragma omp simd reduction(max : top)
     for (int64_t t = 0; t < reach; t++) top = scores[t] > top ? scores[t] : top;
     for (int64_t block = 0; block < reach; block += 16)
         for (int64_t t = block; t < block + 16; t++) weights[t] = narrow(fast_exp(scores[t] - top));
+    for (int64_t t = 0; t < skip; t++) weights[t] = narrow(0.0f);
     for (int64_t t = length; t < reach; t++) weights[t] = narrow(0.0f);
 #pragma omp simd reduction(+ : total)
     for (int64_t t = 0; t < reach; t++) total += wide(weights[t]);
@@ -258,40 +306,51 @@ static inline float softmax_weights(float *scores, int64_t length, int64_t reach
 
 /* Attention of one row [HEADS, HEAD_DIM] at the last of `length` positions of its slot; the next row
  * reads what lies `ahead` of its keys and values, in elements. */
-static void attend_row(const model *m, const real *row, const real *keys, const real *values,
-                       int64_t length, int64_t ahead, real *out) {
-    int64_t reach = (length + 15) / 16 * 16;
-    const float *cosine = m->cos_q + (length - 1) * HALF, *sine = m->sin_q + (length - 1) * HALF;
-    float turned[HEADS * HEAD_DIM], scores[HEADS * reach], inverse[HEADS];
-    real weights[HEADS * reach];
-    for (int h = 0; h < HEADS; h++)
-        rotate(row + h * HEAD_DIM, cosine, sine, 1.0f / sqrtf(HEAD_DIM), turned + h * HEAD_DIM);
+static void attend_row(const model *m, const layer *at, const real *row, const real *keys,
+                       const real *values, int64_t length, int64_t ahead, real *out) {
+    int64_t first = at->window && at->window < length ? length - at->window : 0;
+    int64_t begin = first / 16 * 16, skip = first - begin, seen = length - begin;
+    int64_t reach = (seen + 15) / 16 * 16, each = m->context * HEAD_DIM;
+    const float *cosine = at->cos_q + (length - 1) * HALF, *sine = at->sin_q + (length - 1) * HALF;
+    float turned[GROUP * HEAD_DIM], scores[GROUP * reach], inverse[GROUP];
+    real weights[GROUP * reach];
+    for (int g = 0; g < KV_HEADS; g++) {
+        const real *k = keys + g * each + begin * HEAD_DIM;
+        const real *v = values + g * each + begin * HEAD_DIM;
+        int64_t next = g + 1 < KV_HEADS ? each : ahead - g * each;
+        for (int h = 0; h < GROUP; h++) {
+            int64_t from = (g * GROUP + h) * HEAD_DIM;
+            turn(m, row + from, at->bias ? at->bias + from : NULL, at->norm_q, cosine, sine,
+                 m->scale, turned + h * HEAD_DIM);
+        }
 #ifdef PAIRS
-    real q[HEADS * HEAD_DIM];
-    narrow_all(turned, q, HEADS * HEAD_DIM);
+        real q[GROUP * HEAD_DIM];
+        narrow_all(turned, q, GROUP * HEAD_DIM);
 #else
-    const float *q = turned;
+        const float *q = turned;
 #endif
-    score(q, keys, reach, keys + ahead, scores);
-    for (int h = 0; h < HEADS; h++)
-        inverse[h] = softmax_weights(scores + h * reach, length, reach, weights + h * reach);
-    mix(weights, values, length, reach, values + ahead, inverse, out);
+        score(q, k, reach, k + next, scores);
+        for (int h = 0; h < GROUP; h++)
+            inverse[h] =
+                softmax_weights(scores + h * reach, skip, seen, reach, weights + h * reach);
+        mix(weights, v, seen, reach, v + next, inverse, out + g * GROUP * HEAD_DIM);
+    }
 }
 
 /* Rows [rows, stride] of queries, and of keys and values from `kv` on, to out [rows, out_stride].
- * `storing`: each row first writes its own key and value; all others it needs are in the cache. */
+ * `storing`: each row first writes its own keys and values; all others it needs are in the cache. */
 static void attend(worker *me, const model *m, const layer *at, const step *s, int64_t rows,
                    const real *fused, int64_t stride, int64_t kv, int storing, real *out,
                    int64_t out_stride) {
-    int64_t each = m->context * HEAD_DIM; /* of a slot */
     cursor tasks = begin_phase(me);
     for (task t; next_task(&tasks, rows, ATTEND_ROWS, 1, &t);)
         for (int64_t row = t.begin; row < t.end; row++) {
             const real *asked = fused + row * stride;
             int64_t slot = s->slots[row], position = s->positions[row];
-            int64_t next = s->slots[row + 1 < rows ? row + 1 : row] - slot;
+            int64_t from = cache_at(m, slot, 0);
+            int64_t next = cache_at(m, s->slots[row + 1 < rows ? row + 1 : row], 0) - from;
             if (storing) store_row(m, at, asked + kv, slot, position);
-            attend_row(m, asked, at->keys + slot * each, at->values + slot * each, position + 1,
-                       next * each, out + row * out_stride);
+            attend_row(m, at, asked, at->keys + from, at->values + from, position + 1, next,
+                       out + row * out_stride);
         }
 }

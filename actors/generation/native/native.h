@@ -1,8 +1,11 @@
-/* PaLM's forward for generation on processors: types, and arithmetic that files share.
+/* The forward for generation on processors: types, and arithmetic that files share.
  *
- * `actors/generation/native_library.py` compiles all files as one, with HEADS, HEAD_DIM (and BF16)
- * defined, so that inner loops have constant length. Every row is computed alone and in one order: its result
- * depends neither on the batch it is in nor on the number of threads.
+ * Blocks are those of PaLM (attention and SwiGLU side by side) and of Llama (one after the other), with
+ * what their relatives have beside: see `layer` and `model`.
+ *
+ * `actors/generation/native_library.py` compiles all files as one, with HEADS, KV_HEADS, HEAD_DIM,
+ * ROTARY (and BF16) defined, so that inner loops have constant length. Every row is computed alone and in
+ * one order: its result depends neither on the batch it is in nor on the number of threads.
  *
  * `real` is the type of weights, activations between products, and the cache. All sums are fp32,
  * and so are the residual stream, softmax and log-probabilities.
@@ -14,7 +17,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define HALF (HEAD_DIM / 2)
+#define INLINE static inline __attribute__((always_inline))
+#define GROUP (HEADS / KV_HEADS) /* query heads that read one head of keys and values */
+#define HALF (ROTARY / 2)        /* pairs of dimensions that positions turn */
 
 #ifdef BF16
 typedef uint16_t real;
@@ -93,20 +98,27 @@ typedef struct {
 } packed;
 
 typedef struct {
-    const float *norm; /* [dim] */
-    packed query, keyvalue, forward, outward;
-    real *keys, *values; /* [slots, context, HEAD_DIM] in the order of `attention.c` */
+    const float *norm, *second; /* [dim]; the second before SwiGLU, NULL where both read the first */
+    packed query, keyvalue, forward;
+    packed outward, down; /* of attention and of SwiGLU; `outward` of both side by side, without `down` */
+    const float *bias;    /* [(HEADS + 2 KV_HEADS) HEAD_DIM] of queries, keys and values, or NULL */
+    const float *norm_q, *norm_k; /* [HEAD_DIM], of each head before it is turned, or NULL */
+    const float *cos_q, *sin_q, *cos_k, *sin_k; /* [context, HALF] */
+    int64_t window;      /* positions that are attended to, the own included; 0 is all */
+    real *keys, *values; /* [slots, KV_HEADS, context, HEAD_DIM] in the order of `attention.c` */
 } layer;
 
 typedef struct {
-    int64_t layers, dim, inner, ff, vocabulary;
-    int64_t context;               /* positions of a slot in the cache, a multiple of 16 */
-    int64_t dim_stride, both_stride; /* row lengths of activations, even */
+    int64_t layers, dim, ff, vocabulary;
+    int64_t context; /* positions of a slot in the cache, a multiple of 16 */
+    int64_t dim_stride, mixed_stride, ff_stride; /* row lengths of activations, even */
+    int64_t centred; /* whether norms take the mean away: LayerNorm, else RMSNorm */
+    float eps;       /* of norms */
+    float scale;     /* of queries */
     const layer *layer;
-    const float *norm; /* [dim], of the last LayerNorm, with the logits' scale */
+    const float *norm; /* [dim], the last, with the logits' scale */
     const real *embedding; /* [vocabulary, dim] */
     packed logits;
-    const float *cos_q, *sin_q, *cos_k, *sin_k; /* [context, HALF] */
 } model;
 
 /* Rows of a step: the newest token of slots 0 .. used - 1, then earlier tokens of prompts. */
@@ -117,10 +129,11 @@ typedef struct {
     const int64_t *copy; /* triples (source, target, positions) */
 } step;
 
-/* Room for a step, of at least `rows` rows; `normed` and `both` are zero beyond their width. */
+/* Room for a step, of at least `rows` rows; all but `x` and `fused` are zero beyond their width. */
 typedef struct {
     float *x;     /* [rows, dim] */
     real *normed; /* [rows, dim_stride] */
     real *fused;  /* [rows, (query.panels + keyvalue.panels) * PANEL]: q | padding | k | v */
-    real *both;   /* [rows, both_stride]: attention | SwiGLU */
+    real *mixed;  /* [rows, mixed_stride]: of attention */
+    real *ff;     /* [rows, ff_stride]: of SwiGLU; behind `mixed` in the same rows, without `down` */
 } scratch;

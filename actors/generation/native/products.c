@@ -11,8 +11,6 @@
 #define STRETCH 32 /* of a product's inner dimension between two fetches */
 #define CHUNK 66 /* rows of a task; twice as many where there are enough panels to divide */
 
-#define INLINE static inline __attribute__((always_inline))
-
 /* What becomes of a product. */
 typedef enum { REAL, FLOAT, ADD, SWIGLU } finish;
 
@@ -22,12 +20,12 @@ typedef struct {
     int64_t apart, left;
 } place;
 
-/* What is read after a product: for each row so many bytes at an offset, from two places. Memory is
+/* What is read after a product: for each row `each` times so many bytes at an offset, from two places. Memory is
  * idle while a product computes, so each task fetches a part of that into the caches, a few lines at
  * a time: many at once would delay the weights. */
 typedef struct {
-    int64_t rows;
-    const int64_t *offset, *bytes;
+    int64_t rows, each;
+    const int64_t *offset, *bytes; /* [rows, each] */
     const char *place[2];
 } prefetch;
 
@@ -41,10 +39,10 @@ typedef struct {
 INLINE prefetch_share shared(const prefetch *of, const task *t, int64_t stride) {
     prefetch_share mine = {of, 0, 0, 0, 0, 0};
     if (!of || t->first >= of->rows) return mine;
-    int64_t rows = (t->last < of->rows ? t->last : of->rows) - t->first, lines = 0;
+    int64_t rows = ((t->last < of->rows ? t->last : of->rows) - t->first) * of->each, lines = 0;
     int64_t times = (t->end - t->begin + ROWS - 1) / ROWS * ((stride + STRETCH - 1) / STRETCH);
-    mine.row = t->first + rows * t->index / t->count;
-    mine.last = t->first + rows * (t->index + 1) / t->count;
+    mine.row = t->first * of->each + rows * t->index / t->count;
+    mine.last = t->first * of->each + rows * (t->index + 1) / t->count;
     for (int64_t row = mine.row; row < mine.last; row++) lines += 2 * (of->bytes[row] + 63) / 64;
     mine.lines = (lines + times - 1) / times;
     return mine;

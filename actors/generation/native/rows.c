@@ -1,4 +1,4 @@
-/* What is done to rows one by one: embedding, LayerNorm, drawing a token. */
+/* What is done to rows one by one: embedding, norms, drawing a token. */
 #include "thread_pool.c"
 
 #define BLOCK 64 /* as in common.logprobs.draw */
@@ -13,23 +13,26 @@ static void embed(worker *me, const real *embedding, const int64_t *tokens, int6
                 x[row * dim + i] = wide(embedding[tokens[row] * dim + i]);
 }
 
-/* out [rows, stride] = LayerNorm(x [rows, dim]) * weight. */
-static void layer_norm(worker *me, const float *x, const float *weight, int64_t rows, int64_t dim,
-                       real *out, int64_t stride) {
+/* out [rows, dim_stride] = LayerNorm or RMSNorm of x [rows, dim], times weight. */
+static void norm_rows(worker *me, const model *m, const float *x, const float *weight, int64_t rows,
+                      real *out) {
+    int64_t dim = m->dim;
     float normed[dim];
     cursor tasks = begin_phase(me);
     for (task t; next_task(&tasks, rows, SOME_ROWS, 1, &t);)
         for (int64_t row = t.begin; row < t.end; row++) {
             const float *at = x + row * dim;
             float sum = 0.0f, squares = 0.0f;
+            if (m->centred) {
 #pragma omp simd reduction(+ : sum)
-            for (int64_t i = 0; i < dim; i++) sum += at[i];
+                for (int64_t i = 0; i < dim; i++) sum += at[i];
+            }
             float mean = sum / dim;
 #pragma omp simd reduction(+ : squares)
             for (int64_t i = 0; i < dim; i++) squares += (at[i] - mean) * (at[i] - mean);
-            float scale = 1.0f / sqrtf(squares / dim + 1e-5f);
+            float scale = 1.0f / sqrtf(squares / dim + m->eps);
             for (int64_t i = 0; i < dim; i++) normed[i] = (at[i] - mean) * scale * weight[i];
-            narrow_all(normed, out + row * stride, dim);
+            narrow_all(normed, out + row * m->dim_stride, dim);
         }
 }
 

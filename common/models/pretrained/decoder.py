@@ -96,7 +96,7 @@ class PretrainedDecoder(Decoder):
         folder = Path(config.start)
         shape = read_shape(folder)
         super().__init__(sizes_of(shape, config.context, folder))
-        self.config, self.rule = config, FAMILIES[shape.model_type](shape)
+        self.config, self.shape, self.rule = config, shape, FAMILIES[shape.model_type](shape)
         module = _module(shape)
         self._base: str = module.base_model_prefix
         for name, child in module.named_children():
@@ -164,7 +164,7 @@ class PretrainedDecoder(Decoder):
         """Compute the final normalised states, as `Decoder.states`."""
         shape = tokens.shape
         with _running(_reshaped(attention, shape), adapter):
-            out = self.get_submodule(self._base)(
+            out = self.base(
                 input_ids=tokens.reshape(1, -1),
                 position_ids=positions.expand(shape).reshape(1, -1),
                 use_cache=False,
@@ -192,6 +192,20 @@ class PretrainedDecoder(Decoder):
         embedding = self.get_submodule(self._embedding)
         assert isinstance(embedding, InputEmbedding)
         return embedding
+
+    @property
+    def base(self) -> Any:
+        """The library's module below the output head."""
+        return self.get_submodule(self._base)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head's weight, ``[V, D]``; that of the embedding where they are tied."""
+        if self._output is None:
+            return self.embedding.weight
+        output = self.get_submodule(self._output)
+        assert isinstance(output, OutputHead)
+        return output.weight
 
     def _head(self, hidden: Tensor, **reading: Any) -> Tensor:
         """Make products of the tokenizer's tokens; rows of the head beyond them are no tokens."""

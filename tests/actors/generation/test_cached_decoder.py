@@ -231,16 +231,16 @@ def test_a_compiler_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("CC", str(broken))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(ClusterError, match=r"broken-cc cannot compile.*no room"):
-        native_library.compiled(model().sizes, torch.float32)
+        native_library.compiled(model().sizes, 16, torch.float32)
     assert not list((tmp_path / "talipot").iterdir()), "nothing half made is left"
 
 
 def test_kernels_are_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = native_library.compiled(model().sizes, torch.float32)
+    first = native_library.compiled(model().sizes, 16, torch.float32)
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("compiled a second time")
 
     monkeypatch.setattr(subprocess, "run", refuse)
-    assert native_library.compiled(model().sizes, torch.float32) == first
+    assert native_library.compiled(model().sizes, 16, torch.float32) == first
