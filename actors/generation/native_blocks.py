@@ -90,9 +90,15 @@ class Description(Protocol):
 
 
 def why_not(decoder: Decoder) -> str:
+    """Say why the native forward does not run a decoder where it is; empty where it does."""
+    device = next(decoder.parameters()).device
+    if device.type != "cpu":
+        return f"they are for processors, and it is on {device}"
+    return lacking(decoder)
+
+
+def lacking(decoder: Decoder) -> str:
     """Say which part of a decoder the native forward lacks; empty where it computes it."""
-    if next(decoder.parameters()).device.type != "cpu":
-        return f"they are for processors, and it is on {next(decoder.parameters()).device}"
     if isinstance(decoder, PaLM):
         return ""
     if not isinstance(decoder, PretrainedDecoder):

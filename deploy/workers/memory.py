@@ -14,6 +14,7 @@ from typing import Final
 
 import torch
 
+from actors.generation.native_blocks import lacking
 from common.config.model import LoraConfig, ModelConfig
 from common.config.run import RunConfig
 from common.devices import torch_dtype
@@ -145,13 +146,16 @@ def _actors(config: RunConfig) -> Need:
     rollout, lora = config.rollout, config.train.lora
     shape, dtype = _Shape(config, config.model), torch_dtype(rollout.precision)
     weights = shape.whole * dtype.itemsize
+    beside = lora is not None and rollout.lora == "unmerged"
+    native = rollout.kernels != "torch" and not beside and not lacking(shape.decoder)
     merged = 0
-    if lora is not None and rollout.lora == "merged":  # a new version beside the one before
-        merged = 2 * shape.merged(lora) * dtype.itemsize
+    if lora is not None and not beside and not native:
+        merged = 2 * shape.merged(lora) * dtype.itemsize  # a new version beside the one before
     each = 2 * shape.layers * shape.kv_numbers * shape.model.context * dtype.itemsize
     slots = max(1, min(rollout.slots, rollout.lease_size, int(rollout.cache_mb * 2**20 / each)))
     parts = {
         "weights": weights + merged,
+        "packed weights": native * weights,
         "keys and values": slots * each,
         "activations": (slots + rollout.prefill_tokens) * shape.layer(dtype),
         "logits": _DRAWN * 4.0 * slots * shape.vocabulary,

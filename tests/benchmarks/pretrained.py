@@ -18,14 +18,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from actors.generation.engine import GenerationEngine
 from common.batching import SequenceBatch, sequence_batch
 from common.config.model import PretrainedConfig
 from common.logprobs import Sampling, chosen_reader
-from common.models.build import build_decoder, build_policy
+from common.models.build import build_policy
 from common.models.networks import PolicyNetwork, compute_in
-from tests.benchmarks.decode import generate, requests
-from tests.benchmarks.measure import Result, interleaved, product_rate
+from tests.benchmarks.measure import Result, interleaved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,68 +77,12 @@ def written(sizes: Sizes, folder: Path) -> Path:
     return folder
 
 
-# ------------------------------------------------------------------ generation
-
-
-def engine(path: Path, sizes: Sizes) -> GenerationEngine:
-    """Make a rollout actor's engine, which no token ends a response in."""
-    config = PretrainedConfig(start=str(path), context=sizes.prompt + sizes.response)
-    decoder = build_decoder(config)
-    decoder.initialise(0)
-    return GenerationEngine(
-        decoder.eval().requires_grad_(False).to(torch.bfloat16),
-        eos_ids=(),
-        sampling=Sampling(),
-        max_tokens=sizes.response,
-        slots=sizes.batch,
-    )
-
-
 def library(path: Path, dtype: torch.dtype) -> Any:
     """Load the library's own model."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
-
-
-def operations(sizes: Sizes) -> float:
-    """Floating-point operations of the products that generation computes."""
-    shape = sizes.shape
-    width, head = shape["hidden_size"], shape["head_dim"]
-    queries, keys = shape["num_attention_heads"] * head, shape["num_key_value_heads"] * head
-    block = 2.0 * width * (2 * queries + 2 * keys + 3 * shape["intermediate_size"])
-    tokens = sizes.prompt + sizes.response - 1
-    head_products = sizes.response * 2.0 * width * shape["vocab_size"]
-    each: float = tokens * shape["num_hidden_layers"] * block + head_products
-    return sizes.batch * each
-
-
-def generation(path: Path, sizes: Sizes) -> list[Result]:
-    """One batch of equal lengths, all tokens of which are sampled."""
-    ours, theirs = engine(path, sizes), library(path, torch.bfloat16).eval()
-    prompts = torch.randint(1, sizes.shape["vocab_size"], (sizes.batch, sizes.prompt))
-    asked = requests(prompts)
-    ours.generate(asked[:4])
-    took = interleaved(
-        {
-            "ours": lambda: ours.generate(asked),
-            "theirs": lambda: generate(theirs, prompts, sizes.response),
-        },
-        sizes.repeats["generation"],
-    )
-    rate = {name: sizes.batch * sizes.response / seconds for name, seconds in took.items()}
-    share = operations(sizes) / took["ours"] / product_rate(torch.bfloat16)
-    return [
-        Result(
-            key="pretrained_decode_vs_hf_bf16",
-            value=rate["ours"] / rate["theirs"],
-            metric=f"SmolLM2's shape: decode, {sizes.batch} x ({sizes.prompt} + {sizes.response})",
-            ours=f"{rate['ours']:,.0f} tokens/s, torch engine, bf16",
-            baseline=f"{rate['theirs']:,.0f} transformers generate, bf16",
-            limit=f"{share:.0%}",
-        )
-    ]
 
 
 # ------------------------------------------------------------------ a training step
@@ -243,7 +185,6 @@ def run(sizes: Sizes = SMOLLM2) -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
         path = written(sizes, Path(folder) / "model")
         return [
-            *generation(path, sizes),
             training(path, sizes, "fp32"),
             training(path, sizes, "bf16"),
             shared_prompts(path, sizes),

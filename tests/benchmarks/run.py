@@ -20,7 +20,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import control_plane, decode, learner_step, lora, pretrained, sync, timeline
+from tests.benchmarks import (
+    control_plane,
+    decode,
+    learner_step,
+    llama,
+    lora,
+    pretrained,
+    sync,
+    timeline,
+)
 from tests.benchmarks.measure import PROMPT, RESPONSE, SHAPE, THREADS, Result, product_rate
 
 _PAGE = Path(__file__).with_name("performance.md")
@@ -46,6 +55,11 @@ def main(arguments: Sequence[str]) -> None:
         results += lora.run()
     with console.status("a pretrained model's shape"):
         results += pretrained.run()
+    if not llama.VLLM.exists():
+        console.print(llama.MISSING, style="yellow")
+    with console.status("generation from a pretrained model's shape"):
+        found, llama_spent = llama.run()
+        results += found
     with console.status("weights"):
         results += sync.run()
     with console.status("control plane"):
@@ -69,6 +83,8 @@ def main(arguments: Sequence[str]) -> None:
         "machine": machine(rates, took),
         "table": rows(results),
         "profile": profile(spent),
+        "llama profile": profile(llama_spent),
+        "vllm": "" if llama.VLLM.exists() else f"{llama.MISSING}.",
         "timeline": bars(lines),
     }.items():
         page = page.replace(f"<!-- {name} -->", text)

@@ -42,7 +42,6 @@ def test_both_steps_take_the_same_gradients(tmp_path: Path) -> None:
 def test_it_runs() -> None:
     results = {result.key: result for result in run(TINY)}
     assert results.keys() == {
-        "pretrained_decode_vs_hf_bf16",
         "pretrained_step_vs_padded",
         "pretrained_step_vs_padded_bf16",
         "pretrained_shared_prompts_bf16",

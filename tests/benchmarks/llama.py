@@ -1,0 +1,177 @@
+"""Generation from SmolLM2's shape: ours against vLLM and `transformers`, in one interleaved run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from actors.generation.engine import GenerationEngine
+from common.config.model import PretrainedConfig
+from common.logprobs import Sampling
+from common.models.build import build_decoder
+from common.wire.trajectory import RolloutRequest
+from tests.benchmarks.decode import generate, profile, requests
+from tests.benchmarks.measure import THREADS, Result, interleaved, product_rate
+from tests.benchmarks.pretrained import SMOLLM2, Sizes, library, written
+
+VLLM = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
+MISSING = "vLLM is not there, and is not compared with: `make vllm` installs it"
+SHORTEST, LONGEST = 8, 256
+"""Tokens of responses of mixed lengths."""
+
+
+class Vllm:
+    """vLLM in a process of its own, idle while it is not asked."""
+
+    def __init__(self, folder: Path, sequences: int, tokens: int) -> None:
+        """Start it on a checkpoint, compiled; returns when it is ready."""
+        worker = Path(__file__).with_name("vllm_worker.py")
+        environment = {
+            "OMP_NUM_THREADS": str(THREADS),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_KVCACHE_SPACE": "4",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "HF_HUB_OFFLINE": "1",
+            "HOME": str(Path.home()),
+            "PATH": f"{VLLM.parent}:/usr/bin:/bin",
+        }
+        self._log = (folder.parent / "vllm.txt").open("w")
+        self._process = subprocess.Popen(
+            [str(VLLM), str(worker), str(folder), str(sequences), str(tokens)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environment,
+        )
+        assert self._answer() == "ready", (folder.parent / "vllm.txt").read_text()
+
+    def generate(self, asked: Sequence[RolloutRequest], lengths: Sequence[int]) -> None:
+        """Generate so many tokens from each prompt."""
+        assert self._process.stdin is not None
+        pairs = [[list(a.prompt_ids), n] for a, n in zip(asked, lengths, strict=True)]
+        self._process.stdin.write(json.dumps(pairs) + "\n")
+        self._process.stdin.flush()
+        float(self._answer())
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._log.close()
+
+
+def engine(path: Path, sizes: Sizes) -> GenerationEngine:
+    """Make a rollout actor's engine, which no token ends a response in."""
+    config = PretrainedConfig(start=str(path), context=sizes.prompt + LONGEST)
+    decoder = build_decoder(config)
+    decoder.initialise(0)
+    return GenerationEngine(
+        decoder.eval().requires_grad_(False).to(torch.bfloat16),
+        eos_ids=(),
+        sampling=Sampling(),
+        max_tokens=LONGEST,
+        slots=sizes.batch,
+    )
+
+
+def operations(sizes: Sizes) -> float:
+    """Floating-point operations of the products of one prompt and its response."""
+    shape = sizes.shape
+    width, head = shape["hidden_size"], shape["head_dim"]
+    queries, keys = shape["num_attention_heads"] * head, shape["num_key_value_heads"] * head
+    block = 2.0 * width * (2 * queries + 2 * keys + 3 * shape["intermediate_size"])
+    tokens = sizes.prompt + sizes.response - 1
+    head_products = sizes.response * 2.0 * width * shape["vocab_size"]
+    each: float = tokens * shape["num_hidden_layers"] * block + head_products
+    return each
+
+
+def run(sizes: Sizes = SMOLLM2, small: int = 32) -> tuple[list[Result], dict[str, float]]:
+    """The results, and the seconds of one run by operation.
+
+    Args:
+        sizes: what is measured.
+        small: prompts of the smaller batch.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return _measured(written(sizes, Path(folder) / "model"), sizes, small)
+
+
+def _measured(path: Path, sizes: Sizes, small: int) -> tuple[list[Result], dict[str, float]]:
+    ours, theirs = engine(path, sizes), library(path, torch.bfloat16).eval()
+    prompts = torch.randint(1, sizes.shape["vocab_size"], (sizes.batch, sizes.prompt))
+    asked, equal = requests(prompts), [sizes.response] * sizes.batch
+    mixed = [
+        round(SHORTEST + i * (LONGEST - SHORTEST) / (sizes.batch - 1)) for i in range(sizes.batch)
+    ]
+    runs: dict[str, Callable[[], object]] = {
+        "large": lambda: ours.generate(asked, equal),
+        "small": lambda: ours.generate(asked[:small], equal[:small]),
+        "mixed": lambda: ours.generate(asked, mixed),
+        "hf": lambda: generate(theirs, prompts, sizes.response),
+    }
+    with ExitStack() as stack:
+        if VLLM.exists():
+            vllm = stack.enter_context(Vllm(path, sizes.batch, sizes.prompt + LONGEST))
+            vllm.generate(asked, equal)  # what is compiled at its first use
+            runs["vllm large"] = lambda: vllm.generate(asked, equal)
+            runs["vllm small"] = lambda: vllm.generate(asked[:small], equal[:small])
+            runs["vllm mixed"] = lambda: vllm.generate(asked, mixed)
+        runs["large"]()
+        took = interleaved(runs, sizes.repeats["generation"])
+        limit = product_rate(torch.bfloat16)
+    count = {"large": sum(equal), "small": sum(equal[:small]), "mixed": sum(mixed)}
+    count["hf"] = count["large"]
+    rate = {name: count[name.split()[-1]] / took[name] for name in took}
+    reached = operations(sizes) * sizes.batch / took["large"]
+    title = f"SmolLM2's shape: decode, {{}} x ({sizes.prompt} + {sizes.response})"
+    lengths = f"SmolLM2's shape: decode, {sizes.batch} responses of {SHORTEST} to {LONGEST} tokens"
+    against = [
+        ("llama_decode_vs_vllm", "large", "vllm large", title.format(sizes.batch)),
+        ("llama_decode_small_vs_vllm", "small", "vllm small", title.format(small)),
+        ("llama_mixed_vs_vllm", "mixed", "vllm mixed", lengths),
+        ("llama_decode_vs_hf", "large", "hf", title.format(sizes.batch)),
+    ]
+    found = [
+        Result(
+            key=key,
+            value=rate[name] / rate[other],
+            metric=metric,
+            ours=f"{rate[name]:,.0f} tokens/s, bf16",
+            baseline=f"{rate[other]:,.0f} "
+            + ("transformers generate, bf16" if other == "hf" else "vLLM, compiled, bf16"),
+        )
+        for key, name, other, metric in against
+        if other in rate
+    ]
+    found.append(
+        Result(
+            key="llama_decode_share_of_limit",
+            value=reached / limit,
+            metric="SmolLM2's shape: decode, share of the matrix-product limit",
+            ours=f"{reached / 1e9:,.0f} GFLOP/s",
+            baseline=f"{limit / 1e9:,.0f} bf16 product of 2048 x 2048",
+            limit=f"{reached / limit:.0%}",
+        )
+    )
+    return found, profile(ours, asked)
