@@ -63,7 +63,7 @@ ANSWERS = {
     "GET /api/gcs_healthz 200": "whether it is well",
     "GET / 200": "the page that asks for the token",
     "GET /api/authentication_mode 200": "that there is a token",
-    "its keys": "addresses of ranks; it can change them, and so end the gang",
+    "its keys": "addresses of ranks, which it can change",
 }
 """What is answered to somebody without a token, in words."""
 FIXED = (6379, 8080, 8265, 10001, 52365)
