@@ -55,7 +55,7 @@ def _unraised(arguments: threading.ExceptHookArgs) -> None:
 
     TensorBoard's thread hands a disk that is full to whoever writes next.
     """
-    handed_on = type(arguments.thread).__module__.partition(".")[0] == "tensorboard"
+    handed_on = type(arguments.thread).__module__.startswith("tensorboard.")
     if not (handed_on and issubclass(arguments.exc_type, OSError)):
         threading.__excepthook__(arguments)
 
