@@ -60,7 +60,7 @@ def test_an_architecture_of_its_own_is_trained_and_sampled_from() -> None:
         losses.append(float(loss.detach()))
     assert losses[1] < losses[0]
     decoder = network.decoder.eval().requires_grad_(False)
-    with pytest.raises(ConfigError, match="native kernels do not run .*: a Toy is"):
+    with pytest.raises(ConfigError, match=r"native kernels do not run .*: a Toy is"):
         GenerationEngine(
             decoder, eos_ids=(-1,), sampling=Sampling(), max_tokens=8, slots=3, kernels="native"
         )
