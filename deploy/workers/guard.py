@@ -38,12 +38,12 @@ def closed_token() -> str:
     Returns:
         What to say of it; nothing where others could not read it.
     """
-    path = Path.home() / ".ray" / "auth_token"
     try:
+        path = Path.home() / ".ray" / "auth_token"
         found = path.stat()
         if found.st_uid != os.getuid() or not found.st_mode & 0o077:
             return ""
         path.chmod(0o600)
-    except OSError:  # there is none, or it lies where nothing can be changed
+    except (OSError, RuntimeError):  # no file, no home, or nothing can be changed there
         return ""
     return "other users of this machine could read ~/.ray/auth_token; now only you can"

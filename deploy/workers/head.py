@@ -27,7 +27,11 @@ _ESSENTIAL: Final = ("gcs_server", "raylet")
 
 
 class HeadWatch:
-    """Looks, in a thread of its own, until it is stopped."""
+    """Looks, in a thread of its own, until it is stopped.
+
+    A head is silent only once it has answered: this program may not be able to ask it although it
+    is well, because it is reached by another way (`ray://`) or speaks TLS.
+    """
 
     def __init__(self, lost: Callable[[str], None]) -> None:
         """Prepare it; `start` begins.
@@ -51,13 +55,13 @@ class HeadWatch:
         self._stopped.set()
 
     def _look(self, address: str) -> None:
-        answered = time.monotonic()
+        answered: float | None = None
         while not self._stopped.wait(_LOOK_S):
             why = ended_here()
             if not why:
                 if code_of(address) not in _NO_ANSWER:
                     answered = time.monotonic()
-                elif time.monotonic() - answered > _SILENT_S:
+                elif answered is not None and time.monotonic() - answered > _SILENT_S:
                     why = f"the head of the cluster at {address} is silent for {_SILENT_S:.0f} s"
             if why and not self._stopped.is_set():
                 self._lost(why)

@@ -24,6 +24,7 @@ from tests.benchmarks.measure import (
     interleaved,
     product_rate,
     seconds,
+    share_of_limit,
 )
 
 BATCH, MIXED, REPEATS = 128, 1024, 5
@@ -237,13 +238,8 @@ def shares(rate: float, limit: float, spent: Mapping[str, float]) -> list[Result
     """A bf16 run's share of the products that the machine can do, and sampling's of the run."""
     steps = sum(spent.values())
     return [
-        Result(
-            key="decode_share_of_limit",
-            value=rate / limit,
-            metric="decode, share of the matrix-product limit",
-            ours=f"{rate / 1e9:,.0f} GFLOP/s",
-            baseline=f"{limit / 1e9:,.0f} bf16 product of 2048 x 2048",
-            limit=f"{rate / limit:.0%}",
+        share_of_limit(
+            "decode_share_of_limit", "decode, share of the matrix-product limit", rate, limit
         ),
         Result(
             key="sampling_share",

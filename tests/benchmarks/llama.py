@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch
 
@@ -19,7 +17,13 @@ from common.logprobs import Sampling
 from common.models.build import build_decoder
 from common.wire.trajectory import RolloutRequest
 from tests.benchmarks.decode import generate, profile, requests
-from tests.benchmarks.measure import THREADS, Result, interleaved, product_rate
+from tests.benchmarks.measure import (
+    THREADS,
+    Result,
+    interleaved,
+    product_rate,
+    share_of_limit,
+)
 from tests.benchmarks.pretrained import SMOLLM2, Sizes, library, written
 
 VLLM = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
@@ -27,57 +31,47 @@ MISSING = "vLLM is not there, and is not compared with: `make vllm` installs it"
 SHORTEST, LONGEST = 8, 256
 """Tokens of responses of mixed lengths."""
 
+Generate = Callable[[Sequence[RolloutRequest], Sequence[int]], None]
+"""Generates so many tokens from each prompt."""
 
-class Vllm:
-    """vLLM in a process of its own, idle while it is not asked."""
 
-    def __init__(self, folder: Path, sequences: int, tokens: int) -> None:
-        """Start it on a checkpoint, compiled; returns when it is ready."""
-        worker = Path(__file__).with_name("vllm_worker.py")
-        environment = {
-            "OMP_NUM_THREADS": str(THREADS),
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_KVCACHE_SPACE": "4",
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "HF_HUB_OFFLINE": "1",
-            "HOME": str(Path.home()),
-            "PATH": f"{VLLM.parent}:/usr/bin:/bin",
-        }
-        self._log = (folder.parent / "vllm.txt").open("w")
-        self._process = subprocess.Popen(
+@contextmanager
+def vllm(folder: Path, sequences: int, tokens: int) -> Iterator[Generate]:
+    """Start vLLM on a checkpoint, compiled, in a process that is idle while it is not asked."""
+    said = folder.parent / "vllm.txt"
+    environment = {
+        "OMP_NUM_THREADS": str(THREADS),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "4",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "HF_HUB_OFFLINE": "1",
+        "HOME": str(Path.home()),
+        "PATH": f"{VLLM.parent}:/usr/bin:/bin",
+    }
+    worker = Path(__file__).with_name("vllm_worker.py")
+    with (
+        said.open("w") as log,
+        subprocess.Popen(
             [str(VLLM), str(worker), str(folder), str(sequences), str(tokens)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._log,
+            stderr=log,
             text=True,
             env=environment,
-        )
-        assert self._answer() == "ready", (folder.parent / "vllm.txt").read_text()
+        ) as process,
+    ):
+        assert process.stdin is not None and process.stdout is not None
+        asking, answers = process.stdin, process.stdout
+        assert answers.readline().strip() == "ready", said.read_text()
 
-    def generate(self, asked: Sequence[RolloutRequest], lengths: Sequence[int]) -> None:
-        """Generate so many tokens from each prompt."""
-        assert self._process.stdin is not None
-        pairs = [[list(a.prompt_ids), n] for a, n in zip(asked, lengths, strict=True)]
-        self._process.stdin.write(json.dumps(pairs) + "\n")
-        self._process.stdin.flush()
-        float(self._answer())
+        def generate(asked: Sequence[RolloutRequest], lengths: Sequence[int]) -> None:
+            pairs = [[list(a.prompt_ids), n] for a, n in zip(asked, lengths, strict=True)]
+            asking.write(json.dumps(pairs) + "\n")
+            asking.flush()
+            assert answers.readline().strip() == "done", said.read_text()
 
-    def _answer(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._log.close()
+        yield generate
+        process.kill()
 
 
 def engine(path: Path, sizes: Sizes) -> GenerationEngine:
@@ -132,11 +126,11 @@ def _measured(path: Path, sizes: Sizes, small: int) -> tuple[list[Result], dict[
     }
     with ExitStack() as stack:
         if VLLM.exists():
-            vllm = stack.enter_context(Vllm(path, sizes.batch, sizes.prompt + LONGEST))
-            vllm.generate(asked, equal)  # what is compiled at its first use
-            runs["vllm large"] = lambda: vllm.generate(asked, equal)
-            runs["vllm small"] = lambda: vllm.generate(asked[:small], equal[:small])
-            runs["vllm mixed"] = lambda: vllm.generate(asked, mixed)
+            other = stack.enter_context(vllm(path, sizes.batch, sizes.prompt + LONGEST))
+            other(asked, equal)  # what is compiled at its first use
+            runs["vllm large"] = lambda: other(asked, equal)
+            runs["vllm small"] = lambda: other(asked[:small], equal[:small])
+            runs["vllm mixed"] = lambda: other(asked, mixed)
         runs["large"]()
         took = interleaved(runs, sizes.repeats["generation"])
         limit = product_rate(torch.bfloat16)
@@ -164,14 +158,6 @@ def _measured(path: Path, sizes: Sizes, small: int) -> tuple[list[Result], dict[
         for key, name, other, metric in against
         if other in rate
     ]
-    found.append(
-        Result(
-            key="llama_decode_share_of_limit",
-            value=reached / limit,
-            metric="SmolLM2's shape: decode, share of the matrix-product limit",
-            ours=f"{reached / 1e9:,.0f} GFLOP/s",
-            baseline=f"{limit / 1e9:,.0f} bf16 product of 2048 x 2048",
-            limit=f"{reached / limit:.0%}",
-        )
-    )
+    metric = "SmolLM2's shape: decode, share of the matrix-product limit"
+    found.append(share_of_limit("llama_decode_share_of_limit", metric, reached, limit))
     return found, profile(ours, asked)

@@ -61,6 +61,18 @@ def product_rate(dtype: torch.dtype) -> float:
     return 2 * size**3 / took
 
 
+def share_of_limit(key: str, metric: str, rate: float, limit: float) -> Result:
+    """Set a rate of bf16 operations against the machine's (`product_rate`)."""
+    return Result(
+        key=key,
+        value=rate / limit,
+        metric=metric,
+        ours=f"{rate / 1e9:,.0f} GFLOP/s",
+        baseline=f"{limit / 1e9:,.0f} bf16 product of 2048 x 2048",
+        limit=f"{rate / limit:.0%}",
+    )
+
+
 def start_ray(object_store: int) -> None:
     """A cluster of one, quiet; ended with ``ray.shutdown()``."""
     ray.init(

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -191,7 +191,7 @@ def cluster(kind: str, options: Options, workspace: RunConfig, folder: Path) -> 
         machines.close()
 
 
-KINDS: dict[str, Callable[[RunConfig, Path], Any]] = {
+KINDS: dict[str, Callable[[RunConfig, Path], AbstractContextManager[Scene]]] = {
     "one machine": one_machine,
     "ray start": partial(cluster, "ray start", Options()),
     "KubeRay": partial(

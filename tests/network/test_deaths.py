@@ -148,13 +148,10 @@ def told(code: int, said: str, codes: set[int] = OURS) -> None:
     assert code in codes and last.startswith("error ") and "Traceback" not in said, (code, said)
 
 
-@pytest.mark.parametrize("victim", ["driver", "rank", "raylet", "GCS", "power"])
-@pytest.mark.parametrize("stage", ["sft", "reward", "train", "quickstart"])
-def test_a_stage_that_is_killed_is_given_again(
-    stage: str, victim: str, workspace: RunConfig, tmp_path: Path, machine: Machine, untroubled: Any
+def killed_and_given_again(
+    of: Stage, victim: str, machine: Machine, expected: dict[str, Any]
 ) -> None:
-    expected = untroubled(stage)
-    of = prepared(workspace, tmp_path / "x", stage)
+    """Kill something midway; whatever does not go on by itself is given again."""
     started = midway(machine, of)
     machine.kill(victim)
     code, said = machine.end(started)
@@ -167,6 +164,16 @@ def test_a_stage_that_is_killed_is_given_again(
         code, said = machine.end(machine.start(of.again))
         assert code == 0, said
     assert of.results() == expected
+
+
+@pytest.mark.parametrize("victim", ["driver", "rank", "raylet", "GCS", "power"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "train", "quickstart"])
+def test_a_stage_that_is_killed_is_given_again(
+    stage: str, victim: str, workspace: RunConfig, tmp_path: Path, machine: Machine, untroubled: Any
+) -> None:
+    expected = untroubled(stage)
+    of = prepared(workspace, tmp_path / "x", stage)
+    killed_and_given_again(of, victim, machine, expected)
 
 
 @pytest.mark.parametrize("victim", ["driver", "worker", "raylet", "GCS", "power"])
@@ -181,18 +188,7 @@ def test_an_evaluation_that_is_killed_is_given_again(
     assert code == 0, said
     expected = of.results()
     (of.run / "evaluation.json").unlink()
-    started = midway(machine, of)
-    machine.kill(victim)
-    code, said = machine.end(started)
-    if victim in CODES:
-        assert code in CODES[victim]
-    elif code:
-        told(code, said)
-    machine.deserted()
-    if code:
-        code, said = machine.end(machine.start(of.again))
-        assert code == 0, said
-    assert of.results() == expected
+    killed_and_given_again(of, victim, machine, expected)
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "train", "quickstart"])

@@ -8,24 +8,11 @@ import pytest
 
 from tests.network import exposure
 from tests.network.nodes import why_not
-from tests.network.stranger import methods, routes
 
 if reason := why_not():
     pytest.skip(f"no machines can be made here: {reason}", allow_module_level=True)
 
 PAGE = Path(__file__).parents[2] / "docs" / "security.md"
-
-
-def test_the_stranger_asks_for_all_that_ray_serves() -> None:
-    """Names by which somebody could run a program, or read what runs."""
-    assert {
-        ("POST", "/api/jobs/"),
-        ("GET", "/nodes"),
-        ("POST", "/get_or_create_runtime_env"),
-    } <= set(routes())
-    for name in ("InternalKVGcsService/InternalKVPut", "CoreWorkerService/PushTask",
-                 "NodeManagerService/RequestWorkerLease", "RayletDriver/Init"):  # fmt: skip
-        assert any(method.endswith(name) for method in methods()), name
 
 
 @pytest.mark.chaos

@@ -13,6 +13,7 @@ from actors.generation.forward import Chunk, Copy
 from common.config.model import PalmConfig
 from common.errors import ClusterError, ConfigError
 from common.logprobs import Sampling, draw
+from common.models.decoder import Decoder
 from common.models.palm import PaLM
 
 SHAPE = PalmConfig(vocab_size=61, dim=32, layers=3, heads=4, head_dim=16, context=40)
@@ -157,7 +158,7 @@ def shared_prefixes() -> torch.Tensor:
     return tokens
 
 
-def two_steps(palm: PaLM, tokens: torch.Tensor) -> torch.Tensor:
+def two_steps(model: Decoder, tokens: torch.Tensor) -> torch.Tensor:
     """Logits ``[B, 2, V]`` after the last two tokens: prompts with copies, then a plain decode."""
     slots, length = len(tokens), tokens.shape[1]
     rows = tokens.tolist()
@@ -167,7 +168,7 @@ def two_steps(palm: PaLM, tokens: torch.Tensor) -> torch.Tensor:
         for slot, start in enumerate(starts)
     ]
     copies = [Copy(source=s - 1, targets=[s], positions=8) for s in range(1, slots, 2)]
-    decoder = CachedDecoder(palm, slots=slots, kernels="native")
+    decoder = CachedDecoder(model, slots=slots, kernels="native")
     newest = [row[-2] for row in rows]
     first = decoder.forward(newest, [length - 2] * slots, chunks, copies).clone()
     second = decoder.forward([row[-1] for row in rows], [length - 1] * slots)

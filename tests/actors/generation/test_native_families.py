@@ -17,7 +17,7 @@ import torch
 from actors.generation import native_library
 from actors.generation.cached_decoder import CachedDecoder
 from actors.generation.engine import GenerationEngine
-from actors.generation.forward import Chunk, Copy
+from actors.generation.forward import Chunk
 from actors.generation.native_blocks import LLAMAS, describe, why_not
 from actors.generation.native_forward import NativeForward
 from common.config.model import LoraConfig
@@ -26,6 +26,7 @@ from common.logprobs import Sampling
 from common.models.adapters import add_adapter
 from common.models.lora import OFF, Adapted
 from common.models.pretrained.decoder import PretrainedDecoder
+from tests.actors.generation.test_cached_decoder import two_steps
 from tests.actors.generation.test_pretrained_engine import requests
 from tests.common.models.pretrained.tiny import VARIANTS, VOCABULARY, loaded, reference
 
@@ -47,22 +48,6 @@ def made(tmp_path: Path) -> Made:
 
 def texts(rows: int, length: int) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
-
-
-def last_two(decoder: PretrainedDecoder, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits ``[B, 2, V]`` after the last two tokens: prompts with copies, then a plain decode."""
-    slots, length = tokens.shape
-    rows = tokens.tolist()
-    starts = [8 * (slot % 2) for slot in range(slots)]
-    chunks = [
-        Chunk(slot=slot, start=start, tokens=rows[slot][start : length - 2])
-        for slot, start in enumerate(starts)
-    ]
-    copies = [Copy(source=s - 1, targets=[s], positions=8) for s in range(1, slots, 2)]
-    cached = CachedDecoder(decoder, slots=slots, kernels="native")
-    newest = [row[-2] for row in rows]
-    first = cached.forward(newest, [length - 2] * slots, chunks, copies).clone()
-    return torch.stack((first, cached.forward([r[-1] for r in rows], [length - 1] * slots)), dim=1)
 
 
 def shared_prefixes() -> torch.Tensor:
@@ -87,7 +72,7 @@ def test_every_variant_runs_and_its_description_says_what_it_is(name: str, made:
     assert (first.bias is not None) == (special["model_type"] == "qwen2")
     assert (first.norm_q_K is not None) == (special["model_type"] == "qwen3")
     tokens = shared_prefixes()
-    assert apart(last_two(decoder, tokens), decoder, tokens) < 1e-4
+    assert apart(two_steps(decoder, tokens), decoder, tokens) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -118,7 +103,7 @@ def test_any_shape_and_any_number_of_threads(
     try:
         for number in (1, 2, 3):
             torch.set_num_threads(number)
-            seen.append(last_two(decoder, tokens))
+            seen.append(two_steps(decoder, tokens))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
@@ -161,13 +146,13 @@ def test_narrower_processors_compute_the_same(
 ) -> None:
     monkeypatch.setattr(native_library, "_FLAGS", [*native_library._FLAGS, narrower])
     decoder, tokens = made(name, dtype), shared_prefixes()
-    found = last_two(decoder, tokens)
+    found = two_steps(decoder, tokens)
     assert apart(found, decoder, tokens) < (1e-4 if dtype == torch.float32 else 0.1)
 
 
 def test_an_adapter_is_merged(made: Made) -> None:
     decoder, tokens = made("llama"), shared_prefixes()
-    before = last_two(decoder, tokens)
+    before = two_steps(decoder, tokens)
     add_adapter(decoder, "own", LoraConfig(rank=4), seed=0)
     with torch.no_grad():
         for part in decoder.modules():

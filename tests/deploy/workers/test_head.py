@@ -52,6 +52,18 @@ def test_a_head_that_falls_silent_is_told_once(token: str) -> None:
     assert said == [f"the head of the cluster at {address} is silent for 1 s"]
 
 
+def test_a_head_that_cannot_be_asked_is_not_silent() -> None:
+    """As one behind `ray://`, or one that speaks TLS."""
+    with gcs(HERE) as address:
+        pass
+    assert code_of(address) is grpc.StatusCode.UNAVAILABLE
+    watch, said = watched()
+    watch.start(address)
+    time.sleep(2.5)
+    watch.stop()
+    assert said == []
+
+
 def test_nothing_is_told_once_it_is_stopped() -> None:
     watch, said = watched()
     with gcs(HERE) as address:
