@@ -121,11 +121,12 @@ class Session:
         resume = f"carry on with `talipot {self._stage} --resume {self.run_dir}`"
         again = self.again or (resume if self._stage in _RESUMABLE else _AGAIN)
         error = ClusterError(f"{why}; {again}")
-        if self._stage and self.folder.config.exists():
-            note_failure(self.folder.events, self._stage, error)
-        self.console.show_cursor()
-        end_here()
-        end_now(error)
+        try:
+            self._note_failure(self._stage, error)
+            self.console.show_cursor()
+            end_here()
+        finally:
+            end_now(error)
 
     def log(self) -> RunLog:
         """Open this run's logs for writing; close them after use."""
@@ -145,15 +146,18 @@ class Session:
         try:
             yield
         except Exception as error:
-            # A folder without a recipe is no run yet, and goes again.
-            if not self.attached and self.folder.config.exists():
-                note_failure(self.folder.events, name, error)
+            self._note_failure(name, error)
             raise
         if not self.attached:
             note_success(self.folder.events, name)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
         if self.seconds[name] >= least_s:
             say(self.console, ("✓", "green"), f" {title} ", (f"{self.seconds[name]:.0f} s", "dim"))
+
+    def _note_failure(self, stage: str, error: Exception) -> None:
+        # A folder without a recipe is no run yet, and goes again.
+        if stage and not self.attached and self.folder.config.exists():
+            note_failure(self.folder.events, stage, error)
 
     def progress(self, title: str, total: int, done: int = 0) -> AbstractContextManager[Bar]:
         """Show a live progress bar with metrics beside it, from where `done` steps are done."""

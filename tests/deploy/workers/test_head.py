@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
 from ray._private import worker as ray_worker
+from rich.console import Console
 
+from common.config.recipe import save_config
+from common.config.run import RunConfig
+from common.errors import ClusterError
+from deploy.stages.session import Session
 from deploy.workers import head
 from deploy.workers.head import HeadWatch, code_of, ended_here
 from tests.deploy.workers.test_attach import HERE, gcs
@@ -88,3 +95,33 @@ def test_a_process_of_ours_that_ends_is_told_at_once(monkeypatch: pytest.MonkeyP
     assert said == ["a process of the local cluster has ended: raylet, by signal 9"]
     monkeypatch.setattr(ray_worker, "_global_node", None)
     assert ended_here() == ""
+
+
+@pytest.mark.parametrize(
+    ("stage", "attached", "again"),
+    [
+        ("sft", False, "carry on with `talipot sft --resume "),
+        ("train", True, "carry on with `talipot train --resume "),
+        ("evaluate", False, "give the command again"),
+    ],
+)
+def test_a_session_without_its_head_says_how_to_go_on(
+    stage: str, attached: bool, again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is attached to another's run writes nothing into its folder."""
+
+    def raised(error: Exception) -> None:
+        raise error
+
+    monkeypatch.setattr("deploy.stages.session.end_now", raised)
+    monkeypatch.setattr("deploy.stages.session.end_here", lambda: None)
+    config = RunConfig.model_validate({"output": str(tmp_path), "name": "x"})
+    config.run_dir.mkdir()
+    save_config(config, config.folder.config)
+    session = Session(config, Console(file=io.StringIO()), attached=attached)
+    with session.stage(stage, stage):
+        pass
+    with pytest.raises(ClusterError, match=f"a raylet has ended; {again}"):
+        session.end_without_head("a raylet has ended")
+    events = config.folder.events.read_text() if config.folder.events.exists() else ""
+    assert (f"{stage}: a raylet has ended" in events) is not attached
