@@ -11,7 +11,7 @@ with its first lease, because every lease names the version it must be sampled f
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -38,6 +38,8 @@ class LeaseFacts:
     """Time spent loading weights; 0 when the actor had them already."""
     reloads: int
     """Times that a slice arrived corrupted and was read again."""
+    memory: Mapping[str, int]
+    """Bytes by what takes them (`Generator.memory`)."""
 
 
 _READINGS = 3
@@ -120,5 +122,6 @@ class RolloutActor:
             seconds=time.perf_counter() - loaded,
             load_seconds=loaded - begin,
             reloads=self.reloads - reloads,
+            memory=self.generator.memory(),
         )
         return facts, to_table(rollouts, Rollout)

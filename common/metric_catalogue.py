@@ -328,6 +328,10 @@ class Logged(Catalogue):
         "policy_version", "versions", "version of the weights that was published last"
     )
     WORKERS = gauge("workers/{pool}", "workers", "workers at the end of the iteration")
+    ACTOR_WEIGHTS = gauge("actor_weights", "bytes", "weights that a rollout actor holds")
+    ACTOR_CACHE = gauge(
+        "actor_cache", "bytes", "most that keys and values took of one rollout actor"
+    )
     SCALE_SECONDS = gauge(
         "scale_seconds/{pool}",
         "seconds",

@@ -39,8 +39,9 @@ from common.devices import Compute
 from common.errors import RewardError
 from common.logprobs import Sampling
 from common.models.build import build_decoder
-from common.models.networks import compute_in
+from common.models.networks import DecoderNetwork, compute_in
 from common.models.weight_files import load_decoder
+from common.native.frozen import run_natively
 from common.out_of_memory import memory_for
 from common.wire.trajectory import Rollout, ScoredTrajectory, extend, from_table, to_table
 from reward_service.http_scorer import COUNTS, HttpScorer
@@ -125,9 +126,14 @@ class RewardWorker:
             else:
                 self.scorers[name] = SCORERS[type(component)](component)
         # After both are there: an adapter is put on the base as it was trained.
-        for frozen in (self.reference, self.reward_model):
-            if frozen is not None and precision == "bf16":
-                compute_in(frozen.network, torch.bfloat16)
+        networks: list[DecoderNetwork] = [self.reference.network]
+        if self.reward_model is not None:
+            networks.append(self.reward_model.network)
+        if precision == "bf16":
+            for network in networks:
+                compute_in(network, torch.bfloat16)
+        for network in networks:
+            run_natively(network, settings.kernels)
 
     def _reward_model(
         self, model: ModelConfig, policy: str, weights: str, judge: PretrainedConfig | None

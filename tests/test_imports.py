@@ -23,12 +23,21 @@ LAYERS: dict[str, list[set[str]]] = {
     "common": [
         {"errors", "metric_facts", "randomness", "unfinished"},
         {"reasoning_tasks"},
-        {"endings", "files", "live_metrics", "metric_catalogue", "native_code", "run_folder"},
+        {
+            "endings",
+            "files",
+            "live_metrics",
+            "metric_catalogue",
+            "native_code",
+            "pages",
+            "run_folder",
+        },
         {"metric_names", "metrics", "out_of_memory"},
         {"config"},
         {"batching", "devices", "logprobs"},
         {"wire"},
         {"data", "models"},
+        {"native"},
     ],
     "actors": [{"generation"}, {"rollout_actor"}],
     "learner": [

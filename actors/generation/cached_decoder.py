@@ -4,7 +4,7 @@ The rows of a call are flat tokens of many sequences, so that no product is spen
 first the newest token of each slot, then the earlier tokens of prompts that are being prefilled.
 
 `actors.generation.torch_forward` runs any decoder's own blocks; `actors.generation.native_forward`
-is written for processors and some shapes of block. A property test holds both to the forward of
+is for processors and some shapes of block. A property test holds both to the forward of
 training (invariant I1).
 
 Shape suffixes: S slots in use, B rows, V vocabulary.
@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from actors.generation.forward import Chunk, Copy, Forward, lay_out
-from actors.generation.native_blocks import why_not
 from actors.generation.native_forward import NativeForward
 from actors.generation.torch_forward import TorchForward
 from common.errors import ClusterError, ConfigError
 from common.logprobs import Sampling
 from common.models.decoder import Decoder, Sizes
 from common.models.lora import OFF, adapter_names
+from common.native.blocks import why_not
+from common.native.model import BLOCK, Spent
 
 Choice = Literal["auto", "native", "torch"]
 
@@ -36,28 +37,43 @@ class CachedDecoder:
     """Weights, keys and values of all slots."""
 
     def __init__(
-        self, decoder: Decoder, *, slots: int, kernels: Choice = "auto", merged: str | None = OFF
+        self,
+        decoder: Decoder,
+        *,
+        slots: int,
+        kernels: Choice = "auto",
+        merged: str | None = OFF,
+        cache_mb: float | None = None,
+        block: int = BLOCK,
+        spent: Spent | None = None,
     ) -> None:
         """Products run in the dtype of `decoder`; norms, softmax and the residual stream in fp32.
 
         Args:
             decoder: whose weights are used, on their device.
-            slots: sequences that the cache holds, each in a full context.
+            slots: sequences that are computed at once.
             kernels: which forward; auto takes the native one where it can run.
             merged: the adapter to merge into the weights, where it costs nothing at a token, and to
                 run every slot with. None merges none: each slot runs with an adapter of its own,
                 or with none, and `decoder` holds the only copy of the weights.
+            cache_mb: MiB of all keys and values, at least those of a full context; default what
+                `slots` full contexts take.
+            block: positions by which a native slot's memory grows.
+            spent: told of those of the decoder's weights that it keeps in another layout, and that
+                nothing reads any more.
 
         Raises:
             ClusterError: native kernels were asked for and cannot be compiled.
-            ConfigError: they were asked for and cannot run this.
+            ConfigError: they were asked for and cannot run this, or the cache does not hold one
+                sequence.
             ValueError: `decoder` has no such adapter.
         """
         self.decoder = decoder
         self.merged = merged
         self.adapters: list[str] = []
         """What slots can run with; a slot names its adapter by its index here."""
-        self.implementation = _choose(decoder, slots, kernels, merged)
+        self._spent = spent
+        self.implementation = _choose(decoder, slots, kernels, merged, cache_mb, block)
         self.refresh()
 
     def refresh(self) -> None:
@@ -70,7 +86,7 @@ class CachedDecoder:
         if self.merged not in (None, *names):
             raise ValueError(f"no adapter '{self.merged}' among {names}")
         self.adapters = names if self.merged is None else [self.merged]
-        self.implementation.take(self.decoder, self.adapters)
+        self.implementation.take(self.decoder, self.adapters, self._spent)
 
     def forward(
         self,
@@ -98,16 +114,28 @@ class CachedDecoder:
         """Draw one token per row, as `Forward.draw`."""
         return self.implementation.draw(logits_BV, sampling, uniforms_B)
 
+    @property
+    def slots(self) -> int:
+        """Sequences that are computed at once: as many as were asked for, where they fit."""
+        return self.implementation.slots
+
     def rest(self) -> None:
         """No slot is in use: give back what can be taken again at the next step."""
         self.implementation.rest()
 
     def move(self, source: int, target: int, positions: int) -> None:
-        """Give a slot another slot's keys and values."""
+        """Give a slot another slot's keys and values; the other is empty then."""
         self.implementation.move(source, target, positions)
 
 
-def _choose(decoder: Decoder, slots: int, kernels: Choice, merged: str | None) -> Forward:
+def _choose(
+    decoder: Decoder,
+    slots: int,
+    kernels: Choice,
+    merged: str | None,
+    cache_mb: float | None,
+    block: int,
+) -> Forward:
     if kernels == "native" and merged is None:
         raise ConfigError(
             "native kernels compute no adapter beside the weights: set rollout.lora=merged, or "
@@ -118,15 +146,20 @@ def _choose(decoder: Decoder, slots: int, kernels: Choice, merged: str | None) -
         raise ConfigError(
             f"native kernels do not run this model: {lacking}; set rollout.kernels to auto or torch"
         )
+    whole = slots  # That many contexts fit into the cache, of those that can be in use.
+    if cache_mb is not None:
+        dtype = next(decoder.parameters()).dtype
+        whole = min(slots, slots_within(decoder.sizes, cache_mb, dtype))
     if kernels == "torch" or merged is None or lacking:
-        return TorchForward(decoder, slots)
+        return TorchForward(decoder, whole)
+    budget = None if cache_mb is None else cache_mb * 2**20
     try:
-        return NativeForward(decoder, slots)
+        return NativeForward(decoder, slots, cache_bytes=budget, block=block)
     except ClusterError as error:
         if kernels == "native":
             raise
         logging.getLogger(__name__).warning("%s; generation is slower without", error)
-        return TorchForward(decoder, slots)
+        return TorchForward(decoder, whole)
 
 
 def slots_within(sizes: Sizes, budget_mb: float, dtype: torch.dtype) -> int:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.generation.cached_decoder import slots_within
 from actors.generation.engine import GenerationEngine
 from actors.generation.interface import Generated
 from actors.generation.stops import Stops
@@ -14,12 +13,13 @@ from common.config.model import LoraConfig, ModelConfig
 from common.config.workers import RolloutConfig
 from common.data.tokenizer import Tokenizer, load_tokenizer
 from common.devices import Compute, torch_dtype
-from common.logprobs import sampling_of
+from common.logprobs import Sampling, sampling_of
 from common.models.adapters import adapter_tensors, add_adapter, base_fingerprint
 from common.models.build import build_decoder
 from common.models.decoder import Decoder
 from common.models.lora import OFF
 from common.models.weight_files import load_decoder
+from common.native.model import Spent
 from common.wire.trajectory import RolloutRequest
 from common.wire.weights import FlatBuffer, Manifest, Payload
 
@@ -37,25 +37,31 @@ class AdapterOnWire:
 
 
 def build_engine(
-    decoder: Decoder, tokenizer: Tokenizer, rollout: RolloutConfig, *, merged: str | None = OFF
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    rollout: RolloutConfig,
+    *,
+    merged: str | None = OFF,
+    spent: Spent | None = None,
 ) -> GenerationEngine:
-    """Build the engine that settings describe; `merged` as in `GenerationEngine`.
+    """Build the engine that settings describe; `merged` and `spent` as in `GenerationEngine`.
 
     Raises:
         ConfigError: the cache does not hold one sequence, or native kernels cannot run this.
         ClusterError: native kernels were asked for and cannot be compiled.
     """
-    within = slots_within(decoder.sizes, rollout.cache_mb, torch_dtype(rollout.precision))
     return GenerationEngine(
         decoder,
         eos_ids=tokenizer.stop_ids,
         sampling=sampling_of(rollout, tokenizer.stop_ids),
         max_tokens=rollout.max_response_tokens,
-        slots=min(rollout.slots, rollout.lease_size, within),
+        slots=min(rollout.slots, rollout.lease_size),
         prefill_tokens=rollout.prefill_tokens,
         stops=Stops(ids=rollout.stop_ids, strings=rollout.stop, decode=tokenizer.decode),
         kernels=rollout.kernels,
         merged=merged,
+        cache_mb=rollout.cache_mb,
+        spent=spent,
     )
 
 
@@ -98,10 +104,19 @@ class DecoderGenerator:
         self.buffer = FlatBuffer(wire, dtype, base)
         self._tokenizer, self._rollout = load_tokenizer(tokenizer_path), rollout
         self._merges = adapted is None or rollout.lora == "merged"
+        # An engine that keeps weights in a layout of its own has the only copy, but for the base
+        # of adapters, which the next one is merged into.
+        self._spent = self.buffer.give_back if adapted is None else None
+        self._greedy = False
         self.engine = self._build(merged=on_wire if self._merges else None)
+
+    def memory(self) -> dict[str, int]:
+        """Return bytes of weights and cache, as `Forward.memory`."""
+        return self.engine.cached.implementation.memory()
 
     def hold(self, manifest: Manifest, payloads: Sequence[Payload]) -> str:
         """Copy the slices in, verify them, and return the fingerprint of what is stored."""
+        self.engine.forget()
         fingerprint = self.buffer.load(manifest, payloads)
         self.engine.refresh()
         return fingerprint
@@ -110,7 +125,7 @@ class DecoderGenerator:
         """Sample one response per request; results in the requests' order.
 
         A single adapter of all requests is merged into the weights, if settings let it. Several
-        adapters are computed beside the weights. Greedy requests have an engine of their own.
+        adapters are computed beside the weights. Greedy requests are sampled apart.
         """
         made: dict[str, Generated] = {}
         for greedy in (False, True):
@@ -121,18 +136,25 @@ class DecoderGenerator:
     def _alike(self, requests: Sequence[RolloutRequest], *, greedy: bool) -> list[Generated]:
         adapters = {request.adapter for request in requests}
         merged = adapters.pop() if self._merges and len(adapters) == 1 else None
-        if (merged, greedy) != (self.engine.merged, self._greedy):
+        if merged != self.engine.merged:
             del self.engine  # Before the other is built: `rollout.cache_mb` is planned for one.
-            self.engine = self._build(merged=merged, greedy=greedy)
+            self.engine = self._build(merged=merged)
+            self._greedy = False
+        if greedy != self._greedy:
+            self.engine.sample_by(self._sampling(greedy=greedy))
+            self._greedy = greedy
         return self.engine.generate(requests)
 
     def text(self, generated: Generated) -> str:
         """Return the response as text, without the stop string that ended it."""
         return self.engine.text(generated)
 
-    def _build(self, *, merged: str | None, greedy: bool = False) -> GenerationEngine:
-        self._greedy = greedy
-        rollout = self._rollout
-        if greedy:
-            rollout = rollout.model_copy(update={"temperature": 0.0})
-        return build_engine(self.decoder, self._tokenizer, rollout, merged=merged)
+    def _build(self, *, merged: str | None) -> GenerationEngine:
+        return build_engine(
+            self.decoder, self._tokenizer, self._rollout, merged=merged, spent=self._spent
+        )
+
+    def _sampling(self, *, greedy: bool) -> Sampling:
+        temperature = 0.0 if greedy else self._rollout.temperature
+        rollout = self._rollout.model_copy(update={"temperature": temperature})
+        return sampling_of(rollout, self._tokenizer.stop_ids)

@@ -28,6 +28,7 @@ from actors.generation.stops import Stops
 from common.logprobs import Sampling, draw, logprobs_at, sampling_logits
 from common.models.decoder import Decoder
 from common.models.lora import OFF
+from common.native.model import BLOCK, Spent
 from common.randomness import uniforms
 from common.wire.trajectory import FinishReason, RolloutRequest
 
@@ -47,6 +48,9 @@ class GenerationEngine:
         stops: Stops | None = None,
         kernels: Choice = "auto",
         merged: str | None = OFF,
+        cache_mb: float | None = None,
+        block: int = BLOCK,
+        spent: Spent | None = None,
     ) -> None:
         """Compute in the dtype and on the device of `decoder`'s parameters.
 
@@ -55,35 +59,61 @@ class GenerationEngine:
             eos_ids: tokens that end a response, for the reason "eos".
             sampling: distribution that tokens are drawn from.
             max_tokens: longest response, when a request does not name its own.
-            slots: sequences that are sampled at once; the cache holds each in a full context.
+            slots: sequences that are sampled at once, where the cache has room for them.
             prefill_tokens: prompt tokens that one step may compute beside its decodes.
             stops: what else ends a response.
             kernels: as in `CachedDecoder`.
             merged: the adapter that every request is sampled with; None: each with its own (see
                 `CachedDecoder`).
+            cache_mb: as in `CachedDecoder`.
+            block: as in `CachedDecoder`.
+            spent: as in `CachedDecoder`.
 
         Raises:
             ValueError: a size under 1, or `decoder` has no such adapter.
             ClusterError: native kernels were asked for and cannot be compiled.
-            ConfigError: they were asked for and cannot run this.
+            ConfigError: they were asked for and cannot run this, or the cache does not hold one
+                sequence.
         """
         if min(max_tokens, slots, prefill_tokens) < 1:
             raise ValueError("max_tokens, slots and prefill_tokens must be at least 1")
         self.decoder = decoder
-        self.cached = CachedDecoder(decoder, slots=slots, kernels=kernels, merged=merged)
+        self.cached = CachedDecoder(
+            decoder,
+            slots=slots,
+            kernels=kernels,
+            merged=merged,
+            cache_mb=cache_mb,
+            block=block,
+            spent=spent,
+        )
         self.eos_ids = tuple(eos_ids)
-        self.sampling = sampling
         self.max_tokens = max_tokens
         self.stops = stops or Stops()
-        self._only_temperature = sampling == Sampling(temperature=sampling.temperature or 1.0)
-        """Nothing else shapes the distribution: the forward's own draw will do."""
-        self._slots = Slots(slots, decoder.sizes.context, filters=sampling.filters)
-        self._scheduler = Scheduler(self._slots, slots, prefill_tokens)
+        self._prefill_tokens = prefill_tokens
+        self.sample_by(sampling)
 
     @property
     def merged(self) -> str | None:
         """The one adapter that requests may name; None: any that `decoder` has, or none."""
         return self.cached.merged
+
+    def sample_by(self, sampling: Sampling) -> None:
+        """Draw tokens from another distribution from now on.
+
+        Raises:
+            ValueError: responses are being sampled.
+        """
+        if hasattr(self, "_scheduler") and not self.idle:
+            raise ValueError("the distribution cannot change while responses are being sampled")
+        slots, context = self.cached.slots, self.decoder.sizes.context
+        self.sampling = sampling
+        self._only_temperature = sampling == Sampling(temperature=sampling.temperature or 1.0)
+        """Nothing else shapes the distribution: the forward's own draw will do."""
+        self._slots = Slots(slots, context, filters=sampling.filters)
+        self._scheduler = Scheduler(
+            self._slots, self.cached.implementation, slots, self._prefill_tokens
+        )
 
     @property
     def idle(self) -> bool:
@@ -99,6 +129,10 @@ class GenerationEngine:
         if not self.idle:
             raise ValueError("weights cannot change while responses are being sampled")
         self.cached.refresh()
+
+    def forget(self) -> None:
+        """Give back weights that it keeps for itself; `refresh` comes before the next request."""
+        self.cached.implementation.forget()
 
     def generate(
         self, requests: Sequence[RolloutRequest], limits: Sequence[int] | None = None
@@ -248,7 +282,10 @@ class GenerationEngine:
 
     def _free(self, ended: Sequence[int]) -> None:
         """Empty slots; the last in use move into them, so that slots in use stay together."""
+        forward = self.cached.implementation
         for slot in sorted(ended, reverse=True):
             last = len(self._slots) - 1
             if self._slots.remove(slot):
-                self.cached.move(last, slot, int(self._slots.filled[slot]))
+                forward.move(last, slot, int(self._slots.filled[slot]))
+            else:
+                forward.clear(slot)

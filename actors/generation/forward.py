@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common.logprobs import Sampling
 from common.models.decoder import Decoder
+from common.native.model import Spent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,9 +26,9 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copy:
-    """A prefix that slots share with another: its keys and values are copied, not computed.
+    """A prefix that slots share with another: its keys and values are not computed again.
 
-    Copies are made in order, after the step's own keys and values are written.
+    What has to be copied is copied in order, after the step's own keys and values are written.
     """
 
     source: int
@@ -83,13 +84,17 @@ def lay_out(
 class Forward(Protocol):
     """Weights, keys and values of all slots, and the pass over them."""
 
-    def take(self, decoder: Decoder, adapters: Sequence[str]) -> None:
+    slots: int
+    """Sequences that are computed at once."""
+
+    def take(self, decoder: Decoder, adapters: Sequence[str], spent: Spent | None = None) -> None:
         """Run with the weights that a decoder has now.
 
         Args:
             decoder: of the shape that this was made for.
             adapters: what rows can run with, in the order of their indices; a single one is
                 merged into the weights.
+            spent: called with weights that are needed no more, where they are kept otherwise.
 
         Raises:
             TrainingError: an adapter is not finite.
@@ -98,11 +103,26 @@ class Forward(Protocol):
     def run(self, step: Step) -> Tensor:
         """Logits ``[S, V]`` after the newest token of each slot, valid until the next call."""
 
+    def forget(self) -> None:
+        """Give back the memory of weights that it keeps for itself, until others are taken."""
+
     def rest(self) -> None:
         """No slot is in use: give back what can be taken again at the next step."""
 
+    def own(self, positions: int, shared: int) -> int:
+        """Return the blocks of the cache that so many positions take, beside what is shared."""
+
+    def fits(self, wanted: int, owned: np.ndarray) -> bool:
+        """Whether a slot that takes so many blocks can begin; those in use take up to `owned`."""
+
     def move(self, source: int, target: int, positions: int) -> None:
-        """Give a slot another slot's keys and values."""
+        """Give a slot another slot's keys and values; the other is empty then."""
+
+    def clear(self, slot: int) -> None:
+        """Forget a slot's keys and values."""
+
+    def memory(self) -> dict[str, int]:
+        """Return bytes: "weights" that it keeps, and "cache", what keys and values took at most."""
 
     def draw(
         self, logits: Tensor, sampling: Sampling, uniforms: np.ndarray

@@ -36,6 +36,9 @@ class Generator(Protocol):
     def deterministic(self) -> bool:
         """Whether responses are a function of requests and weights alone (I5)."""
 
+    def memory(self) -> dict[str, int]:
+        """Return bytes: "weights", and "cache", what keys and values took at most."""
+
     def hold(self, manifest: Manifest, payloads: Sequence[Payload]) -> str:
         """Take over the weights that a manifest describes, and return their fingerprint.
 

@@ -6,7 +6,7 @@ from collections import deque
 
 import numpy as np
 
-from actors.generation.forward import Chunk, Copy
+from actors.generation.forward import Chunk, Copy, Forward
 from actors.generation.slots import Slots, Waiting
 
 _WORTH_SHARING = 8
@@ -16,12 +16,17 @@ _WORTH_SHARING = 8
 class Scheduler:
     """The requests that wait for a slot, and the plan of every step."""
 
-    def __init__(self, slots: Slots, size: int, prefill_tokens: int) -> None:
-        """`size` slots at most, and so many prompt tokens in a step."""
+    def __init__(self, slots: Slots, forward: Forward, size: int, prefill_tokens: int) -> None:
+        """`size` slots at most, and so many prompt tokens in a step.
+
+        A request begins when the cache of `forward` has room for its longest response, beside
+        those of all that have begun: none has to be stopped and begun again.
+        """
         self.queue: deque[Waiting] = deque()
         self.prefilling = False
         """A slot is in the middle of its prompt."""
-        self._slots, self._size, self._prefill_tokens = slots, size, prefill_tokens
+        self._slots, self._forward = slots, forward
+        self._size, self._prefill_tokens = size, prefill_tokens
 
     def plan(self) -> tuple[list[Chunk], list[Copy]]:
         """Advance `filled` and `newest` of all slots to what the next step computes.
@@ -42,8 +47,14 @@ class Scheduler:
             for slot in np.flatnonzero(~begun).tolist():
                 budget -= self._prefill(slot, budget, chunks)
         while self.queue and len(slots) < self._size and budget > 0:
-            slot = slots.add(self.queue.popleft())
-            self._share(slot, copies)
+            source, shared = self._alike(self.queue[0])
+            longest = len(self.queue[0].request.prompt_ids) + self.queue[0].limit
+            owned = self._forward.own(longest, shared)
+            if not self._forward.fits(owned, slots.owned[: len(slots)]):
+                break
+            slot = slots.add(self.queue.popleft(), owned)
+            if shared:
+                self._share(source, slot, shared, copies)
             budget -= self._prefill(slot, budget, chunks)
         return chunks, copies
 
@@ -60,26 +71,31 @@ class Scheduler:
         self.prefilling = end < length
         return end - start
 
-    def _share(self, slot: int, copies: list[Copy]) -> None:
-        """Plan to copy what another slot's prompt, under the same adapter, has in common with this.
+    def _alike(self, waiting: Waiting) -> tuple[int, int]:
+        """Find the slot whose prompt, under the same adapter, has most in common with a request's.
 
         The last token is always computed, because its logits are needed.
+
+        Returns:
+            The slot, and how many positions; 0 where they are not worth it.
         """
-        slots = self._slots
-        prompt = slots.prompts[slot, : slots.lengths[slot] - 1]
+        slots, used = self._slots, len(self._slots)
+        prompt = np.asarray(waiting.request.prompt_ids[:-1], dtype=np.int32)
         if len(prompt) < _WORTH_SHARING:
-            return
-        alike = (slots.prompts[:slot, :_WORTH_SHARING] == prompt[:_WORTH_SHARING]).all(axis=1)
-        others = np.flatnonzero(alike & (slots.adapters[:slot] == slots.adapters[slot]))
+            return 0, 0
+        alike = (slots.prompts[:used, :_WORTH_SHARING] == prompt[:_WORTH_SHARING]).all(axis=1)
+        others = np.flatnonzero(alike & (slots.adapters[:used] == waiting.adapter))
         if not len(others):
-            return
+            return 0, 0
         same = (slots.prompts[others, : len(prompt)] == prompt).cumprod(axis=1).sum(axis=1)
         same = np.minimum(same, np.minimum(slots.lengths[others], slots.filled[others]))
         best = int(same.argmax())
-        source, shared = int(others[best]), int(same[best])
-        if shared < _WORTH_SHARING:
-            return
-        slots.filled[slot] = shared
+        shared = int(same[best])
+        return int(others[best]), shared if shared >= _WORTH_SHARING else 0
+
+    def _share(self, source: int, slot: int, shared: int, copies: list[Copy]) -> None:
+        """Plan to give a slot the first positions of another."""
+        self._slots.filled[slot] = shared
         targets = [slot]
         if copies and (copies[-1].source, copies[-1].positions) == (source, shared):
             targets = [*copies.pop().targets, slot]

@@ -23,6 +23,7 @@ from common.logprobs import Sampling, draw, sampling_logits
 from common.models.attention import PLAIN, Mixing, capped, masked_attention
 from common.models.decoder import Decoder, Sizes
 from common.models.inference import inference_copy
+from common.native.model import Spent
 
 _BLOCK = 64
 """Positions by which what is attended to grows and shrinks."""
@@ -45,6 +46,8 @@ class _Cache:
         self._like = like.new_empty(0)
         self._flat = self._like
         self._length = min(_BLOCK, sizes.context)
+        self.peak = 0
+        """Bytes that were in use at most."""
 
     def take(self) -> None:
         """Take the memory, where it is not taken."""
@@ -58,6 +61,9 @@ class _Cache:
     def fit(self, positions: int, used: int) -> None:
         """Make room for so many positions of each slot; the first `used` keep what they hold."""
         length = min(self._context, -(-positions // _BLOCK) * _BLOCK)
+        slots, groups, width = self._shape
+        numbers = self._all[0] * slots * groups * length * width
+        self.peak = max(self.peak, numbers * self._like.element_size())
         if length == self._length:
             return
         before, self._length, kept = self.view(), length, min(length, self._length)
@@ -79,11 +85,12 @@ class TorchForward:
         """Products and cache in the dtype of `decoder`'s parameters."""
         weight = next(decoder.parameters())
         self._caches = [_Cache(decoder.sizes, slots, weight) for _ in ("keys", "values")]
+        self.slots = slots
         self._device = weight.device
         self._decoder = decoder
 
-    def take(self, decoder: Decoder, adapters: Sequence[str]) -> None:
-        """Run with the weights that a decoder has now."""
+    def take(self, decoder: Decoder, adapters: Sequence[str], spent: Spent | None = None) -> None:
+        """Run with the weights that a decoder has now; they stay in use."""
         self._decoder = inference_copy(decoder, adapters)
 
     @torch.no_grad()
@@ -100,6 +107,22 @@ class TorchForward:
         hidden = self._decoder.states(tokens_N, positions_N, attention, adapters_N)
         return self._decoder.logits(hidden[: step.used])
 
+    def forget(self) -> None:
+        """Keep everything: weights are the decoder's."""
+
+    def own(self, positions: int, shared: int) -> int:
+        """Return 0: every slot has room for a whole context."""
+        return 0
+
+    def fits(self, wanted: int, owned: np.ndarray) -> bool:
+        """Return True, likewise."""
+        return True
+
+    def memory(self) -> dict[str, int]:
+        """Return bytes of the decoder's weights, and what keys and values took at most."""
+        weights = sum(p.numel() * p.element_size() for p in self._decoder.parameters())
+        return {"weights": weights, "cache": sum(cache.peak for cache in self._caches)}
+
     def rest(self) -> None:
         """Give back the memory of keys and values until the next step."""
         for cache in self._caches:
@@ -110,6 +133,9 @@ class TorchForward:
         for cache in self._caches:
             held = cache.view()
             held[:, target, :, :positions] = held[:, source, :, :positions]
+
+    def clear(self, slot: int) -> None:
+        """Do nothing: what comes into the slot next is written over it."""
 
     def draw(
         self, logits: Tensor, sampling: Sampling, uniforms: np.ndarray

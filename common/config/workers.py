@@ -138,6 +138,8 @@ class RewardServiceConfig(Section):
     precision: Literal["fp32", "bf16"] | None = None
     """Number type of products in frozen passes; null: the learner's, so that equal policies have
     a KL of 0. Scores and log-probabilities are fp32 either way."""
+    kernels: Literal["auto", "native", "torch"] = "auto"
+    """Of frozen passes, as in `rollout`."""
     gpus_per_replica: NonNegativeFloat = 0.0
     """GPUs each worker asks Ray for; nothing computes on them yet, so a recipe leaves it at 0."""
     labels: Labels = Field(default_factory=dict)

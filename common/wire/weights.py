@@ -19,6 +19,7 @@ import xxhash
 from torch import Tensor
 
 from common.errors import TrainingError
+from common.pages import Pages
 from common.wire.hashing import Bytes, hasher
 
 
@@ -92,7 +93,8 @@ class FlatBuffer:
         named = sorted(parameters, key=lambda pair: pair[0])
         self.total = sum(p.numel() for _, p in named) * dtype.itemsize
         self.layout = layout_hash({name: tuple(p.shape) for name, p in named}, dtype, base)
-        self._flat = torch.empty(self.total // dtype.itemsize, dtype=dtype)
+        self._pages = Pages((self.total // dtype.itemsize,), dtype)
+        self._flat = self._pages.tensor
         offset = 0
         for _, parameter in named:
             view = self._flat[offset : offset + parameter.numel()].view(parameter.shape)
@@ -106,6 +108,11 @@ class FlatBuffer:
         """The buffer itself as bytes; writing here writes the parameters."""
         return self._flat.view(torch.uint8).numpy()
 
+    def give_back(self, parameter: Tensor) -> None:
+        """Give the memory of a parameter, or of a part of one, back until the next `load`."""
+        if parameter in self._pages:
+            self._pages.give_back(parameter)
+
     def load(self, manifest: Manifest, payloads: Sequence[Payload]) -> str:
         """Copy slices in, hash what is stored, and return its fingerprint.
 
@@ -118,6 +125,7 @@ class FlatBuffer:
                 f"weights version {manifest.policy_version} are of another architecture "
                 f"or for another base (layout {manifest.layout[:8]}, ours {self.layout[:8]})"
             )
+        self._pages.prepare()
         into, reached = self.bytes, 0
         for piece, payload in zip(manifest.slices, payloads, strict=True):
             if piece.offset != reached or sum(part.nbytes for part in payload) != piece.length:

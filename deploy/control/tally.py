@@ -87,6 +87,7 @@ class Throughput:
     def __init__(self) -> None:
         self._tokens = 0
         self._generate_s = self._load_s = self._score_s = 0.0
+        self._weights = self._cache = 0
         self._components: Metrics = {}
 
     def sampled(self, facts: LeaseFacts) -> None:
@@ -94,6 +95,8 @@ class Throughput:
         self._tokens += facts.response_tokens
         self._generate_s += facts.seconds
         self._load_s += facts.load_seconds
+        self._weights = max(self._weights, facts.memory.get("weights", 0))
+        self._cache = max(self._cache, facts.memory.get("cache", 0))
 
     def scored(self, facts: ScoreFacts) -> None:
         """Add what a reward worker reports of a call."""
@@ -109,10 +112,12 @@ class Throughput:
             Logged.GENERATE_SECONDS: self._generate_s,
             Logged.LOAD_SECONDS: self._load_s,
             Logged.SCORE_SECONDS: self._score_s,
+            Logged.ACTOR_WEIGHTS: self._weights,
+            Logged.ACTOR_CACHE: self._cache,
         }
         means = read(self._components)
         metrics |= {component_metric(name): value for name, value in means.items()}
-        self._tokens, self._components = 0, {}
+        self._tokens, self._weights, self._cache, self._components = 0, 0, 0, {}
         self._generate_s = self._load_s = self._score_s = 0.0
         return metrics
 

@@ -175,6 +175,7 @@ ROWS: Final[dict[str, tuple[Panel, ...]]] = {
             Logged.LOAD_SECONDS,
             Logged.SCORE_SECONDS,
         ),
+        states("Memory of the largest rollout actor", Logged.ACTOR_WEIGHTS, Logged.ACTOR_CACHE),
         states("Seconds of an evaluation", Logged.EVALUATE_SECONDS, stage="held_out"),
         panel(
             "Time since the last iteration",

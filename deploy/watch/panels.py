@@ -112,6 +112,7 @@ TABS: Final[Mapping[Tab, tuple[Panel, ...]]] = {
             (Logged.GENERATE_SECONDS, Logged.LOAD_SECONDS, Logged.SCORE_SECONDS),
         ),
         Panel("Seconds of an evaluation", (Logged.EVALUATE_SECONDS,), (HELD_OUT,)),
+        Panel("Memory of the largest rollout actor", (Logged.ACTOR_WEIGHTS, Logged.ACTOR_CACHE)),
         Panel("Sampled tokens per second and actor", (Logged.TOKENS_PER_SECOND,)),
         Panel("Age of the oldest rollout", (Logged.STALENESS,)),
         Panel("Rollouts by age", (Logged.STALENESS_COUNT,)),

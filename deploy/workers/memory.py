@@ -14,7 +14,6 @@ from typing import Final
 
 import torch
 
-from actors.generation.native_blocks import lacking
 from common.config.model import LoraConfig, ModelConfig
 from common.config.run import RunConfig
 from common.devices import torch_dtype
@@ -22,6 +21,7 @@ from common.models.adapters import adapter_size
 from common.models.build import build_decoder
 from common.models.footprint import kept_per_token
 from common.models.lora import adapted
+from common.native.blocks import lacking
 from common.out_of_memory import in_words, require_memory
 from deploy.workers.preflight import NetworkSizes, extra_bytes, learner_bytes
 
@@ -152,11 +152,14 @@ def _actors(config: RunConfig) -> Need:
     if lora is not None and not beside and not native:
         merged = 2 * shape.merged(lora) * dtype.itemsize  # a new version beside the one before
     each = 2 * shape.layers * shape.kv_numbers * shape.model.context * dtype.itemsize
-    slots = max(1, min(rollout.slots, rollout.lease_size, int(rollout.cache_mb * 2**20 / each)))
+    slots, room = min(rollout.slots, rollout.lease_size), rollout.cache_mb * 2**20
+    if not native:
+        slots = max(1, min(slots, int(room / each)))
     parts = {
         "weights": weights + merged,
-        "packed weights": native * weights,
-        "keys and values": slots * each,
+        # Kernels have weights in a layout of their own, and adapters' base stays beside it.
+        "packed weights": native * (lora is not None) * weights,
+        "keys and values": max(each, min(slots * each, room)),
         "activations": (slots + rollout.prefill_tokens) * shape.layer(dtype),
         "logits": _DRAWN * 4.0 * slots * shape.vocabulary,
     }
@@ -166,20 +169,26 @@ def _actors(config: RunConfig) -> Need:
 def _reward_workers(config: RunConfig) -> Need:
     service, dtype = config.reward_service, torch_dtype(config.reward_precision)
     reference = _Shape(config, service.reference or config.model)
-    shapes = [reference]
+    shapes, adapted_base = [reference], 0
+    native = service.kernels != "torch"
     if service.needs_model and config.reward_model.lora is None:
         shapes.append(_Shape(config, config.reward_model.model or config.model))
+    elif service.needs_model and native and not lacking(reference.decoder):
+        # Packed a second time, with the adapter merged.
+        adapted_base = reference.whole
     loaded = sum(shape.whole for shape in shapes)
     tokens = max(service.micro_batch_tokens, reference.model.context)
+    # Each model is there twice for a moment.
+    packing = (loaded + native * max(shape.whole for shape in shapes)) * dtype.itemsize / _LOADED
     parts = {
-        "weights": loaded * dtype.itemsize,
+        "weights": (loaded + adapted_base) * dtype.itemsize,
         "activations": tokens * max(shape.layer(dtype) for shape in shapes),
         "logits": reference.pieces(trained=False, dtype=dtype),
     }
-    return _need("reward workers", service.replicas, parts, loaded)
+    return _need("reward workers", service.replicas, parts, max(loaded, packing))
 
 
-def _need(what: str, count: int, parts: Mapping[str, float], loaded: int) -> Need:
+def _need(what: str, count: int, parts: Mapping[str, float], loaded: float) -> Need:
     """Add the process, and what loading takes beyond what comes after it."""
     loading = max(0.0, _LOADED * loaded - sum(parts.values()))
     return Need(what=what, count=count, parts={**parts, "loading": loading, "process": _PROCESS})

@@ -26,6 +26,9 @@ class Echo:
             raise CorruptSliceError("slice of rank 0 arrived corrupted")
         return manifest.fingerprint
 
+    def memory(self) -> dict[str, int]:
+        return {}
+
     def generate(self, requests: Sequence[RolloutRequest]) -> list[Generated]:
         return [
             Generated(

@@ -64,6 +64,7 @@ class NullRollout:
             response_tokens=LENGTH * len(requests),
             seconds=0.0,
             load_seconds=0.0,
+            memory={},
             reloads=0,
         )
         return facts, widened(requests, RolloutRequest, Rollout, constant)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.generation import native_library
 from actors.generation.cached_decoder import CachedDecoder, Choice, slots_within
 from actors.generation.forward import Chunk, Copy
 from common.config.model import PalmConfig
@@ -15,6 +14,7 @@ from common.errors import ClusterError, ConfigError
 from common.logprobs import Sampling, draw
 from common.models.decoder import Decoder
 from common.models.palm import PaLM
+from common.native import library
 
 SHAPE = PalmConfig(vocab_size=61, dim=32, layers=3, heads=4, head_dim=16, context=40)
 BOTH: list[Choice] = ["native", "torch"]
@@ -146,7 +146,7 @@ def test_any_shape_and_any_number_of_threads(
 def test_narrower_processors_compute_the_same(
     narrower: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native_library, "_FLAGS", [*native_library._FLAGS, narrower])
+    monkeypatch.setattr(library, "_FLAGS", [*library._FLAGS, narrower])
     palm, tokens = model(dtype=dtype), shared_prefixes()
     assert_near(two_steps(palm, tokens), palm(tokens)[:, -2:].float(), dtype)
 
@@ -219,7 +219,7 @@ def test_without_a_compiler_native_is_an_error_and_auto_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
-    with pytest.raises(ClusterError, match=r"install gcc, or set rollout\.kernels=torch"):
+    with pytest.raises(ClusterError, match=r"install gcc, or set kernels to torch"):
         CachedDecoder(model(), slots=1, kernels="native")
     CachedDecoder(model(), slots=1, kernels="auto")
     assert "generation is slower" in caplog.text
@@ -232,16 +232,16 @@ def test_a_compiler_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("CC", str(broken))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(ClusterError, match=r"broken-cc cannot compile.*no room"):
-        native_library.compiled(model().sizes, 16, torch.float32)
+        library.compiled(model().sizes, 16, torch.float32)
     assert not list((tmp_path / "talipot").iterdir()), "nothing half made is left"
 
 
 def test_kernels_are_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = native_library.compiled(model().sizes, 16, torch.float32)
+    first = library.compiled(model().sizes, 16, torch.float32)
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("compiled a second time")
 
     monkeypatch.setattr(subprocess, "run", refuse)
-    assert native_library.compiled(model().sizes, 16, torch.float32) == first
+    assert library.compiled(model().sizes, 16, torch.float32) == first

@@ -14,11 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from actors.generation import native_library
 from actors.generation.cached_decoder import CachedDecoder
 from actors.generation.engine import GenerationEngine
 from actors.generation.forward import Chunk
-from actors.generation.native_blocks import LLAMAS, describe, why_not
 from actors.generation.native_forward import NativeForward
 from common.config.model import LoraConfig
 from common.errors import ConfigError
@@ -26,6 +24,8 @@ from common.logprobs import Sampling
 from common.models.adapters import add_adapter
 from common.models.lora import OFF, Adapted
 from common.models.pretrained.decoder import PretrainedDecoder
+from common.native import library
+from common.native.blocks import LLAMAS, describe, why_not
 from tests.actors.generation.test_cached_decoder import two_steps
 from tests.actors.generation.test_pretrained_engine import requests
 from tests.common.models.pretrained.tiny import VARIANTS, VOCABULARY, loaded, reference
@@ -144,7 +144,7 @@ def test_what_is_sampled_depends_on_neither_slots_nor_chunks(
 def test_narrower_processors_compute_the_same(
     name: str, narrower: str, dtype: torch.dtype, made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native_library, "_FLAGS", [*native_library._FLAGS, narrower])
+    monkeypatch.setattr(library, "_FLAGS", [*library._FLAGS, narrower])
     decoder, tokens = made(name, dtype), shared_prefixes()
     found = two_steps(decoder, tokens)
     assert apart(found, decoder, tokens) < (1e-4 if dtype == torch.float32 else 0.1)

@@ -60,6 +60,7 @@ class SleepingActor:
             seconds=seconds,
             load_seconds=0.0,
             reloads=0,
+            memory={"weights": 1, "cache": 2},
         )
         return facts, table
 

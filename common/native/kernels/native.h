@@ -3,7 +3,7 @@
  * Blocks are those of PaLM (attention and SwiGLU side by side) and of Llama (one after the other), with
  * what their relatives have beside: see `layer` and `model`.
  *
- * `actors/generation/native_library.py` compiles all files as one, with HEADS, KV_HEADS, HEAD_DIM,
+ * `common/native/library.py` compiles all files as one, with HEADS, KV_HEADS, HEAD_DIM,
  * ROTARY (and BF16) defined, so that inner loops have constant length. Every row is computed alone and in
  * one order: its result depends neither on the batch it is in nor on the number of threads.
  *
@@ -92,6 +92,24 @@ static inline float fast_exp(float x) {
 
 /* A weight matrix for a product: panels of PANEL columns (`products.c`). */
 #define PANEL 64
+
+/* Where a panel has its column c at the inner dimension's k. */
+static inline int64_t place_of(int64_t k, int64_t c) {
+#ifdef DOT
+    return (k / 2) * 2 * PANEL + c * 2 + k % 2;
+#else
+    return k * PANEL + c;
+#endif
+}
+
+static inline float weight_at(const weight *panel, int64_t k, int64_t c) {
+#ifdef DOT
+    return wide(panel[place_of(k, c)]);
+#else
+    return panel[place_of(k, c)];
+#endif
+}
+
 typedef struct {
     const weight *data;
     int64_t panels;
@@ -105,28 +123,33 @@ typedef struct {
     const float *norm_q, *norm_k; /* [HEAD_DIM], of each head before it is turned, or NULL */
     const float *cos_q, *sin_q, *cos_k, *sin_k; /* [context, HALF] */
     int64_t window;      /* positions that are attended to, the own included; 0 is all */
-    real *keys, *values; /* [slots, KV_HEADS, context, HEAD_DIM] in the order of `attention.c` */
+    real *keys, *values; /* of the cache's first block: [KV_HEADS, block, HEAD_DIM] */
 } layer;
 
 typedef struct {
     int64_t layers, dim, ff, vocabulary;
-    int64_t context; /* positions of a slot in the cache, a multiple of 16 */
+    int64_t block;   /* positions of a block of the cache, a multiple of 16 */
+    int64_t apart;   /* numbers between two blocks of the cache */
+    int64_t longest; /* blocks of a slot at most */
     int64_t dim_stride, mixed_stride, ff_stride; /* row lengths of activations, even */
     int64_t centred; /* whether norms take the mean away: LayerNorm, else RMSNorm */
     float eps;       /* of norms */
     float scale;     /* of queries */
+    float logits_scale;
     const layer *layer;
-    const float *norm; /* [dim], the last, with the logits' scale */
-    const real *embedding; /* [vocabulary, dim] */
+    const float *norm, *scaled_norm; /* [dim], the last; for states, and for logits */
+    const real *embedding; /* [vocabulary, dim], or NULL: it is in `logits` */
     packed logits;
 } model;
 
-/* Rows of a step: the newest token of slots 0 .. used - 1, then earlier tokens of prompts. */
+/* Rows of a step: first those whose states are wanted, then earlier tokens of their slots. */
 typedef struct {
     int64_t rows, used;
     const int64_t *tokens, *slots, *positions; /* [rows] */
+    const int32_t *table; /* [slots, longest]: the blocks of each slot */
+    int64_t alone; /* whether no row reads keys and values of another row */
     int64_t copies;
-    const int64_t *copy; /* triples (source, target, positions) */
+    const int64_t *copy; /* triples of blocks and positions: (source, target, positions) */
 } step;
 
 /* Room for a step, of at least `rows` rows; all but `x` and `fused` are zero beyond their width. */

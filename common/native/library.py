@@ -1,6 +1,6 @@
 """The C library of the native forward: how it is compiled and called.
 
-`native/*.c` are compiled for this machine, a head shape and a precision. Compilation takes some
+`kernels/*.c` are compiled for this machine, a head shape and a precision. Compilation takes some
 seconds, happens once per machine and shape, and is kept in the user's cache folder.
 """
 
@@ -17,7 +17,7 @@ from common.errors import ClusterError
 from common.models.decoder import Sizes
 from common.native_code import shared_library
 
-_FOLDER = Path(__file__).with_name("native")
+_FOLDER = Path(__file__).with_name("kernels")
 # Sums may be reordered into vector lanes; the order is fixed by the binary, not by the batch.
 _FLAGS = [
     "-fopenmp",
@@ -31,8 +31,8 @@ _FLAGS = [
 ]
 PANEL = 64
 """Columns of a panel of packed weights, as in native.h."""
-KEY_BLOCK = 16
-"""Positions of a block of keys, as in attention.c."""
+KEYS = 16
+"""Positions whose keys lie together, as in attention.c."""
 
 
 def compiled(sizes: Sizes, rotary: int, dtype: torch.dtype) -> Path:
@@ -56,7 +56,7 @@ def compiled(sizes: Sizes, rotary: int, dtype: torch.dtype) -> Path:
             "native kernels", _FOLDER / "forward.c", [*_FLAGS, *wide, *shape], included
         )
     except ClusterError as error:
-        raise ClusterError(f"{error}, or set rollout.kernels=torch") from None
+        raise ClusterError(f"{error}, or set kernels to torch") from None
 
 
 def library(path: Path) -> ctypes.CDLL:
@@ -64,11 +64,11 @@ def library(path: Path) -> ctypes.CDLL:
     functions = ctypes.CDLL(str(path))
     number, address, at = ctypes.c_int64, ctypes.c_void_p, ctypes.POINTER
     functions.weight_bytes.argtypes = []
-    functions.pack.argtypes = [address, number, number, address, number, address]
-    functions.forward.argtypes = [at(Model), at(StepRows), at(Scratch), address, at(Seconds)]
-    functions.move.argtypes = [at(Model), number, number, number]
+    functions.pack.argtypes = [address, *[number] * 4, address, number, address]
+    functions.forward.argtypes = [at(Model), at(Rows), at(Scratch), address, address, at(Seconds)]
+    functions.read_states.argtypes = [at(Model), address, number, at(Scratch), address]
     functions.draw.argtypes = [address, number, number, ctypes.c_float, address, address, address]
-    for name in ("pack", "forward", "move", "draw"):
+    for name in ("pack", "forward", "read_states", "draw"):
         getattr(functions, name).restype = None
     functions.weight_bytes.restype = number
     return functions
@@ -120,22 +120,26 @@ class Model(ctypes.Structure):
         ("dim", ctypes.c_int64),
         ("ff", ctypes.c_int64),
         ("vocabulary", ctypes.c_int64),
-        ("context", ctypes.c_int64),
+        ("block", ctypes.c_int64),
+        ("apart", ctypes.c_int64),
+        ("longest", ctypes.c_int64),
         ("dim_stride", ctypes.c_int64),
         ("mixed_stride", ctypes.c_int64),
         ("ff_stride", ctypes.c_int64),
         ("centred", ctypes.c_int64),
         ("eps", ctypes.c_float),
         ("scale", ctypes.c_float),
+        ("logits_scale", ctypes.c_float),
         ("layer", ctypes.POINTER(Layer)),
         ("norm", ctypes.c_void_p),
+        ("scaled_norm", ctypes.c_void_p),
         ("embedding", ctypes.c_void_p),
         ("logits", Packed),
     )
 
 
-class StepRows(ctypes.Structure):
-    """The rows of a step, and prefixes to copy as triples (source, target, positions)."""
+class Rows(ctypes.Structure):
+    """The rows of a step, its slots' blocks, and blocks to copy: (source, target, positions)."""
 
     _fields_ = (
         ("rows", ctypes.c_int64),
@@ -143,6 +147,8 @@ class StepRows(ctypes.Structure):
         ("tokens", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
         ("positions", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("alone", ctypes.c_int64),
         ("copies", ctypes.c_int64),
         ("copy", ctypes.c_void_p),
     )

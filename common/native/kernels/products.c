@@ -20,41 +20,43 @@ typedef struct {
     int64_t apart, left;
 } place;
 
-/* What is read after a product: for each row `each` times so many bytes at an offset, from two places. Memory is
- * idle while a product computes, so each task fetches a part of that into the caches, a few lines at
- * a time: many at once would delay the weights. */
+/* What is read after a product: pieces of so many bytes at an offset, from two places. Memory is idle
+ * while a product computes, so each task fetches a part of that into the caches, a few lines at a time:
+ * many at once would delay the weights. */
 typedef struct {
-    int64_t rows, each;
-    const int64_t *offset, *bytes; /* [rows, each] */
+    int64_t rows;
+    const int64_t *first; /* [rows + 1]: a row's pieces are first[row] .. first[row + 1] - 1 */
+    const int64_t *offset, *bytes;
     const char *place[2];
 } prefetch;
 
 /* What one task fetches of it, and where it is. */
 typedef struct {
     const prefetch *of;
-    int64_t row, last, byte, lines; /* the next line's row and byte; lines at a time */
+    int64_t piece, last, byte, lines; /* the next line's piece and byte; lines at a time */
     int place;
 } prefetch_share;
 
 INLINE prefetch_share shared(const prefetch *of, const task *t, int64_t stride) {
     prefetch_share mine = {of, 0, 0, 0, 0, 0};
     if (!of || t->first >= of->rows) return mine;
-    int64_t rows = ((t->last < of->rows ? t->last : of->rows) - t->first) * of->each, lines = 0;
+    int64_t begin = of->first[t->first], lines = 0;
+    int64_t pieces = of->first[t->last < of->rows ? t->last : of->rows] - begin;
     int64_t times = (t->end - t->begin + ROWS - 1) / ROWS * ((stride + STRETCH - 1) / STRETCH);
-    mine.row = t->first * of->each + rows * t->index / t->count;
-    mine.last = t->first * of->each + rows * (t->index + 1) / t->count;
-    for (int64_t row = mine.row; row < mine.last; row++) lines += 2 * (of->bytes[row] + 63) / 64;
+    mine.piece = begin + pieces * t->index / t->count;
+    mine.last = begin + pieces * (t->index + 1) / t->count;
+    for (int64_t p = mine.piece; p < mine.last; p++) lines += 2 * (of->bytes[p] + 63) / 64;
     mine.lines = (lines + times - 1) / times;
     return mine;
 }
 
 INLINE void fetch(prefetch_share *mine) {
     const prefetch *of = mine->of;
-    for (int64_t line = 0; line < mine->lines && mine->row < mine->last; line++) {
-        __builtin_prefetch(of->place[mine->place] + of->offset[mine->row] + mine->byte, 0, 2);
+    for (int64_t line = 0; line < mine->lines && mine->piece < mine->last; line++) {
+        __builtin_prefetch(of->place[mine->place] + of->offset[mine->piece] + mine->byte, 0, 2);
         mine->byte += 64;
-        if (mine->byte < of->bytes[mine->row]) continue;
-        mine->byte = 0, mine->row += mine->place, mine->place ^= 1;
+        if (mine->byte < of->bytes[mine->piece]) continue;
+        mine->byte = 0, mine->piece += mine->place, mine->place ^= 1;
     }
 }
 
@@ -241,20 +243,23 @@ static void product(worker *me, const real *a, int64_t stride, int64_t rows, con
 int64_t weight_bytes(void) { return sizeof(weight); }
 
 /* Lay out columns of a product for `tile`: column c of all panels is row columns[c] of w
- * [any, length], or zeros where that is negative; `inner` >= length is the rows' padded length. */
-void pack(const real *w, int64_t length, int64_t inner, const int64_t *columns, int64_t panels,
-          weight *out) {
+ * [any, length], or zeros where that is -1, or stays as it is where it is less. Of the inner dimension,
+ * `inner` long, w is what begins at `begin`; there are zeros behind it up to `end`. */
+void pack(const real *w, int64_t length, int64_t begin, int64_t end, int64_t inner,
+          const int64_t *columns, int64_t panels, weight *out) {
 #pragma omp parallel for schedule(static)
     for (int64_t panel = 0; panel < panels; panel++)
         for (int64_t c = 0; c < PANEL; c++) {
             int64_t from = columns[panel * PANEL + c];
-            for (int64_t k = 0; k < inner; k++) {
-                real value = from < 0 || k >= length ? narrow(0.0f) : w[from * length + k];
+            if (from < -1) continue;
+            for (int64_t k = begin; k < end; k++) {
+                int64_t at = k - begin;
+                real value = from < 0 || at >= length ? narrow(0.0f) : w[from * length + at];
                 weight *to = out + panel * inner * PANEL;
 #ifdef DOT
-                to[(k / 2) * 2 * PANEL + c * 2 + k % 2] = value;
+                to[place_of(k, c)] = value;
 #else
-                to[k * PANEL + c] = wide(value);
+                to[place_of(k, c)] = wide(value);
 #endif
             }
         }

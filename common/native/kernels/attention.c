@@ -1,8 +1,9 @@
 /* Rotation, the cache and attention. A head of keys and values serves GROUP query heads.
  *
- * The cache of a slot and head lies so that attention reads it front to back: keys in blocks of 16
- * positions, all 16 for one dimension (one pair of dimensions, where there is an instruction for
- * pairs) after another; values position by position (in pairs of positions).
+ * A slot's positions are in blocks of the cache, which slots may share. A block has keys and values of
+ * all layers. Those of a layer and head lie so that attention reads them front to back: of 16 keys all
+ * 16 for one dimension (one pair of dimensions, where there is an instruction for pairs) after another;
+ * values position by position (in pairs of positions).
  */
 #include "thread_pool.c"
 
@@ -70,19 +71,16 @@ static inline void turn(const model *m, const real *in, const float *bias, const
     for (int i = ROTARY; i < HEAD_DIM; i++) out[i] = x[i] * scale;
 }
 
-/* Where the keys or values of a slot and head begin. */
-static inline int64_t cache_at(const model *m, int64_t slot, int64_t head) {
-    return (slot * KV_HEADS + head) * m->context * HEAD_DIM;
-}
-
-/* Turn a row's keys and write them and its values to the cache; kv begins with the keys. */
-static inline void store_row(const model *m, const layer *at, const real *kv, int64_t slot,
+/* Turn a row's keys and write them and its values to its slot's blocks; kv begins with the keys. */
+static inline void store_row(const model *m, const layer *at, const real *kv, const int32_t *blocks,
                              int64_t position) {
+    int64_t begin = blocks[position / m->block] * m->apart, place = position % m->block;
     const float *cosine = at->cos_k + position * HALF, *sine = at->sin_k + position * HALF;
     const float *bias_k = at->bias ? at->bias + HEADS * HEAD_DIM : NULL;
     const float *bias_v = at->bias ? bias_k + KV_HEADS * HEAD_DIM : NULL;
     for (int g = 0; g < KV_HEADS; g++) {
-        real *keys = at->keys + cache_at(m, slot, g), *values = at->values + cache_at(m, slot, g);
+        int64_t own = begin + g * m->block * HEAD_DIM;
+        real *keys = at->keys + own, *values = at->values + own;
         const real *value = kv + (KV_HEADS + g) * HEAD_DIM;
         float turned[HEAD_DIM];
         real key[HEAD_DIM];
@@ -91,32 +89,35 @@ static inline void store_row(const model *m, const layer *at, const real *kv, in
         narrow_all(turned, key, HEAD_DIM);
 #ifdef PAIRS
         for (int i = 0; i < HEAD_DIM; i += 2) /* two dimensions in one write */
-            memcpy(keys + key_at(position, i), key + i, 2 * sizeof(real));
+            memcpy(keys + key_at(place, i), key + i, 2 * sizeof(real));
 #else
-        for (int i = 0; i < HEAD_DIM; i++) keys[key_at(position, i)] = key[i];
+        for (int i = 0; i < HEAD_DIM; i++) keys[key_at(place, i)] = key[i];
 #endif
         for (int i = 0; i < HEAD_DIM; i++)
-            values[value_at(position, i)] =
+            values[value_at(place, i)] =
                 bias_v ? narrow(wide(value[i]) + bias_v[g * HEAD_DIM + i]) : value[i];
     }
 }
 
 /* The same for all rows, kv [rows, stride]. */
-static void store(worker *me, const model *m, const layer *at, const real *kv, int64_t stride,
-                  int64_t rows, const int64_t *slots, const int64_t *positions) {
+static void store(worker *me, const model *m, const layer *at, const step *s, const real *kv,
+                  int64_t stride, int64_t first, int64_t rows) {
     cursor tasks = begin_phase(me);
     for (task t; next_task(&tasks, rows, SOME_ROWS, 1, &t);)
-        for (int64_t row = t.begin; row < t.end; row++)
-            store_row(m, at, kv + row * stride, slots[row], positions[row]);
+        for (int64_t row = t.begin; row < t.end; row++) {
+            const int32_t *blocks = s->table + s->slots[first + row] * m->longest;
+            store_row(m, at, kv + row * stride, blocks, s->positions[first + row]);
+        }
 }
 
-/* Give a slot the first positions of another; what the target has behind them stays. */
-static void copy_slot(const model *m, const layer *at, int64_t source, int64_t target,
-                      int64_t positions) {
+/* Give a block the first positions of another. */
+static void copy_block(const model *m, const layer *at, int64_t source, int64_t target,
+                       int64_t positions) {
     int64_t whole = positions / 16 * 16; /* of keys and of values */
     size_t bytes = whole * HEAD_DIM * sizeof(real);
     for (int g = 0; g < KV_HEADS; g++) {
-        int64_t from = cache_at(m, source, g), to = cache_at(m, target, g);
+        int64_t head = g * m->block * HEAD_DIM;
+        int64_t from = source * m->apart + head, to = target * m->apart + head;
         memcpy(at->keys + to, at->keys + from, bytes);
         memcpy(at->values + to, at->values + from, bytes);
         for (int64_t p = whole; p < positions; p++)
@@ -125,6 +126,28 @@ static void copy_slot(const model *m, const layer *at, int64_t source, int64_t t
                 at->values[to + value_at(p, i)] = at->values[from + value_at(p, i)];
             }
     }
+}
+
+/* The positions of a slot that a row attends to: begin .. begin + length - 1, in its blocks. */
+typedef struct {
+    const int32_t *blocks;
+    int64_t begin, length;  /* begin is a multiple of 16 */
+    int64_t size, apart;    /* positions of a block, numbers between blocks */
+    const int32_t *ahead;   /* the blocks of what is read next */
+    int64_t further;        /* numbers from these blocks' begin to what is read there */
+} reading;
+
+/* A run of positions in one block: from `at` on, after `done` others; `ahead` is what comes next. */
+typedef struct {
+    int64_t done, count, at, ahead;
+} run;
+
+INLINE run run_at(const reading *of, int64_t done) {
+    int64_t position = of->begin + done, index = position / of->size;
+    int64_t place = position % of->size, left = of->length - done, room = of->size - place;
+    return (run){done, left < room ? left : room,
+                 of->blocks[index] * of->apart + place * HEAD_DIM,
+                 of->ahead[index] * of->apart + of->further + place * HEAD_DIM};
 }
 
 #define NOTHING -1e30f /* the score of what is not attended to */
@@ -176,43 +199,51 @@ INLINE void score_blocks(const int blocks, const int heads, int h, const real *q
             _mm512_storeu_ps(scores + (h + g) * reach + t + 16 * b, sum[b][g]);
 }
 
-/* scores [GROUP, reach] of a query [GROUP, HEAD_DIM] against the keys of a slot. */
-static inline void score(const real *q, const real *keys, int64_t reach, const real *ahead,
+/* scores [GROUP, reach] of a query [GROUP, HEAD_DIM] against keys. */
+static inline void score(const real *q, const real *cache, const reading *of, int64_t reach,
                          float *scores) {
-    int64_t t = 0;
-    for (; t + 32 <= reach; t += 32)
-        EACH_GROUP(score_blocks(2, heads, h, q, keys, t, reach, ahead, scores));
-    if (t < reach) EACH_GROUP(score_blocks(1, heads, h, q, keys, t, reach, ahead, scores));
+    for (run r = run_at(of, 0);; r = run_at(of, r.done + r.count)) {
+        const real *keys = cache + r.at, *ahead = cache + r.ahead;
+        float *to = scores + r.done;
+        int64_t t = 0;
+        for (; t + 16 < r.count; t += 32)
+            EACH_GROUP(score_blocks(2, heads, h, q, keys, t, reach, ahead, to));
+        if (t < r.count) EACH_GROUP(score_blocks(1, heads, h, q, keys, t, reach, ahead, to));
+        if (r.done + r.count == of->length) break;
+    }
 }
 
 /* Values weighted by the weights of `heads` heads from h on, dimensions from i on. */
-INLINE void mix_heads(const int heads, int h, int i, const real *weights, const real *values,
-                      int64_t length, int64_t reach, const real *ahead, const float *scale,
-                      real *out) {
+INLINE void mix_heads(const int heads, int h, int i, const real *weights, const real *cache,
+                      const reading *of, int64_t reach, const float *scale, real *out) {
     __m512 sum[HEADS_AT_ONCE][WIDTH / 16];
 #pragma GCC unroll 4
     for (int g = 0; g < heads; g++)
 #pragma GCC unroll 4
         for (int j = 0; j < WIDTH / 16; j++) sum[g][j] = _mm512_setzero_ps();
-    for (int64_t t = 0; t < length; t += 2) {
-        __m512i value[WIDTH / 16];
+    for (run r = run_at(of, 0);; r = run_at(of, r.done + r.count)) {
+        const real *values = cache + r.at, *ahead = cache + r.ahead, *from = weights + r.done;
+        for (int64_t t = 0; t < r.count; t += 2) {
+            __m512i value[WIDTH / 16];
 #pragma GCC unroll 4
-        for (int j = 0; j < WIDTH / 16; j++) {
-            int64_t at = t * HEAD_DIM + (i + 16 * j) * 2;
-            value[j] = _mm512_loadu_si512(values + at);
-            if (h == 0) __builtin_prefetch(ahead + at);
+            for (int j = 0; j < WIDTH / 16; j++) {
+                int64_t at = t * HEAD_DIM + (i + 16 * j) * 2;
+                value[j] = _mm512_loadu_si512(values + at);
+                if (h == 0) __builtin_prefetch(ahead + at);
+            }
+            if (t + 1 == r.count) /* the other of the pair is what another text left there */
+#pragma GCC unroll 4
+                for (int j = 0; j < WIDTH / 16; j++)
+                    value[j] = _mm512_and_si512(value[j], _mm512_set1_epi32(0xffff));
+#pragma GCC unroll 4
+            for (int g = 0; g < heads; g++) {
+                __m512bh weight = broadcast(from + (h + g) * reach + t);
+#pragma GCC unroll 4
+                for (int j = 0; j < WIDTH / 16; j++)
+                    sum[g][j] = _mm512_dpbf16_ps(sum[g][j], weight, (__m512bh)value[j]);
+            }
         }
-        if (t + 1 == length) /* the other of the pair is what another text left there */
-#pragma GCC unroll 4
-            for (int j = 0; j < WIDTH / 16; j++)
-                value[j] = _mm512_and_si512(value[j], _mm512_set1_epi32(0xffff));
-#pragma GCC unroll 4
-        for (int g = 0; g < heads; g++) {
-            __m512bh weight = broadcast(weights + (h + g) * reach + t);
-#pragma GCC unroll 4
-            for (int j = 0; j < WIDTH / 16; j++)
-                sum[g][j] = _mm512_dpbf16_ps(sum[g][j], weight, (__m512bh)value[j]);
-        }
+        if (r.done + r.count == of->length) break;
     }
 #pragma GCC unroll 4
     for (int g = 0; g < heads; g++)
@@ -225,11 +256,10 @@ INLINE void mix_heads(const int heads, int h, int i, const real *weights, const 
 }
 
 /* out [GROUP, HEAD_DIM]: values weighted by weights [GROUP, reach], times `scale` [GROUP]. */
-static inline void mix(const real *weights, const real *values, int64_t length, int64_t reach,
-                       const real *ahead, const float *scale, real *out) {
+static inline void mix(const real *weights, const real *cache, const reading *of, int64_t reach,
+                       const float *scale, real *out) {
     for (int i = 0; i < HEAD_DIM; i += WIDTH)
-        EACH_GROUP(
-            mix_heads(heads, h, i, weights, values, length, reach, ahead, scale, out));
+        EACH_GROUP(mix_heads(heads, h, i, weights, cache, of, reach, scale, out));
 }
 
 /* weights [reach] = exp(scores - the largest), zero before `skip` and from `length` on; the inverse of
@@ -265,23 +295,29 @@ INLINE void score_block(const int heads, int h, const float *q, const real *keys
     for (int g = 0; g < heads; g++) memcpy(scores + (h + g) * reach + t, sum[g], sizeof sum[g]);
 }
 
-static inline void score(const float *q, const real *keys, int64_t reach, const real *ahead,
+static inline void score(const float *q, const real *cache, const reading *of, int64_t reach,
                          float *scores) {
-    (void)ahead;
-    for (int64_t t = 0; t < reach; t += 16)
-        EACH_GROUP(score_block(heads, h, q, keys, t, reach, scores));
+    for (int64_t done = 0; done < of->length;) {
+        run r = run_at(of, done);
+        for (int64_t t = 0; t < r.count; t += 16)
+            EACH_GROUP(score_block(heads, h, q, cache + r.at, t, reach, scores + done));
+        done += r.count;
+    }
 }
 
-static inline void mix(const real *weights, const real *values, int64_t length, int64_t reach,
-                       const real *ahead, const float *scale, real *out) {
-    (void)ahead;
+static inline void mix(const real *weights, const real *cache, const reading *of, int64_t reach,
+                       const float *scale, real *out) {
     float mixed[GROUP * HEAD_DIM] = {0.0f};
-    for (int64_t t = 0; t < length; t++)
-        for (int h = 0; h < GROUP; h++) {
-            float weight = wide(weights[h * reach + t]);
-            for (int i = 0; i < HEAD_DIM; i++)
-                mixed[h * HEAD_DIM + i] += weight * wide(values[value_at(t, i)]);
-        }
+    for (int64_t done = 0; done < of->length;) {
+        run r = run_at(of, done);
+        for (int64_t t = 0; t < r.count; t++)
+            for (int h = 0; h < GROUP; h++) {
+                float weight = wide(weights[h * reach + done + t]);
+                for (int i = 0; i < HEAD_DIM; i++)
+                    mixed[h * HEAD_DIM + i] += weight * wide(cache[r.at + value_at(t, i)]);
+            }
+        done += r.count;
+    }
     for (int h = 0; h < GROUP; h++)
         for (int i = 0; i < HEAD_DIM; i++)
             out[h * HEAD_DIM + i] = narrow(mixed[h * HEAD_DIM + i] * scale[h]);
@@ -304,20 +340,21 @@ static inline float softmax_weights(float *scores, int64_t skip, int64_t length,
 }
 #endif
 
-/* Attention of one row [HEADS, HEAD_DIM] at the last of `length` positions of its slot; the next row
- * reads what lies `ahead` of its keys and values, in elements. */
-static void attend_row(const model *m, const layer *at, const real *row, const real *keys,
-                       const real *values, int64_t length, int64_t ahead, real *out) {
+/* Attention of one row [HEADS, HEAD_DIM] at the last of `length` positions of a slot with these blocks;
+ * the next row's slot has the blocks `ahead`. */
+static void attend_row(const model *m, const layer *at, const real *row, const int32_t *blocks,
+                       int64_t length, const int32_t *ahead, real *out) {
     int64_t first = at->window && at->window < length ? length - at->window : 0;
     int64_t begin = first / 16 * 16, skip = first - begin, seen = length - begin;
-    int64_t reach = (seen + 15) / 16 * 16, each = m->context * HEAD_DIM;
+    int64_t reach = (seen + 15) / 16 * 16, each = m->block * HEAD_DIM;
     const float *cosine = at->cos_q + (length - 1) * HALF, *sine = at->sin_q + (length - 1) * HALF;
     float turned[GROUP * HEAD_DIM], scores[GROUP * reach], inverse[GROUP];
     real weights[GROUP * reach];
     for (int g = 0; g < KV_HEADS; g++) {
-        const real *k = keys + g * each + begin * HEAD_DIM;
-        const real *v = values + g * each + begin * HEAD_DIM;
-        int64_t next = g + 1 < KV_HEADS ? each : ahead - g * each;
+        const real *k = at->keys + g * each, *v = at->values + g * each;
+        int last = g + 1 == KV_HEADS;
+        reading of = {blocks, begin, seen, m->block, m->apart,
+                      last ? ahead : blocks, last ? -g * each : each};
         for (int h = 0; h < GROUP; h++) {
             int64_t from = (g * GROUP + h) * HEAD_DIM;
             turn(m, row + from, at->bias ? at->bias + from : NULL, at->norm_q, cosine, sine,
@@ -329,11 +366,11 @@ static void attend_row(const model *m, const layer *at, const real *row, const r
 #else
         const float *q = turned;
 #endif
-        score(q, k, reach, k + next, scores);
+        score(q, k, &of, reach, scores);
         for (int h = 0; h < GROUP; h++)
             inverse[h] =
                 softmax_weights(scores + h * reach, skip, seen, reach, weights + h * reach);
-        mix(weights, v, seen, reach, v + next, inverse, out + g * GROUP * HEAD_DIM);
+        mix(weights, v, &of, reach, inverse, out + g * GROUP * HEAD_DIM);
     }
 }
 
@@ -346,11 +383,9 @@ static void attend(worker *me, const model *m, const layer *at, const step *s, i
     for (task t; next_task(&tasks, rows, ATTEND_ROWS, 1, &t);)
         for (int64_t row = t.begin; row < t.end; row++) {
             const real *asked = fused + row * stride;
-            int64_t slot = s->slots[row], position = s->positions[row];
-            int64_t from = cache_at(m, slot, 0);
-            int64_t next = cache_at(m, s->slots[row + 1 < rows ? row + 1 : row], 0) - from;
-            if (storing) store_row(m, at, asked + kv, slot, position);
-            attend_row(m, at, asked, at->keys + from, at->values + from, position + 1, next,
-                       out + row * out_stride);
+            const int32_t *blocks = s->table + s->slots[row] * m->longest;
+            const int32_t *next = s->table + s->slots[row + 1 < rows ? row + 1 : row] * m->longest;
+            if (storing) store_row(m, at, asked + kv, blocks, s->positions[row]);
+            attend_row(m, at, asked, blocks, s->positions[row] + 1, next, out + row * out_stride);
         }
 }

@@ -82,11 +82,13 @@ class Description(Protocol):
     def blocks(self, decoder: Decoder, adapter: str) -> Iterator[BlockWeights]:
         """Yield the weights that a decoder of this shape has now."""
 
-    def ends(self, decoder: Decoder) -> tuple[Tensor, Tensor, Tensor]:
-        """Return embedding and head ``[V, D]``, and between them the last norm ``[D]``.
+    logits_scale: float
+    """What the head's products are multiplied by."""
+    logits_mb: float
+    """MiB of logits that are made at once."""
 
-        The norm is fp32, and has the logits' scale.
-        """
+    def ends(self, decoder: Decoder) -> tuple[Tensor, Tensor, Tensor]:
+        """Return embedding and head ``[V, D]``, and between them the last norm ``[D]``, fp32."""
 
 
 def why_not(decoder: Decoder) -> str:
@@ -135,6 +137,8 @@ class _Palm:
         self.sizes, self.vocabulary = decoder.sizes, config.vocab_size
         self.ff, self.rotary = config.ff_mult * config.dim, config.head_dim
         self.windows = [0] * config.layers
+        self.logits_scale = config.dim**-0.5 if config.scale_logits else 1.0
+        self.logits_mb = config.logits_mb
         whole = rotary(
             torch.arange(config.context),
             config.head_dim,
@@ -162,19 +166,19 @@ class _Palm:
 
     def ends(self, decoder: Decoder) -> tuple[Tensor, Tensor, Tensor]:
         assert isinstance(decoder, PaLM)
-        scale = self.sizes.dim**-0.5 if decoder.config.scale_logits else 1.0
         embedding = decoder.embedding.weight.detach()
-        return embedding, decoder.norm.weight.float() * scale, embedding
+        return embedding, decoder.norm.weight.float(), embedding
 
 
 class _Llama:
     """Blocks of Llama and of its relatives."""
 
-    sequential, centred = True, False
+    sequential, centred, logits_scale = True, False, 1.0
 
     def __init__(self, decoder: PretrainedDecoder) -> None:
         shape, layers = decoder.shape, _layers(decoder)
         self.sizes, self.eps = decoder.sizes, float(shape.rms_norm_eps)
+        self.logits_mb = decoder.config.logits_mb
         self.vocabulary = decoder.config.vocab_size or decoder.embedding.num_embeddings
         self.ff = int(shape.intermediate_size)
         places = torch.arange(self.sizes.context)[None]
