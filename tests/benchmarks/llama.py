@@ -7,15 +7,20 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from actors.generation.engine import GenerationEngine
 from common.config.model import PretrainedConfig
+from common.config.workers import RewardServiceConfig
 from common.logprobs import Sampling
 from common.models.build import build_decoder
-from common.wire.trajectory import RolloutRequest
+from common.models.networks import compute_in
+from common.native.frozen import Kernels, run_natively
+from common.wire.trajectory import Rollout, RolloutRequest, extend
+from reward_service.models import ReferencePolicy, frozen_pass
 from tests.benchmarks.decode import generate, profile, requests
 from tests.benchmarks.measure import (
     THREADS,
@@ -27,6 +32,7 @@ from tests.benchmarks.measure import (
 from tests.benchmarks.pretrained import SMOLLM2, Sizes, library, written
 
 VLLM = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
+SCORED_BY: tuple[Kernels, ...] = ("native", "torch")
 MISSING = "vLLM is not there, and is not compared with: `make vllm` installs it"
 SHORTEST, LONGEST = 8, 256
 """Tokens of responses of mixed lengths."""
@@ -88,6 +94,35 @@ def engine(path: Path, sizes: Sizes) -> GenerationEngine:
     )
 
 
+def frozen(path: Path, sizes: Sizes, kernels: Kernels) -> ReferencePolicy:
+    """Make a reward worker's reference policy."""
+    config = PretrainedConfig(start=str(path), context=sizes.prompt + LONGEST)
+    made = ReferencePolicy(config, path, Sampling())
+    compute_in(made.network, torch.bfloat16)
+    run_natively(made.network, kernels)
+    return made
+
+
+def rollouts(sizes: Sizes, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+    """As many tokens to each prompt as are generated."""
+    responses = torch.randint(1, sizes.shape["vocab_size"], (len(requests), sizes.response))
+    return [
+        extend(
+            request,
+            Rollout,
+            response_ids=response,
+            response_text="",
+            behavior_logprobs=[0.0] * len(response),
+            unfiltered_logprobs=None,
+            finish_reason="length",
+            policy_version=0,
+            weights_fingerprint="",
+            actor_id="",
+        )
+        for request, response in zip(requests, responses.tolist(), strict=True)
+    ]
+
+
 def operations(sizes: Sizes) -> float:
     """Floating-point operations of the products of one prompt and its response."""
     shape = sizes.shape
@@ -118,7 +153,13 @@ def _measured(path: Path, sizes: Sizes, small: int) -> tuple[list[Result], dict[
     mixed = [
         round(SHORTEST + i * (LONGEST - SHORTEST) / (sizes.batch - 1)) for i in range(sizes.batch)
     ]
+    scored, budget = rollouts(sizes, asked), RewardServiceConfig().micro_batch_tokens
+    ready = {kernels: frozen(path, sizes, kernels) for kernels in SCORED_BY}
     runs: dict[str, Callable[[], object]] = {
+        **{
+            f"score {kernels}": partial(frozen_pass, scored, budget, None, reference)
+            for kernels, reference in ready.items()
+        },
         "large": lambda: ours.generate(asked, equal),
         "small": lambda: ours.generate(asked[:small], equal[:small]),
         "mixed": lambda: ours.generate(asked, mixed),
@@ -135,7 +176,7 @@ def _measured(path: Path, sizes: Sizes, small: int) -> tuple[list[Result], dict[
         took = interleaved(runs, sizes.repeats["generation"])
         limit = product_rate(torch.bfloat16)
     count = {"large": sum(equal), "small": sum(equal[:small]), "mixed": sum(mixed)}
-    count["hf"] = count["large"]
+    count["hf"] = count["native"] = count["torch"] = count["large"]
     rate = {name: count[name.split()[-1]] / took[name] for name in took}
     reached = operations(sizes) * sizes.batch / took["large"]
     title = f"SmolLM2's shape: decode, {{}} x ({sizes.prompt} + {sizes.response})"
@@ -157,6 +198,20 @@ def _measured(path: Path, sizes: Sizes, small: int) -> tuple[list[Result], dict[
         )
         for key, name, other, metric in against
         if other in rate
+    ]
+    found += [
+        Result(
+            key=key,
+            value=rate["score native"] / rate[other],
+            metric=f"SmolLM2's shape: log-probabilities of {sizes.batch} x ({sizes.prompt} + "
+            f"{sizes.response})",
+            ours=f"{rate['score native']:,.0f} response tokens/s, bf16",
+            baseline=f"{rate[other]:,.0f} {what}",
+        )
+        for key, other, what in (
+            ("llama_score_vs_decode", "large", "to sample them"),
+            ("llama_score_vs_torch", "score torch", "the same in PyTorch, bf16"),
+        )
     ]
     metric = "SmolLM2's shape: decode, share of the matrix-product limit"
     found.append(share_of_limit("llama_decode_share_of_limit", metric, reached, limit))
