@@ -1,7 +1,7 @@
 """What workers compute with: decided here, from what they reserved, and handed to them.
 
 No worker asks torch for the devices that it can see: a GPU that is merely visible belongs to
-somebody else. No role computes on a GPU yet, and a recipe that reserves one is refused.
+somebody else. Learner ranks compute on processors alone.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from typing import Final, Literal
 
 import torch
 
-from common.errors import ConfigError
+from common.errors import ClusterError
 from common.out_of_memory import return_large_at_once
 
 PROCESSOR: Final = "cpu"
-"""The device of every role, as torch and DeepSpeed name it."""
+"""As torch and DeepSpeed name it."""
+CARD: Final = "cuda:0"
+"""The GPU of a worker that reserved one or a part of one: Ray shows it no other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +34,17 @@ class Compute:
     """Large tensors are the system's again when they are freed, as `return_large_at_once` says."""
 
     def apply(self) -> None:
-        """Let torch use so many threads in this process, and free memory as it says."""
+        """Let torch use so many threads in this process, and free memory as it says.
+
+        Raises:
+            ClusterError: a GPU was reserved, and torch finds none.
+        """
         torch.set_num_threads(self.threads)
+        if self.device != PROCESSOR and not torch.cuda.is_available():
+            raise ClusterError(
+                "a worker reserved a GPU, and PyTorch finds none on its node: install PyTorch for "
+                "CUDA there, or set rollout.gpus_per_actor and reward_service.gpus_per_replica to 0"
+            )
         if self.frugal:
             return_large_at_once()
 
@@ -45,23 +56,15 @@ def compute_of(
 
     Args:
         cpus: cores that it reserved.
-        gpus: GPUs that it reserved.
+        gpus: GPUs that it reserved; a part of one is computed on like a whole one.
         threads: what a recipe sets; None takes the whole cores that were reserved, at least one.
         frugal: give large tensors back at once; for models whose products take far longer than the
             system takes to hand out memory.
-
-    Raises:
-        ConfigError: it reserved a GPU.
     """
-    if gpus:
-        raise ConfigError(
-            "no role computes on a GPU yet: set learner.gpus_per_rank, rollout.gpus_per_actor and "
-            "reward_service.gpus_per_replica to 0"
-        )
     return Compute(
-        device=PROCESSOR,
+        device=CARD if gpus else PROCESSOR,
         threads=threads or max(1, int(cpus)),
-        collectives="gloo",
+        collectives="cpu:gloo,cuda:nccl" if gpus else "gloo",
         frugal=frugal,
     )
 

@@ -19,12 +19,18 @@ class Pages:
 
     With small pages, finding where one lies takes longer than reading what attention needs of it.
     A page takes memory from the first write on.
+
+    Raises:
+        MemoryError: the system has no room for it.
     """
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
         size = math.prod(shape) * dtype.itemsize
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self._memory = mmap.mmap(-1, size + _LARGE, flags=flags)
+        try:
+            self._memory = mmap.mmap(-1, size + _LARGE, flags=flags)
+        except OSError as error:
+            raise MemoryError(f"{size:,} bytes: {error.strerror}") from None
         self.prepare()
         whole = torch.frombuffer(self._memory, dtype=torch.uint8)
         self._first = whole.data_ptr()
@@ -52,7 +58,8 @@ class Pages:
             # Or the system makes a large page of a small one that stays, and of what is given back.
             with contextlib.suppress(OSError):
                 self._memory.madvise(mmap.MADV_NOHUGEPAGE, *where)
-        self._memory.madvise(mmap.MADV_DONTNEED, *where)
+        with contextlib.suppress(OSError):  # Memory that is locked.
+            self._memory.madvise(mmap.MADV_DONTNEED, *where)
 
     def __contains__(self, part: Tensor) -> bool:
         """Whether a tensor lies in this one."""

@@ -85,7 +85,8 @@ class ReferencePolicy:
 
         They are of the whole distribution (`Sampling.unfiltered`).
         """
-        read = chosen_reader(batch.response_BR, self.sampling.unfiltered)
+        device = next(self.network.parameters()).device
+        read = chosen_reader(batch.response_BR.to(device), self.sampling.unfiltered)
         columns, _ = self.network(
             batch.tokens_BT,
             lengths_B=batch.lengths_B,
@@ -94,7 +95,7 @@ class ReferencePolicy:
             read=read,
         )
         logprobs_BR: Tensor = columns[..., 0]
-        return logprobs_BR.masked_fill(~batch.response_mask_BR, 0.0)
+        return logprobs_BR.masked_fill(~batch.response_mask_BR.to(device), 0.0)
 
 
 def _as_demonstration(rollout: Rollout) -> Demonstration:
@@ -118,7 +119,7 @@ def _fitted(turn: Turn, rollout: Rollout, context: int) -> tuple[list[int], list
 
 def read_last(values_BT: Tensor, batch: SequenceBatch) -> Tensor:
     """Read the value at each sequence's last response token, ``[B]``."""
-    return values_BT.gather(1, batch.last_B[:, None]).squeeze(1)
+    return values_BT.gather(1, batch.last_B[:, None].to(values_BT.device)).squeeze(1)
 
 
 @torch.no_grad()
@@ -130,25 +131,51 @@ def frozen_pass(
 ) -> tuple[list[float], list[list[float]]]:
     """Scores (zeros without a reward model) and ref_logprobs, in the rollouts' order.
 
-    Micro-batches have at most `budget` tokens, padded where the model does not share prompts.
+    Micro-batches have at most `budget` tokens, padded where the model does not share prompts. All
+    are computed before the first result is looked at, so that a device need not be waited for.
     """
-    scores = [0.0] * len(rollouts)
-    logprobs: list[list[float]] = [[] for _ in rollouts]
     # A model that reads the same tokens is run on the same batches.
     own = reward_model if reward_model and reward_model.tokenizer is not None else None
     same = reward_model if own is None else None
     read = [(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts]
+    of_tokens, of_rows = _Results(), _Results()
     for rows, batch in _batches(read, budget, reference.network.decoder):
-        ref_BR = reference(batch)
-        scores_B = same(batch).tolist() if same else [0.0] * len(rows)
-        for row, index in enumerate(rows):
-            scores[index] = scores_B[row]
-            logprobs[index] = ref_BR[row, : len(rollouts[index].response_ids)].tolist()
+        of_tokens.add(rows, reference(batch))
+        if same is not None:
+            of_rows.add(rows, same(batch)[:, None])
     if own is not None:
         for rows, batch in _batches(own.tokens_of(rollouts), budget, own.network.decoder):
-            for index, score in zip(rows, own(batch).tolist(), strict=True):
-                scores[index] = score
-    return scores, logprobs
+            of_rows.add(rows, own(batch)[:, None])
+    logprobs, scores = of_tokens.read(), of_rows.read()
+    return (
+        [scores[index][0] if scores else 0.0 for index in range(len(rollouts))],
+        [logprobs[index][: len(r.response_ids)] for index, r in enumerate(rollouts)],
+    )
+
+
+class _Results:
+    """What micro-batches came to, on the device that computed it."""
+
+    def __init__(self) -> None:
+        self._rows: list[list[int]] = []
+        self._values: list[Tensor] = []
+
+    def add(self, rows: list[int], values_BR: Tensor) -> None:
+        """Keep values of these rows."""
+        self._rows.append(rows)
+        self._values.append(values_BR)
+
+    def read(self) -> dict[int, list[float]]:
+        """Copy all of them to the processor at once, by row."""
+        if not self._values:
+            return {}
+        flat = torch.cat([values_BR.flatten() for values_BR in self._values]).cpu()
+        found, begin = dict[int, list[float]](), 0
+        for rows, values_BR in zip(self._rows, self._values, strict=True):
+            end = begin + values_BR.numel()
+            found |= zip(rows, flat[begin:end].view(values_BR.shape).tolist(), strict=True)
+            begin = end
+        return found
 
 
 def _batches(

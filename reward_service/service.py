@@ -113,7 +113,14 @@ class RewardWorker:
             ReferencePolicy(model, Path(reference), sampling)
             if own is None
             else ReferencePolicy(
-                own.model_copy(update={"vocab_size": model.vocab_size}), Path(own.start), sampling
+                own.model_copy(
+                    update={
+                        "vocab_size": model.vocab_size,
+                        "context": max(own.context, model.context),
+                    }
+                ),
+                Path(own.start),
+                sampling,
             )
         )
         self.scorers: dict[str, Scorer] = {}
@@ -133,6 +140,7 @@ class RewardWorker:
             for network in networks:
                 compute_in(network, torch.bfloat16)
         for network in networks:
+            network.to(compute.device)
             run_natively(network, settings.kernels)
 
     def _reward_model(

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -27,10 +26,9 @@ from common.errors import ClusterError, ConfigError
 from common.logprobs import Sampling
 from common.models.decoder import Decoder, Sizes
 from common.models.lora import OFF, adapter_names
-from common.native.blocks import why_not
-from common.native.model import BLOCK, Spent
-
-Choice = Literal["auto", "native", "torch"]
+from common.native.blocks import Kernels, why_not
+from common.native.model import BLOCK
+from common.native.panels import Spent
 
 
 class CachedDecoder:
@@ -41,7 +39,7 @@ class CachedDecoder:
         decoder: Decoder,
         *,
         slots: int,
-        kernels: Choice = "auto",
+        kernels: Kernels = "auto",
         merged: str | None = OFF,
         cache_mb: float | None = None,
         block: int = BLOCK,
@@ -123,15 +121,11 @@ class CachedDecoder:
         """No slot is in use: give back what can be taken again at the next step."""
         self.implementation.rest()
 
-    def move(self, source: int, target: int, positions: int) -> None:
-        """Give a slot another slot's keys and values; the other is empty then."""
-        self.implementation.move(source, target, positions)
-
 
 def _choose(
     decoder: Decoder,
     slots: int,
-    kernels: Choice,
+    kernels: Kernels,
     merged: str | None,
     cache_mb: float | None,
     block: int,

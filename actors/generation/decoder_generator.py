@@ -8,6 +8,7 @@ from pathlib import Path
 
 from actors.generation.engine import GenerationEngine
 from actors.generation.interface import Generated
+from actors.generation.native_forward import NativeForward
 from actors.generation.stops import Stops
 from common.config.model import LoraConfig, ModelConfig
 from common.config.workers import RolloutConfig
@@ -19,7 +20,7 @@ from common.models.build import build_decoder
 from common.models.decoder import Decoder
 from common.models.lora import OFF
 from common.models.weight_files import load_decoder
-from common.native.model import Spent
+from common.native.panels import Spent
 from common.wire.trajectory import RolloutRequest
 from common.wire.weights import FlatBuffer, Manifest, Payload
 
@@ -101,7 +102,7 @@ class DecoderGenerator:
             add_adapter(decoder, on_wire, adapted.lora, seed=0)
         self.decoder = decoder.eval().requires_grad_(False).to(compute.device, dtype)
         wire = adapter_tensors(decoder, on_wire) if on_wire else decoder.named_parameters()
-        self.buffer = FlatBuffer(wire, dtype, base)
+        self.buffer = FlatBuffer(wire, dtype, base, compute.device)
         self._tokenizer, self._rollout = load_tokenizer(tokenizer_path), rollout
         self._merges = adapted is None or rollout.lora == "merged"
         # An engine that keeps weights in a layout of its own has the only copy, but for the base
@@ -111,8 +112,12 @@ class DecoderGenerator:
         self.engine = self._build(merged=on_wire if self._merges else None)
 
     def memory(self) -> dict[str, int]:
-        """Return bytes of weights and cache, as `Forward.memory`."""
-        return self.engine.cached.implementation.memory()
+        """Return bytes of weights and cache, as `Forward.memory`, and of a base beside them."""
+        forward = self.engine.cached.implementation
+        held = forward.memory()
+        if self._spent is None and isinstance(forward, NativeForward):
+            held["weights"] += sum(p.numel() * p.element_size() for p in self.decoder.parameters())
+        return held
 
     def hold(self, manifest: Manifest, payloads: Sequence[Payload]) -> str:
         """Copy the slices in, verify them, and return the fingerprint of what is stored."""
@@ -136,6 +141,8 @@ class DecoderGenerator:
     def _alike(self, requests: Sequence[RolloutRequest], *, greedy: bool) -> list[Generated]:
         adapters = {request.adapter for request in requests}
         merged = adapters.pop() if self._merges and len(adapters) == 1 else None
+        if self._spent is not None:
+            merged = self.engine.merged  # Weights of another engine were given back.
         if merged != self.engine.merged:
             del self.engine  # Before the other is built: `rollout.cache_mb` is planned for one.
             self.engine = self._build(merged=merged)

@@ -20,15 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.generation.cached_decoder import CachedDecoder, Choice
+from actors.generation.cached_decoder import CachedDecoder
 from actors.generation.interface import Generated
 from actors.generation.scheduler import Scheduler
 from actors.generation.slots import Slots, Waiting
 from actors.generation.stops import Stops
+from actors.generation.torch_forward import drawn
 from common.logprobs import Sampling, draw, logprobs_at, sampling_logits
 from common.models.decoder import Decoder
 from common.models.lora import OFF
-from common.native.model import BLOCK, Spent
+from common.native.blocks import Kernels
+from common.native.model import BLOCK
+from common.native.panels import Spent
 from common.randomness import uniforms
 from common.wire.trajectory import FinishReason, RolloutRequest
 
@@ -46,7 +49,7 @@ class GenerationEngine:
         slots: int = 128,
         prefill_tokens: int = 2048,
         stops: Stops | None = None,
-        kernels: Choice = "auto",
+        kernels: Kernels = "auto",
         merged: str | None = OFF,
         cache_mb: float | None = None,
         block: int = BLOCK,
@@ -204,8 +207,7 @@ class GenerationEngine:
             logits_BV = logits_BV[torch.from_numpy(drawing).to(logits_BV.device)]
         cells = slots.cells(drawing)
         places = slots.counts[drawing]
-        tokens, logprobs = self._draw(logits_BV, places, slots.uniforms_at(cells))
-        whole = None if slots.unfiltered is None else self._whole(logits_BV, tokens, places)
+        tokens, logprobs, whole = self._draw(logits_BV, places, slots.uniforms_at(cells))
         slots.record(drawing, cells, tokens, logprobs, whole)
         ended = self._ended(drawing, tokens)
         responses = [self._response(slot, reason) for slot, reason in ended]
@@ -227,24 +229,25 @@ class GenerationEngine:
 
     def _draw(
         self, logits_BV: Tensor, positions_B: np.ndarray, uniforms_B: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Draw a token per row, at these positions of the responses; with log-probabilities."""
-        if self._only_temperature:
-            return self.cached.draw(logits_BV, self.sampling, uniforms_B)
-        places_B = torch.from_numpy(positions_B).to(logits_BV.device)
-        kept_BV = sampling_logits(logits_BV, self.sampling, positions=places_B)
-        tokens_B, logprobs_B = draw(kept_BV, torch.from_numpy(uniforms_B).to(logits_BV.device))
-        return tokens_B.cpu().numpy(), logprobs_B.cpu().numpy()
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Draw a token per row, at these positions of the responses.
 
-    def _whole(
-        self, logits_BV: Tensor, tokens_B: np.ndarray, positions_B: np.ndarray
-    ) -> np.ndarray:
-        """Log-probabilities of drawn tokens in the whole distribution."""
-        device = logits_BV.device
-        chosen_B, places_B = (torch.from_numpy(x).to(device) for x in (tokens_B, positions_B))
-        logprobs_B = logprobs_at(logits_BV, chosen_B, self.sampling.unfiltered, places_B)
-        whole: np.ndarray = logprobs_B.cpu().numpy()
-        return whole
+        Returns:
+            The tokens, their log-probabilities, and those in the whole distribution where tokens
+            are drawn from less.
+        """
+        if self._only_temperature:
+            return *self.cached.draw(logits_BV, self.sampling, uniforms_B), None
+        device, sampling = logits_BV.device, self.sampling
+        places_B = torch.from_numpy(positions_B).to(device)
+        kept_BV = sampling_logits(logits_BV, sampling, positions=places_B)
+        tokens_B, logprobs_B = draw(kept_BV, torch.from_numpy(uniforms_B).to(device))
+        if not sampling.filters:
+            tokens, logprobs = drawn(tokens_B, logprobs_B)
+            return tokens, logprobs, None
+        whole_B = logprobs_at(logits_BV, tokens_B, sampling.unfiltered, places_B)
+        tokens, logprobs, whole = drawn(tokens_B, logprobs_B, whole_B)
+        return tokens, logprobs, whole
 
     def _ended(
         self, drawing: np.ndarray | slice, tokens_B: np.ndarray

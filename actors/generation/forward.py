@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.logprobs import Sampling
 from common.models.decoder import Decoder
-from common.native.model import Spent
+from common.native.panels import Spent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,11 +109,11 @@ class Forward(Protocol):
     def rest(self) -> None:
         """No slot is in use: give back what can be taken again at the next step."""
 
-    def own(self, positions: int, shared: int) -> int:
+    def needed(self, positions: int, shared: int) -> int:
         """Return the blocks of the cache that so many positions take, beside what is shared."""
 
-    def fits(self, wanted: int, owned: np.ndarray) -> bool:
-        """Whether a slot that takes so many blocks can begin; those in use take up to `owned`."""
+    def fits(self, wanted: int, reserved: np.ndarray) -> bool:
+        """Whether a slot of so many blocks can begin; those in use take up to `reserved`."""
 
     def move(self, source: int, target: int, positions: int) -> None:
         """Give a slot another slot's keys and values; the other is empty then."""

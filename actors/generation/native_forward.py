@@ -15,7 +15,8 @@ from actors.generation.forward import Step
 from common.logprobs import Sampling
 from common.models.decoder import Decoder
 from common.native.cache import Blocks
-from common.native.model import BLOCK, NativeModel, Spent, block_bytes
+from common.native.model import BLOCK, NativeModel, block_bytes
+from common.native.panels import Spent
 from common.pages import Pages
 
 
@@ -89,13 +90,13 @@ class NativeForward:
     def rest(self) -> None:
         """Keep everything: what it holds is made once."""
 
-    def own(self, positions: int, shared: int) -> int:
+    def needed(self, positions: int, shared: int) -> int:
         """Return the blocks of a slot of so many positions, beside what it shares."""
         return int(self._blocks.of(positions)) - shared // self._blocks.block
 
-    def fits(self, wanted: int, owned: np.ndarray) -> bool:
+    def fits(self, wanted: int, reserved: np.ndarray) -> bool:
         """Whether a slot that takes so many blocks can begin beside others."""
-        return self._blocks.fits(wanted, owned)
+        return self._blocks.fits(wanted, reserved)
 
     def move(self, source: int, target: int, positions: int) -> None:
         """Give a slot another slot's keys and values; the other is empty then."""

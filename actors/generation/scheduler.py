@@ -47,12 +47,16 @@ class Scheduler:
             for slot in np.flatnonzero(~begun).tolist():
                 budget -= self._prefill(slot, budget, chunks)
         while self.queue and len(slots) < self._size and budget > 0:
-            source, shared = self._alike(self.queue[0])
-            longest = len(self.queue[0].request.prompt_ids) + self.queue[0].limit
-            owned = self._forward.own(longest, shared)
-            if not self._forward.fits(owned, slots.owned[: len(slots)]):
+            prompt = len(self.queue[0].request.prompt_ids)
+            longest, reserved = prompt + self.queue[0].limit, slots.reserved[: len(slots)]
+            # At best all of its prompt is shared: looking for that takes longer than this.
+            if not self._forward.fits(self._forward.needed(longest, prompt - 1), reserved):
                 break
-            slot = slots.add(self.queue.popleft(), owned)
+            source, shared = self._alike(self.queue[0])
+            needed = self._forward.needed(longest, shared)
+            if not self._forward.fits(needed, reserved):
+                break
+            slot = slots.add(self.queue.popleft(), needed)
             if shared:
                 self._share(source, slot, shared, copies)
             budget -= self._prefill(slot, budget, chunks)

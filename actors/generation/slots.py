@@ -55,8 +55,8 @@ class Slots:
         """Longest response."""
         self.adapters = np.zeros(slots, dtype=np.int64)
         """Index in `CachedDecoder.adapters`."""
-        self.owned = np.zeros(slots, dtype=np.int64)
-        """Blocks of the cache that the longest response takes (`Forward.own`)."""
+        self.reserved = np.zeros(slots, dtype=np.int64)
+        """Blocks of the cache that the longest response takes, beside what it shares."""
         self.newest = np.zeros(slots, dtype=np.int64)
         """The token that the step in planning computes from."""
         self._first = np.arange(slots) * context
@@ -71,15 +71,15 @@ class Slots:
     def __len__(self) -> int:
         return len(self.requests)
 
-    def add(self, waiting: Waiting, owned: int) -> int:
-        """Give a request a slot, and return which; `owned` as in the column of this name."""
+    def add(self, waiting: Waiting, reserved: int) -> int:
+        """Give a request a slot, and return which; `reserved` as in the column of this name."""
         slot, prompt = len(self), waiting.request.prompt_ids
         self.requests.append(waiting.request)
         self.prompts[slot, : len(prompt)] = prompt
         self.uniforms[slot, : len(waiting.uniforms)] = waiting.uniforms
         self.lengths[slot], self.limits[slot] = len(prompt), waiting.limit
         self.filled[slot] = self.counts[slot] = 0
-        self.adapters[slot], self.owned[slot] = waiting.adapter, owned
+        self.adapters[slot], self.reserved[slot] = waiting.adapter, reserved
         return slot
 
     def remove(self, slot: int) -> bool:
@@ -92,7 +92,7 @@ class Slots:
         for column in self._columns:
             column[slot] = column[last]
         rows = self.lengths, self.filled, self.counts, self.limits, self.adapters
-        for row in (*rows, self.owned, self.newest):
+        for row in (*rows, self.reserved, self.newest):
             row[slot] = row[last]
         return True
 

@@ -22,8 +22,8 @@ from actors.generation.forward import Chunk, Step
 from common.logprobs import Sampling, draw, sampling_logits
 from common.models.attention import PLAIN, Mixing, capped, masked_attention
 from common.models.decoder import Decoder, Sizes
-from common.models.inference import inference_copy
-from common.native.model import Spent
+from common.models.inference import inference_copy, weight_bytes
+from common.native.panels import Spent
 
 _BLOCK = 64
 """Positions by which what is attended to grows and shrinks."""
@@ -110,18 +110,18 @@ class TorchForward:
     def forget(self) -> None:
         """Keep everything: weights are the decoder's."""
 
-    def own(self, positions: int, shared: int) -> int:
+    def needed(self, positions: int, shared: int) -> int:
         """Return 0: every slot has room for a whole context."""
         return 0
 
-    def fits(self, wanted: int, owned: np.ndarray) -> bool:
+    def fits(self, wanted: int, reserved: np.ndarray) -> bool:
         """Return True, likewise."""
         return True
 
     def memory(self) -> dict[str, int]:
-        """Return bytes of the decoder's weights, and what keys and values took at most."""
-        weights = sum(p.numel() * p.element_size() for p in self._decoder.parameters())
-        return {"weights": weights, "cache": sum(cache.peak for cache in self._caches)}
+        """Return bytes of the weights, and what keys and values took at most."""
+        peak = sum(cache.peak for cache in self._caches)
+        return {"weights": weight_bytes(self._decoder), "cache": peak}
 
     def rest(self) -> None:
         """Give back the memory of keys and values until the next step."""
@@ -142,8 +142,17 @@ class TorchForward:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Draw as `common.logprobs.draw`, from logits ``[B, V]`` without a filter."""
         uniforms_B = torch.from_numpy(uniforms).to(logits.device)
-        tokens, logprobs = draw(sampling_logits(logits, sampling), uniforms_B)
-        return tokens.cpu().numpy(), logprobs.cpu().numpy()
+        tokens, logprobs = drawn(*draw(sampling_logits(logits, sampling), uniforms_B))
+        return tokens, logprobs
+
+
+def drawn(tokens_B: Tensor, *columns: Tensor) -> tuple[np.ndarray, ...]:
+    """Return int64 tokens and float32 columns, copied from their device all at once.
+
+    This is the one place in a step that waits for the device.
+    """
+    together = torch.stack([t.double() for t in (tokens_B, *columns)]).cpu().numpy()
+    return together[0].astype(np.int64), *(column.astype(np.float32) for column in together[1:])
 
 
 class _CachedAttention:

@@ -158,7 +158,7 @@ class LearnerConfig(Section):
     threads: PositiveInt | None = None
     """Threads that each rank computes with, as in `rollout`."""
     gpus_per_rank: NonNegativeFloat = 0.0
-    """GPUs each rank asks Ray for; nothing computes on them yet, so a recipe leaves it at 0."""
+    """GPUs each rank asks Ray for; a rank computes on none yet, so a recipe leaves it at 0."""
     labels: Labels = Field(default_factory=dict)
     """Labels of the nodes that ranks may be on, as in `rollout`."""
     deadline_s: PositiveFloat = 600.0

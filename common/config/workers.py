@@ -59,7 +59,7 @@ class RolloutConfig(Section):
     whole cores that it asks for, at least one. More are worth it where cores are idle, and cost
     much where they are not."""
     gpus_per_actor: NonNegativeFloat = 0.0
-    """GPUs each actor asks Ray for; nothing computes on them yet, so a recipe leaves it at 0."""
+    """GPUs each actor asks Ray for and computes on: 0 is the processor, a part of one is shared."""
     lease_size: PositiveInt = 64
     """Rollouts in one lease: the unit of work, of reissue and of batching."""
     lease_deadline_s: PositiveFloat = 300.0
@@ -89,7 +89,7 @@ class RolloutConfig(Section):
     slots: PositiveInt = 128
     """Responses that one actor generates at once."""
     cache_mb: PositiveFloat = 1024.0
-    """Memory of one actor for keys and values, in MiB; fewer slots are used when it is less."""
+    """Memory of one actor for keys and values, in MiB: requests wait until it has room for them."""
     prefill_tokens: PositiveInt = 2048
     """Prompt tokens that one step computes beside its decodes."""
     kernels: Literal["auto", "native", "torch"] = "auto"
@@ -119,6 +119,12 @@ class RolloutConfig(Section):
                 "kernels to auto or torch"
             )
             conflicts.append((("lora", "kernels"), text))
+        if self.gpus_per_actor and self.kernels == "native":
+            text = (
+                "kernels=native are for processors: set gpus_per_actor to 0, or kernels to auto or "
+                "torch"
+            )
+            conflicts.append((("gpus_per_actor", "kernels"), text))
         if "" in self.stop:
             text = "stop: an empty text would end every response at once"
             conflicts.append((("stop",), text))
@@ -139,9 +145,10 @@ class RewardServiceConfig(Section):
     """Number type of products in frozen passes; null: the learner's, so that equal policies have
     a KL of 0. Scores and log-probabilities are fp32 either way."""
     kernels: Literal["auto", "native", "torch"] = "auto"
-    """Of frozen passes, as in `rollout`."""
+    """Of frozen passes, as in `rollout`, but that auto is torch in bf16: there native kernels round
+    elsewhere than the learner, so that equal policies have a small KL."""
     gpus_per_replica: NonNegativeFloat = 0.0
-    """GPUs each worker asks Ray for; nothing computes on them yet, so a recipe leaves it at 0."""
+    """GPUs each worker asks Ray for, as in `rollout`."""
     labels: Labels = Field(default_factory=dict)
     """Labels of the nodes that workers may be on, as in `rollout`."""
     micro_batch_tokens: PositiveInt = 8192

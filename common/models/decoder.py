@@ -102,6 +102,9 @@ class Decoder(nn.Module, ABC):
     ) -> Tensor:
         """Compute the final normalised states ``[B, T, D]`` of whole sequences.
 
+        What rows consist of may be on the processor, whatever the device of the weights: there it
+        can be looked at without waiting for the device.
+
         Args:
             tokens_BT: int64; rows are left-aligned, padding on the right may hold any id.
             positions_BT: int64; default 0, 1, 2, ... per row. Packed rows restart per segment.
@@ -117,8 +120,12 @@ class Decoder(nn.Module, ABC):
             ValueError: there is no such adapter.
         """
         require_adapters(self, adapter)
+        device = next(self.parameters()).device
+        tokens_BT = tokens_BT.to(device)
         if positions_BT is None:
-            positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
+            positions_BT = torch.arange(tokens_BT.shape[1])[None]
+        positions_BT = positions_BT.to(device)
+        segments_BT = None if segments_BT is None else segments_BT.to(device)
         return self.states(tokens_BT, positions_BT, causal_attention(segments_BT), adapter)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:

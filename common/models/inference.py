@@ -95,6 +95,17 @@ def inference_copy(decoder: Decoder, adapters: Sequence[str]) -> Decoder:
     return copied
 
 
+def weight_bytes(copied: Decoder) -> int:
+    """Return the memory of an inference copy's weights, each counted once."""
+    tensors = [
+        value
+        for module in copied.modules()
+        for value in (*vars(module).values(), *module.parameters(recurse=False))
+        if isinstance(value, Tensor)
+    ]
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+
+
 def _projection(module: Adapted, adapters: Sequence[str]) -> nn.Module:
     bias = _detached(module.bias)
     if len(adapters) == 1:

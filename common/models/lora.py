@@ -162,7 +162,7 @@ class Adapted(nn.Linear):
             Bs, torch.split(A_RI, settings.rank), self.reached(settings).values(), strict=True
         ):
             weight_OI[rows].addmm_(B, A, alpha=settings.scale)
-        if not weight_OI.isfinite().all():
+        if bool((~weight_OI.isfinite()).any().cpu()):
             raise TrainingError(f"adapter '{name}' is not finite and was not merged")
         return weight_OI.to(self.weight.dtype)
 
@@ -181,7 +181,8 @@ class Adapted(nn.Linear):
         for B, rows in zip(Bs, self.reached(settings).values(), strict=True):
             B_OR[rows, begin : begin + settings.rank] = settings.scale * B
             begin += settings.rank
-        if not (A_RI.isfinite().all() and B_OR.isfinite().all()):
+        broken = (~A_RI.isfinite()).any() | (~B_OR.isfinite()).any()
+        if bool(broken.cpu()):
             raise TrainingError(f"adapter '{name}' is not finite")
         return A_RI.to(self.weight.dtype), B_OR.to(self.weight.dtype)
 

@@ -114,8 +114,8 @@ class PolicyNetwork(DecoderNetwork):
         if predict_BT is not None:
             hidden = hidden[predict_BT]
         if predict_BR is not None:
-            index = predict_BR.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1])
-            hidden = hidden.gather(1, index)
+            index = predict_BR.clamp(min=0).to(hidden.device)[..., None]
+            hidden = hidden.gather(1, index.expand(-1, -1, hidden.shape[-1]))
         if states:
             return hidden, self.value(hidden)
         if read is None:
@@ -126,7 +126,7 @@ class PolicyNetwork(DecoderNetwork):
 
     def _read_where(self, wanted_BR: Tensor, hidden_BRD: Tensor, read: Reader) -> Tensor:
         """Return what `read` makes of the logits at some positions, and 0 at the others."""
-        places_N = wanted_BR.flatten().nonzero()[:, 0]
+        places_N = wanted_BR.flatten().nonzero()[:, 0].to(hidden_BRD.device)
         hidden_ND = hidden_BRD.flatten(0, 1)[places_N]
         read_NC = self.decoder.read(hidden_ND, lambda logits, part: read(logits, places_N[part]))
         columns = read_NC.new_zeros(wanted_BR.numel(), read_NC.shape[-1])

@@ -37,6 +37,15 @@ class Packed:
     places_BT: Tensor
     """int64: where a position's token is among the flat ones; N for padding."""
 
+    def to(self, device: torch.device) -> Packed:
+        """Return the same on a device."""
+        return Packed(
+            tokens_N=self.tokens_N.to(device),
+            positions_N=self.positions_N.to(device),
+            attention=self.attention,
+            places_BT=self.places_BT.to(device),
+        )
+
     def unpack(self, states_ND: Tensor) -> Tensor:
         """Return the states by rows, ``[B, T, D]``; those of padding are zeros."""
         padding = len(states_ND)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from common.models.rotary import rotary
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 """Families of Llama's block, by `model_type`."""
 _SILU = ("silu", "swish")
+
+Kernels = Literal["auto", "native", "torch"]
+"""What a decoder is computed by: these kernels, PyTorch, or these where they can."""
 
 Tables = tuple[Tensor, Tensor, Tensor, Tensor]
 """Cosines and sines of queries, then of keys: fp32 ``[L, rotary / 2]`` of every position."""

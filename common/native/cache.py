@@ -26,7 +26,7 @@ class Blocks:
         """The blocks of each slot in order of positions; what is behind `counts` means nothing."""
         self.counts = np.zeros(slots, dtype=np.int64)
         """Blocks of each slot."""
-        self.own = np.zeros(slots, dtype=np.int64)
+        self.taken = np.zeros(slots, dtype=np.int64)
         """Those that it took, and did not begin by sharing."""
         self.peak = 0
         """Most blocks that were in use at once."""
@@ -52,10 +52,10 @@ class Blocks:
         while self.counts[slot] < count:
             if not self._free:
                 raise ValueError("the cache of keys and values is full")
-            self.table[slot, self.counts[slot]] = taken = heapq.heappop(self._free)
-            self._users[taken] = 1
+            self.table[slot, self.counts[slot]] = lowest = heapq.heappop(self._free)
+            self._users[lowest] = 1
             self.counts[slot] += 1
-            self.own[slot] += 1
+            self.taken[slot] += 1
         self.peak = max(self.peak, len(self._users) - len(self._free))
 
     def grow_all(self, positions: np.ndarray) -> None:
@@ -76,7 +76,7 @@ class Blocks:
         self.table[target, :whole] = shared
         self._users[shared] += 1
         self.counts[target] = whole
-        self.own[target] = 0
+        self.taken[target] = 0
         if not rest:
             return None
         self.grow(target, positions)
@@ -88,21 +88,21 @@ class Blocks:
             self._users[block] -= 1
             if not self._users[block]:
                 heapq.heappush(self._free, block)
-        self.counts[slot] = self.own[slot] = 0
+        self.counts[slot] = self.taken[slot] = 0
 
     def move(self, source: int, target: int) -> None:
         """Give a slot what another one has, which is empty then."""
         self.clear(target)
-        for column in (self.table, self.counts, self.own):
+        for column in (self.table, self.counts, self.taken):
             column[target] = column[source]
-        self.counts[source] = self.own[source] = 0
+        self.counts[source] = self.taken[source] = 0
 
-    def fits(self, wanted: int, owned: Sequence[int] | np.ndarray) -> bool:
+    def fits(self, wanted: int, reserved: Sequence[int] | np.ndarray) -> bool:
         """Whether a slot that takes up to `wanted` blocks can begin beside others.
 
         Args:
             wanted: blocks, without those that it will share.
-            owned: likewise of slots 0, 1, 2, ...
+            reserved: likewise of slots 0, 1, 2, ...
         """
-        owing = np.maximum(np.asarray(owned) - self.own[: len(owned)], 0).sum()
+        owing = np.maximum(np.asarray(reserved) - self.taken[: len(reserved)], 0).sum()
         return wanted <= self.free - int(owing)

@@ -1,7 +1,8 @@
 """A frozen decoder whose passes over whole sequences run by the native kernels.
 
-Rows of tokens are computed alone, so results depend neither on what is computed beside them nor on
-the number of threads; padding is not computed, and a prompt that several rows begin with once.
+Rows of tokens are computed alone, so their states and logits depend neither on what is computed
+beside them nor on the number of threads; padding is not computed, and what several rows have in
+common as their prompt is computed once.
 
 Shape suffixes: B sequences, T positions, N rows, D width, V vocabulary.
 """
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -23,11 +23,9 @@ from common.models.decoder import DECODER, Decoder
 from common.models.embedding import Part, Reader
 from common.models.lora import OFF, RowSelection, Selection
 from common.models.networks import DecoderNetwork
-from common.native.blocks import why_not
+from common.native.blocks import Kernels, why_not
 from common.native.cache import Blocks
 from common.native.model import BLOCK, NativeModel
-
-Kernels = Literal["auto", "native", "torch"]
 
 
 class NativeDecoder(Decoder):
@@ -96,13 +94,15 @@ class NativeDecoder(Decoder):
             adapter: `OFF`: the one that there was is merged.
 
         Raises:
-            ValueError: packed rows, or an adapter, were asked for.
+            ValueError: packed rows, an adapter, or more tokens than the context were asked for.
         """
         if positions_BT is not None or segments_BT is not None or adapter != OFF:
             raise ValueError("native kernels take whole rows, and no adapter beside the weights")
         batch, longest = tokens_BT.shape
         lengths = [longest] * batch if lengths_B is None else lengths_B.tolist()
         prompts = [0] * batch if prompts_B is None else prompts_B.tolist()
+        if max(lengths) > self.sizes.context:
+            raise ValueError(f"{max(lengths)} tokens; {self.sizes.context} fit")
         tokens = tokens_BT.tolist()
         most = sum(-(-length // BLOCK) for length in lengths)
         blocks = Blocks(most, BLOCK, batch, self.sizes.context)
@@ -139,17 +139,24 @@ def _in_turn(
             yield members[0], row, len(prompt) if index else 0
 
 
+def asked_for(kernels: Kernels, dtype: torch.dtype) -> bool:
+    """Whether settings ask for native frozen passes of products in this dtype."""
+    return kernels == "native" or (kernels == "auto" and dtype == torch.float32)
+
+
 def run_natively(network: DecoderNetwork, kernels: Kernels) -> None:
     """Let a frozen network's decoder run by the native kernels, if settings say so.
 
     Its own weights are not kept. With auto they stay where they are if the kernels lack a part of
-    the decoder, or there is no compiler.
+    the decoder, or there is no compiler, and in bf16: there the kernels round elsewhere than the
+    learner, which the log-probabilities are compared with.
 
     Raises:
         ConfigError: native kernels were asked for and do not run this decoder.
         ClusterError: they were asked for and cannot be compiled.
     """
-    if kernels == "torch":
+    rounded = any(p.dtype == torch.bfloat16 for p in network.decoder.parameters())
+    if not asked_for(kernels, torch.bfloat16 if rounded else torch.float32):
         return
     if lacking := why_not(network.decoder):
         if kernels == "native":

@@ -74,6 +74,17 @@ def library(path: Path) -> ctypes.CDLL:
     return functions
 
 
+def packed_itemsize(dtype: torch.dtype) -> int:
+    """Return the bytes of a packed weight on this machine: 2 of bf16 where it multiplies those."""
+    if dtype != torch.bfloat16:
+        return dtype.itemsize
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf8")
+    except OSError:
+        return 4
+    return 2 if "avx512_bf16" in flags else 4
+
+
 def address_of(tensor: Tensor) -> int:
     """Return the address of a contiguous tensor's first element."""
     return tensor.data_ptr()

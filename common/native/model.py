@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,16 +19,12 @@ from torch import Tensor
 from common.models.decoder import Decoder
 from common.native import library
 from common.native.blocks import BlockWeights, describe
-from common.native.library import KEYS, PANEL, Packed, address_of, compiled
+from common.native.library import KEYS, PANEL, address_of, compiled
+from common.native.panels import Panels, Spent, up
 from common.pages import Pages
 
 BLOCK = 2 * KEYS
 """Positions of a block of the cache."""
-_STRETCH = 64 * PANEL
-"""Rows of the head that are packed at once."""
-
-Spent = Callable[[Tensor], None]
-"""Told of a weight, or a part of one, that is needed no more."""
 
 
 def block_bytes(decoder: Decoder, dtype: torch.dtype, block: int = BLOCK) -> int:
@@ -59,7 +55,6 @@ class NativeModel:
         sizes = of.sizes
         self._dtype = dtype = of.ends(decoder)[0].dtype
         self._library = library.library(compiled(sizes, of.rotary, dtype))
-        packed = dtype if self._library.weight_bytes() == 2 else torch.float32
         layers = 1 if one_layer else sizes.layers
         self._block_shape = (layers, 2, sizes.kv_heads, block, sizes.head_dim)
         self._cache = Pages((blocks, *self._block_shape), dtype)
@@ -68,7 +63,7 @@ class NativeModel:
         )
         # Attention and SwiGLU lie side by side where one product reads both.
         mixed = self._inner if of.sequential else self._inner + of.ff
-        self._strides = _up(sizes.dim, 2), _up(mixed, 2), _up(of.ff, 2)
+        self._strides = up(sizes.dim, 2), up(mixed, 2), up(of.ff, 2)
         self._model = library.Model(
             layers=sizes.layers,
             dim=sizes.dim,
@@ -88,9 +83,7 @@ class NativeModel:
         self._scratch_rows = 0
         self._scratch_tensors: list[Tensor] = []
         self._scratch = library.Scratch()
-        self._panels = Pages((self._packed_size(),), packed)
-        """All packed weights; those of a new version overwrite the old ones."""
-        self._panels_end = 0
+        self._panels = Panels(self._library, self._packed_size(), dtype)
         self._kept: list[Tensor] = []
         self._seconds = library.Seconds()
 
@@ -107,7 +100,7 @@ class NativeModel:
     @property
     def weight_bytes(self) -> int:
         """Memory of the packed weights."""
-        return self._panels.tensor.numel() * self._panels.tensor.element_size()
+        return self._panels.bytes
 
     @torch.no_grad()
     def take(self, decoder: Decoder, adapter: str, spent: Spent | None = None) -> None:
@@ -122,11 +115,11 @@ class NativeModel:
             TrainingError: the adapter is not finite.
         """
         # C has only addresses: what they point to must live as long as these weights are in use.
-        self._panels_end, self._kept = 0, []
-        self._panels.prepare()
+        self._kept = []
+        self._panels.begin(spent)
         layers = (library.Layer * self._described.sizes.layers)()
         for index, weights in enumerate(self._described.blocks(decoder, adapter)):
-            layers[index] = self._layer(index, weights, spent or _keep)
+            layers[index] = self._layer(index, weights)
         embedding, norm, head = self._described.ends(decoder)
         tied = embedding.data_ptr() == head.data_ptr()
         self._layers, model = layers, self._model
@@ -134,12 +127,12 @@ class NativeModel:
         model.layer = ctypes.cast(layers, ctypes.POINTER(library.Layer))
         model.norm = self._address(norm)
         model.scaled_norm = self._address(norm * model.logits_scale)
-        model.logits = self._head(head, spent or _keep)
+        model.logits = self._panels.stretches(head)
         model.embedding = None if tied else self._address(embedding)
 
     def forget(self) -> None:
         """Give the memory of the weights back; they have to be taken before the next pass."""
-        self._panels.give_back(self._panels.tensor)
+        self._panels.forget()
 
     def have_blocks(self, blocks: int) -> None:
         """Have as many blocks at least; what the cache holds is lost where it grows."""
@@ -153,14 +146,14 @@ class NativeModel:
             keys, values = first[index % len(first)]
             layer.keys, layer.values = address_of(keys), address_of(values)
 
-    def _layer(self, index: int, of: BlockWeights, spent: Spent) -> library.Layer:
+    def _layer(self, index: int, of: BlockWeights) -> library.Layer:
         """Pack a block's weights."""
-        beside = (of.down,) if of.second_D is None else ()
+        panels, beside = self._panels, (of.down,) if of.second_D is None else ()
         layer = library.Layer(
-            query=self._below((of.query,), spent),
-            keyvalue=self._below((of.key, of.value), spent),
-            forward=self._below((of.up, of.gate), spent, each=PANEL // 2),
-            outward=self._beside((of.out, *beside), spent),
+            query=panels.below((of.query,)),
+            keyvalue=panels.below((of.key, of.value)),
+            forward=panels.below((of.up, of.gate), each=PANEL // 2),
+            outward=panels.beside((of.out, *beside)),
             norm=self._address(of.norm_D),
             second=self._address(of.second_D),
             bias=self._address(of.bias),
@@ -172,7 +165,7 @@ class NativeModel:
         for name, table in zip(names, self._described.tables[index], strict=True):
             setattr(layer, name, address_of(table))
         if of.second_D is not None:
-            layer.down = self._beside((of.down,), spent)
+            layer.down = panels.beside((of.down,))
         return layer
 
     def _address(self, tensor: Tensor | None) -> int | None:
@@ -262,82 +255,18 @@ class NativeModel:
     def _packed_size(self) -> int:
         """Numbers of all packed weights."""
         of = self._described
-        dim, (inward, mixed, ff) = _up(of.sizes.dim, PANEL), self._strides
-        columns = _up(self._inner, PANEL) + _up(self._keyvalue, PANEL)
-        columns += 2 * _up(of.ff, PANEL // 2)
+        dim, (inward, mixed, ff) = up(of.sizes.dim, PANEL), self._strides
+        columns = up(self._inner, PANEL) + up(self._keyvalue, PANEL)
+        columns += 2 * up(of.ff, PANEL // 2)
         block = columns * inward + dim * mixed + (dim * ff if of.sequential else 0)
-        return of.sizes.layers * block + _up(of.vocabulary, PANEL) * inward
-
-    def _below(self, parts: Sequence[Tensor], spent: Spent, each: int = 0) -> Packed:
-        """Pack weights ``[any, length]`` of one input, one below the other or in turn.
-
-        Args:
-            parts: the weights.
-            spent: told of what is packed.
-            each: rows of each part in turn, of parts that are of one size; 0 takes all at once.
-        """
-        sizes = [len(part) for part in parts]
-        rows = sum(_up(size, each) for size in sizes) if each else sum(sizes)
-        inner = _up(parts[0].shape[1], 2)
-        packed, to = self._room(rows, inner)
-        places = torch.arange(_up(rows, PANEL))
-        turns = places // each if each else places
-        for number, (part, begin) in enumerate(zip(parts, _before(sizes), strict=True)):
-            if each:
-                own = turns % len(parts) == number
-                row = turns // len(parts) * each + places % each
-            else:
-                own, row = places >= begin, places - begin
-            inside = own & (row < len(part))
-            # What belongs to no part is zeros; what comes after this one writes its own.
-            columns = torch.where(inside, row, torch.where(own, -1, -2))
-            self._pack(part, 0, inner, inner, columns, to)
-            spent(part)
-        return packed
-
-    def _beside(self, parts: Sequence[Tensor], spent: Spent) -> Packed:
-        """Pack weights ``[rows, any]`` whose inputs lie side by side."""
-        sizes, rows = [part.shape[1] for part in parts], len(parts[0])
-        inner = _up(sum(sizes), 2)
-        packed, to = self._room(rows, inner)
-        for part, begin in zip(parts, _before(sizes), strict=True):
-            last = part is parts[-1]
-            end = inner if last else begin + part.shape[1]
-            self._pack(part, begin, end, inner, _padded(rows), to)
-            spent(part)
-        return packed
-
-    def _head(self, head: Tensor, spent: Spent) -> Packed:
-        """Pack the largest tensor a stretch at a time: it is never here twice."""
-        inner = _up(head.shape[1], 2)
-        packed, to = self._room(len(head), inner)
-        for begin in range(0, len(head), _STRETCH):
-            some = head[begin : begin + _STRETCH]
-            self._pack(some, 0, inner, inner, _padded(len(some)), to[begin * inner :])
-            spent(some)
-        return packed
-
-    def _room(self, rows: int, inner: int) -> tuple[Packed, Tensor]:
-        """Take the next panels for rows of weights."""
-        panels, begin = _up(rows, PANEL) // PANEL, self._panels_end
-        self._panels_end += panels * inner * PANEL
-        to = self._panels.tensor[begin : self._panels_end]
-        return Packed(data=address_of(to), panels=panels), to
-
-    def _pack(
-        self, weight: Tensor, begin: int, end: int, inner: int, columns: Tensor, to: Tensor
-    ) -> None:
-        weight = weight.to(self._dtype).contiguous()
-        panels = len(columns) // PANEL
-        sizes = weight.shape[1], begin, end, inner
-        self._library.pack(address_of(weight), *sizes, address_of(columns), panels, address_of(to))
+        return of.sizes.layers * block + up(of.vocabulary, PANEL) * inward
 
     def _ensure_scratch(self, rows: int) -> None:
         """Have memory for the activations of so many rows; kept, because fresh pages cost time."""
         if rows <= self._scratch_rows:
             return
         of = self._described
-        fused = _up(self._inner, PANEL) + _up(self._keyvalue, PANEL)
+        fused = up(self._inner, PANEL) + up(self._keyvalue, PANEL)
         x = Pages((rows, of.sizes.dim), torch.float32).tensor
         normed, fused_rows, mixed, ff = (
             Pages((rows, width), self._dtype).tensor
@@ -353,23 +282,3 @@ class NativeModel:
         )
         self._scratch_tensors = [x, normed, fused_rows, mixed, ff]
         self._scratch_rows = rows
-
-
-def _keep(part: Tensor) -> None:
-    """Let a weight be."""
-
-
-def _up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
-
-
-def _padded(count: int) -> Tensor:
-    """Numbers 0 .. count - 1, then -1 up to whole panels."""
-    out = torch.full((_up(count, PANEL),), -1)
-    out[:count] = torch.arange(count)
-    return out
-
-
-def _before(sizes: Sequence[int]) -> list[int]:
-    """Return what comes before each of some sizes."""
-    return [sum(sizes[:index]) for index in range(len(sizes))]

@@ -18,6 +18,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from common.devices import PROCESSOR
 from common.errors import TrainingError
 from common.pages import Pages
 from common.wire.hashing import Bytes, hasher
@@ -87,14 +88,29 @@ class FlatBuffer:
     """Parameters as views of one contiguous buffer, in order of their names."""
 
     def __init__(
-        self, parameters: Iterable[tuple[str, Tensor]], dtype: torch.dtype, base: str = ""
+        self,
+        parameters: Iterable[tuple[str, Tensor]],
+        dtype: torch.dtype,
+        base: str = "",
+        device: str = PROCESSOR,
     ) -> None:
-        """Lay parameters out in one buffer; `base` is the fingerprint of the base of adapters."""
+        """Lay parameters out in one buffer.
+
+        Args:
+            parameters: with their names.
+            dtype: of the buffer, and of the parameters from now on.
+            base: fingerprint of the base of adapters.
+            device: where the parameters are.
+        """
         named = sorted(parameters, key=lambda pair: pair[0])
         self.total = sum(p.numel() for _, p in named) * dtype.itemsize
         self.layout = layout_hash({name: tuple(p.shape) for name, p in named}, dtype, base)
-        self._pages = Pages((self.total // dtype.itemsize,), dtype)
-        self._flat = self._pages.tensor
+        numbers = self.total // dtype.itemsize
+        self._pages = Pages((numbers,), dtype) if device == PROCESSOR else None
+        if self._pages is None:
+            self._flat = torch.empty(numbers, dtype=dtype, device=device)
+        else:
+            self._flat = self._pages.tensor
         offset = 0
         for _, parameter in named:
             view = self._flat[offset : offset + parameter.numel()].view(parameter.shape)
@@ -110,7 +126,7 @@ class FlatBuffer:
 
     def give_back(self, parameter: Tensor) -> None:
         """Give the memory of a parameter, or of a part of one, back until the next `load`."""
-        if parameter in self._pages:
+        if self._pages is not None and parameter in self._pages:
             self._pages.give_back(parameter)
 
     def load(self, manifest: Manifest, payloads: Sequence[Payload]) -> str:
@@ -125,16 +141,20 @@ class FlatBuffer:
                 f"weights version {manifest.policy_version} are of another architecture "
                 f"or for another base (layout {manifest.layout[:8]}, ours {self.layout[:8]})"
             )
-        self._pages.prepare()
-        into, reached = self.bytes, 0
+        if self._pages is not None:
+            self._pages.prepare()
+        staging, reached = self._staging(manifest), 0
         for piece, payload in zip(manifest.slices, payloads, strict=True):
             if piece.offset != reached or sum(part.nbytes for part in payload) != piece.length:
                 raise TrainingError(
                     f"weights version {manifest.policy_version}: slice of rank {piece.rank} "
                     f"does not fit at byte {reached}"
                 )
-            held, ours = hasher(), into[reached : reached + piece.length]
-            held.copy(payload, ours, around_caches=self.total > _BEYOND_CACHES)
+            held, ours = hasher(), self._flat.view(torch.uint8)[reached : reached + piece.length]
+            if staging is None:
+                held.copy(payload, ours.numpy(), around_caches=self.total > _BEYOND_CACHES)
+            else:
+                held.update([_by_way_of(staging, payload, ours)])
             reached += piece.length
             if held.hexdigest() != piece.digest:
                 raise CorruptSliceError(
@@ -144,6 +164,27 @@ class FlatBuffer:
         if reached != self.total:
             raise TrainingError(f"weights version {manifest.policy_version} are incomplete")
         return manifest.fingerprint
+
+    def _staging(self, manifest: Manifest) -> Tensor | None:
+        """Return memory that the device copies slices from; None where they are stored at once.
+
+        The system must not move it meanwhile (pinned), or the copy is made twice.
+        """
+        if self._pages is not None:
+            return None
+        largest = max((piece.length for piece in manifest.slices), default=0)
+        return torch.empty(largest, dtype=torch.uint8, pin_memory=self._flat.is_cuda)
+
+
+def _by_way_of(staging: Tensor, payload: Payload, to: Tensor) -> Bytes:
+    """Copy a slice to a device, in one piece, and return the bytes that the device has then."""
+    staged, begin = staging[: len(to)].numpy(), 0
+    for part in payload:
+        staged[begin : begin + part.nbytes] = part
+        begin += part.nbytes
+    to.copy_(staging[: len(to)])
+    found: Bytes = to.cpu().numpy()
+    return found
 
 
 def slice_bounds(total_elements: int, ranks: int, rank: int) -> tuple[int, int]:

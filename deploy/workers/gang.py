@@ -125,7 +125,6 @@ class LearnerGang:
         cpus = reserved(self.config).rank
         compute = compute_of(
             cpus=cpus,
-            gpus=settings.gpus_per_rank,
             threads=settings.threads,
             frugal=self.config.pretrained,
         )

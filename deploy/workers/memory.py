@@ -22,6 +22,8 @@ from common.models.build import build_decoder
 from common.models.footprint import kept_per_token
 from common.models.lora import adapted
 from common.native.blocks import lacking
+from common.native.frozen import asked_for
+from common.native.library import packed_itemsize
 from common.out_of_memory import in_words, require_memory
 from deploy.workers.preflight import NetworkSizes, extra_bytes, learner_bytes
 
@@ -147,7 +149,11 @@ def _actors(config: RunConfig) -> Need:
     shape, dtype = _Shape(config, config.model), torch_dtype(rollout.precision)
     weights = shape.whole * dtype.itemsize
     beside = lora is not None and rollout.lora == "unmerged"
-    native = rollout.kernels != "torch" and not beside and not lacking(shape.decoder)
+    native = rollout.kernels != "torch" and not beside and not rollout.gpus_per_actor
+    native = native and not lacking(shape.decoder)
+    # Kernels have weights in a layout of their own, and adapters' base stays beside it.
+    packed = native * shape.whole * packed_itemsize(dtype)
+    base = 0 if native and lora is None else weights
     merged = 0
     if lora is not None and not beside and not native:
         merged = 2 * shape.merged(lora) * dtype.itemsize  # a new version beside the one before
@@ -156,9 +162,8 @@ def _actors(config: RunConfig) -> Need:
     if not native:
         slots = max(1, min(slots, int(room / each)))
     parts = {
-        "weights": weights + merged,
-        # Kernels have weights in a layout of their own, and adapters' base stays beside it.
-        "packed weights": native * (lora is not None) * weights,
+        "weights": base + merged,
+        "packed weights": packed,
         "keys and values": max(each, min(slots * each, room)),
         "activations": (slots + rollout.prefill_tokens) * shape.layer(dtype),
         "logits": _DRAWN * 4.0 * slots * shape.vocabulary,
@@ -168,20 +173,24 @@ def _actors(config: RunConfig) -> Need:
 
 def _reward_workers(config: RunConfig) -> Need:
     service, dtype = config.reward_service, torch_dtype(config.reward_precision)
+    native = not service.gpus_per_replica and asked_for(service.kernels, dtype)
     reference = _Shape(config, service.reference or config.model)
-    shapes, adapted_base = [reference], 0
-    native = service.kernels != "torch"
-    if service.needs_model and config.reward_model.lora is None:
-        shapes.append(_Shape(config, config.reward_model.model or config.model))
-    elif service.needs_model and native and not lacking(reference.decoder):
-        # Packed a second time, with the adapter merged.
-        adapted_base = reference.whole
+    shapes, copies = [reference], 0
+    if service.needs_model:
+        judge = config.reward_model.model
+        apart = judge is not None or service.reference is not None
+        if config.reward_model.lora is None or apart:
+            shapes.append(_Shape(config, judge or config.model))
+        elif native and not lacking(reference.decoder):
+            copies = reference.whole  # Packed a second time, with the adapter merged.
     loaded = sum(shape.whole for shape in shapes)
+    packed = [shape.whole for shape in shapes if native and not lacking(shape.decoder)]
+    each = packed_itemsize(dtype) if packed else dtype.itemsize
+    # One is packed while it and all others are there.
+    packing = (loaded * dtype.itemsize + (copies + max(packed, default=0)) * each) / _LOADED
     tokens = max(service.micro_batch_tokens, reference.model.context)
-    # Each model is there twice for a moment.
-    packing = (loaded + native * max(shape.whole for shape in shapes)) * dtype.itemsize / _LOADED
     parts = {
-        "weights": (loaded + adapted_base) * dtype.itemsize,
+        "weights": (loaded + copies) * each,
         "activations": tokens * max(shape.layer(dtype) for shape in shapes),
         "logits": reference.pieces(trained=False, dtype=dtype),
     }

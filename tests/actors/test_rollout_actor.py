@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from actors.generation.decoder_generator import DecoderGenerator
@@ -49,6 +51,31 @@ def test_rollouts_carry_the_version_and_fingerprint_that_sampled_them(
         assert facts.response_tokens == sum(len(r.response_ids) for r in rows)
         fingerprints.append(manifest.fingerprint)
     assert fingerprints[0] == fingerprints[2] != fingerprints[1], "it is a hash of content"
+
+
+def test_what_is_sampled_is_of_the_version_that_is_held_and_of_no_other(
+    workspace: RunConfig,
+) -> None:
+    """The engine has the only copy of the weights, whatever came before and was asked between."""
+    made, asked = actor(workspace), lease()
+    table, greedy = (
+        to_table([replace(request, greedy=g) for request in asked], RolloutRequest)
+        for g in (False, True)
+    )
+
+    def sampled(by: RolloutActor, requests: pa.Table, seed: int) -> list[list[int]]:
+        manifest, payload = manifest_of(weights(workspace, seed), seed)
+        _, rollouts = by.generate(requests, manifest, payload)
+        return [row.response_ids for row in from_table(rollouts, Rollout)]
+
+    for seed in (1, 2, 1):
+        assert sampled(made, table, seed) == sampled(actor(workspace), table, seed)
+        assert sampled(made, greedy, seed) == sampled(actor(workspace), greedy, seed)
+        assert sampled(made, table, seed) == sampled(actor(workspace), table, seed)
+    other = to_table([replace(request, adapter="other") for request in asked], RolloutRequest)
+    with pytest.raises(ValueError, match="no adapter 'other'"):
+        sampled(made, other, 1)
+    assert sampled(made, table, 1) == sampled(actor(workspace), table, 1)
 
 
 def test_a_generator_says_whether_it_is_exact_and_deterministic(workspace: RunConfig) -> None:

@@ -25,6 +25,7 @@ from common.logprobs import Sampling
 from common.models.networks import compute_in
 from common.models.pretrained.checkpoint import Checkpoint
 from common.models.weight_files import checkpoint_of
+from common.native.frozen import run_natively
 from common.wire.trajectory import ScoredTrajectory, to_table
 from deploy.workers.memory import needs
 from learner.rank import LearnerRank
@@ -120,6 +121,7 @@ def reward(config: RunConfig, start: str) -> None:
     reference = ReferencePolicy(config.model, Path(start), Sampling())
     if config.reward_precision == "bf16":
         compute_in(reference.network, torch.bfloat16)
+    run_natively(reference.network, config.reward_service.kernels)
     rows = config.reward_service.micro_batch_tokens // (PROMPT + RESPONSE)
     made = tokens(config, rows, PROMPT + RESPONSE)
 

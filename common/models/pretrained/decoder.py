@@ -155,6 +155,7 @@ class PretrainedDecoder(Decoder):
             lengths_B=lengths_B,
             prompts_B=prompts_B,
         )
+        packed = packed.to(self.embedding.weight.device)
         states_ND = self.states(packed.tokens_N, packed.positions_N, packed.attention, adapter)
         return packed.unpack(states_ND)
 

@@ -43,7 +43,8 @@ void forward(const model *m, const step *s, const scratch *room, float *logits, 
              spent *time) {
     int64_t kv = m->layer->query.panels * PANEL;
     int64_t fused = kv + m->layer->keyvalue.panels * PANEL;
-    prefetch ahead = wanted_blocks(m, s);
+    prefetch ahead = {0};
+    if (!states) ahead = wanted_blocks(m, s);
     int64_t groups = groups_of(s->rows);
     counter *counters = calloc((m->layers + 1) * PHASES * groups, sizeof(counter));
     double since = omp_get_wtime();

@@ -1,4 +1,4 @@
-/* The forward for generation on processors: types, and arithmetic that files share.
+/* The forward on processors: types, and arithmetic that files share.
  *
  * Blocks are those of PaLM (attention and SwiGLU side by side) and of Llama (one after the other), with
  * what their relatives have beside: see `layer` and `model`.

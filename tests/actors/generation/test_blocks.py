@@ -66,7 +66,7 @@ def test_samples_depend_on_neither_the_size_of_blocks_nor_the_room_in_the_cache(
 
 
 def test_requests_wait_for_room_and_none_is_lost() -> None:
-    """Eleven at once would fit into the slots, and five into the cache."""
+    """Eleven at once would fit into the slots, and four into the cache."""
     lengths = [400] * 11
     mb = block_bytes(PaLM(SHAPE), torch.float32, 2200) / 2**20
     made, at_once = engine(cache_mb=mb), []

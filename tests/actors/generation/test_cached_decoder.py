@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.generation.cached_decoder import CachedDecoder, Choice, slots_within
+from actors.generation.cached_decoder import CachedDecoder, slots_within
 from actors.generation.forward import Chunk, Copy
 from common.config.model import PalmConfig
 from common.errors import ClusterError, ConfigError
@@ -15,9 +15,10 @@ from common.logprobs import Sampling, draw
 from common.models.decoder import Decoder
 from common.models.palm import PaLM
 from common.native import library
+from common.native.blocks import Kernels
 
 SHAPE = PalmConfig(vocab_size=61, dim=32, layers=3, heads=4, head_dim=16, context=40)
-BOTH: list[Choice] = ["native", "torch"]
+BOTH: list[Kernels] = ["native", "torch"]
 
 
 def model(xpos: bool = False, dtype: torch.dtype = torch.float32) -> PaLM:
@@ -32,7 +33,7 @@ def texts(rows: int, length: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("choice", BOTH)
 @pytest.mark.parametrize("xpos", [False, True])
-def test_decoding_with_a_cache_equals_the_full_forward(choice: Choice, xpos: bool) -> None:
+def test_decoding_with_a_cache_equals_the_full_forward(choice: Kernels, xpos: bool) -> None:
     """Prompts of mixed lengths, one prefilled in two chunks beside decodes."""
     palm = model(xpos)
     decoder = CachedDecoder(palm, slots=3, kernels=choice)
@@ -63,7 +64,7 @@ def test_decoding_with_a_cache_equals_the_full_forward(choice: Choice, xpos: boo
 
 
 @pytest.mark.parametrize("choice", BOTH)
-def test_a_shared_prefix_is_copied_within_the_step_that_computes_it(choice: Choice) -> None:
+def test_a_shared_prefix_is_copied_within_the_step_that_computes_it(choice: Kernels) -> None:
     palm = model()
     decoder = CachedDecoder(palm, slots=3, kernels=choice)
     rows = texts(3, 12).tolist()
@@ -83,19 +84,19 @@ def test_a_shared_prefix_is_copied_within_the_step_that_computes_it(choice: Choi
 
 
 @pytest.mark.parametrize("choice", BOTH)
-def test_a_slot_takes_over_another_ones_past(choice: Choice) -> None:
+def test_a_slot_takes_over_another_ones_past(choice: Kernels) -> None:
     palm = model()
     decoder = CachedDecoder(palm, slots=2, kernels=choice)
     rows = texts(2, 6).tolist()
     chunks = [Chunk(slot=i, start=0, tokens=row[:3]) for i, row in enumerate(rows)]
     decoder.forward([row[3] for row in rows], [3, 3], chunks)
-    decoder.move(1, 0, 4)
+    decoder.implementation.move(1, 0, 4)
     found = decoder.forward([rows[1][4]], [4])
     torch.testing.assert_close(found, palm(torch.tensor(rows))[1:, 4], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("choice", BOTH)
-def test_bf16_is_near_the_full_forward_in_bf16(choice: Choice) -> None:
+def test_bf16_is_near_the_full_forward_in_bf16(choice: Kernels) -> None:
     """Stated bound: 0.1 in logits of unit variance; both sides round at other places."""
     palm = model(dtype=torch.bfloat16)
     decoder = CachedDecoder(palm, slots=4, kernels=choice)

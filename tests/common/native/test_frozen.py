@@ -145,6 +145,8 @@ def test_what_is_no_whole_sequence_is_refused(tmp_path: Path) -> None:
         network(tokens, segments_BT=tokens)
     with pytest.raises(ValueError, match="no adapter"):
         network(tokens, adapter="own")
+    with pytest.raises(ValueError, match="65 tokens; 64 fit"):
+        network(torch.zeros(2, 65, dtype=torch.int64))
     with pytest.raises(TypeError, match="call `hidden`"):
         network.decoder.states(tokens, tokens, lambda *of: of[0], "")
     with pytest.raises(TypeError, match="has weights"):
@@ -161,6 +163,8 @@ def test_what_cannot_run_natively_stays_or_is_an_error(
 
     gemma = frozen(PolicyNetwork(loaded(reference("gemma2"), tmp_path)))
     assert kept(gemma, "torch") and kept(gemma, "auto")
+    rounded = frozen(PolicyNetwork(made("palm", tmp_path)), torch.bfloat16)
+    assert kept(rounded, "auto"), "the learner rounds as PyTorch does"
     with pytest.raises(ConfigError, match=r"'gemma2' has another block.*reward_service\.kernels"):
         run_natively(gemma, "native")
     palm = frozen(PolicyNetwork(made("palm", tmp_path)))

@@ -123,7 +123,7 @@ OVERRIDES = [
 
 
 def wide() -> RunConfig:
-    """Actors ask for GPUs too, which no recipe may yet: nothing computes on them."""
+    """Actors ask for GPUs too."""
     config = load_config(None, OVERRIDES)
     rollout = config.rollout.model_copy(update={"gpus_per_actor": 1.0})
     return config.model_copy(update={"rollout": rollout})

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from common import out_of_memory
 from common.config.run import RunConfig
 from common.errors import ClusterError
 from common.models.pretrained.checkpoint import Checkpoint
+from common.native.library import packed_itemsize
 from deploy.workers.memory import needs, require_room
 from tests.common.models.pretrained.checkpoints import random_checkpoint
 
@@ -54,7 +56,8 @@ def test_an_actor_holds_weights_keys_and_values_by_hand(tmp_path: Path) -> None:
     config = run_of(path, train=GRPO, rollout=rollout)
     found = parts(config, "train", 1)
     assert needs(config, "train")[1].count == 3
-    assert (found["weights"], found["packed weights"]) == (2 * size, 0), "packed is the only copy"
+    packed = packed_itemsize(torch.bfloat16) * size
+    assert (found["weights"], found["packed weights"]) == (0, packed), "packed is the only copy"
     layers, kv_heads, head_dim, context = 2, 2, 8, 64
     assert found["keys and values"] == 4 * 2 * layers * kv_heads * head_dim * context * 2
     few = run_of(path, train=GRPO, rollout=rollout | {"cache_mb": 0.02})
@@ -64,7 +67,7 @@ def test_an_actor_holds_weights_keys_and_values_by_hand(tmp_path: Path) -> None:
     # A new version is merged before the one that is held goes; native kernels merge as they pack,
     # and have the base beside.
     assert parts(adapters, "train", 1)["weights"] == 2 * size
-    assert parts(adapters, "train", 1)["packed weights"] == 2 * size
+    assert parts(adapters, "train", 1)["packed weights"] == packed
     torch_kernels = run_of(
         path, train={**GRPO, "lora": {"rank": 2}}, rollout=rollout | {"kernels": "torch"}
     )
@@ -75,6 +78,26 @@ def test_an_actor_holds_weights_keys_and_values_by_hand(tmp_path: Path) -> None:
     )
     assert parts(beside, "train", 1)["weights"] == 2 * size
     assert parts(beside, "train", 1)["packed weights"] == 0
+
+
+def test_a_reward_worker_has_an_adapter_s_base_as_often_as_kernels_pack_it(tmp_path: Path) -> None:
+    path = random_checkpoint(tmp_path / "model")
+    size = Checkpoint.open(path).parameters
+    adapter = {"components": {"reward_model": {"kind": "model"}}}
+
+    def weights(**service: Any) -> float:
+        config = run_of(
+            path,
+            train=GRPO,
+            reward_model={"lora": {"rank": 2}},
+            reward_service={**adapter, **service},
+        )
+        return parts(config, "train", 2)["weights"]
+
+    assert weights(kernels="torch") == 4 * size, "one base, for both"
+    assert weights() == 2 * 4 * size, "packed for the reference, and with the adapter merged"
+    assert weights(precision="bf16") == 2 * size, "PyTorch computes in bf16"
+    assert weights(reference={"start": str(path), "context": 64}, kernels="torch") == 2 * 4 * size
 
 
 def test_a_reward_worker_holds_the_models_of_its_own(tmp_path: Path) -> None:

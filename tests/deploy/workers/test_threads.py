@@ -13,7 +13,6 @@ import torch
 from common.config.recipe import load_config
 from common.config.run import RunConfig
 from common.devices import compute_of
-from common.errors import ConfigError
 from deploy.sampler import Sampler
 from deploy.workers.gang import LearnerGang
 from deploy.workers.placement import reward_pool, rollout_pool
@@ -29,8 +28,6 @@ def test_threads_are_the_whole_cores_reserved_unless_they_are_set(
 ) -> None:
     compute = compute_of(threads=threads, cpus=cpus)
     assert (compute.threads, compute.device, compute.collectives) == (expected, "cpu", "gloo")
-    with pytest.raises(ConfigError, match="no role computes on a GPU yet"):
-        compute_of(threads=threads, cpus=cpus, gpus=1)
 
 
 def test_the_reward_service_computes_as_precisely_as_the_learner_unless_told() -> None:
