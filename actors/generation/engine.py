@@ -94,7 +94,7 @@ class GenerationEngine:
         self.max_tokens = max_tokens
         self.stops = stops or Stops()
         self._prefill_tokens = prefill_tokens
-        self.sample_by(sampling)
+        self._begin(sampling)
 
     @property
     def merged(self) -> str | None:
@@ -107,8 +107,11 @@ class GenerationEngine:
         Raises:
             ValueError: responses are being sampled.
         """
-        if hasattr(self, "_scheduler") and not self.idle:
+        if not self.idle:
             raise ValueError("the distribution cannot change while responses are being sampled")
+        self._begin(sampling)
+
+    def _begin(self, sampling: Sampling) -> None:
         slots, context = self.cached.slots, self.decoder.sizes.context
         self.sampling = sampling
         self._only_temperature = sampling == Sampling(temperature=sampling.temperature or 1.0)
