@@ -33,7 +33,7 @@ from tests.common.models.pretrained.tiny import loaded, reference
 from tests.pretended import DEVICE, Card
 
 PRETENDED = Compute(device=DEVICE, threads=1, collectives="")
-DRAWN = "actors/generation/torch_forward.py:drawn"
+DRAWN = "actors/generation/torch_forward.py:_on_processor"
 CHECKED = "common/models/lora.py:factors"
 """That an adapter is finite, when it is loaded."""
 READ = "reward_service/models.py:read"

@@ -107,10 +107,10 @@ class CachedDecoder:
         return self.implementation.run(lay_out(newest, positions, chunks, copies, adapters))
 
     def draw(
-        self, logits_BV: Tensor, sampling: Sampling, uniforms_B: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self, logits_BV: Tensor, sampling: Sampling, positions_B: np.ndarray, uniforms_B: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Draw one token per row, as `Forward.draw`."""
-        return self.implementation.draw(logits_BV, sampling, uniforms_B)
+        return self.implementation.draw(logits_BV, sampling, positions_B, uniforms_B)
 
     @property
     def slots(self) -> int:

@@ -18,15 +18,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from actors.generation.cached_decoder import CachedDecoder
 from actors.generation.interface import Generated
 from actors.generation.scheduler import Scheduler
 from actors.generation.slots import Slots, Waiting
 from actors.generation.stops import Stops
-from actors.generation.torch_forward import drawn
-from common.logprobs import Sampling, draw, logprobs_at, sampling_logits
+from common.logprobs import Sampling
 from common.models.decoder import Decoder
 from common.models.lora import OFF
 from common.native.blocks import Kernels
@@ -114,8 +112,6 @@ class GenerationEngine:
     def _begin(self, sampling: Sampling) -> None:
         slots, context = self.cached.slots, self.decoder.sizes.context
         self.sampling = sampling
-        self._only_temperature = sampling == Sampling(temperature=sampling.temperature or 1.0)
-        """Nothing else shapes the distribution: the forward's own draw will do."""
         self._slots = Slots(slots, context, filters=sampling.filters)
         self._scheduler = Scheduler(
             self._slots, self.cached.implementation, slots, self._prefill_tokens
@@ -210,7 +206,9 @@ class GenerationEngine:
             logits_BV = logits_BV[torch.from_numpy(drawing).to(logits_BV.device)]
         cells = slots.cells(drawing)
         places = slots.counts[drawing]
-        tokens, logprobs, whole = self._draw(logits_BV, places, slots.uniforms_at(cells))
+        tokens, logprobs, whole = self.cached.draw(
+            logits_BV, self.sampling, places, slots.uniforms_at(cells)
+        )
         slots.record(drawing, cells, tokens, logprobs, whole)
         ended = self._ended(drawing, tokens)
         responses = [self._response(slot, reason) for slot, reason in ended]
@@ -229,28 +227,6 @@ class GenerationEngine:
         if request.adapter not in self.cached.adapters:
             return f"no adapter '{request.adapter}' among {self.cached.adapters}"
         return ""
-
-    def _draw(
-        self, logits_BV: Tensor, positions_B: np.ndarray, uniforms_B: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Draw a token per row, at these positions of the responses.
-
-        Returns:
-            The tokens, their log-probabilities, and those in the whole distribution where tokens
-            are drawn from less.
-        """
-        if self._only_temperature:
-            return *self.cached.draw(logits_BV, self.sampling, uniforms_B), None
-        device, sampling = logits_BV.device, self.sampling
-        places_B = torch.from_numpy(positions_B).to(device)
-        kept_BV = sampling_logits(logits_BV, sampling, positions=places_B)
-        tokens_B, logprobs_B = draw(kept_BV, torch.from_numpy(uniforms_B).to(device))
-        if not sampling.filters:
-            tokens, logprobs = drawn(tokens_B, logprobs_B)
-            return tokens, logprobs, None
-        whole_B = logprobs_at(logits_BV, tokens_B, sampling.unfiltered, places_B)
-        tokens, logprobs, whole = drawn(tokens_B, logprobs_B, whole_B)
-        return tokens, logprobs, whole
 
     def _ended(
         self, drawing: np.ndarray | slice, tokens_B: np.ndarray

@@ -125,10 +125,17 @@ class Forward(Protocol):
         """Return bytes: "weights" that it keeps, and "cache", what keys and values took at most."""
 
     def draw(
-        self, logits: Tensor, sampling: Sampling, uniforms: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Draw as `common.logprobs.draw`, from logits ``[B, V]`` without a filter.
+        self, logits: Tensor, sampling: Sampling, positions: np.ndarray, uniforms: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Draw a token per row, as `common.logprobs.draw` of `sampling_logits`.
+
+        Args:
+            logits: fp32 ``[B, V]``.
+            sampling: the distribution.
+            positions: int64 ``[B]``, places of the tokens in their responses.
+            uniforms: float64 ``[B]``.
 
         Returns:
-            int64 tokens and float32 log-probabilities ``[B]``, from float64 uniforms.
+            int64 tokens ``[B]``, and float32 log-probabilities: in the distribution, and in the
+            whole one (`Sampling.unfiltered`).
         """

@@ -111,10 +111,10 @@ class NativeForward:
         return {"weights": self._model.weight_bytes, "cache": self._blocks.peak * self._each}
 
     def draw(
-        self, logits_BV: Tensor, sampling: Sampling, uniforms_B: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Draw as `common.logprobs.draw`, from fp32 logits without a filter."""
-        return self._model.draw(logits_BV, sampling.temperature, uniforms_B)
+        self, logits_BV: Tensor, sampling: Sampling, positions_B: np.ndarray, uniforms_B: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Draw a token per row, as `Forward.draw`."""
+        return self._model.draw(logits_BV, sampling, positions_B, uniforms_B)
 
     def seconds(self) -> dict[str, float]:
         """Return the time spent so far, by kind of work."""

@@ -114,12 +114,12 @@ class Slots:
         cells: np.ndarray,
         tokens: np.ndarray,
         logprobs: np.ndarray,
-        unfiltered: np.ndarray | None,
+        unfiltered: np.ndarray,
     ) -> None:
         """Store the next token of slots, and its log-probability."""
         self._tokens[cells] = tokens
         self._logprobs[cells] = logprobs
-        if unfiltered is not None:
+        if self.unfiltered is not None:
             self._unfiltered[cells] = unfiltered
         self.counts[slots] += 1
         self.newest[slots] = tokens

@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from actors.generation.forward import Chunk, Step
-from common.logprobs import Sampling, draw, sampling_logits
+from common.logprobs import Sampling, draw, logprobs_at, sampling_logits
 from common.models.attention import PLAIN, Mixing, capped, masked_attention
 from common.models.decoder import Decoder, Sizes
 from common.models.inference import inference_copy, weight_bytes
@@ -138,15 +138,23 @@ class TorchForward:
         """Do nothing: what comes into the slot next is written over it."""
 
     def draw(
-        self, logits: Tensor, sampling: Sampling, uniforms: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Draw as `common.logprobs.draw`, from logits ``[B, V]`` without a filter."""
-        uniforms_B = torch.from_numpy(uniforms).to(logits.device)
-        tokens, logprobs = drawn(*draw(sampling_logits(logits, sampling), uniforms_B))
-        return tokens, logprobs
+        self, logits: Tensor, sampling: Sampling, positions: np.ndarray, uniforms: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Draw a token per row, as `Forward.draw`."""
+        places_B, uniforms_B = (
+            torch.from_numpy(x).to(logits.device) for x in (positions, uniforms)
+        )
+        kept = sampling_logits(logits, sampling, positions=places_B)
+        tokens_B, logprobs_B = draw(kept, uniforms_B)
+        if not sampling.filters:
+            tokens, logprobs = _on_processor(tokens_B, logprobs_B)
+            return tokens, logprobs, logprobs
+        whole_B = logprobs_at(logits, tokens_B, sampling.unfiltered, places_B)
+        tokens, logprobs, whole = _on_processor(tokens_B, logprobs_B, whole_B)
+        return tokens, logprobs, whole
 
 
-def drawn(tokens_B: Tensor, *columns: Tensor) -> tuple[np.ndarray, ...]:
+def _on_processor(tokens_B: Tensor, *columns: Tensor) -> tuple[np.ndarray, ...]:
     """Return int64 tokens and float32 columns, copied from their device all at once.
 
     This is the one place in a step that waits for the device.

@@ -67,7 +67,7 @@ def library(path: Path) -> ctypes.CDLL:
     functions.pack.argtypes = [address, *[number] * 4, address, number, address]
     functions.forward.argtypes = [at(Model), at(Rows), at(Scratch), address, address, at(Seconds)]
     functions.read_states.argtypes = [at(Model), address, number, at(Scratch), address]
-    functions.draw.argtypes = [address, number, number, ctypes.c_float, address, address, address]
+    functions.draw.argtypes = [address, number, number, at(Drawing), *[address] * 5]
     for name in ("pack", "forward", "read_states", "draw"):
         getattr(functions, name).restype = None
     functions.weight_bytes.restype = number
@@ -174,6 +174,20 @@ class Scratch(ctypes.Structure):
         ("fused", ctypes.c_void_p),
         ("mixed", ctypes.c_void_p),
         ("ff", ctypes.c_void_p),
+    )
+
+
+class Drawing(ctypes.Structure):
+    """The distribution that tokens are drawn from."""
+
+    _fields_ = (
+        ("temperature", ctypes.c_float),
+        ("top_k", ctypes.c_int64),
+        ("top_p", ctypes.c_float),
+        ("min_p", ctypes.c_float),
+        ("min_tokens", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("endings", ctypes.c_void_p),
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.logprobs import Sampling
 from common.models.decoder import Decoder
 from common.native import library
 from common.native.blocks import BlockWeights, describe
@@ -231,21 +232,46 @@ class NativeModel:
         return logits_NV
 
     def draw(
-        self, logits_NV: Tensor, temperature: float, uniforms_N: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Draw as `common.logprobs.draw`, from fp32 logits without a filter."""
+        self, logits_NV: Tensor, sampling: Sampling, positions_N: np.ndarray, uniforms_N: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Draw as `common.logprobs.draw` of `sampling_logits`, from fp32 logits.
+
+        Args:
+            logits_NV: contiguous.
+            sampling: the distribution.
+            positions_N: int64, places of the tokens in their responses.
+            uniforms_N: float64.
+
+        Returns:
+            int64 tokens; their fp32 log-probabilities, and those in the whole distribution
+            (`Sampling.unfiltered`).
+        """
         rows, vocabulary = logits_NV.shape
-        tokens_N, logprobs_N = np.empty(rows, dtype=np.int64), np.empty(rows, dtype=np.float32)
+        endings = np.array(sampling.endings, dtype=np.int64)
+        drawing = library.Drawing(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            min_tokens=sampling.min_tokens,
+            count=len(endings),
+            endings=endings.ctypes.data,
+        )
+        tokens_N = np.empty(rows, dtype=np.int64)
+        logprobs_N, whole_N = np.empty((2, rows), dtype=np.float32)
+        positions_N = np.ascontiguousarray(positions_N)
         self._library.draw(
             address_of(logits_NV),
             rows,
             vocabulary,
-            temperature,
+            drawing,
+            positions_N.ctypes.data,
             uniforms_N.ctypes.data,
             tokens_N.ctypes.data,
             logprobs_N.ctypes.data,
+            whole_N.ctypes.data,
         )
-        return tokens_N, logprobs_N
+        return tokens_N, logprobs_N, whole_N
 
     def seconds(self) -> dict[str, float]:
         """Return the time spent so far, by kind of work."""

@@ -2,6 +2,7 @@
 #include "attention.c"
 #include "products.c"
 #include "rows.c"
+#include "sampling.c"
 
 /* Seconds by kind of work, added up over calls. */
 typedef struct {

@@ -4,6 +4,7 @@ import platform
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from actors.generation.cached_decoder import CachedDecoder, slots_within
 from actors.generation.forward import Chunk, Copy
 from common.config.model import PalmConfig
 from common.errors import ClusterError, ConfigError
-from common.logprobs import Sampling, draw
+from common.logprobs import Sampling, draw, sampling_logits
 from common.models.decoder import Decoder
 from common.models.palm import PaLM
 from common.native import library
@@ -200,12 +201,70 @@ def test_the_native_draw_is_the_draw(vocabulary: int, temperature: float) -> Non
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(500, vocabulary, generator=generator) * 3
     u = torch.rand(500, dtype=torch.float64, generator=generator)
-    drawn = native.draw(logits, Sampling(temperature=temperature), u.numpy())
-    tokens, logprobs = map(torch.from_numpy, drawn)
+    places = np.zeros(500, dtype=np.int64)
+    drawn = native.draw(logits, Sampling(temperature=temperature), places, u.numpy())
+    tokens, logprobs, whole = map(torch.from_numpy, drawn)
+    assert torch.equal(whole, logprobs), "nothing is filtered"
     expected, theirs = draw(logits / temperature, u)
     same = tokens == expected
     assert float(same.float().mean()) > 0.995, "only rounding at a border may tell them apart"
     torch.testing.assert_close(logprobs[same], theirs[same], atol=2e-5, rtol=0)
+
+
+FILTERS = [
+    Sampling(top_k=1),
+    Sampling(top_k=7, temperature=0.7),
+    Sampling(top_k=5000),
+    Sampling(top_p=0.5),
+    Sampling(top_p=0.999, temperature=2.0),
+    Sampling(top_p=1e-6),
+    Sampling(min_p=0.05),
+    Sampling(top_k=40, top_p=0.9, min_p=0.02, temperature=0.8),
+    Sampling(temperature=0.0),
+    Sampling(top_p=0.9, min_tokens=2, endings=(0, 3)),
+    Sampling(temperature=0.0, min_tokens=2, endings=(0, 3)),
+    Sampling(min_tokens=2, endings=(0, 3)),
+]
+
+
+@pytest.mark.parametrize("sampling", FILTERS, ids=str)
+@pytest.mark.parametrize("vocabulary", [5, 61, 2048, 20_000])
+@pytest.mark.parametrize("flat", [False, True], ids=["spread", "ties"])
+def test_the_native_draw_filters_as_pytorch_does(
+    sampling: Sampling, vocabulary: int, flat: bool
+) -> None:
+    """With ties, of which the lower tokens are kept; spread out, scores are far below the best.
+
+    Sums of probabilities round elsewhere, so that of many tied tokens one more or less is kept.
+    """
+    native, plain = (CachedDecoder(model(), slots=1, kernels=kernels) for kernels in BOTH)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(200, vocabulary, generator=generator) * 12
+    if flat:
+        logits = (logits / 12).round()
+    u = torch.rand(200, dtype=torch.float64, generator=generator).numpy()
+    places = np.arange(200) % 4
+    tokens, logprobs, whole = native.draw(logits, sampling, places, u)
+    expected, theirs, all_of_it = plain.draw(logits, sampling, places, u)
+    same = tokens == expected
+    assert same.mean() > (0.9 if flat else 0.98), "only rounding at a border may tell them apart"
+    assert np.abs(logprobs[same] - theirs[same]).max() < (2e-3 if flat else 2e-4)
+    assert np.abs(whole[same] - all_of_it[same]).max() < 2e-4
+    assert np.isfinite(logprobs).all()
+    kept = sampling_logits(
+        torch.from_numpy(logits.numpy()), sampling, positions=torch.from_numpy(places)
+    )
+    inside = kept.gather(1, torch.from_numpy(tokens)[:, None]).isfinite()
+    assert float(inside.float().mean()) > 0.98, "and else no token that is filtered is drawn"
+
+
+def test_a_uniform_at_the_very_end_draws_what_is_kept() -> None:
+    native = CachedDecoder(model(), slots=1, kernels="native")
+    logits = torch.randn(300, 200, generator=torch.Generator().manual_seed(2))
+    last, places = np.full(300, np.nextafter(1.0, 0.0)), np.zeros(300, dtype=np.int64)
+    tokens, logprobs, _ = native.draw(logits, Sampling(top_k=3), places, last)
+    assert all(int(t) in row.topk(3).indices for t, row in zip(tokens, logits, strict=True))
+    assert np.exp(logprobs).max() <= 1.0001
 
 
 def test_the_cache_is_planned_from_its_budget() -> None:
