@@ -3,6 +3,7 @@
 
 #define BLOCK 64     /* as in common.logprobs.draw */
 #define BUCKETS 1025 /* of scores: 32 for each nat below the largest, and one for all that is further */
+#define NEAR 256     /* buckets that are looked at first: few tokens are so near, and the cut mostly is */
 
 /* As common.logprobs.Sampling. */
 typedef struct {
@@ -32,48 +33,71 @@ static inline int64_t bucket_of(float score, float top) {
     return below < BUCKETS - 1 ? (int64_t)below : BUCKETS - 1;
 }
 
-/* The tokens of a bucket, most probable first, as a stable sort has them; returns their number. */
-static int64_t sorted_bucket(const float *scores, int64_t vocabulary, float top, int64_t bucket,
-                             entry *found) {
+/* A row's scores [vocabulary] and weights, with the largest of each block. */
+typedef struct {
+    const float *scores, *weights, *peaks;
+    int64_t vocabulary;
+    float top;
+    double total; /* of the weights */
+} row_of;
+
+/* The tokens whose scores are at least so large, in their order; returns their number. */
+static int64_t gather(const row_of *row, float least, entry *found) {
     int64_t count = 0;
-    for (int64_t i = 0; i < vocabulary; i++)
-        if (bucket_of(scores[i], top) == bucket) found[count++] = (entry){scores[i], i};
-    qsort(found, count, sizeof(entry), by_score);
+    for (int64_t begin = 0, b = 0; begin < row->vocabulary; begin += BLOCK, b++) {
+        if (row->peaks[b] < least) continue;
+        int64_t end = begin + BLOCK < row->vocabulary ? begin + BLOCK : row->vocabulary;
+        for (int64_t i = begin; i < end; i++)
+            if (row->scores[i] >= least) found[count++] = (entry){row->scores[i], i};
+    }
     return count;
 }
 
-/* What top-k and top-p keep of scores [vocabulary] with these weights. */
-static cut cut_of(const float *scores, const float *weights, int64_t vocabulary, float top,
-                  const sampling *how, entry *found) {
-    int64_t counts[BUCKETS] = {0}, last = BUCKETS - 1, room = vocabulary;
-    double masses[BUCKETS] = {0.0}, total = 0.0, mass = 0.0;
-    for (int64_t i = 0; i < vocabulary; i++) {
-        int64_t b = bucket_of(scores[i], top);
-        counts[b]++, masses[b] += weights[i];
+/* Those of one bucket, most probable first, as a stable sort has them; returns their number. */
+static int64_t sorted_bucket(const entry *found, int64_t count, float top, int64_t bucket,
+                             entry *some) {
+    int64_t size = 0;
+    for (int64_t i = 0; i < count; i++)
+        if (bucket_of(found[i].score, top) == bucket) some[size++] = found[i];
+    qsort(some, size, sizeof(entry), by_score);
+    return size;
+}
+
+/* What top-k and top-p keep of a row, if it ends before the last of `near` buckets; whether it does. */
+static int cut_within(const row_of *row, const sampling *how, int64_t near, entry *found,
+                      entry *some, cut *kept) {
+    int64_t counts[BUCKETS] = {0}, most = how->top_k < row->vocabulary ? how->top_k : 0;
+    double masses[BUCKETS] = {0.0}, mass = 0.0, total = row->total;
+    int64_t count = gather(row, near < BUCKETS ? row->top - near / 32.0f : -FLT_MAX, found);
+    for (int64_t i = 0; i < count; i++) {
+        int64_t b = bucket_of(found[i].score, row->top);
+        counts[b]++, masses[b] += row->weights[found[i].token];
     }
-    cut kept = {-FLT_MAX, vocabulary};
-    if (how->top_k && how->top_k < vocabulary) {
-        int64_t before = 0;
-        for (last = 0; before + counts[last] < how->top_k; last++) before += counts[last];
-        room = how->top_k - before; /* in the last bucket that is kept */
-        sorted_bucket(scores, vocabulary, top, last, found);
-        kept = found[room - 1];
+    int64_t last = near - (near < BUCKETS ? 2 : 1), room = row->vocabulary, before = 0;
+    if (most) {
+        int64_t b = 0;
+        for (; b <= last && before + counts[b] < most; b++) before += counts[b];
+        if (b > last) return 0;
+        last = b, room = most - before; /* in the last bucket that is kept */
+        sorted_bucket(found, count, row->top, last, some);
+        *kept = some[room - 1];
         masses[last] = 0.0;
-        for (int64_t i = 0; i < room; i++) masses[last] += weights[found[i].token];
+        for (int64_t i = 0; i < room; i++) masses[last] += row->weights[some[i].token];
+        total = 0.0;
+        for (b = 0; b <= last; b++) total += masses[b];
     }
-    if (how->top_p >= 1.0f) return kept;
-    for (int64_t b = 0; b <= last; b++) total += masses[b];
+    if (how->top_p >= 1.0f) return 1;
     for (int64_t b = 0; b <= last; mass += masses[b++]) {
         if (mass + masses[b] < how->top_p * total) continue;
-        int64_t count = sorted_bucket(scores, vocabulary, top, b, found);
-        if (b == last && room < count) count = room;
-        for (int64_t i = 0; i < count && mass < how->top_p * total; i++) {
-            kept = found[i];
-            mass += weights[kept.token];
+        int64_t size = sorted_bucket(found, count, row->top, b, some);
+        if (b == last && room < size) size = room;
+        for (int64_t i = 0; i < size && mass < how->top_p * total; i++) {
+            *kept = some[i];
+            mass += row->weights[kept->token];
         }
-        return kept;
+        return 1;
     }
-    return kept;
+    return most || near == BUCKETS; /* rounding may leave all of them in */
 }
 
 /* Sums of the weights' blocks, and of all. */
@@ -116,9 +140,9 @@ void draw(const float *logits, int64_t rows, int64_t vocabulary, const sampling 
 #pragma omp parallel
     {
         float *weights = calloc(blocks * BLOCK, sizeof(float));
-        float *scores = malloc(vocabulary * sizeof(float));
+        float *scores = malloc(vocabulary * sizeof(float)), *peaks = malloc(blocks * sizeof(float));
         double *sums = malloc(blocks * sizeof(double));
-        entry *found = selects ? malloc(vocabulary * sizeof(entry)) : NULL;
+        entry *found = selects ? malloc(2 * vocabulary * sizeof(entry)) : NULL;
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; row++) {
             const float *at = logits + row * vocabulary;
@@ -126,8 +150,14 @@ void draw(const float *logits, int64_t rows, int64_t vocabulary, const sampling 
             if (positions[row] < how->min_tokens)
                 for (int64_t e = 0; e < how->count; e++) scores[how->endings[e]] = -FLT_MAX;
             float top = -FLT_MAX;
-#pragma omp simd reduction(max : top)
-            for (int64_t i = 0; i < vocabulary; i++) top = scores[i] > top ? scores[i] : top;
+            for (int64_t b = 0; b < blocks; b++) {
+                int64_t end = (b + 1) * BLOCK < vocabulary ? (b + 1) * BLOCK : vocabulary;
+                float peak = -FLT_MAX;
+#pragma omp simd reduction(max : peak)
+                for (int64_t i = b * BLOCK; i < end; i++) peak = scores[i] > peak ? scores[i] : peak;
+                peaks[b] = peak;
+                top = peak > top ? peak : top;
+            }
             for (int64_t i = 0; i < vocabulary; i++) weights[i] = fast_exp(scores[i] - top);
             if (positions[row] < how->min_tokens)
                 for (int64_t e = 0; e < how->count; e++) weights[how->endings[e]] = 0.0f;
@@ -139,13 +169,16 @@ void draw(const float *logits, int64_t rows, int64_t vocabulary, const sampling 
             } else {
                 if (selects || how->min_p > 0.0f) {
                     cut kept = {-FLT_MAX, vocabulary};
-                    if (selects) kept = cut_of(scores, weights, vocabulary, top, how, found);
+                    row_of this = {scores, weights, peaks, vocabulary, top, all};
+                    entry *some = found + vocabulary;
+                    if (selects && !cut_within(&this, how, NEAR, found, some, &kept))
+                        cut_within(&this, how, BUCKETS, found, some, &kept);
                     float least = how->min_p > 0.0f ? top + logf(how->min_p) : -FLT_MAX;
-                    for (int64_t i = 0; i < vocabulary; i++) {
-                        int in = scores[i] > kept.score ||
-                                 (scores[i] == kept.score && i <= kept.token);
-                        if (!in || scores[i] < least) weights[i] = 0.0f;
-                    }
+                    least = kept.score > least ? kept.score : least;
+                    for (int64_t i = 0; i < vocabulary; i++)
+                        weights[i] = scores[i] < least ? 0.0f : weights[i];
+                    for (int64_t i = kept.token + 1; i < vocabulary; i++)
+                        weights[i] = scores[i] == kept.score ? 0.0f : weights[i];
                     total = add_up(weights, blocks, sums);
                 }
                 token = passing(weights, sums, blocks, vocabulary, uniforms[row] * total);
@@ -156,6 +189,7 @@ void draw(const float *logits, int64_t rows, int64_t vocabulary, const sampling 
         }
         free(weights);
         free(scores);
+        free(peaks);
         free(sums);
         free(found);
     }
