@@ -174,7 +174,7 @@ def _measured(path: Path, sizes: Sizes, small: int) -> tuple[list[Result], dict[
             runs["vllm small"] = lambda: other(asked[:small], equal[:small])
             runs["vllm mixed"] = lambda: other(asked, mixed)
         runs["large"]()
-        took = interleaved(runs, sizes.repeats["generation"])
+        took = interleaved(runs, sizes.repeats["llama"])
         limit = product_rate(torch.bfloat16)
     count = {"large": sum(equal), "small": sum(equal[:small]), "mixed": sum(mixed)}
     count["hf"] = count["native"] = count["torch"] = count["large"]

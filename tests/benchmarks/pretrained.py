@@ -65,7 +65,7 @@ SMOLLM2 = Sizes(
     lengths=(40, 47, 54, 61, 68, 76, 84, 92, 101, 110, 120, 130, 142, 156, 171, 186),
     prompts=3,
     responses=(8, 14, 20, 26, 32, 38, 44, 50),
-    repeats={"generation": 3, "fp32": 2, "bf16": 3},
+    repeats={"generation": 3, "llama": 2, "fp32": 2, "bf16": 3},
 )
 """SmolLM2-135M's."""
 

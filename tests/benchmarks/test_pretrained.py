@@ -26,7 +26,7 @@ TINY = replace(
     prompt=4,
     response=5,
     lengths=(4, 9, 6),
-    repeats={"generation": 1, "fp32": 1, "bf16": 1},
+    repeats={"generation": 1, "llama": 1, "fp32": 1, "bf16": 1},
 )
 
 
