@@ -108,21 +108,7 @@ class RewardWorker:
         compute.apply()
         self.settings = settings
         self.merge = merge
-        own = settings.reference
-        self.reference = (
-            ReferencePolicy(model, Path(reference), sampling)
-            if own is None
-            else ReferencePolicy(
-                own.model_copy(
-                    update={
-                        "vocab_size": model.vocab_size,
-                        "context": max(own.context, model.context),
-                    }
-                ),
-                Path(own.start),
-                sampling,
-            )
-        )
+        self.reference = self._reference(model, reference, sampling)
         self.scorers: dict[str, Scorer] = {}
         self.reward_model: RewardModel | None = None
         for name, component in settings.components.items():
@@ -132,7 +118,22 @@ class RewardWorker:
                 self.reward_model = self._reward_model(model, reference, reward_model, judge)
             else:
                 self.scorers[name] = SCORERS[type(component)](component)
-        # After both are there: an adapter is put on the base as it was trained.
+        self._prepare(compute.device, precision)
+
+    def _reference(self, model: ModelConfig, weights: str, sampling: Sampling) -> ReferencePolicy:
+        """Load the reference; one of its own reads as long sequences as the policy writes."""
+        own = self.settings.reference
+        if own is None:
+            return ReferencePolicy(model, Path(weights), sampling)
+        context = max(own.context, model.context)
+        shape = own.model_copy(update={"vocab_size": model.vocab_size, "context": context})
+        return ReferencePolicy(shape, Path(own.start), sampling)
+
+    def _prepare(self, device: str, precision: Literal["fp32", "bf16"]) -> None:
+        """Let both models compute where and as settings say.
+
+        After both are there: an adapter is put on the base as it was trained.
+        """
         networks: list[DecoderNetwork] = [self.reference.network]
         if self.reward_model is not None:
             networks.append(self.reward_model.network)
@@ -140,8 +141,8 @@ class RewardWorker:
             for network in networks:
                 compute_in(network, torch.bfloat16)
         for network in networks:
-            network.to(compute.device)
-            run_natively(network, settings.kernels)
+            network.to(device)
+            run_natively(network, self.settings.kernels)
 
     def _reward_model(
         self, model: ModelConfig, policy: str, weights: str, judge: PretrainedConfig | None

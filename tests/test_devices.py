@@ -52,12 +52,12 @@ def decoder(request: pytest.FixtureRequest, tmp_path: Path) -> Decoder:
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), FILTERED], ids=["whole", "filtered"])
-@pytest.mark.parametrize("adapters", [(""), ("", "own")], ids=["none", "two"])
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "adapters side by side"])
 def test_the_engine_waits_once_for_each_token(
-    decoder: Decoder, sampling: Sampling, adapters: tuple[str, ...]
+    decoder: Decoder, sampling: Sampling, beside: bool
 ) -> None:
-    """Prompts in chunks, shared prefixes, slots that are freed and taken, adapters side by side."""
-    beside = len(adapters) > 1
+    """Prompts in chunks, shared prefixes, slots that are freed and taken."""
+    adapters, steps = ("", "own") if beside else ("",), 0
     if beside:
         add_adapter(decoder, "own", LoraConfig(rank=2), seed=0)
     with Card() as card:
@@ -70,12 +70,15 @@ def test_the_engine_waits_once_for_each_token(
             prefill_tokens=7,
             merged=None if beside else "",
         )
-        asked = requests([3, 9, 9, 17], copies=2, adapters=adapters if beside else ("",))
-        made = engine.generate(asked)
+        asked, made = requests([3, 9, 9, 17], copies=2, adapters=adapters), []
+        engine.submit(asked)
+        while not engine.idle:
+            made += engine.step()
+            steps += 1
     assert [len(found.response_ids) for found in made] == [6] * len(asked)
     assert set(card.waits) == {DRAWN, CHECKED} if beside else {DRAWN}
-    # Slots draw together: as many waits as steps, and no more steps than tokens.
-    assert 6 * len(asked) / 4 <= card.waits[DRAWN] <= 6 * len(asked)
+    # Slots draw together; a step in the middle of a first prompt draws nothing.
+    assert 6 * len(asked) / 4 <= card.waits[DRAWN] <= steps
     assert card.products > 0
 
 
@@ -118,23 +121,17 @@ def test_frozen_passes_wait_once_for_all_micro_batches(decoder: Decoder) -> None
     assert card.waits == {READ: 2}, "scores, and log-probabilities"
 
 
-def test_a_frozen_pass_through_one_pair_of_batches_is_that_of_many(decoder: Decoder) -> None:
-    """On the processor: how results are gathered does not change them."""
-    reward, policy = worker(decoder)
-    del reward
-    records = rollouts()
-    palm = PaLM(PalmConfig(vocab_size=53, dim=32, layers=2, heads=4, head_dim=8, context=64))
-    palm.initialise(0)
-    policy.network = PolicyNetwork(palm).eval().requires_grad_(False)
+def test_results_of_many_micro_batches_go_to_the_rows_that_they_are_of(decoder: Decoder) -> None:
+    """On the processor, where there are numbers: one batch against many."""
+    records, policy = rollouts(), ReferencePolicy.__new__(ReferencePolicy)
+    policy.network, policy.sampling = PolicyNetwork(decoder), Sampling()
     _, apart = frozen_pass(records, 20, None, policy)
     _, together = frozen_pass(records, 10_000, None, policy)
     for found, expected in zip(apart, together, strict=True):
         assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_weights_are_loaded_onto_the_card_and_hashed_from_there(
-    workspace: RunConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_are_loaded_onto_the_card_and_hashed_from_there(workspace: RunConfig) -> None:
     """What the card has is read back once for each slice; pretended, it reads as zeros."""
     palm = PaLM(workspace.model)
     zeros = {name: torch.zeros_like(value) for name, value in palm.state_dict().items()}
@@ -234,7 +231,9 @@ def test_a_reserved_card_that_torch_cannot_find_is_one_line() -> None:
 def test_a_recipe_may_reserve_cards_for_actors_and_reward_workers() -> None:
     config = load_config(None, ["rollout.gpus_per_actor=0.5", "reward_service.gpus_per_replica=1"])
     assert config.rollout.gpus_per_actor == 0.5
-    with pytest.raises(ConfigError, match=r"are for processors.*kernels to auto or torch"):
-        load_config(None, ["rollout.gpus_per_actor=1", "rollout.kernels=native"])
+    for reserved in ("rollout.gpus_per_actor", "reward_service.gpus_per_replica"):
+        section = reserved.partition(".")[0]
+        with pytest.raises(ConfigError, match=r"are for processors.*kernels to auto or torch"):
+            load_config(None, [f"{reserved}=1", f"{section}.kernels=native"])
     with pytest.raises(ConfigError, match="learner ranks compute on the processor"):
         load_config(None, ["learner.gpus_per_rank=1"])

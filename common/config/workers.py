@@ -162,6 +162,16 @@ class RewardServiceConfig(Section):
     """The score is the weighted sum of these."""
 
     @model_validator(mode="after")
+    def _device(self) -> RewardServiceConfig:
+        if self.gpus_per_replica and self.kernels == "native":
+            text = (
+                "kernels=native are for processors: set gpus_per_replica to 0, or kernels to auto "
+                "or torch"
+            )
+            require_no_conflict(self, [(("gpus_per_replica", "kernels"), text)])
+        return self
+
+    @model_validator(mode="after")
     def _some(self) -> RewardServiceConfig:
         if not (trained := self.scoring):
             raise ValueError("at least one component is needed that is not `evaluation_only`")

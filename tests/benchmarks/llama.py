@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -179,7 +179,15 @@ def _measured(path: Path, sizes: Sizes, small: int) -> tuple[list[Result], dict[
     count = {"large": sum(equal), "small": sum(equal[:small]), "mixed": sum(mixed)}
     count["hf"] = count["native"] = count["torch"] = count["large"]
     rate = {name: count[name.split()[-1]] / took[name] for name in took}
+    found = [*_decoded(rate, sizes, small), *_scored(rate, sizes)]
     reached = operations(sizes) * sizes.batch / took["large"]
+    metric = "SmolLM2's shape: decode, share of the matrix-product limit"
+    found.append(share_of_limit("llama_decode_share_of_limit", metric, reached, limit))
+    return found, profile(ours, asked)
+
+
+def _decoded(rate: Mapping[str, float], sizes: Sizes, small: int) -> list[Result]:
+    """Tokens per second of generation, against the others that ran."""
     title = f"SmolLM2's shape: decode, {{}} x ({sizes.prompt} + {sizes.response})"
     lengths = f"SmolLM2's shape: decode, {sizes.batch} responses of {SHORTEST} to {LONGEST} tokens"
     against = [
@@ -188,7 +196,7 @@ def _measured(path: Path, sizes: Sizes, small: int) -> tuple[list[Result], dict[
         ("llama_mixed_vs_vllm", "mixed", "vllm mixed", lengths),
         ("llama_decode_vs_hf", "large", "hf", title.format(sizes.batch)),
     ]
-    found = [
+    return [
         Result(
             key=key,
             value=rate[name] / rate[other],
@@ -200,7 +208,11 @@ def _measured(path: Path, sizes: Sizes, small: int) -> tuple[list[Result], dict[
         for key, name, other, metric in against
         if other in rate
     ]
-    found += [
+
+
+def _scored(rate: Mapping[str, float], sizes: Sizes) -> list[Result]:
+    """Response tokens per second of frozen passes."""
+    return [
         Result(
             key=key,
             value=rate["score native"] / rate[other],
@@ -214,6 +226,3 @@ def _measured(path: Path, sizes: Sizes, small: int) -> tuple[list[Result], dict[
             ("llama_score_vs_torch", "score torch", "the same in PyTorch, bf16"),
         )
     ]
-    metric = "SmolLM2's shape: decode, share of the matrix-product limit"
-    found.append(share_of_limit("llama_decode_share_of_limit", metric, reached, limit))
-    return found, profile(ours, asked)

@@ -11,12 +11,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from common.batching import sequence_batch
 from common.config.model import PretrainedConfig
+from common.config.workers import RewardServiceConfig
 from common.data.tokenizer import load_tokenizer
+from common.devices import compute_of
 from common.logprobs import Sampling
 from common.models.build import build_decoder
 from common.wire.trajectory import Rollout
 from reward_service.models import ReferencePolicy, RewardModel, frozen_pass
+from reward_service.service import RewardWorker
 from tests.common.data.tokenizers import byte_level
 from tests.common.models.pretrained.tiny import _COMMON, VARIANTS, reference, saved
 from tests.reward_service.samples import rollouts
@@ -100,3 +104,35 @@ def test_a_reference_of_its_own(tmp_path: Path) -> None:
         chosen = torch.tensor(rollout.response_ids)[:, None]
         expected = logits.log_softmax(-1).gather(-1, chosen)[:, 0]
         torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_a_reference_reads_as_long_sequences_as_the_policy_writes(
+    tmp_path: Path, kernels: str
+) -> None:
+    """Its own setting is shorter: native kernels have tables of its context, and no more."""
+    model = reference("llama3-rotary")
+    folder = saved(model, tmp_path)
+    own, policy = (PretrainedConfig(start=str(folder), context=n, vocab_size=90) for n in (8, 64))
+    worker = RewardWorker(
+        RewardServiceConfig.model_validate(
+            {
+                "reference": own,
+                "kernels": kernels,
+                "components": {"one": {"kind": "function", "target": "math:prod"}},
+            }
+        ),
+        policy,
+        str(folder),
+        None,
+        Sampling(),
+        compute_of(cpus=1),
+        merge=True,
+    )
+    prompt, response = [list(range(3, 33)), list(range(40, 50))]
+    batch = sequence_batch([prompt], [response])
+    found = worker.reference(batch)[0]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + response]), use_cache=False).logits[0, 29:39, :90]
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)

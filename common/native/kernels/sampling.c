@@ -170,9 +170,8 @@ void draw(const float *logits, int64_t rows, int64_t vocabulary, const sampling 
                 if (selects || how->min_p > 0.0f) {
                     cut kept = {-FLT_MAX, vocabulary};
                     row_of this = {scores, weights, peaks, vocabulary, top, all};
-                    entry *some = found + vocabulary;
-                    if (selects && !cut_within(&this, how, NEAR, found, some, &kept))
-                        cut_within(&this, how, BUCKETS, found, some, &kept);
+                    if (selects && !cut_within(&this, how, NEAR, found, found + vocabulary, &kept))
+                        cut_within(&this, how, BUCKETS, found, found + vocabulary, &kept);
                     float least = how->min_p > 0.0f ? top + logf(how->min_p) : -FLT_MAX;
                     least = kept.score > least ? kept.score : least;
                     for (int64_t i = 0; i < vocabulary; i++)

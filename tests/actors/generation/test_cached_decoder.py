@@ -85,6 +85,21 @@ def test_a_shared_prefix_is_copied_within_the_step_that_computes_it(choice: Kern
 
 
 @pytest.mark.parametrize("choice", BOTH)
+@pytest.mark.parametrize("shared", [20, 32])
+def test_a_position_is_shared_in_the_step_that_computes_it_alone(
+    choice: Kernels, shared: int
+) -> None:
+    """No step has fewer rows: the end of one prompt, and one token more of another."""
+    palm, row = model(), texts(1, shared + 1)[0].tolist()
+    decoder = CachedDecoder(palm, slots=2, kernels=choice)
+    before = Chunk(slot=0, start=0, tokens=row[: shared - 2])
+    decoder.forward([row[shared - 2]], [shared - 2], [before])
+    copies = [Copy(source=0, targets=[1], positions=shared)]
+    found = decoder.forward(row[-2:], [shared - 1, shared], [], copies)
+    torch.testing.assert_close(found, palm(torch.tensor([row]))[0, -2:], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("choice", BOTH)
 def test_a_slot_takes_over_another_ones_past(choice: Kernels) -> None:
     palm = model()
     decoder = CachedDecoder(palm, slots=2, kernels=choice)

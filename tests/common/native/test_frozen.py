@@ -120,6 +120,25 @@ def test_a_row_is_the_same_alone_beside_others_in_pieces_and_with_any_threads(
     assert torch.equal(logprobs(network, of)[0], together)
 
 
+def test_a_prompt_of_several_rows_is_computed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, of = frozen(PolicyNetwork(made("palm", tmp_path))), batch()
+    run_natively(network, "native")
+    assert isinstance(network.decoder, NativeDecoder)
+    run, counts = network.decoder._model.run, []
+
+    def counted(rows: Any, *rest: Any, **more: Any) -> None:
+        counts.append(rows.shape[1])
+        run(rows, *rest, **more)
+
+    monkeypatch.setattr(network.decoder._model, "run", counted)
+    network(of.tokens_BT, lengths_B=of.lengths_B, prompts_B=of.prompts_B)
+    network(of.tokens_BT, lengths_B=of.lengths_B)
+    responses = int((of.lengths_B - of.prompts_B).sum())
+    assert counts == [31 + 32 + 33 + 1 + responses, int(of.lengths_B.sum())]
+
+
 def test_an_adapter_is_merged_and_the_base_stays_as_it_is(tmp_path: Path) -> None:
     decoder = made("qwen2", tmp_path)
     add_adapter(decoder, "own", LoraConfig(rank=4), seed=1)
