@@ -47,7 +47,7 @@ from deploy.exchange.card import add_card
 from deploy.gauges import Reading
 from deploy.health.watch import Watch
 from deploy.run_folder.activity import Activity
-from deploy.run_folder.failures import note_health, note_restart, note_untracked
+from deploy.run_folder.failures import note_health, note_lost, note_restart, note_untracked
 from deploy.run_folder.fingerprints import tensors_in
 from deploy.run_folder.inputs import RunInputs
 from deploy.run_folder.lock import writing
@@ -291,7 +291,14 @@ class Controller:
         oldest, least = iteration - train.max_staleness, train.least_responses
 
         def take() -> list[Scored] | None:
-            return self.collector.take(iteration, oldest=oldest, stale=train.stale, least=least)
+            before = self.ledger.resampled["lost"]
+            part = self.collector.take(iteration, oldest=oldest, stale=train.stale, least=least)
+            if lost := self.ledger.resampled["lost"] - before:
+                note_lost(
+                    self.config.folder.events,
+                    f"{lost} of iteration {iteration}, with a node; they are sampled again",
+                )
+            return part
 
         batch: list[Scored] | None = None
         while batch is None:

@@ -39,6 +39,11 @@ def note_restart(events: Path, detail: str) -> None:
     _note(events, "learner restarted", detail)
 
 
+def note_lost(events: Path, detail: str) -> None:
+    """Append a line on rollouts that are sampled again, because they were lost with a node."""
+    _note(events, "rollouts lost", detail)
+
+
 def note_health(events: Path, detail: str) -> None:
     """Append a line on what a health check has begun to find wrong."""
     _note(events, "health", detail)

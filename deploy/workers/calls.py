@@ -25,7 +25,12 @@ Handle = ActorProxy[Any]
 
 _INLINE_BYTES = 100 * 1024
 """Ray keeps smaller objects with their owner, out of any node's object store."""
+_NEAR_BYTES = 1024
+"""More than Ray's note of what an object is: the size that it tells counts that too, and what it
+keeps with the owner may be told as a few bytes more than it keeps there."""
 _ANSWER_S = 10.0
+_OWN_S = 0.1
+"""What the owner keeps itself is there at once."""
 _GUESSES = " Some common causes include"
 """Where Ray's message of a death begins to guess."""
 
@@ -127,12 +132,22 @@ def lost_objects(refs: Sequence[ray.ObjectRef[Any]]) -> set[ray.ObjectRef[Any]]:
         if (facts["object_size"] or 0) <= _INLINE_BYTES or facts["did_spill"]:
             continue
         if not facts["node_ids"]:
-            lost.add(ref)
+            near = facts["object_size"] <= _INLINE_BYTES + _NEAR_BYTES
+            if not (near and _is_here(ref)):
+                lost.add(ref)
         elif here in facts["node_ids"]:
             doubtful.append(ref)
     if doubtful and not all(node["Alive"] for node in ray.nodes()):
         lost |= {ref for ref in doubtful if _is_an_error(ref)}
     return lost
+
+
+def _is_here(ref: ray.ObjectRef[Any]) -> bool:
+    try:
+        ray.get(ref, timeout=_OWN_S)
+    except (ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError):
+        return False
+    return True
 
 
 def _is_an_error(ref: ray.ObjectRef[Any]) -> bool:

@@ -18,6 +18,7 @@ from common.config.run import RunConfig
 from common.errors import DataError, WorkerError
 from common.randomness import derive_seed
 from common.wire.trajectory import ScoredTrajectory, from_table
+from deploy.run_folder.events import read_events
 from deploy.stages.replay import replay_run
 from deploy.workers.gang import LearnerGang
 from learner.batch.trajectory_log import read_log
@@ -201,3 +202,25 @@ def test_a_rank_that_keeps_dying_ends_the_run_and_is_named(
         pytest.raises(WorkerError, match=r"learner-1 died in policy_phase.*max_restarts"),
     ):
         controller.run()
+
+
+def test_lost_tables_are_sampled_again_and_told(
+    workspace: RunConfig,
+    gang: LearnerGang,
+    undisturbed: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As when a node dies: `tests/deploy/workers/preemption.py` has one that does."""
+    asked: list[int] = []
+
+    def lost_once(refs: list[Any]) -> set[Any]:
+        asked.append(len(refs))
+        return set(refs[:1]) if len(asked) == 1 else set()
+
+    monkeypatch.setattr("deploy.control.batches.lost_objects", lost_once)
+    config = run_copy(workspace, tmp_path)
+    assert finish(config, gang)["weights_hash"] == undisturbed
+    told = [each.detail for each in read_events(config.folder.events) if "lost" in each.what]
+    assert len(told) == 1
+    assert told[0].endswith("of iteration 0, with a node; they are sampled again")
