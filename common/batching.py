@@ -25,7 +25,7 @@ again, and a prompt's of all its rows stand in memory once for each."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceBatch:
-    """Left-aligned sequences."""
+    """Left-aligned sequences, on the processor: networks move what they compute with."""
 
     tokens_BT: Tensor
     """int64 prompt + response, then zeros."""
@@ -47,16 +47,6 @@ class SequenceBatch:
     def prompts_B(self) -> Tensor:
         """int64: tokens of each prompt."""
         return self.predict_BR[:, 0] + 1
-
-    def to(self, device: torch.device) -> SequenceBatch:
-        """Return the same batch on a device."""
-        return SequenceBatch(
-            tokens_BT=self.tokens_BT.to(device),
-            predict_BR=self.predict_BR.to(device),
-            response_BR=self.response_BR.to(device),
-            response_mask_BR=self.response_mask_BR.to(device),
-            last_B=self.last_B.to(device),
-        )
 
 
 def sequence_batch(

@@ -1,7 +1,7 @@
 """What workers compute with: decided here, from what they reserved, and handed to them.
 
 No worker asks torch for the devices that it can see: a GPU that is merely visible belongs to
-somebody else. Learner ranks compute on processors alone.
+somebody else.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 import torch
+from torch import Tensor
 
 from common.errors import ClusterError
 from common.out_of_memory import return_large_at_once
@@ -18,6 +19,10 @@ PROCESSOR: Final = "cpu"
 """As torch and DeepSpeed name it."""
 CARD: Final = "cuda:0"
 """The GPU of a worker that reserved one or a part of one: Ray shows it no other."""
+
+
+ACCELERATOR: Final = "TALIPOT_ACCELERATOR"
+"""Variable of the environment that names what DeepSpeed computes with; without it the processor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +38,16 @@ class Compute:
     frugal: bool = False
     """Large tensors are the system's again when they are freed, as `return_large_at_once` says."""
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a learner rank's process has to find in its environment, before its first import."""
+        return {} if self.device == PROCESSOR else {ACCELERATOR: torch.device(self.device).type}
+
     def apply(self) -> None:
         """Let torch use so many threads in this process, and free memory as it says.
+
+        Products in fp32 are in fp32: TF32 would round their factors to 10 bits on a GPU, and
+        log-probabilities would differ by more than a recipe that asks for fp32 means.
 
         Raises:
             ClusterError: a GPU was reserved, and torch finds none.
@@ -43,8 +56,10 @@ class Compute:
         if self.device != PROCESSOR and not torch.cuda.is_available():
             raise ClusterError(
                 "a worker reserved a GPU, and PyTorch finds none on its node: install PyTorch for "
-                "CUDA there, or set rollout.gpus_per_actor and reward_service.gpus_per_replica to 0"
+                "CUDA there, or set learner.gpus_per_rank, rollout.gpus_per_actor and "
+                "reward_service.gpus_per_replica to 0"
             )
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         if self.frugal:
             return_large_at_once()
 
@@ -67,6 +82,23 @@ def compute_of(
         collectives="cpu:gloo,cuda:nccl" if gpus else "gloo",
         frugal=frugal,
     )
+
+
+def onto(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; a copy to a GPU is not waited for.
+
+    That takes memory which the system does not move (pinned). The allocator of such memory uses it
+    again only when the copy is over, so the tensor may be dropped at once.
+    """
+    if device.type != "cuda" or tensor.device.type != PROCESSOR:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given, copies to the processor among it."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def torch_dtype(precision: Literal["fp32", "bf16"]) -> torch.dtype:

@@ -156,7 +156,7 @@ class Learner:
 
         def columns_BRC(micro: MicroBatch) -> Tensor:
             data = micro.data
-            read = chosen_reader(data.response_BR, self.sampling, ppo.entropy, unfiltered=filters)
+            read = chosen_reader(micro.response_BR, self.sampling, ppo.entropy, unfiltered=filters)
             read_BRC, head_BR = self.policy(
                 data.tokens_BT,
                 lengths_B=data.lengths_B,

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from common.errors import TrainingError
@@ -18,7 +19,10 @@ from common.metrics import require_finite
 from learner.batch.experience import Sequences
 from learner.batch.shards import MicroBatch, Shards
 from learner.zero.engine import ZeroEngine
-from learner.zero.process_group import all_sums
+from learner.zero.process_group import all_sum
+
+_TOTAL = "total"
+"""Name of the loss itself among what is added up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +52,7 @@ class Loss(NamedTuple):
 
     total: Tensor
     """To differentiate, divided by the size of the whole minibatch."""
-    sums: Mapping[str, float | Tensor]
+    sums: Mapping[str, Tensor]
     """What is added up over micro-batches and ranks, detached; the same names in all of them."""
 
 
@@ -133,6 +137,9 @@ def accumulate(
 ) -> tuple[float, dict[str, float]]:
     """Add up the gradients of one minibatch; its loss and sums over all ranks (a collective).
 
+    They stay on the device until it was given all micro-batches: looked at one by one, it would
+    stand still while the next is laid out.
+
     Args:
         engine: whose gradients they are.
         losses: of this rank's micro-batches, each computed as it is asked for, and whether it is
@@ -141,12 +148,30 @@ def accumulate(
         where: phase and step, in words, for the error.
 
     Raises:
-        TrainingError: a loss is not finite.
+        TrainingError: a loss is not finite, on every rank.
     """
-    total, sums = 0.0, dict[str, float]()
+    sums = Sums()
     for loss, last in losses:
-        total += require_finite(name, float(loss.total.detach()), where)
         engine.backward(loss.total, last=last)
-        sums = {key: sums.get(key, 0.0) + float(value) for key, value in loss.sums.items()}
-    summed = all_sums({"": total, **sums})
-    return summed.pop(""), summed
+        sums.add({_TOTAL: loss.total.detach(), **loss.sums})
+    summed = sums.over_ranks()
+    return require_finite(name, summed.pop(_TOTAL), where), summed
+
+
+class Sums:
+    """Sums over micro-batches in float64, on the device until they are asked for."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+
+    def add(self, numbers: Mapping[str, Tensor]) -> None:
+        """Add scalars; they have the same names in the same order every time."""
+        more = torch.stack([number.double() for number in numbers.values()])
+        self._names, self._sums = list(numbers), more if self._sums is None else self._sums + more
+
+    def over_ranks(self) -> dict[str, float]:
+        """Return the sums over all ranks (a collective): here the device is waited for."""
+        assert self._sums is not None, "every rank has a micro-batch"
+        summed = all_sum(self._sums.cpu())
+        return dict(zip(self._names, summed.tolist(), strict=True))

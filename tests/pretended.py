@@ -30,6 +30,8 @@ class Card(TorchDispatchMode):
         super().__init__()
         self.waits: Counter[str] = Counter()
         """Copies to the processor, by ``file:function``."""
+        self.reads: Counter[str] = Counter()
+        """Those that are waited for later (`common.devices.wait_for`)."""
         self.products = 0
         """Matrix products on the card."""
 
@@ -39,7 +41,11 @@ class Card(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         devices = {x.device.type for x in tensors if x.dim()}
-        if len(devices) > 1 and not (func is _COPY_IN and tensors[0].device.type == DEVICE):
+        if len(devices) > 1 and func is _COPY_IN and tensors[0].device.type != DEVICE:
+            waits = self.waits if not (args[2:] or kwargs.get("non_blocking")) else self.reads
+            waits[_caller()] += 1
+            return tensors[0].zero_()
+        if len(devices) > 1 and func is not _COPY_IN:
             raise AssertionError(f"{func} of tensors on {sorted(devices)}")
         away = kwargs.get("device") == torch.device("cpu")
         if func is _COPY and away and args[0].device.type == DEVICE:

@@ -235,5 +235,17 @@ def test_a_recipe_may_reserve_cards_for_actors_and_reward_workers() -> None:
         section = reserved.partition(".")[0]
         with pytest.raises(ConfigError, match=r"are for processors.*kernels to auto or torch"):
             load_config(None, [f"{reserved}=1", f"{section}.kernels=native"])
-    with pytest.raises(ConfigError, match="learner ranks compute on the processor"):
-        load_config(None, ["learner.gpus_per_rank=1"])
+        with pytest.raises(ConfigError, match=r"less than or equal to 1|at most 1"):
+            load_config(None, [f"{reserved}=2"])
+
+
+def test_each_rank_has_a_card_of_its_own() -> None:
+    for ranks, gpus in ((2, 1.0), (1, 0.5), (2, 0.0)):
+        config = load_config(None, [f"learner.ranks={ranks}", f"learner.gpus_per_rank={gpus}"])
+        assert config.learner.gpus_per_rank == gpus
+    with pytest.raises(
+        ConfigError, match=r"NCCL needs a GPU for each rank; set gpus_per_rank to 1"
+    ):
+        load_config(None, ["learner.ranks=2", "learner.gpus_per_rank=0.5"])
+    with pytest.raises(ConfigError, match=r"learner\.gpus_per_rank"):
+        load_config(None, ["learner.gpus_per_rank=2"])

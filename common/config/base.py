@@ -37,6 +37,8 @@ Float = Annotated[float, NoSwitch, Field(allow_inf_nan=False)]
 """The only floats of a recipe: `.inf` and `.nan` are no settings."""
 PositiveFloat = Annotated[Float, Field(gt=0)]
 NonNegativeFloat = Annotated[Float, Field(ge=0)]
+GpuShare = Annotated[Float, Field(ge=0, le=1)]
+"""GPUs of one worker: none computes on more than one."""
 Fraction = Annotated[Float, Field(ge=0, le=1)]
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path or URI; a ``~`` at its start is the home folder."""

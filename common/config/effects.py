@@ -38,7 +38,6 @@ WHILE_TRAINING = ("samples", "solved", "greedy", "metric", "patience")
 _GROUPS = _under(lambda needs: needs.least_responses > 1)
 _VALUES, _TOKENS = _under(lambda needs: needs.values), _under(lambda needs: needs.tokens)
 _ADAMW = "Adafactor knows no such setting; it has one under optimizer=adamw"
-_NO_GPU = "learner ranks compute on the processor, and a GPU that is reserved stands idle"
 
 RULES = (
     Rule(
@@ -103,7 +102,6 @@ RULES = (
         lambda c: c.rollout.temperature > 0,
         "the most probable token is taken at rollout.temperature=0; it has one above 0",
     ),
-    Rule(("learner.gpus_per_rank",), lambda c: not c.learner.gpus_per_rank, _NO_GPU),
     Rule(
         ("sft.weight_decay", "sft.adam_eps"),
         lambda c: c.sft.optimizer == "adamw",

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, SerializeAsAny, field_validator, mod
 from common.config.base import (
     Conflict,
     Float,
-    NonNegativeFloat,
+    GpuShare,
     NonNegativeInt,
     NoSwitch,
     PathText,
@@ -157,8 +157,8 @@ class LearnerConfig(Section):
     """Cores each rank asks Ray for, as in `rollout`."""
     threads: PositiveInt | None = None
     """Threads that each rank computes with, as in `rollout`."""
-    gpus_per_rank: NonNegativeFloat = 0.0
-    """GPUs each rank asks Ray for; a rank computes on none yet, so a recipe leaves it at 0."""
+    gpus_per_rank: GpuShare = 0.0
+    """GPUs each rank asks Ray for and computes on: 0, 1, or less of one for a single rank."""
     labels: Labels = Field(default_factory=dict)
     """Labels of the nodes that ranks may be on, as in `rollout`."""
     deadline_s: PositiveFloat = 600.0
@@ -166,6 +166,16 @@ class LearnerConfig(Section):
     taken for dead."""
     max_restarts: NonNegativeInt = 3
     """Times that one controller builds the gang again after a rank died; then the run stops."""
+
+    @model_validator(mode="after")
+    def _own_gpus(self) -> LearnerConfig:
+        if self.ranks > 1 and 0 < self.gpus_per_rank < 1:
+            text = (
+                f"gpus_per_rank={self.gpus_per_rank:g} with ranks={self.ranks}: NCCL needs a GPU "
+                "for each rank; set gpus_per_rank to 1, or ranks to 1"
+            )
+            require_no_conflict(self, [(("gpus_per_rank", "ranks"), text)])
+        return self
 
 
 class ClusterConfig(Section):

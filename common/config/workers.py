@@ -11,6 +11,7 @@ from common.config.base import (
     Conflict,
     Float,
     Fraction,
+    GpuShare,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -58,7 +59,7 @@ class RolloutConfig(Section):
     """Threads that each actor computes with, as does whatever samples in its own process; null: the
     whole cores that it asks for, at least one. More are worth it where cores are idle, and cost
     much where they are not."""
-    gpus_per_actor: NonNegativeFloat = 0.0
+    gpus_per_actor: GpuShare = 0.0
     """GPUs each actor asks Ray for and computes on: 0 is the processor, a part of one is shared."""
     lease_size: PositiveInt = 64
     """Rollouts in one lease: the unit of work, of reissue and of batching."""
@@ -147,7 +148,7 @@ class RewardServiceConfig(Section):
     kernels: Literal["auto", "native", "torch"] = "auto"
     """Of frozen passes, as in `rollout`, but that auto is torch in bf16: there native kernels round
     elsewhere than the learner, so that equal policies have a small KL."""
-    gpus_per_replica: NonNegativeFloat = 0.0
+    gpus_per_replica: GpuShare = 0.0
     """GPUs each worker asks Ray for, as in `rollout`."""
     labels: Labels = Field(default_factory=dict)
     """Labels of the nodes that workers may be on, as in `rollout`."""

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.devices import onto
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixing:
@@ -92,7 +94,7 @@ def family_attention(families: Sequence[Family]) -> Attention:
     @cache  # all layers of a kind have the same
     def masks(window: int | None, device: torch.device) -> list[list[Tensor]]:
         return [
-            [chunk.mask(family.prompt, window).to(device) for chunk in behind]
+            [onto(chunk.mask(family.prompt, window), device) for chunk in behind]
             for family, behind in zip(families, chunks, strict=True)
         ]
 
@@ -182,6 +184,8 @@ def _mixed(q: Tensor, k: Tensor, v: Tensor, mixing: Mixing, mask: Tensor | None)
     if q.device.type == "cpu":
         # The backward of attention in bf16 takes three times as long there as in fp32.
         q, k, v = q.float(), k.float(), v.float()
+    else:  # one dtype, of which norms and rotation in fp32 have made two
+        q, k = q.to(dtype), k.to(dtype)
     return masked_attention(q, k, v, mixing, mask).to(dtype)
 
 
@@ -211,8 +215,8 @@ def masked_attention(
             enable_gqa=1 < groups < heads,
         )
     if mask is None:
-        ones = torch.ones(q_BHTK.shape[-2], k_BGLK.shape[-2], dtype=torch.bool)
-        mask = ones.tril().to(q_BHTK.device)
+        shape = q_BHTK.shape[-2], k_BGLK.shape[-2]
+        mask = torch.ones(shape, dtype=torch.bool, device=q_BHTK.device).tril()
     scale = q_BHTK.shape[-1] ** -0.5 if mixing.scale is None else mixing.scale
     grouped = q_BHTK.unflatten(1, (groups, -1))
     scores = grouped @ k_BGLK.transpose(-1, -2).unsqueeze(2) * scale

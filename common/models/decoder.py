@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from common.devices import onto
 from common.models.attention import Attention, causal_attention
 from common.models.embedding import Reader
 from common.models.lora import OFF, RowSelection, Selection, require_adapters
@@ -121,12 +122,14 @@ class Decoder(nn.Module, ABC):
         """
         require_adapters(self, adapter)
         device = next(self.parameters()).device
-        tokens_BT = tokens_BT.to(device)
         if positions_BT is None:
-            positions_BT = torch.arange(tokens_BT.shape[1])[None]
-        positions_BT = positions_BT.to(device)
-        segments_BT = None if segments_BT is None else segments_BT.to(device)
-        return self.states(tokens_BT, positions_BT, causal_attention(segments_BT), adapter)
+            positions_BT = torch.arange(tokens_BT.shape[1], device=device)[None]
+        return self.states(
+            onto(tokens_BT, device),
+            onto(positions_BT, device),
+            causal_attention(None if segments_BT is None else onto(segments_BT, device)),
+            adapter,
+        )
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Logits ``[B, T, V]`` of the next token at every position."""

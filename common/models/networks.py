@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.devices import onto
 from common.models.decoder import DECODER, Decoder
 from common.models.embedding import OutputHead, Reader, TiedEmbedding
 from common.models.lora import OFF, Adapted, Selection
@@ -93,7 +94,8 @@ class PolicyNetwork(DecoderNetwork):
             predict_BR: int64 positions to read, -1 for none; default all. Logits of a vocabulary
                 are large: asking only for the positions that predict a response token saves the
                 others. What `read` made of none is 0.
-            predict_BT: bool, the same selection as a mask (packed rows); the result is flat.
+            predict_BT: bool, the same selection as a mask (packed rows); the result is flat. It and
+                predict_BR are best left on the processor, as what `Decoder.hidden` takes is.
             read: what is wanted of the logits. They are then made in pieces of
                 `ModelConfig.logits_mb` and never stand in memory as a whole.
             states: make no logits: return the states that they would be made of.
@@ -112,9 +114,9 @@ class PolicyNetwork(DecoderNetwork):
             adapter=self.adapter if adapter is None else adapter,
         )
         if predict_BT is not None:
-            hidden = hidden[predict_BT]
+            hidden = hidden.flatten(0, 1)[_places(predict_BT, hidden.device)]
         if predict_BR is not None:
-            index = predict_BR.clamp(min=0).to(hidden.device)[..., None]
+            index = onto(predict_BR.clamp(min=0), hidden.device)[..., None]
             hidden = hidden.gather(1, index.expand(-1, -1, hidden.shape[-1]))
         if states:
             return hidden, self.value(hidden)
@@ -126,11 +128,16 @@ class PolicyNetwork(DecoderNetwork):
 
     def _read_where(self, wanted_BR: Tensor, hidden_BRD: Tensor, read: Reader) -> Tensor:
         """Return what `read` makes of the logits at some positions, and 0 at the others."""
-        places_N = wanted_BR.flatten().nonzero()[:, 0].to(hidden_BRD.device)
+        places_N = _places(wanted_BR, hidden_BRD.device)
         hidden_ND = hidden_BRD.flatten(0, 1)[places_N]
         read_NC = self.decoder.read(hidden_ND, lambda logits, part: read(logits, places_N[part]))
         columns = read_NC.new_zeros(wanted_BR.numel(), read_NC.shape[-1])
         return columns.index_copy(0, places_N, read_NC).view(*wanted_BR.shape, -1)
+
+
+def _places(wanted: Tensor, device: torch.device) -> Tensor:
+    """Return where a mask is True among its flat elements, int64 ``[N]``, on a device."""
+    return onto(wanted.flatten().nonzero()[:, 0], device)
 
 
 class ScalarNetwork(DecoderNetwork):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.batching import rows_by_prompt
+from common.devices import onto
 from common.models.attention import Attention, Family, family_attention
 
 _BLOCK = 64
@@ -40,10 +41,10 @@ class Packed:
     def to(self, device: torch.device) -> Packed:
         """Return the same on a device."""
         return Packed(
-            tokens_N=self.tokens_N.to(device),
-            positions_N=self.positions_N.to(device),
+            tokens_N=onto(self.tokens_N, device),
+            positions_N=onto(self.positions_N, device),
             attention=self.attention,
-            places_BT=self.places_BT.to(device),
+            places_BT=onto(self.places_BT, device),
         )
 
     def unpack(self, states_ND: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.config.model import PalmConfig
+from common.devices import PROCESSOR
 from common.models.attention import Attention
 from common.models.decoder import Decoder, Sizes
 from common.models.embedding import Reader, TiedEmbedding
@@ -150,7 +151,8 @@ class PaLM(Decoder):
 
     def read(self, hidden: Tensor, read: Reader) -> Tensor:
         """Return what a reader makes of the logits, computed in pieces (`PalmConfig.logits_mb`)."""
-        rows = max(1, int(self.config.logits_mb * 2**20 / (4 * self.config.vocab_size)))
+        on_processor = hidden.device.type == PROCESSOR
+        rows = self.config.logits_rows(self.config.vocab_size, processor=on_processor)
         flat = self._scaled(hidden).flatten(0, -2)
         values: Tensor = self.embedding(flat, to_logits=True, read=read, rows=rows)
         return values.view(*hidden.shape[:-1], values.shape[-1])

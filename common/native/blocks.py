@@ -87,8 +87,8 @@ class Description(Protocol):
 
     logits_scale: float
     """What the head's products are multiplied by."""
-    logits_mb: float
-    """MiB of logits that are made at once."""
+    logits_rows: int
+    """Rows whose logits are made at once."""
 
     def ends(self, decoder: Decoder) -> tuple[Tensor, Tensor, Tensor]:
         """Return embedding and head ``[V, D]``, and between them the last norm ``[D]``, fp32."""
@@ -141,7 +141,7 @@ class _Palm:
         self.ff, self.rotary = config.ff_mult * config.dim, config.head_dim
         self.windows = [0] * config.layers
         self.logits_scale = config.dim**-0.5 if config.scale_logits else 1.0
-        self.logits_mb = config.logits_mb
+        self.logits_rows = config.logits_rows(config.vocab_size)
         whole = rotary(
             torch.arange(config.context),
             config.head_dim,
@@ -181,8 +181,8 @@ class _Llama:
     def __init__(self, decoder: PretrainedDecoder) -> None:
         shape, layers = decoder.shape, _layers(decoder)
         self.sizes, self.eps = decoder.sizes, float(shape.rms_norm_eps)
-        self.logits_mb = decoder.config.logits_mb
         self.vocabulary = decoder.config.vocab_size or decoder.embedding.num_embeddings
+        self.logits_rows = decoder.config.logits_rows(self.vocabulary)
         self.ff = int(shape.intermediate_size)
         places = torch.arange(self.sizes.context)[None]
         # The library's own, of whatever kind: they do not depend on the length of a text.

@@ -96,7 +96,7 @@ class NativeModel:
     @property
     def logits_rows(self) -> int:
         """Rows whose logits may stand in memory at once."""
-        return max(1, int(self._described.logits_mb * 2**20 / (4 * self.vocabulary)))
+        return self._described.logits_rows
 
     @property
     def weight_bytes(self) -> int:

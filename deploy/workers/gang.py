@@ -125,10 +125,14 @@ class LearnerGang:
         cpus = reserved(self.config).rank
         compute = compute_of(
             cpus=cpus,
+            gpus=settings.gpus_per_rank,
             threads=settings.threads,
             frugal=self.config.pretrained,
         )
         group = self._place.reserve(cpus)
+        environment: dict[str, Any] = {}
+        if compute.environment:
+            environment = {"runtime_env": {"env_vars": compute.environment}}
         own = f"{self.run}:{secrets.token_hex(4)}"
         self._pulses = [f"{own}:{rank}" for rank in range(settings.ranks)]
         pulses.begin(self._pulses)
@@ -138,6 +142,7 @@ class LearnerGang:
                 **actor_name(self.run, f"learner-{rank}"),
                 num_cpus=cpus,
                 num_gpus=settings.gpus_per_rank,
+                **environment,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     group, placement_group_bundle_index=rank
                 ),

@@ -141,7 +141,10 @@ def _learner(
         "activations": tokens * (kept + kept / shape.layers),
         "logits": reads_logits * shape.pieces(trained=lora is None, dtype=dtype),
     }
-    return _need("learner ranks", config.learner.ranks, {**states, **work}, loaded)
+    learner = config.learner
+    return _need(
+        "learner ranks", learner.ranks, {**states, **work}, loaded, gpus=learner.gpus_per_rank
+    )
 
 
 def _actors(config: RunConfig) -> Need:
@@ -168,7 +171,8 @@ def _actors(config: RunConfig) -> Need:
         "activations": (slots + rollout.prefill_tokens) * shape.layer(dtype),
         "logits": _DRAWN * 4.0 * slots * shape.vocabulary,
     }
-    return _need("rollout actors", rollout.actors_at_start, parts, shape.whole)
+    count, gpus = rollout.actors_at_start, rollout.gpus_per_actor
+    return _need("rollout actors", count, parts, shape.whole, gpus=gpus)
 
 
 def _reward_workers(config: RunConfig) -> Need:
@@ -194,11 +198,17 @@ def _reward_workers(config: RunConfig) -> Need:
         "activations": tokens * max(shape.layer(dtype) for shape in shapes),
         "logits": reference.pieces(trained=False, dtype=dtype),
     }
-    return _need("reward workers", service.replicas, parts, max(loaded, packing))
+    count, gpus = service.replicas, service.gpus_per_replica
+    return _need("reward workers", count, parts, max(loaded, packing), gpus=gpus)
 
 
-def _need(what: str, count: int, parts: Mapping[str, float], loaded: float) -> Need:
-    """Add the process, and what loading takes beyond what comes after it."""
+def _need(what: str, count: int, parts: Mapping[str, float], loaded: float, *, gpus: float) -> Need:
+    """Add the process, and what loading takes beyond what comes after it.
+
+    What is on a GPU takes none of this machine's memory.
+    """
+    if gpus:
+        parts = {}
     loading = max(0.0, _LOADED * loaded - sum(parts.values()))
     return Need(what=what, count=count, parts={**parts, "loading": loading, "process": _PROCESS})
 
@@ -236,7 +246,8 @@ class _Shape:
         """Bytes of logits in pieces, with the head's rounded copy and gradient."""
         head = self.vocabulary * self.dim
         rounded = 2 * head if trained and dtype != torch.float32 else 0
-        return _PIECES * self.model.logits_mb * 2**20 + rounded + (4 * head if trained else 0)
+        piece = 4.0 * self.model.logits_rows(self.vocabulary) * self.vocabulary
+        return _PIECES * piece + rounded + (4 * head if trained else 0)
 
 
 def _sizes(shape: _Shape, lora: LoraConfig | None, rounded: bool) -> NetworkSizes:

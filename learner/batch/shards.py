@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from common.batching import SequenceBatch, rows_by_prompt
+from common.devices import onto
 from common.randomness import derive_seed
 from learner.batch.dealing import Share, deal, deal_shared
 from learner.batch.experience import Sequences
@@ -23,19 +24,24 @@ from learner.zero.process_group import all_sum, rank, world_size
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """Some rows of a batch, padded, on the learner's device."""
+    """Some rows of a batch, padded."""
 
     data: SequenceBatch
+    """On the processor: how rows are laid out is decided there, without waiting for a device."""
     rows: list[int]
     """Row numbers in the whole batch."""
-    mask_BR: Tensor
-    """bool response_mask; all False in a filler that only keeps ranks in step."""
+    real: bool
+    """Its results count; False in a filler that only keeps ranks in step."""
     last: bool
     """No other micro-batch of this rank comes before the optimizer step."""
+    response_BR: Tensor
+    """int64 response tokens, on the learner's device."""
+    mask_BR: Tensor
+    """bool response_mask, on the learner's device; all False in a filler."""
 
     def cut(self, tensor_NR: Tensor) -> Tensor:
         """Return these rows of a tensor of the whole batch, ``[B, R]``, R the longest of these."""
-        return tensor_NR[self.rows, : self.mask_BR.shape[1]].to(self.mask_BR.device)
+        return onto(tensor_NR[self.rows, : self.mask_BR.shape[1]], self.mask_BR.device)
 
 
 class Shards:
@@ -77,15 +83,20 @@ class Shards:
         return deal(rows, lengths, ranks=world_size(), rank=rank(), budget=self.budget)
 
     def micro_batches(self, sequences: Sequences, rows: Sequence[int]) -> Iterator[MicroBatch]:
-        """Yield this rank's micro-batches of some rows, padded."""
+        """Yield this rank's micro-batches of some rows, padded.
+
+        Each is laid out while a device still computes the one before.
+        """
         for share in self._shares(sequences, rows):
             beat()
-            data = sequences.batch(share.rows).to(self.device)
+            data = sequences.batch(share.rows)
             yield MicroBatch(
                 data=data,
                 rows=share.rows,
-                mask_BR=data.response_mask_BR & share.real,
+                real=share.real,
                 last=share.last,
+                response_BR=onto(data.response_BR, self.device),
+                mask_BR=onto(data.response_mask_BR & share.real, self.device),
             )
 
     def _shares(self, sequences: Sequences, rows: Sequence[int]) -> list[Share]:
@@ -104,6 +115,8 @@ class Shards:
     def gather(self, sequences: Sequences, run: Callable[[MicroBatch], Tensor]) -> Tensor:
         """Run each row on one rank and hand the results to all.
 
+        A device is waited for once, when it was given everything.
+
         Args:
             sequences: the whole batch.
             run: maps a micro-batch to ``[B, R, ...]``.
@@ -111,12 +124,18 @@ class Shards:
         Returns:
             fp32 ``[N, R, ...]`` on every rank, zeros outside the mask.
         """
-        out = torch.zeros(0)
+        ran: list[tuple[MicroBatch, Tensor]] = []
         for micro in self.micro_batches(sequences, range(len(sequences))):
-            result = run(micro).float().cpu()
-            if not len(out):
-                out = torch.zeros(*sequences.mask_NR.shape, *result.shape[2:])
-            hidden = ~micro.mask_BR.cpu().view(*micro.mask_BR.shape, *[1] * (result.dim() - 2))
-            if not bool(hidden.all()):
-                out[micro.rows, : result.shape[1]] = result.masked_fill(hidden, 0.0)
+            ran.append((micro, run(micro).float()))
+        sizes = [result.numel() for _, result in ran]
+        found = torch.cat([result.flatten() for _, result in ran]).cpu().split(sizes)
+        out = torch.zeros(*sequences.mask_NR.shape, *ran[0][1].shape[2:])
+        for (micro, result), flat in zip(ran, found, strict=True):
+            if micro.real:
+                hidden = ~micro.data.response_mask_BR.view(
+                    *result.shape[:2], *[1] * (result.dim() - 2)
+                )
+                out[micro.rows, : result.shape[1]] = flat.view(result.shape).masked_fill(
+                    hidden, 0.0
+                )
         return all_sum(out)

@@ -10,7 +10,6 @@ R response positions, D width.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from learner.algorithms import ppg
 from learner.batch.shards import MicroBatch
 from learner.optimisation import Loss, Objective, Step, Whole
 from learner.zero.engine import ZeroEngine
+from learner.zero.frozen import fill
 
 _OLD = "old"
 """Name of the frozen copy of an adapter."""
@@ -161,13 +161,14 @@ def _frozen_head(engine: ZeroEngine, model: ModelConfig) -> Callable[[Tensor], T
 
 
 def _copy(engine: ZeroEngine, model: ModelConfig) -> PolicyNetwork:
-    """Copy the whole policy to this rank, whatever the ZeRO stage."""
-    old = build_policy(model)
-    if engine.zero_stage < 3:
-        old.load_state_dict(copy.deepcopy(engine.network.state_dict()))
-    else:
-        old.load_state_dict(engine.full_state())
-    old.to(engine.device).eval().requires_grad_(False)
+    """Copy the policy, sharded as it is; its head is whole on every rank, as in `_frozen_head`.
+
+    Ranks read logits in different numbers of pieces, so none could wait for the others there.
+    """
+    with torch.device("meta"):
+        old = build_policy(model)
+    old.eval().requires_grad_(False)
     if engine.precision == "bf16":
         compute_in(old, torch.bfloat16)
+    fill(old, engine, whole=[output_head(old.decoder)])
     return old

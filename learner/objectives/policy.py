@@ -82,7 +82,7 @@ class PolicyObjective(Objective):
         data, settings, targets = micro.data, self.settings, self.targets
         more = ppo.entropy if settings.entropy_coef else None
         distant = targets.reference_NR is not None and self.sampling.filters
-        read = chosen_reader(data.response_BR, self.sampling, more, unfiltered=distant)
+        read = chosen_reader(micro.response_BR, self.sampling, more, unfiltered=distant)
         columns_BRC, values_BR = self.engine(
             data.tokens_BT,
             lengths_B=data.lengths_B,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from common.devices import onto
 from common.metric_catalogue import Logged
 from common.metrics import Metrics, mean
 from learner.algorithms import ppo
@@ -63,7 +64,7 @@ def values_at(engine: ZeroEngine, micro: MicroBatch) -> Tensor:
     """Return the value network's values of the states that tokens were sampled in, ``[B, R]``."""
     data = micro.data
     values_BT: Tensor = engine(data.tokens_BT, lengths_B=data.lengths_B, prompts_B=data.prompts_B)
-    return values_BT.gather(1, data.predict_BR.clamp(min=0))
+    return values_BT.gather(1, onto(data.predict_BR.clamp(min=0), values_BT.device))
 
 
 def value_metrics(steps: Sequence[Step]) -> Metrics:

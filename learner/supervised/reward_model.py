@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common.batching import sequence_batch
 from common.config.run import RunConfig
+from common.devices import onto
 from common.metric_catalogue import Logged
 from common.metrics import Metric, Metrics, mean
 from common.models.adapter_files import adapter_of, save_adapter
@@ -29,10 +30,10 @@ from common.models.weight_files import (
 from common.randomness import ShuffledIndex, derive_seed
 from common.run_folder import RewardModelFolder
 from learner.batch.dealing import Share
-from learner.optimisation import Loss
+from learner.optimisation import Loss, Sums
 from learner.supervised.examples import EncodedComparison, EncodedPair
 from learner.supervised.stage import SupervisedStage
-from learner.zero.process_group import all_sums, rank
+from learner.zero.process_group import rank
 
 _ADAPTER = "reward"
 
@@ -92,17 +93,15 @@ class RewardModelStage(SupervisedStage):
 
     def _evaluated(self, comparisons: Sequence[EncodedComparison]) -> tuple[Metric, Metric]:
         """Return accuracy and loss; a tie can be said neither rightly nor wrongly."""
-        sums = {"right": 0.0, "loss": 0.0}
+        sums = Sums()
         for share in self._deal(comparisons, range(len(comparisons))):
             margins_P = self._margins(comparisons, share)
             loss_P = self._pair_losses(comparisons, share, margins_P)
-            decided_P = torch.tensor(
-                [comparisons[i].confidence > 0.5 for i in share.rows], device=margins_P.device
-            )
-            sums["right"] += float((decided_P & (margins_P > 0)).sum()) * share.real
-            sums["loss"] += float(loss_P.sum()) * share.real
+            confident = torch.tensor([comparisons[i].confidence > 0.5 for i in share.rows])
+            right_P = onto(confident, margins_P.device) & (margins_P > 0)
+            sums.add({"right": right_P.sum() * share.real, "loss": loss_P.sum() * share.real})
         decided = sum(comparison.confidence > 0.5 for comparison in comparisons)
-        total = all_sums(sums)
+        total = sums.over_ranks()
         return mean(total["right"], max(1, decided)), mean(total["loss"], len(comparisons))
 
     @torch.no_grad()
@@ -112,12 +111,12 @@ class RewardModelStage(SupervisedStage):
         Returns:
             The mean that they had.
         """
-        lengths, total = [len(p.prompt) + len(p.response) for p in reference], 0.0
+        lengths, sums = [len(p.prompt) + len(p.response) for p in reference], Sums()
         for share in self.shards.deal(range(len(reference)), lengths):
             pairs = [reference[i] for i in share.rows]
             scores_B = self._scores([p.prompt for p in pairs], [p.response for p in pairs])
-            total += float(scores_B.sum()) * share.real
-        before = all_sums({"scores": total})["scores"] / len(reference)
+            sums.add({"scores": scores_B.sum() * share.real})
+        before = sums.over_ranks()["scores"] / len(reference)
         network = self.engine.network
         assert isinstance(network, ScalarNetwork)
         network.head.offset += before
@@ -162,11 +161,10 @@ class RewardModelStage(SupervisedStage):
     def _scores(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
         """Scores ``[B]`` at each last response token, before any padding."""
         batch = sequence_batch(prompts, responses)
-        batch = batch.to(self.engine.device)
         values_BT: Tensor = self.engine(
             batch.tokens_BT, lengths_B=batch.lengths_B, prompts_B=batch.prompts_B
         )
-        return values_BT.gather(1, batch.last_B[:, None]).squeeze(1)
+        return values_BT.gather(1, onto(batch.last_B, values_BT.device)[:, None]).squeeze(1)
 
     def _margins(self, comparisons: Sequence[EncodedComparison], share: Share) -> Tensor:
         """Score of chosen minus score of rejected ``[P]``, both sides in one forward pass."""
@@ -182,9 +180,8 @@ class RewardModelStage(SupervisedStage):
         self, comparisons: Sequence[EncodedComparison], share: Share, margins_P: Tensor
     ) -> Tensor:
         """``-c log sigmoid(m) - (1-c) log sigmoid(-m)``; confidence 1 is Stiennon's loss."""
-        confidence_P = torch.tensor(
-            [comparisons[i].confidence for i in share.rows], device=margins_P.device
-        )
+        confidence = torch.tensor([comparisons[i].confidence for i in share.rows])
+        confidence_P = onto(confidence, margins_P.device)
         likely_P, unlikely_P = F.logsigmoid(margins_P), F.logsigmoid(-margins_P)
         return -confidence_P * likely_P - (1 - confidence_P) * unlikely_P
 

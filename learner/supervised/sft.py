@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from common.config.run import RunConfig
+from common.devices import onto
 from common.metric_catalogue import Logged
 from common.metrics import Metrics, mean
 from common.models.adapter_files import adapter_of, export_merged
@@ -26,11 +27,11 @@ from common.models.weight_files import (
 )
 from common.randomness import ShuffledIndex, derive_seed
 from learner.batch.dealing import Share
-from learner.optimisation import Loss
+from learner.optimisation import Loss, Sums
 from learner.supervised.examples import EncodedPair
 from learner.supervised.packing import Packed, pack, packed_batch
 from learner.supervised.stage import SupervisedStage
-from learner.zero.process_group import all_sums, rank, world_size
+from learner.zero.process_group import rank, world_size
 
 _ADAPTER = "sft"
 
@@ -68,13 +69,12 @@ class SftStage(SupervisedStage):
     def evaluate(self) -> Metrics:
         """Return the mean negative log-likelihood of held-out response tokens (a collective)."""
         rows = pack(self._held_out, self.config.model.context)
-        nll, count = 0.0, 0.0
+        sums = Sums()
         for first in range(0, len(rows), self.rows_per_step):
             part = rows[first : first + self.rows_per_step]
             for share in self._deal(part):
-                sums = self._loss(self._packed(self._held_out, part, share), 1.0).sums
-                nll, count = nll + float(sums["nll"]), count + float(sums["count"])
-        total = all_sums({"nll": nll, "count": count})
+                sums.add(self._loss(self._packed(self._held_out, part, share), 1.0).sums)
+        total = sums.over_ranks()
         return {Logged.HELDOUT_LOSS: mean(total["nll"], total["count"])}
 
     def export(self, folder: Path) -> None:
@@ -120,11 +120,12 @@ class SftStage(SupervisedStage):
         """Return the loss of a micro-batch, with its sums of nll and of target tokens."""
         device = self.engine.device
         if batch is None:
-            logits_BTV, _ = self.engine(torch.zeros(1, 2, dtype=torch.int64, device=device))
-            return Loss(logits_BTV.sum() * 0.0, {"nll": 0.0, "count": 0.0})
-        targets_BT = batch.target_mask_BT.to(device)
+            logits_BTV, _ = self.engine(torch.zeros(1, 2, dtype=torch.int64))
+            none = torch.zeros((), device=device)
+            return Loss(logits_BTV.sum() * 0.0, {"nll": none, "count": none})
         # The mask marks positions whose next token is a target: never the last column.
-        following_N = batch.tokens_BT.roll(-1, dims=1).to(device)[targets_BT]
+        targets_BT = batch.target_mask_BT
+        following_N = onto(batch.tokens_BT.roll(-1, dims=1)[targets_BT], device)
 
         def read(logits_NV: Tensor, part: slice) -> Tensor:
             """Columns: negative log-likelihood and log Z."""
@@ -133,12 +134,13 @@ class SftStage(SupervisedStage):
             return torch.stack((log_z_N - chosen_N, log_z_N), dim=-1)
 
         columns_N2, _ = self.engine(
-            batch.tokens_BT.to(device),
-            positions_BT=batch.positions_BT.to(device),
-            segments_BT=batch.segments_BT.to(device),
+            batch.tokens_BT,
+            positions_BT=batch.positions_BT,
+            segments_BT=batch.segments_BT,
             predict_BT=targets_BT,
             read=read,
         )
         nll_N, log_z_N = columns_N2.unbind(-1)
         nll, z_loss = nll_N.sum(), self.config.sft.z_loss * log_z_N.square().sum()
-        return Loss((nll + z_loss) / tokens, {"nll": nll.detach(), "count": targets_BT.sum()})
+        count = torch.tensor(float(len(following_N)), device=device)
+        return Loss((nll + z_loss) / tokens, {"nll": nll.detach(), "count": count})

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from common.devices import PROCESSOR
+from common.devices import ACCELERATOR, PROCESSOR
 
-# DeepSpeed reads this when it is imported, before a rank is told what it computes with.
-os.environ["DS_ACCELERATOR"] = PROCESSOR
+# DeepSpeed reads this when it is imported, before a rank is told what it computes with; it would
+# take a GPU that is merely visible.
+os.environ["DS_ACCELERATOR"] = os.environ.get(ACCELERATOR, PROCESSOR)
 os.environ.setdefault("DS_LOG_LEVEL", "error")
 
 import deepspeed
@@ -71,6 +72,8 @@ class ZeroEngine:
             # Not DeepSpeed's bf16: every ZeRO stage of it is another one, stage 0 cannot sum
             # gradients in fp32, and 2 and 3 round each micro-batch's before they sum.
             compute_in(network, torch.bfloat16)
+        device = torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
+        network.to(device)
         trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
         # Learning rates are set at every step; this one is never used.
         stepper: torch.optim.Optimizer
@@ -83,13 +86,14 @@ class ZeroEngine:
                 betas=(0.9, 0.95),
                 eps=eps,
                 weight_decay=weight_decay,
+                fused=device.type != PROCESSOR,
             )
         deepspeed.init_distributed(dist_backend=backend(), auto_mpi_discovery=False, verbose=False)
         self._engine: Any = deepspeed.initialize(
             model=network,
             optimizer=stepper,
             dist_init_required=False,
-            config=_settings(zero_stage, max_grad_norm),
+            config=_settings(zero_stage, max_grad_norm, device),
         )[0]
         self._parameters = list(trained.values())
         self.optimizer_state = OptimizerState(
@@ -210,7 +214,7 @@ class ZeroEngine:
                 parameter.copy_(master)
 
 
-def _settings(zero_stage: int, max_grad_norm: float) -> dict[str, Any]:
+def _settings(zero_stage: int, max_grad_norm: float, device: torch.device) -> dict[str, Any]:
     """DeepSpeed's configuration. Micro-batches are counted by `ZeroEngine.backward`, not by it."""
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -218,7 +222,8 @@ def _settings(zero_stage: int, max_grad_norm: float) -> dict[str, Any]:
         "gradient_clipping": max_grad_norm,
         "zero_optimization": {
             "stage": zero_stage,
-            "overlap_comm": False,
+            # On the processor sums and products would share the same cores.
+            "overlap_comm": device.type != PROCESSOR,
             "contiguous_gradients": True,
             "reduce_bucket_size": 50_000_000,
             "allgather_bucket_size": 50_000_000,

@@ -79,9 +79,9 @@ class OptimizerState:
     def create(self) -> None:
         """Give every parameter zero moments, as the optimizer's first step would create them."""
         for index, flat in enumerate(self._flat_tensors()):
-            self.optimizer.state[flat] = _no_steps(flat)
+            self.optimizer.state[flat] = self._no_steps(flat)
             if self._other_phase is not None:
-                self._other_phase[index] = _no_steps(flat)
+                self._other_phase[index] = self._no_steps(flat)
 
     def fragments(self) -> Iterator[tuple[str, Fragment]]:
         """Yield this rank's part of every parameter's masters and moments, as views."""
@@ -99,9 +99,9 @@ class OptimizerState:
     def _fragment(self, index: int, parameter: nn.Parameter) -> Fragment:
         group, offset, start, size = self._place(index, parameter)
         flat = self._flat_tensors()[group]
-        states = {"": self.optimizer.state[flat] or _no_steps(flat)}
+        states = {"": self.optimizer.state[flat] or self._no_steps(flat)}
         if self._other_phase is not None:
-            states[_AUXILIARY] = self._other_phase[group] or _no_steps(flat)
+            states[_AUXILIARY] = self._other_phase[group] or self._no_steps(flat)
         tensors = {"master": flat.detach()} | {
             f"{phase}{kind}": state[kind] for phase, state in states.items() for kind in _MOMENTS
         }
@@ -127,8 +127,9 @@ class OptimizerState:
         own = mapping.hp_fragment_address
         return mapping.param_group_index, mapping.lp_fragment_address.start, own.start, own.numel
 
-
-def _no_steps(flat: Tensor) -> dict[str, Tensor]:
-    """AdamW's state of what it has not stepped on yet."""
-    zeros = torch.zeros_like(flat, requires_grad=False)
-    return {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+    def _no_steps(self, flat: Tensor) -> dict[str, Tensor]:
+        """AdamW's state of what it has not stepped on yet; fused, it counts on the device."""
+        zeros = torch.zeros_like(flat, requires_grad=False)
+        device = flat.device if self.optimizer.defaults.get("fused") else None
+        step = torch.zeros((), device=device)
+        return {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}

@@ -1,20 +1,19 @@
 """The process group of the learner gang: meeting, and sums over its ranks.
 
-Rank 0 listens for the others, and every rank for its peers (gloo), each at the one address of its
-node that it is given, and nowhere else: torch left alone listens on all addresses, and finds its
-own by the name of the host, which Debian resolves to 127.0.1.1. Neither asks for a password, so
-ranks of one node meet on the loopback device.
+Rank 0 listens for the others, and every rank for its peers (gloo, and NCCL between GPUs), each at
+the one address of its node that it is given, and nowhere else: torch left alone listens on all
+addresses, and finds its own by the name of the host, which Debian resolves to 127.0.1.1. None asks
+for a password, so ranks of one node meet on the loopback device.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 
 import psutil
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -81,6 +80,8 @@ def connect(
     }
     if "GLOO_SOCKET_IFNAME" not in os.environ:
         os.environ["GLOO_SOCKET_IFNAME"] = _interface_of(hosts[rank])
+    if "nccl" in backend:  # which takes a name for the beginning of several, but for this sign
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "=" + _interface_of(hosts[rank]))
     timeout = timedelta(seconds=timeout_s)
     try:
         store = dist.TCPStore(  # type: ignore[attr-defined]  # documented, and not exported
@@ -140,9 +141,3 @@ def all_sum(tensor: Tensor) -> Tensor:
     """Sum a tensor of any shape over ranks, in place; returns it."""
     dist.all_reduce(tensor)
     return tensor
-
-
-def all_sums(numbers: Mapping[str, float]) -> dict[str, float]:
-    """Sum numbers over ranks in float64; every rank has the same names in the same order."""
-    total = all_sum(torch.tensor(list(numbers.values()), dtype=torch.float64))
-    return dict(zip(numbers, total.tolist(), strict=True))

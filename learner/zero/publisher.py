@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
+from common.devices import PROCESSOR, wait_for
 from common.wire.hashing import Bytes
 from common.wire.weights import Payload, Slice, digest, layout_hash, slice_bounds
 from learner.zero.engine import ZeroEngine
@@ -54,8 +55,9 @@ class _Range:
 class Publisher:
     """A rank's slice of all parameters in order of their names, version after version.
 
-    The bytes are the parameters' own where those are on the processor and in `dtype`: they are to
-    be sent before the next optimizer step.
+    The bytes are the parameters' own where those are on the processor and in `dtype`, and of
+    parameters on a device in memory that the next version is copied to as well: they are to be
+    sent before the next optimizer step. What is hashed is what was read back of the device.
     """
 
     def __init__(
@@ -92,6 +94,12 @@ class Publisher:
             begin, end = max(first - offset, 0), min(last - offset, size)
             self._ranges.append(_Range(parameter, begin, end))
             offset += size
+        self._read_from = next((p.device for _, p in ordered if p.device.type != PROCESSOR), None)
+        self._read = torch.empty(0, dtype=dtype)
+        """What a device's parameters are copied to: the slice."""
+        if self._read_from is not None:
+            pinned = self._read_from.type == "cuda"
+            self._read = torch.empty(last - first, dtype=dtype, pin_memory=pinned)
 
     def publish(self) -> tuple[Publication, Payload]:
         """Return facts and bytes of this rank's slice.
@@ -99,7 +107,9 @@ class Publisher:
         They are apart because bytes go through the object store to the actors, never through the
         controller. Parameters are gathered one by one, never all at once.
         """
-        if self._gathered is None:
+        if self._read_from is not None:
+            payload = Payload([self._read_back(self._read_from)])
+        elif self._gathered is None:
             payload = Payload(self._in_place(r) for r in self._ranges if r.begin < r.end)
         else:
             payload = Payload(self._copied(self._gathered))
@@ -126,6 +136,19 @@ class Publisher:
             part.address, part.bytes = address, data
         return data
 
+    def _read_back(self, device: torch.device) -> Bytes:
+        """Return the bytes of all ranges as a device has them; it is waited for once."""
+        begin = 0
+        for part in self._ranges:
+            with (self._gathered or _whole)([part.parameter]):
+                size = max(0, part.end - part.begin)
+                if size:
+                    elements = part.elements.to(self._dtype)
+                    self._read[begin : begin + size].copy_(elements, non_blocking=True)
+                begin += size
+        wait_for(device)
+        return self._read.view(torch.uint8).numpy()
+
     def _copied(self, gathered: Gathered) -> Iterator[Bytes]:
         """Yield copies of all ranges: a gathered parameter is gone when its block ends."""
         for part in self._ranges:
@@ -133,6 +156,11 @@ class Publisher:
                 if part.begin < part.end:
                     elements = part.elements.to("cpu", self._dtype, copy=True)
                     yield elements.view(torch.uint8).numpy()
+
+
+def _whole(_: list[torch.Tensor]) -> AbstractContextManager[None]:
+    """Nothing to gather."""
+    return nullcontext()
 
 
 def publisher(engine: ZeroEngine, named: Named, *, dtype: torch.dtype, base: str = "") -> Publisher:

@@ -73,7 +73,14 @@ def objective(policy: PolicyNetwork, old: PolicyNetwork) -> JointObjective:
 
 def micro() -> MicroBatch:
     data = sequence_batch(PROMPTS, RESPONSES)
-    return MicroBatch(data=data, rows=[0, 1], mask_BR=data.response_mask_BR, last=True)
+    return MicroBatch(
+        data=data,
+        rows=[0, 1],
+        real=True,
+        last=True,
+        response_BR=data.response_BR,
+        mask_BR=data.response_mask_BR,
+    )
 
 
 class Largest(TorchDispatchMode):

@@ -28,6 +28,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.config.model import PretrainedConfig
+from common.devices import PROCESSOR
 from common.errors import CheckpointError
 from common.models.attention import PLAIN, Attention, Mixing
 from common.models.decoder import Decoder
@@ -179,7 +180,8 @@ class PretrainedDecoder(Decoder):
     def read(self, hidden: Tensor, read: Reader) -> Tensor:
         """Return what a reader makes of the logits, in pieces (`ModelConfig.logits_mb`)."""
         vocabulary = self.config.vocab_size or self.embedding.num_embeddings
-        rows = max(1, int(self.config.logits_mb * 2**20 / (4 * vocabulary)))
+        on_processor = hidden.device.type == PROCESSOR
+        rows = self.config.logits_rows(vocabulary, processor=on_processor)
         values = self._head(
             hidden.flatten(0, -2),
             read=lambda logits, part: read(self.rule(logits), part),

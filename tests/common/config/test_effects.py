@@ -58,7 +58,6 @@ IDLE = [
     (["rollout.temperature=0"], "rollout.top_p=0.9", "temperature"),
     (["rollout.temperature=0"], "rollout.top_k=9", "temperature"),
     (["rollout.temperature=0"], "rollout.min_p=0.1", "temperature"),
-    ([], "learner.gpus_per_rank=1", "processor"),
     (["sft.optimizer=adafactor"], "sft.weight_decay=0.1", "adamw"),
     (["sft.optimizer=adafactor"], "sft.adam_eps=1e-5", "adamw"),
     (["reward_model.optimizer=adafactor"], "reward_model.weight_decay=0.1", "adamw"),

@@ -230,8 +230,13 @@ def test_an_auxiliary_phase_leaves_no_momentum_behind(workspace: RunConfig, tmp_
 
 
 def bytes_held() -> int:
-    """Of all tensors, each storage once. DeepSpeed's buckets, which gradients pass through, apart:
-    they are of one size whatever the model's."""
+    """Of all tensors. DeepSpeed's buckets, which gradients pass through, apart: they are of one
+    size whatever the model's."""
+    return sum(size for size in storages().values() if size < 4 * 50_000_000)
+
+
+def storages() -> dict[int, int]:
+    """Bytes of what all tensors are stored in, by address."""
     gc.collect()  # engines of other tests, which know themselves
     sizes: dict[int, int] = {}
     for found in gc.get_objects():
@@ -240,7 +245,7 @@ def bytes_held() -> int:
                 if tensor is not None:
                     storage = tensor.untyped_storage()
                     sizes[storage.data_ptr()] = storage.nbytes()
-    return sum(size for size in sizes.values() if size < 4 * 50_000_000)
+    return sizes
 
 
 @pytest.mark.usefixtures("one_rank")
