@@ -9,7 +9,7 @@ DAILY := not chaos and not checkpoint and not journey
 QUICK = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and $(DAILY)" -n 2 --dist loadscope
 MEASURED = COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml
 
-.PHONY: run run-instruct run-reasoning test test-fast test-checkpoint test-journey check bench vllm chaos network soak results clean help
+.PHONY: run run-instruct run-reasoning test test-fast test-checkpoint test-journey check bench vllm chaos network gpu soak results clean help
 
 help:            ## Show the targets.
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -61,6 +61,12 @@ chaos: $(VENV)/.tested   ## Kill, stop and corrupt what a run consists of; loses
 
 network: $(VENV)/.tested   ## Runs over several machines (namespaces of this one), with links cut, slow and lossy (a quarter of an hour).
 	@$(BIN)/python -m tests.network.run $(SEED)
+
+# A GPU is found by the PyTorch that is installed: .venv has that for processors.
+gpu:   ## Check and measure every role on this machine's GPU; says so where there is none (minutes).
+	@if $(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; \
+	then $(PYTHON) -m tests.gpu.run $(OUT); \
+	else $(MAKE) --no-print-directory $(VENV)/.tested && $(BIN)/python -m tests.gpu.run $(OUT); fi
 
 soak: $(VENV)/.tested   ## Hundreds of iterations; memory must stay flat (some minutes).
 	@$(BIN)/python -m tests.chaos.soak

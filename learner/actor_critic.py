@@ -31,10 +31,10 @@ from common.models.weight_files import load_weights, policy_folder, save_policy
 from common.randomness import derive_seed
 from common.run_folder import PolicyFolder
 from common.wire.weights import Payload, state_hash
-from learner.zero import state_files
 from learner.zero.engine import ZeroEngine
 from learner.zero.process_group import rank
 from learner.zero.publisher import Publication, publisher
+from learner.zero.state_files import Snapshot, load, snapshot
 
 
 class ActorCritic:
@@ -80,17 +80,16 @@ class ActorCritic:
         """Return this rank's slice of the policy's decoder: facts and bytes."""
         return self._publisher.publish()
 
-    def save(self, folder: Path) -> None:
-        """Write both engines' state (a collective)."""
-        state_files.save(self.policy, folder / "policy")
-        if self.value is not None:
-            state_files.save(self.value, folder / "value")
+    def snapshots(self) -> dict[str, Snapshot]:
+        """Copy this rank's part of both engines' state, by the folders that they go to."""
+        engines = {"policy": self.policy, "value": self.value}
+        return {name: snapshot(engine) for name, engine in engines.items() if engine is not None}
 
     def load(self, folder: Path, base: str) -> None:
-        """Read what `save` wrote (a collective).
+        """Read what was written of `snapshots` (a collective).
 
         Args:
-            folder: where it is.
+            folder: where they are.
             base: fingerprint of the base that its adapters were trained on.
 
         Raises:
@@ -102,9 +101,9 @@ class ActorCritic:
                 f"policy is {self.base_fingerprint or 'trained as a whole'}; put back the weights "
                 "that they were trained on"
             )
-        state_files.load(self.policy, folder / "policy")
+        load(self.policy, folder / "policy")
         if self.value is not None:
-            state_files.load(self.value, folder / "value")
+            load(self.value, folder / "value")
 
     def export(self, folder: Path) -> str:
         """Write the policy for users and later stages (a collective).

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from common.config.run import RunConfig
-from common.errors import CheckpointError
+from common.errors import CheckpointError, StorageError
+from common.files import one_line
 from common.logprobs import chosen_reader, sampling_of
 from common.metric_catalogue import Logged
 from common.metrics import Metrics, mean
@@ -30,6 +31,7 @@ from learner.batch.experience import Experience, experience
 from learner.batch.memory import AuxiliaryMemory
 from learner.batch.shards import MicroBatch, Shards
 from learner.batch.trajectory_log import write_log
+from learner.checkpointing import CheckpointWriter
 from learner.objectives.auxiliary import JointObjective, auxiliary_metrics, frozen_policy
 from learner.objectives.policy import PolicyObjective, PolicyTargets
 from learner.objectives.value import ValueObjective, ValueTargets, value_metrics, values_at
@@ -70,6 +72,7 @@ class Learner:
             config.train.kl_coef, config.train.kl_target, config.train.kl_horizon
         )
         self.memory = AuxiliaryMemory()
+        self.writer = CheckpointWriter()
 
     # ------------------------------------------------------------------ the algorithm boxes
 
@@ -224,20 +227,30 @@ class Learner:
     # ------------------------------------------------------------------ checkpoints
 
     def state(self) -> dict[str, object]:
-        """Return what a resumed learner needs beside the files of `save`.
+        """Return what a resumed learner needs beside the files of `begin_save`.
 
         That is the KL controller, and which base the adapters belong to.
         """
         return {**self.kl.state_dict(), "base": self.networks.base_fingerprint}
 
-    def save(self, folder: Path) -> None:
-        """Write both engines (a collective) and the memory."""
-        self.networks.save(folder)
+    def begin_save(self, folder: Path) -> None:
+        """Copy this rank's part of both engines, which `writer` writes, and write the memory.
+
+        Raises:
+            StorageError: that before it, or the memory, could not be written.
+        """
+        others = []
         if rank() == 0:
-            self.memory.save(folder / "memory.parquet")
+            others = [folder / "memory.parquet"]
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.memory.save(others[0])
+            except OSError as error:
+                raise StorageError(f"{folder}: cannot be written ({one_line(error)})") from None
+        self.writer.begin(folder, self.networks.snapshots(), others)
 
     def load(self, folder: Path, state: dict[str, object]) -> None:
-        """Read what `save` and `state` gave (a collective).
+        """Read what `begin_save` and `state` gave (a collective).
 
         Raises:
             CheckpointError: of another shape, or adapters of another base.

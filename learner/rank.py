@@ -17,8 +17,6 @@ import torch
 
 from common.config.run import RunConfig
 from common.devices import Compute
-from common.errors import StorageError
-from common.files import one_line
 from common.metrics import read
 from common.out_of_memory import memory_for, return_freed
 from common.wire.trajectory import rows_without
@@ -225,11 +223,18 @@ class LearnerRank:
 
     def save(self, folder: str) -> dict[str, Any]:
         """Write a checkpoint's tensors; returns the state that belongs into its JSON."""
-        try:
-            self.learner.save(Path(folder))
-        except OSError as error:
-            raise StorageError(f"{folder}: cannot be written ({one_line(error)})") from None
+        state = self.begin_save(folder)
+        self.saved()
+        return state
+
+    def begin_save(self, folder: str) -> dict[str, Any]:
+        """Begin to write a checkpoint's tensors; returns the state that belongs into its JSON."""
+        self.learner.begin_save(Path(folder))
         return self.learner.state()
+
+    def saved(self) -> dict[str, str]:
+        """Wait until they are written; returns the hashes of this rank's files."""
+        return self.learner.writer.wait()
 
     def load(self, folder: str, state: dict[str, Any]) -> None:
         """Read a checkpoint."""

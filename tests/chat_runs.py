@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from common.config.run import RunConfig
 from common.data.tokenizer import load_tokenizer
 from tests.common.data.tokenizers import byte_level
-from tests.conftest import tiny_recipe
+from tests.workspaces import tiny_recipe
 
 LORA = {"rank": 4, "targets": ["q_proj", "v_proj", "o_proj", "down_proj"]}
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -25,6 +25,7 @@ class PlainEngine:
         self,
         network: nn.Module,
         device: str,
+        dtype: torch.dtype = torch.float32,
         *,
         precision: str,
         weight_decay: float,
@@ -35,10 +36,10 @@ class PlainEngine:
     ) -> None:
         """Move a network to a device; the arguments are `ZeroEngine`'s."""
         self.network, self.precision = network, precision
+        self.device = torch.device(device)
+        network.to(self.device, dtype)
         if precision == "bf16":
             compute_in(network, torch.bfloat16)
-        self.device = torch.device(device)
-        network.to(self.device)
         self._trained = [p for p in network.parameters() if p.requires_grad]
         self._most = max_grad_norm
 
@@ -87,10 +88,10 @@ class PlainEngine:
         }
 
 
-def plain(device: str) -> Callable[..., PlainEngine]:
-    """What is put in the place of `ZeroEngine` itself."""
+def plain(device: str, dtype: torch.dtype = torch.float32) -> Callable[..., PlainEngine]:
+    """What is put in the place of `ZeroEngine` itself; what is trained is in this dtype."""
 
     def build(network: nn.Module, **settings: Any) -> PlainEngine:
-        return PlainEngine(network, device, **settings)
+        return PlainEngine(network, device, dtype, **settings)
 
     return build

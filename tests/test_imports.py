@@ -44,7 +44,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"algorithms"},
         {"zero"},
         {"batch"},
-        {"optimisation"},
+        {"checkpointing", "optimisation"},
         {"objectives", "supervised"},
         {"actor_critic", "targets"},
         {"learner"},
@@ -61,7 +61,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"gauges", "listening", "screen", "trackers"},
         {"exits", "run_folder"},
         {"exchange", "health", "workers"},
-        {"control", "lanes", "standing", "validation"},
+        {"control", "lanes", "planning", "standing", "validation"},
         {"evaluation", "stages"},
         {"commands", "config_docs", "instruct", "metric_docs", "monitoring", "quickstart"}
         | {"reasoning", "recipes", "sampler", "samples", "scorer"},

@@ -19,7 +19,7 @@ import pytest
 import talipot
 from common.errors import ConfigError, DataError
 from common.wire.trajectory import LEARNT, LOGGED_ITERATION, SCHEMAS, ScoredTrajectory
-from tests.conftest import WORDS
+from tests.workspaces import WORDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "python-api.md").read_text(encoding="utf8")

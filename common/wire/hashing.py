@@ -58,6 +58,15 @@ class Hasher(Protocol):
         """Return the hash of the bytes so far; more may follow."""
 
 
+def file_digest(path: Path) -> str:
+    """Return the hash of a file's bytes."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def hasher() -> Hasher:
     """Return a hasher of no bytes yet; the first call on a machine compiles xxh3.c."""
     functions = library()

@@ -170,6 +170,41 @@ def preflight(
 
 
 @app.command()
+def plan(
+    overrides: Overrides = None,
+    config: ConfigOption = None,
+    gpu: Annotated[
+        str, typer.Option(help="Every worker has one: a100, h100, h200, b200 or l40s.")
+    ] = "",
+    prompt: Annotated[
+        float | None, typer.Option(help="Mean tokens of a prompt; default what there is room for.")
+    ] = None,
+    response: Annotated[
+        float | None, typer.Option(help="Mean tokens of a response; default the most allowed.")
+    ] = None,
+    json_too: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Estimate memory and seconds of a recipe, on GPUs that you name or on this machine."""
+    import json
+
+    from deploy.planning.hardware import CARDS, this_processor
+    from deploy.planning.plan import plan_of
+
+    if gpu and gpu not in CARDS:
+        raise ConfigError(f"--gpu {gpu}: is one of {', '.join(CARDS)}")
+    resolved = load(config, overrides, None)
+    device = CARDS[gpu] if gpu else this_processor()
+    made = plan_of(resolved, device, prompt=prompt, response=response)
+    if json_too:
+        show(console, json.dumps(made.as_json(), indent=1))
+        return
+    for line in made.lines():
+        say(console, ("✓", "green"), f" {line}")
+    for advice in made.advice:
+        say(console, ("!", "yellow"), f" {advice}")
+
+
+@app.command()
 def validate(
     overrides: Overrides = None, config: ConfigOption = None, address: AddressOption = None
 ) -> None:

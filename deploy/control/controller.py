@@ -198,6 +198,7 @@ class Controller:
                     with log.activity.doing("saving"):
                         self._checkpoint_if_due()
                     self._progress = time.time()
+                self.position.finish_checkpoint()
                 if self.iteration < last and not self.held_out.hopeless:
                     return ""
                 weights_hash = self.gang.export_policy(self.config.folder.policy.path)
@@ -207,6 +208,7 @@ class Controller:
                 return weights_hash
             except _Stopped:
                 self.position.checkpoint()
+                self.position.finish_checkpoint()
                 return ""
             except LearnerLost as error:
                 restored = False
@@ -309,6 +311,7 @@ class Controller:
                     self.position.publish(
                         iteration
                     )  # or the gang tells that a rank is lost with its node
+                self.position.settle_checkpoint()
                 self.collector.pump()
             if (batch := self.issuer.telling(self.ledger, iteration, part)) is None:
                 self.collector.batches.waiting += part  # until others have come beside it

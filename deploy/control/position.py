@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import dataclass
+from threading import Thread
+from typing import Any, Final
 
 from common.config.run import RunConfig
+from common.errors import StorageError
 from deploy.control.collector import Collector
 from deploy.control.held_out import HeldOut
 from deploy.control.issuing import Issuer
@@ -14,6 +20,23 @@ from deploy.control.jobs import Scored, Weights
 from deploy.control.ledger import Ledger
 from deploy.run_folder import checkpoints
 from deploy.workers.gang import LearnerGang
+from learner.checkpointing import forget_marks, written
+
+_LOOK_S: Final = 1.0
+"""How often it is seen whether ranks have written a checkpoint, at most."""
+
+
+@dataclass(slots=True)
+class _Writing:
+    """A checkpoint that the ranks are writing."""
+
+    begun: checkpoints.Unfinished
+    state: dict[str, Any]
+    """What its JSON will say: the run as it was when it was begun."""
+    best: int | None
+    """The best iteration as it was known then: its checkpoint is kept."""
+    look_again: float = 0.0
+    """When to see again whether it is done."""
 
 
 class Position:
@@ -41,7 +64,11 @@ class Position:
         """What the learner trains on now."""
         self.learner_restarts = 0
         self._saved = -1
-        """Iteration of the newest checkpoint written."""
+        """Iteration of the newest checkpoint that was begun."""
+        self._writing: _Writing | None = None
+        """The checkpoint that the ranks are writing."""
+        self._removals: list[Thread] = []
+        """What removes checkpoints that others have taken the place of."""
 
     def publish(self, version: int) -> None:
         """Make a new version of the weights what actors must sample from."""
@@ -50,6 +77,7 @@ class Position:
 
     def move_rollouts(self) -> None:
         """Keep rollouts moving while the learner works: asynchronous mode has some in flight."""
+        self.settle_checkpoint()
         self.collector.pump(0.0)
 
     def account(self, batch: Sequence[Scored]) -> None:
@@ -61,15 +89,67 @@ class Position:
         self.iteration += 1
 
     def checkpoint(self) -> None:
-        """Write what the run is after `iteration` iterations, unless that is written already."""
-        if self._saved != self.iteration:
-            keep, run_dir = self.config.train.keep_checkpoints, self.config.run_dir
-            best = self.held_out.best
-            checkpoints.write(run_dir, self.iteration, self._fill, keep=keep, best=best)
-            self._saved = self.iteration
+        """Begin to write what the run is after `iteration` iterations, unless that is written.
 
-    def _fill(self, folder: Path) -> dict[str, Any]:
-        learner = self.gang.save(folder, meanwhile=self.move_rollouts)
+        The ranks write their parts while they train on; it is a checkpoint once all have.
+        """
+        if self._saved == self.iteration:
+            return
+        self.finish_checkpoint()
+        begun = checkpoints.Unfinished(self.config.run_dir, self.iteration)
+        with begun.attempt():
+            learner = self.gang.begin_save(begun.folder, meanwhile=self.move_rollouts)
+        self._writing = _Writing(begun, deepcopy(self._state(learner)), self.held_out.best)
+        self._saved = self.iteration
+
+    def settle_checkpoint(self) -> None:
+        """Finish the checkpoint that is being written if all ranks have written their parts."""
+        writing = self._writing
+        if writing is None or time.monotonic() < writing.look_again:
+            return
+        writing.look_again = time.monotonic() + _LOOK_S
+        with writing.begun.attempt():
+            sums = written(writing.begun.folder, self.config.learner.ranks)
+        if sums is not None:
+            self._finish(writing, sums)
+
+    def finish_checkpoint(self) -> None:
+        """Wait until the checkpoint that is being written is one."""
+        self._settle_now()
+        if (writing := self._writing) is not None:
+            with writing.begun.attempt():
+                sums = self.gang.saved(meanwhile=lambda: self.collector.pump(0.0))
+            self._finish(writing, sums)
+        while self._removals:
+            self._removals.pop().join()
+
+    def _finish(self, writing: _Writing, sums: Mapping[str, str]) -> None:
+        self._writing = None
+        with writing.begun.attempt():
+            forget_marks(writing.begun.folder)
+        writing.begun.finish(writing.state, sums)
+        run_dir, keep = self.config.run_dir, self.config.train.keep_checkpoints
+        step = writing.state["iteration"]
+        for path in checkpoints.outdated(run_dir, step, keep=keep, best=writing.best):
+            # Large files take their time, and rollouts go on.
+            self._removals.append(Thread(target=shutil.rmtree, args=(path, True)))
+            self._removals[-1].start()
+
+    def _settle_now(self) -> None:
+        if self._writing is not None:
+            self._writing.look_again = 0.0
+        self.settle_checkpoint()
+
+    def _drop_checkpoint(self) -> None:
+        """Give up the checkpoint that is being written, unless it is whole: the ranks are gone."""
+        with suppress(StorageError):
+            self._settle_now()
+        if self._writing is not None:
+            self._writing.begun.drop()
+            self._writing = None
+
+    def _state(self, learner: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a checkpoint's JSON says."""
         return {
             "iteration": self.iteration,
             "config": self.config.model_dump(mode="json"),
@@ -84,6 +164,7 @@ class Position:
 
     def restore(self) -> None:
         """Stand where the newest whole checkpoint stands, or at the start; publish its weights."""
+        self._drop_checkpoint()
         run_dir, train = self.config.run_dir, self.config.train
         newest = checkpoints.newest(run_dir)
         self.gang.begin_train(self.config, self.collector.tend)

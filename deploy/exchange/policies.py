@@ -36,7 +36,7 @@ from deploy.run_folder import checkpoints
 from deploy.run_folder.inputs import RunInputs
 from deploy.run_folder.log_lines import held_out_scores, read_lines
 from deploy.run_folder.weights import final_policy, is_there, policy_start
-from learner.zero.masters import masters
+from learner.zero.state_parts import masters
 
 FINAL, LATEST, BEST = "final", "latest", "best"
 _TRIES = 5

@@ -17,15 +17,15 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import xxhash
 
 from common.errors import CheckpointError, StorageError
 from common.files import one_line
 from common.run_folder import RunFolder
+from common.wire.hashing import file_digest
 
 _SUMS, _STATE = "checksums.json", "state.json"
 _RANKS = "rank-*.safetensors"
@@ -51,36 +51,99 @@ def write(
     Raises:
         StorageError: the disk is full or not writable; older checkpoints stay.
     """
-    folder = RunFolder(run_dir).checkpoints
-    final = RunFolder(run_dir).checkpoint(step)
-    partial = folder / f"{final.name}.{secrets.token_hex(4)}.partial"
-    try:
-        partial.mkdir(parents=True)
-        state = fill(partial)
-        (partial / _STATE).write_text(json.dumps(state, indent=1), encoding="utf8")
-        sums = {str(p.relative_to(partial)): _checksum(p) for p in _files(partial)}
-        (partial / _SUMS).write_text(json.dumps(sums, indent=1), encoding="utf8")
-        for path in (*partial.rglob("*"), partial):
-            _sync(path)
-        if final.exists():
-            _make_way(final)
-        partial.rename(final)
-        _sync(folder)
-    except (OSError, StorageError) as error:
-        raise StorageError(
-            f"{final}: checkpoint could not be written ({one_line(error)}); free space or correct "
-            f"rights, then {then or f'`talipot train --resume {run_dir}`'}"
-        ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # what is not whole is of no use
-    finished = _finished(run_dir)
+    unfinished = Unfinished(run_dir, step, then)
+    with unfinished.attempt():
+        state = fill(unfinished.folder)
+    final = unfinished.finish(state, {})
+    for path in outdated(run_dir, step, keep=keep, best=best):
+        shutil.rmtree(path)
+    return final
+
+
+class Unfinished:
+    """A checkpoint that is being written, by whomever."""
+
+    def __init__(self, run_dir: Path, step: int, then: str = "") -> None:
+        """Make its folder.
+
+        Args:
+            run_dir: of the run.
+            step: that it is of.
+            then: what carries on with it, for errors; by default that of policy training.
+
+        Raises:
+            StorageError: the disk is full or not writable.
+        """
+        self._then = then or f"`talipot train --resume {run_dir}`"
+        self._final = RunFolder(run_dir).checkpoint(step)
+        self.folder = self._final.with_name(f"{self._final.name}.{secrets.token_hex(4)}.partial")
+        with self.attempt():
+            self.folder.mkdir(parents=True)
+
+    def finish(self, state: Mapping[str, Any], sums: Mapping[str, str]) -> Path:
+        """Give it its name, once all of it is there.
+
+        Args:
+            state: what its JSON says.
+            sums: hashes of files by their paths in the folder; others are hashed here.
+
+        Raises:
+            StorageError: the disk is full or not writable; older checkpoints stay.
+        """
+        folder, final = self.folder, self._final
+        with self.attempt():
+            (folder / _STATE).write_text(json.dumps(state, indent=1), encoding="utf8")
+            found = {str(path.relative_to(folder)): path for path in _files(folder)}
+            all_sums = {n: sums.get(n) or file_digest(path) for n, path in found.items()}
+            (folder / _SUMS).write_text(json.dumps(all_sums, indent=1), encoding="utf8")
+            for path in (*folder.rglob("*"), folder):
+                _sync(path)
+            if final.exists():
+                _make_way(final)
+            folder.rename(final)
+            _sync(final.parent)
+        return final
+
+    def drop(self) -> None:
+        """Give it up: what is not whole is of no use."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Do a part of it: what fails is said in one line, and leaves nothing.
+
+        Raises:
+            StorageError: the disk is full or not writable.
+        """
+        done = False
+        try:
+            yield
+            done = True
+        except (OSError, StorageError) as error:
+            raise StorageError(
+                f"{self._final}: checkpoint could not be written ({one_line(error)}); free space "
+                f"or correct rights, then {self._then}"
+            ) from None
+        finally:
+            if not done:
+                self.drop()
+
+
+def outdated(run_dir: Path, step: int, *, keep: int, best: int | None) -> list[Path]:
+    """Return what the checkpoint of a step takes the place of, under names that nobody looks for.
+
+    Removing it may take as long as its files are large. Of `keep` and `best` see `write`.
+    """
+    final, finished = RunFolder(run_dir).checkpoint(step), _finished(run_dir)
     kept = [p for p in finished if not p.suffix and p.name <= final.name][-keep:]
     if best is not None:
         kept.append(RunFolder(run_dir).checkpoint(best))
+    gone: list[Path] = []
     for path in finished:
         if path not in kept and (path.stem <= final.name or not is_whole(path)):
-            shutil.rmtree(path)
-    return final
+            gone.append(path.with_name(f"{path.stem}.{secrets.token_hex(4)}.partial"))
+            path.rename(gone[-1])
+    return gone
 
 
 def rewind(run_dir: Path, step: int) -> None:
@@ -122,7 +185,7 @@ def is_whole(folder: Path) -> bool:
         sums = json.loads((folder / _SUMS).read_text(encoding="utf8"))
         read = {str(path.relative_to(folder)) for path in folder.rglob(_RANKS)}
         return {_STATE, *read} <= sums.keys() and all(
-            _checksum(folder / name) == value for name, value in sums.items()
+            file_digest(folder / name) == value for name, value in sums.items()
         )
     except (OSError, ValueError, AttributeError):
         return False
@@ -156,11 +219,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _checksum(path: Path) -> str:
-    hasher = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            hasher.update(chunk)
-    return hasher.hexdigest()

@@ -271,9 +271,24 @@ class LearnerGang:
         )
         return manifest, tuple(payload for _, payload in pairs)
 
-    def save(self, folder: Path, *, meanwhile: Meanwhile | None = None) -> dict[str, Any]:
+    def save(self, folder: Path) -> dict[str, Any]:
         """Write a checkpoint's tensors; returns the state that belongs into its JSON."""
-        return self._call(LearnerRank.save, meanwhile, _absolute(folder))
+        return self._call(LearnerRank.save, None, _absolute(folder))
+
+    def begin_save(self, folder: Path, *, meanwhile: Meanwhile | None = None) -> dict[str, Any]:
+        """As `save`, but the ranks write while they train on; `saved` waits for that.
+
+        `learner.checkpointing.written` tells without waiting whether it is done.
+        """
+        return self._call(LearnerRank.begin_save, meanwhile, _absolute(folder))
+
+    def saved(self, *, meanwhile: Meanwhile | None = None) -> dict[str, str]:
+        """Wait until all ranks have written; returns the hashes of their files by path."""
+        calls = [start(rank, LearnerRank.saved) for rank in self.ranks]
+        found: dict[str, str] = {}
+        for sums in self._answers(calls, "saved", meanwhile):
+            found |= sums
+        return found
 
     def load(
         self, folder: Path, state: dict[str, Any], *, meanwhile: Meanwhile | None = None

@@ -34,6 +34,8 @@ _REMEDY: Final = (
 _PROCESS: Final = 0.3 * 2**30
 """Of a worker's process before it holds anything: Python, torch, Ray and what they load. What
 processes share counts once, and is taken by the command itself already."""
+_CUDA: Final = 0.6 * 2**30
+"""What CUDA and PyTorch take of a GPU for each process that computes on it."""
 _CONTROL: Final = 2
 """Processes beside the workers: the controller, and Ray's own of a run."""
 _PIECES: Final = 5
@@ -52,17 +54,27 @@ class Need:
     """As in "rollout actors"."""
     count: int
     parts: Mapping[str, float]
-    """Bytes of one of them, by what takes them."""
+    """Bytes of one of them where it computes, by what takes them."""
+    beside: Mapping[str, float] | None = None
+    """Bytes of its node's memory, where it computes on a GPU; None: it does not."""
 
     @property
     def each(self) -> float:
-        """Bytes of one process."""
+        """Bytes of one process where it computes."""
         return sum(self.parts.values())
+
+    @property
+    def here(self) -> float:
+        """Bytes of one process of its node's memory."""
+        return self.each if self.beside is None else sum(self.beside.values())
 
     def __str__(self) -> str:
         """Say what one takes, in a line."""
+        said = f"{self.count} {self.what}: {in_words(self.each)} each at most"
+        if self.beside is not None:
+            said += f" on a GPU, and {in_words(self.here)} of the node's memory,"
         listed = ", ".join(f"{what} {in_words(size)}" for what, size in self.parts.items() if size)
-        return f"{self.count} {self.what}: {in_words(self.each)} each at most ({listed})"
+        return f"{said} ({listed})"
 
 
 def require_room(config: RunConfig, stage: str) -> None:
@@ -74,8 +86,8 @@ def require_room(config: RunConfig, stage: str) -> None:
     if config.cluster.address is not None or os.environ.get("RAY_ADDRESS"):
         return
     needed = needs(config, stage)
-    listed = ", ".join(f"{need.what} {in_words(need.count * need.each)}" for need in needed)
-    total = sum(need.count * need.each for need in needed) + _CONTROL * _PROCESS
+    listed = ", ".join(f"{need.what} {in_words(need.count * need.here)}" for need in needed)
+    total = sum(need.count * need.here for need in needed) + _CONTROL * _PROCESS
     require_memory(total, f"{stage} ({listed})", _REMEDY)
 
 
@@ -139,7 +151,8 @@ def _learner(
     kept = kept_per_token(shape.model, lora, dtype)
     work = {
         "activations": tokens * (kept + kept / shape.layers),
-        "logits": reads_logits * shape.pieces(trained=lora is None, dtype=dtype),
+        "logits": reads_logits
+        * shape.pieces(trained=lora is None, dtype=dtype, gpus=config.learner.gpus_per_rank),
     }
     learner = config.learner
     return _need(
@@ -196,7 +209,7 @@ def _reward_workers(config: RunConfig) -> Need:
     parts = {
         "weights": (loaded + copies) * each,
         "activations": tokens * max(shape.layer(dtype) for shape in shapes),
-        "logits": reference.pieces(trained=False, dtype=dtype),
+        "logits": reference.pieces(trained=False, dtype=dtype, gpus=service.gpus_per_replica),
     }
     count, gpus = service.replicas, service.gpus_per_replica
     return _need("reward workers", count, parts, max(loaded, packing), gpus=gpus)
@@ -205,10 +218,11 @@ def _reward_workers(config: RunConfig) -> Need:
 def _need(what: str, count: int, parts: Mapping[str, float], loaded: float, *, gpus: float) -> Need:
     """Add the process, and what loading takes beyond what comes after it.
 
-    What is on a GPU takes none of this machine's memory.
+    A GPU has what is computed with; weights are read into the node's memory first.
     """
     if gpus:
-        parts = {}
+        beside = {"loading": _LOADED * loaded, "process": _PROCESS}
+        return Need(what=what, count=count, parts={**parts, "CUDA": _CUDA}, beside=beside)
     loading = max(0.0, _LOADED * loaded - sum(parts.values()))
     return Need(what=what, count=count, parts={**parts, "loading": loading, "process": _PROCESS})
 
@@ -242,11 +256,12 @@ class _Shape:
         """Bytes of a token in one block of a pass without gradients."""
         return kept_per_token(self.model, None, dtype) / self.layers
 
-    def pieces(self, *, trained: bool, dtype: torch.dtype) -> float:
+    def pieces(self, *, trained: bool, dtype: torch.dtype, gpus: float) -> float:
         """Bytes of logits in pieces, with the head's rounded copy and gradient."""
         head = self.vocabulary * self.dim
         rounded = 2 * head if trained and dtype != torch.float32 else 0
-        piece = 4.0 * self.model.logits_rows(self.vocabulary) * self.vocabulary
+        rows = self.model.logits_rows(self.vocabulary, processor=not gpus)
+        piece = 4.0 * rows * self.vocabulary
         return _PIECES * piece + rounded + (4 * head if trained else 0)
 
 

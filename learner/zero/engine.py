@@ -30,6 +30,7 @@ from common.models.networks import compute_in
 from learner.zero.adafactor import PalmAdafactor
 from learner.zero.optimizer_state import Fragment, OptimizerState
 from learner.zero.process_group import backend, rank, world_size
+from learner.zero.state_parts import MASTER
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
@@ -202,16 +203,22 @@ class ZeroEngine:
         """Give every parameter zero moments, as the optimizer's first step would create them."""
         self.optimizer_state.create()
 
-    def set_weights(self, name: str, master: Tensor) -> None:
-        """Let the network compute with a master (a collective)."""
-        parameter = self.network.get_parameter(name)
-        if self.zero_stage < 3:
-            with torch.no_grad():
-                parameter.copy_(master)
+    def take_master(self, name: str, fragment: Fragment) -> None:
+        """Let the network compute with a parameter's master, as it is now (a collective)."""
+        parameter: Any = self.network.get_parameter(name)
+        if self.zero_stage == 0:
+            return  # they are the same
+        if self.zero_stage == 3 and not parameter.ds_persist:
+            parameter.ds_tensor.detach().copy_(fragment.tensors[MASTER])
             return
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
-            if rank() == 0:
-                parameter.copy_(master)
+        whole = fragment.whole_master()
+        with torch.no_grad():
+            if self.zero_stage < 3:
+                parameter.copy_(whole)
+                return
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if rank() == 0:
+                    parameter.copy_(whole)
 
 
 def _settings(zero_stage: int, max_grad_norm: float, device: torch.device) -> dict[str, Any]:

@@ -7,6 +7,7 @@ DeepSpeed's own attributes for it is here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from learner.zero.process_group import rank
+from common.wire.weights import slice_bounds
+from learner.zero.process_group import all_sum, rank, world_size
+from learner.zero.state_parts import MASTER
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _AUXILIARY = "auxiliary_"
@@ -36,6 +39,25 @@ class Fragment:
     """float32 scalars: AdamW's steps on it, and those of an auxiliary phase."""
     replicated: bool = False
     """Every rank keeps all of it."""
+
+    def share(self) -> tuple[int, int]:
+        """Return first and last + 1 element that this rank writes: all ranks' make the whole."""
+        size = math.prod(self.shape)
+        if self.replicated:
+            return slice_bounds(size, world_size(), rank())
+        kept = self.tensors[MASTER].numel()
+        return min(self.offset, size), min(self.offset + kept, size)
+
+    def whole_master(self) -> Tensor:
+        """Return the whole parameter from all ranks' parts, on its device (a collective).
+
+        Bits travel as integers: a sum of floats would turn -0 into 0.
+        """
+        own = self.tensors[MASTER].detach()
+        begin, end = self.share()
+        bits = torch.zeros(math.prod(self.shape), dtype=torch.int32, device=own.device)
+        bits[begin:end] = own[begin - self.offset : end - self.offset].view(torch.int32)
+        return all_sum(bits).view(torch.float32).reshape(self.shape)
 
 
 class OptimizerState:
@@ -102,7 +124,7 @@ class OptimizerState:
         states = {"": self.optimizer.state[flat] or self._no_steps(flat)}
         if self._other_phase is not None:
             states[_AUXILIARY] = self._other_phase[group] or self._no_steps(flat)
-        tensors = {"master": flat.detach()} | {
+        tensors = {MASTER: flat.detach()} | {
             f"{phase}{kind}": state[kind] for phase, state in states.items() for kind in _MOMENTS
         }
         return Fragment(

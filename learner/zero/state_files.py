@@ -1,103 +1,115 @@
-"""An engine's state on disk: whole fp32 parameters and moments by name, whatever the ranks.
+"""An engine's state on disk: each rank's own parts of fp32 parameters and moments.
 
-Per parameter ``NAME|master``, ``NAME|exp_avg``, ``NAME|exp_avg_sq`` (float32, of its shape) and
-``NAME|step``, and with an auxiliary phase also ``NAME|auxiliary_exp_avg`` and so on. Each rank
-writes the parameters dealt to it into a safetensors file of its own. So a run resumes on another
+A rank writes what it keeps, and nothing else: bytes for each rank fall as 1 / W. In its safetensors
+file ``NAME|KIND@OFFSET`` are elements of a flattened parameter from OFFSET on, float32, of the
+kinds master, exp_avg and exp_avg_sq and with an auxiliary phase also auxiliary_exp_avg and so on;
+``NAME|step`` are AdamW's steps. Shapes of whole parameters are in the file's metadata. A rank reads
+what it needs of whichever files have it (`learner.zero.state_parts`): so a run resumes on another
 number of ranks or another ZeRO stage, bit for bit on the same one, and nothing is unpickled.
 (DeepSpeed's own checkpoint is pickled per rank; its universal one needs a conversion beside the run
-before another number of ranks can read it.)
-
-Parameters are gathered one by one (a collective): no rank ever holds more than its share and one.
+before another number of ranks can read it.) Files of earlier versions have whole tensors,
+``NAME|KIND``, and are read too.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from common.errors import CheckpointError, StorageError
 from common.files import one_line
 from common.models.tensor_files import save_tensors
 from learner.zero.engine import ZeroEngine
-from learner.zero.optimizer_state import Fragment
 from learner.zero.process_group import all_sum, rank, world_size
+from learner.zero.state_parts import SHAPES, StateParts
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A rank's part of an engine's state, copied: training may go on."""
+
+    tensors: dict[str, Tensor]
+    """By their names in the file."""
+    shapes: dict[str, tuple[int, ...]]
+    """Of whole parameters."""
+
+    def write(self, folder: Path) -> Path:
+        """Write this rank's file, and make it outlast a power cut; returns its path.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        path = folder / f"rank-{rank():05d}.safetensors"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_tensors(self.tensors, path, {SHAPES: json.dumps(self.shapes)})
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        except (OSError, SafetensorError) as error:
+            raise StorageError(f"{path}: {one_line(error)}") from None
+        return path
+
+
+def snapshot(engine: ZeroEngine) -> Snapshot:
+    """Copy what this rank writes of an engine's state."""
+    found = Snapshot({}, {})
+    for index, (name, fragment) in enumerate(engine.fragments()):
+        begin, end = fragment.share()
+        found.shapes[name] = fragment.shape
+        if begin < end:
+            own = slice(begin - fragment.offset, end - fragment.offset)
+            for kind, tensor in fragment.tensors.items():
+                copied = tensor.detach()[own].to("cpu", copy=True)
+                found.tensors[f"{name}|{kind}@{begin}"] = copied
+        if index % world_size() == rank():
+            for kind, step in fragment.steps.items():
+                found.tensors[f"{name}|{kind}"] = step.detach().cpu().reshape(1).float().clone()
+    return found
 
 
 def save(engine: ZeroEngine, folder: Path) -> None:
-    """Write the engine's state (a collective).
+    """Write the engine's state, and wait for it (a collective).
 
     Raises:
         StorageError: on every rank, when any could not write.
     """
-    mine: dict[str, Tensor] = {}
-    for index, (name, fragment) in enumerate(engine.fragments()):
-        for kind in fragment.tensors:
-            whole = _whole(fragment, kind)
-            if index % world_size() == rank():
-                mine[f"{name}|{kind}"] = whole
-        if index % world_size() == rank():
-            for kind, step in fragment.steps.items():
-                mine[f"{name}|{kind}"] = step.detach().cpu().reshape(1).float().clone()
-    path = folder / f"rank-{rank():05d}.safetensors"
     problem = ""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(mine, path)
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    except (OSError, SafetensorError) as error:
-        problem = one_line(error)
+        snapshot(engine).write(folder)
+    except StorageError as error:
+        problem = str(error)
     if float(all_sum(torch.tensor([float(bool(problem))]))):
-        raise StorageError(f"{path}: {problem or 'another rank could not write its share'}")
+        raise StorageError(problem or f"{folder}: another rank could not write its share")
 
 
 def load(engine: ZeroEngine, folder: Path) -> None:
-    """Read what `save` wrote, by any number of ranks at any ZeRO stage (a collective).
+    """Read what was written, by any number of ranks at any ZeRO stage (a collective).
 
     Raises:
         CheckpointError: a parameter is missing or of another shape.
     """
     engine.create_optimizer_state()
-    paths = sorted(folder.glob("rank-*.safetensors"))
-    files: list[Any] = [safe_open(path, framework="pt") for path in paths]
-    where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 not a mapping
+    stored = StateParts(folder)
     for name, fragment in engine.fragments():
-        read: dict[str, Tensor] = {}
-        for kind in (*fragment.tensors, *fragment.steps):
-            key = f"{name}|{kind}"
-            if key not in where:
-                raise CheckpointError(f"{folder}: no {kind} of parameter '{name}'")
-            read[kind] = where[key].get_tensor(key)
-        if tuple(read["master"].shape) != fragment.shape:
+        shape = stored.shape(name)
+        if shape is not None and shape != fragment.shape:
             raise CheckpointError(
-                f"{folder}: parameter '{name}' is {tuple(read['master'].shape)}, this model needs "
-                f"{fragment.shape}"
+                f"{folder}: parameter '{name}' is {shape}, this model needs {fragment.shape}"
             )
+        size = math.prod(fragment.shape)
         for kind, tensor in fragment.tensors.items():
-            own = read[kind].flatten()[fragment.offset : fragment.offset + tensor.numel()]
-            tensor[: own.numel()].copy_(own)
+            begin, end = (min(fragment.offset + n, size) for n in (0, tensor.numel()))
+            tensor[: end - begin].copy_(stored.read(name, kind, begin, end))
         for kind, step in fragment.steps.items():
-            step.fill_(max(float(read[kind]), float(step)))
-        engine.set_weights(name, read["master"])
-
-
-def _whole(fragment: Fragment, kind: str) -> Tensor:
-    """Return one tensor of a parameter, whole, on the processor.
-
-    Bits travel as integers: a sum of floats would turn -0 into 0.
-    """
-    own = fragment.tensors[kind]
-    size = math.prod(fragment.shape)
-    if fragment.replicated:
-        return own.detach().cpu().reshape(fragment.shape).clone()
-    bits = torch.zeros(size, dtype=torch.int32, device=own.device)
-    own = own[: max(0, size - fragment.offset)]
-    bits[fragment.offset : fragment.offset + own.numel()] = own.detach().view(torch.int32)
-    return all_sum(bits).view(torch.float32).cpu().reshape(fragment.shape)
+            step.fill_(max(float(stored.read(name, kind, 0, 1)), float(step)))
+        engine.take_master(name, fragment)

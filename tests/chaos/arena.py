@@ -29,7 +29,7 @@ from ray.cluster_utils import Cluster
 from common.config.run import RunConfig
 from common.files import one_line
 from deploy.workers.placement import NAMESPACE
-from tests.conftest import run_copy
+from tests.workspaces import run_copy
 
 HANG_S = 180.0
 """A run without progress for longer is hung: over every deadline of the recipe and a restart."""

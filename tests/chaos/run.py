@@ -39,7 +39,7 @@ from tests.chaos.faults import (
     slow,
 )
 from tests.chat_runs import make_chat_workspace
-from tests.conftest import make_workspace
+from tests.workspaces import make_workspace
 
 DEADLINES: dict[str, dict[str, object]] = {
     "learner": {"deadline_s": 30, "max_restarts": 20},

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from tests.chaos.arena import Arena, Campaign
 from tests.chaos.faults import TITLES
-from tests.conftest import make_workspace
+from tests.workspaces import make_workspace
 
 LIMIT_MB = 1.0
 """Per 100 iterations."""

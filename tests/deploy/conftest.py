@@ -13,9 +13,9 @@ import yaml
 from common.config.recipe import save_config
 from common.config.run import RunConfig
 from deploy.cli.main import main
-from tests.conftest import run_copy
 from tests.deploy.commands import Outcome, Run
 from tests.deploy.control.simulated import Rig
+from tests.workspaces import run_copy
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from deploy import gauges
 from deploy.gauges import Gauges, Reading
 from deploy.workers.gang import LearnerGang
 from learner.batch.trajectory_log import read_log
-from tests.conftest import run_copy
 from tests.deploy.control.runs import Run, stop_idle_pools
+from tests.workspaces import run_copy
 
 Labels = tuple[tuple[str, str], ...]
 Found = dict[str, dict[Labels, float]]

@@ -16,8 +16,8 @@ import pytest
 
 from common.config.recipe import save_config
 from common.config.run import RunConfig
-from tests.conftest import run_copy
 from tests.deploy.commands import Outcome, Run, refused
+from tests.workspaces import run_copy
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "deploy.cli", "monitor"]

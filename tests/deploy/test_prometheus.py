@@ -23,8 +23,8 @@ from common.live_metrics import Live
 from common.metric_catalogue import Logged
 from deploy.monitoring.dashboard import dashboard
 from deploy.workers.gang import LearnerGang
-from tests.conftest import run_copy
 from tests.deploy.control.runs import Run, stop_idle_pools
+from tests.workspaces import run_copy
 
 PROMETHEUS = shutil.which("prometheus")
 RULES = Path(__file__).resolve().parents[2] / "deploy" / "monitoring" / "rules.yaml"

@@ -15,9 +15,9 @@ from common.data.own_tokenizer import OwnTokenizer
 from common.run_folder import RunFolder
 from deploy.samples import pieces
 from deploy.screen import say, show
-from tests.conftest import run_copy
 from tests.deploy.commands import Run, refused
 from tests.deploy.watch.served import log_samples
+from tests.workspaces import run_copy
 
 HOSTILE = "<script>alert(1)</script> \x1b[31mred\x1b[0m \u202egnp.exe ![x](http://x/y.png)"
 

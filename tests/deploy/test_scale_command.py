@@ -23,9 +23,9 @@ from deploy.standing import lines_of, standing_of
 from deploy.workers.attach import own_address
 from deploy.workers.gang import LearnerGang
 from deploy.workers.placement import reward_pool, rollout_pool
-from tests.conftest import run_copy
 from tests.deploy.commands import Run, refused
 from tests.deploy.control.runs import prompts_of
+from tests.workspaces import run_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
 ROOT = Path(__file__).resolve().parents[2]

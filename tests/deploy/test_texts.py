@@ -19,8 +19,8 @@ from common.config.recipe import load_config, save_config
 from common.config.run import RunConfig
 from deploy.run_folder import checkpoints
 from deploy.screen import make_console, progress_bar, say, show
-from tests.conftest import run_copy
 from tests.deploy.commands import Outcome, Run
+from tests.workspaces import run_copy
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,9 +13,9 @@ import pytest
 from common.config.recipe import save_config
 from common.config.run import RunConfig
 from deploy.standing import Standing, standing_of
-from tests.conftest import run_copy
 from tests.deploy.commands import start, until_logged
 from tests.deploy.workers.test_attach import command
+from tests.workspaces import run_copy
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 Started = tuple[RunConfig, subprocess.Popen[str]]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import make_workspace
+from tests.workspaces import make_workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 MOVE_UP = re.compile(rb"\x1b\[\d*A")

@@ -18,8 +18,8 @@ from common.wire.trajectory import ScoredTrajectory, to_table
 from deploy.workers.gang import LearnerGang
 from reward_service.models import ReferencePolicy
 from tests.actors.generation.test_engine import requests
-from tests.conftest import run_copy
 from tests.sampled import sampled_trajectories
+from tests.workspaces import run_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
 EOS = 1

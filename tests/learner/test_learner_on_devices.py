@@ -25,10 +25,11 @@ from learner.supervised.reward_model import RewardModelStage
 from learner.supervised.sft import SftStage
 from learner.zero import publisher
 from tests.common.models.pretrained.tiny import reference, saved
-from tests.conftest import run_copy
-from tests.learner.test_sharding import preferences, sft_data, trajectories
+from tests.learner.test_sharding import preferences, sft_data
 from tests.plain_engine import plain
 from tests.pretended import DEVICE, Card
+from tests.scored import trajectories
+from tests.workspaces import run_copy
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

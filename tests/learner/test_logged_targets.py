@@ -19,8 +19,8 @@ from deploy.samples import Sample, read_iteration
 from learner.batch.trajectory_log import Learnt
 from learner.learner import Learner
 from tests import literal
-from tests.conftest import run_copy
-from tests.learner.test_sharding import trajectories
+from tests.scored import trajectories
+from tests.workspaces import run_copy
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 ROWS = 24

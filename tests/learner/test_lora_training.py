@@ -21,8 +21,9 @@ from common.models.weight_files import load_weights
 from common.wire.weights import state_hash
 from learner.rank import LearnerRank
 from learner.zero.engine import ZeroEngine
-from tests.conftest import run_copy
-from tests.learner.test_sharding import close, preferences, sft_data, trajectories
+from tests.learner.test_sharding import close, preferences, sft_data
+from tests.scored import trajectories
+from tests.workspaces import run_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
 LORA = {"rank": 4, "alpha": 8.0}

@@ -11,7 +11,7 @@ from common.config.run import RunConfig
 from deploy.workers.gang import LearnerGang
 from tests.common.models.pretrained.tiny import reference, saved
 from tests.learner.test_pretrained_training import LORA, SHAPE, run_of
-from tests.learner.test_sharding import trajectories
+from tests.scored import trajectories
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

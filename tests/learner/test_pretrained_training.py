@@ -19,8 +19,9 @@ from common.models.weight_files import load_weights
 from deploy.workers.gang import LearnerGang
 from learner.supervised.examples import EncodedPair
 from tests.common.models.pretrained.tiny import reference, saved
-from tests.conftest import run_copy
-from tests.learner.test_sharding import preferences, sft_data, trajectories
+from tests.learner.test_sharding import preferences, sft_data
+from tests.scored import trajectories
+from tests.workspaces import run_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

@@ -13,8 +13,8 @@ import torch
 from common.config.run import RunConfig
 from learner.learner import Learner
 from learner.objectives.policy import PolicyObjective
-from tests.conftest import run_copy
-from tests.learner.test_sharding import trajectories
+from tests.scored import trajectories
+from tests.workspaces import run_copy
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 GROUPS = 12

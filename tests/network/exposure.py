@@ -22,11 +22,11 @@ from typing import Any
 
 from common.config.run import RunConfig
 from tests.chaos.arena import TALIPOT, Campaign, Place
-from tests.conftest import make_workspace
 from tests.network.machines import Machines, Options
 from tests.network.nodes import Node, debian, until
 from tests.network.run import ALONE, SPREAD
 from tests.network.switch import Switch
+from tests.workspaces import make_workspace
 
 _ROOT = Path(__file__).parents[2]
 _ENDLESS = {"iterations": 10_000, "checkpoint_every": 1000}

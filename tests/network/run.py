@@ -25,11 +25,11 @@ from rich.console import Console
 from tests.chaos.arena import Campaign, Hung, Unattributed
 from tests.chaos.books import Books, wrong
 from tests.chaos.run import DEADLINES
-from tests.conftest import make_workspace
 from tests.network.checker import judge
 from tests.network.faults import FAULTS
 from tests.network.machines import Alone, Machines
 from tests.network.nodes import Hosts, debian, kubernetes, unresolvable, why_not
+from tests.workspaces import make_workspace
 
 SHORT, LONG = 4, 120
 """Iterations."""

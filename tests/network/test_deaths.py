@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 
 from common.config.recipe import save_config
 from common.config.run import RunConfig
-from tests.conftest import run_copy
 from tests.deploy.quickstart.test_quickstart import SMALL
 from tests.network.deaths import Machine, command_of, removed, wait_for
 from tests.network.nodes import why_not
+from tests.workspaces import run_copy
 
 if reason := why_not():
     pytest.skip(f"no machines can be made here: {reason}", allow_module_level=True)

@@ -9,8 +9,8 @@ import pytest
 
 from common.config.run import RunConfig
 from deploy.workers.gang import LearnerGang
-from tests.conftest import run_copy
 from tests.deploy.control.runs import finish, stop_idle_pools
+from tests.workspaces import run_copy
 
 
 @pytest.fixture(scope="package")

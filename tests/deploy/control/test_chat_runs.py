@@ -14,9 +14,9 @@ from common.wire.trajectory import ScoredTrajectory, from_table
 from deploy.workers.gang import LearnerGang
 from learner.batch.trajectory_log import read_log
 from tests.chat_runs import LORA, make_chat_workspace
-from tests.conftest import run_copy
 from tests.deploy.control.runs import Run, finish, kill_worker, when
 from tests.deploy.control.test_weights_in_a_run import flip
+from tests.workspaces import run_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

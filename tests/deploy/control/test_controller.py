@@ -16,8 +16,8 @@ from common.errors import CheckpointError, TrainingError
 from common.wire.trajectory import ScoredTrajectory, from_table
 from deploy.workers.gang import LearnerGang
 from learner.batch.trajectory_log import read_log
-from tests.conftest import run_copy
 from tests.deploy.control.runs import Run, finish
+from tests.workspaces import run_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

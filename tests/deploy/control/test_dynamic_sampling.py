@@ -16,8 +16,8 @@ from deploy.control.jobs import Scored
 from deploy.control.leases import Lease
 from deploy.workers.gang import LearnerGang
 from learner.batch.trajectory_log import read_log
-from tests.conftest import run_copy
 from tests.deploy.control.runs import Run, finish, kill_worker, when
+from tests.workspaces import run_copy
 
 cluster = pytest.mark.usefixtures("cluster")
 FLAT = {"kind": "function", "target": "tests.rewards:flat_for_even_numbers"}

@@ -23,9 +23,9 @@ from deploy.workers.placement import reward_pool, rollout_pool
 from deploy.workers.pool import Pool
 from deploy.workers.scaling import Elastic
 from deploy.workers.worker import Event
-from tests.conftest import run_copy
 from tests.deploy.control.runs import prompts_of
 from tests.deploy.control.simulated import Rig, is_running, process_of
+from tests.workspaces import run_copy
 
 FULL = Path("/dev/full")
 """Opens, and refuses every byte like a disk without room."""

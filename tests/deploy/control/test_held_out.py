@@ -27,8 +27,8 @@ from deploy.stages.policy import _held_out
 from deploy.stages.session import Session
 from deploy.standing import standing_of
 from deploy.workers.gang import LearnerGang, LearnerLost
-from tests.conftest import run_copy
 from tests.deploy.control.runs import Run, finish, held_out_of, kill_worker, prompts_of, when
+from tests.workspaces import run_copy
 
 cluster = pytest.mark.usefixtures("cluster")
 EVALUATED = {"every": 2, "prompts": 12, "samples": 2, "solved": 0.0, "greedy": True}

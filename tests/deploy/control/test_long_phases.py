@@ -17,8 +17,8 @@ from common.config.run import RunConfig
 from common.errors import WorkerError
 from deploy.workers import pulses
 from deploy.workers.gang import LearnerGang
-from tests.conftest import run_copy
 from tests.deploy.control.runs import Run, when
+from tests.workspaces import run_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
 LONG: dict[str, Any] = {"iterations": 1, "e_pi": 50, "e_v": 50, "stop_kl": None, "ppg": None}

@@ -26,9 +26,9 @@ from deploy.evaluation.sampling import policy_weights
 from deploy.stages.replay import replay_run
 from deploy.workers.calls import start_pair
 from deploy.workers.gang import LearnerGang
-from tests.conftest import run_copy
 from tests.deploy.control.runs import Run, finish, prompts_of
 from tests.deploy.control.test_recovery import arm
+from tests.workspaces import run_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
 LORA = {"rank": 4}

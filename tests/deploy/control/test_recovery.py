@@ -23,10 +23,10 @@ from deploy.stages.replay import replay_run
 from deploy.workers.gang import LearnerGang
 from learner.batch.trajectory_log import read_log
 from learner.zero.engine import ZeroEngine
-from tests.conftest import run_copy
 from tests.deploy.control.runs import Run, finish
 from tests.deploy.control.test_dynamic_sampling import dynamic
 from tests.reward_service.endpoint import Endpoint, Reply, Rows, scores
+from tests.workspaces import run_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

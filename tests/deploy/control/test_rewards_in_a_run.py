@@ -13,8 +13,8 @@ from common.errors import RewardError
 from common.wire.trajectory import ScoredTrajectory, from_table
 from deploy.workers.gang import LearnerGang
 from learner.batch.trajectory_log import read_log
-from tests.conftest import run_copy
 from tests.deploy.control.runs import finish
+from tests.workspaces import run_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

@@ -15,7 +15,7 @@ from deploy.run_folder.log_lines import read_lines
 from deploy.stages.session import Session
 from deploy.stages.supervised import run_reward, run_sft
 from deploy.workers.gang import LearnerGang
-from tests.conftest import run_copy
+from tests.workspaces import run_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

@@ -14,8 +14,8 @@ from common.config.run import RunConfig
 from deploy.run_folder.log_lines import Line, read_lines
 from deploy.watch.runs import WatchedRun
 from deploy.workers.gang import LearnerGang
-from tests.conftest import run_copy
 from tests.deploy.control.runs import Run, kill_worker, when
+from tests.workspaces import run_copy
 
 pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("cluster")]
 

@@ -14,9 +14,9 @@ from common.config.recipe import save_config
 from common.config.run import RunConfig
 from deploy.run_folder.activity import Span, read_activity
 from deploy.workers.gang import LearnerGang
-from tests.conftest import run_copy
 from tests.deploy.control.runs import finish
 from tests.deploy.watch.served import served
+from tests.workspaces import run_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

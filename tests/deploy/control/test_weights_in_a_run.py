@@ -16,9 +16,9 @@ from common.config.run import RunConfig
 from common.errors import TrainingError
 from common.wire.trajectory import ScoredTrajectory, from_table
 from deploy.workers.gang import LearnerGang
-from tests.conftest import run_copy
 from tests.deploy.control.runs import Run, finish
 from tests.deploy.control.simulated import lost_object
+from tests.workspaces import run_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

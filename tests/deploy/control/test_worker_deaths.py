@@ -13,9 +13,9 @@ import ray
 from common.config.run import RunConfig
 from common.errors import WorkerError
 from deploy.workers.gang import LearnerGang
-from tests.conftest import run_copy
 from tests.deploy.control.runs import Run, finish, kill_worker, when
 from tests.reward_service.endpoint import DOWN, Endpoint, Reply, Rows, scores
+from tests.workspaces import run_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

@@ -24,8 +24,8 @@ from deploy.stages.encoding import read_encoded_prompts
 from deploy.workers.placement import reward_pool, rollout_pool
 from deploy.workers.pool import Pool
 from tests.actors.generation.adapters import SETTINGS, carry
-from tests.conftest import run_copy
 from tests.reward_service.endpoint import Endpoint, Reply, Rows, always, scores
+from tests.workspaces import run_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

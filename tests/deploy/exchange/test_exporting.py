@@ -14,8 +14,8 @@ from common.config.run import RunConfig
 from common.errors import CheckpointError, ConfigError, DataError
 from deploy.exchange.exporting import export_run
 from deploy.run_folder import checkpoints
-from tests.conftest import run_copy
 from tests.learner.test_lora_training import LORA, Gang, gangs
+from tests.workspaces import run_copy
 
 __all__ = ["gangs"]
 pytestmark = pytest.mark.usefixtures("cluster")

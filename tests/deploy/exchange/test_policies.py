@@ -21,8 +21,8 @@ from deploy.exchange.policies import choose, policy_of, write_policy
 from deploy.run_folder import checkpoints
 from deploy.run_folder.inputs import RunInputs
 from deploy.sampler import Sampler
-from tests.conftest import run_copy
 from tests.deploy.commands import Run, refused
+from tests.workspaces import run_copy
 
 SCORES = {1: 0.2, 2: 0.9, 3: 0.4}
 

@@ -20,9 +20,9 @@ from common.models.weight_files import load_weights
 from deploy.exchange.exporting import export_run
 from deploy.run_folder import checkpoints
 from tests.common.models.pretrained.checkpoints import SETTINGS, random_checkpoint
-from tests.conftest import run_copy
 from tests.learner.test_lora_training import LORA, Gang, gangs
 from tests.learner.test_sharding import preferences, sft_data
+from tests.workspaces import run_copy
 
 __all__ = ["gangs"]
 pytestmark = pytest.mark.usefixtures("cluster")

@@ -31,10 +31,10 @@ from deploy.feedback.rounds import (
 )
 from deploy.feedback.store import Store
 from deploy.run_folder.progress import record
-from tests.conftest import run_copy
 from tests.deploy.feedback.labelers import Simulated, at_work
 from tests.deploy.feedback.rounds import plain, round_in
 from tests.deploy.feedback.test_propose import settings
+from tests.workspaces import run_copy
 
 ROOT = Path(__file__).parents[3]
 

@@ -28,8 +28,8 @@ from deploy.feedback.pairs import Pair, Response, read_pairs
 from deploy.feedback.propose import chosen, proposed
 from deploy.feedback.rounds import make_round, round_of
 from deploy.feedback.store import Store
-from tests.conftest import run_copy
 from tests.deploy.commands import Run, refused
+from tests.workspaces import run_copy
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ import pytest
 from common.config.recipe import save_config
 from common.config.run import RunConfig
 from deploy.cli.main import main
-from tests.conftest import run_copy
 from tests.deploy.commands import Outcome, Run
+from tests.workspaces import run_copy
 
 LONGEST_S = 10.0
 CODES = {0, 2, 3, 4, 5, 7, 8}

@@ -16,9 +16,9 @@ import ray
 
 from common.config.recipe import save_config
 from common.config.run import RunConfig
-from tests.conftest import run_copy
 from tests.deploy.commands import Run, start, until_logged
 from tests.deploy.run_folder.test_damage import CODES, LONGEST_S, damaged
+from tests.workspaces import run_copy
 
 pytestmark = [
     pytest.mark.chaos,

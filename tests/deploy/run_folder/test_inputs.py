@@ -27,8 +27,8 @@ from deploy.run_folder.lock import writing
 from deploy.run_folder.reads import reads_of
 from deploy.stages import policy, preparation
 from deploy.stages.session import Session
-from tests.conftest import make_workspace
 from tests.deploy.commands import Run, refused
+from tests.workspaces import make_workspace
 
 
 def session_of(config: RunConfig) -> Session:

@@ -13,8 +13,8 @@ from common.config.rewards import HttpComponent
 from common.config.run import RunConfig
 from common.models.weight_files import checkpoint_of
 from deploy.run_folder.paths import anchored, rebased
-from tests.conftest import make_workspace
 from tests.deploy.commands import Run
+from tests.workspaces import make_workspace
 
 
 def test_every_path_of_a_recipe_is_absolute_once_taken(

@@ -17,8 +17,8 @@ from deploy.run_folder.reuse import reused_from
 from deploy.run_folder.tokenizer import run_tokenizer
 from deploy.run_folder.weights import policy_start, reward_weights
 from deploy.stages.preparation import require_own
-from tests.conftest import run_copy
 from tests.deploy.commands import Run
+from tests.workspaces import run_copy
 
 GRPO = ["train.algorithm=grpo", "train.samples_per_prompt=4"]
 

@@ -19,7 +19,7 @@ from common.errors import ConfigError, DataError
 from deploy.stages import supervised
 from deploy.stages.encoding import encode_comparisons, encode_pairs, read_encoded_prompts
 from deploy.stages.session import Session
-from tests.conftest import run_copy
+from tests.workspaces import run_copy
 
 # 64 tokens of context, 8 of them for a response: 56 for a prompt. A digit here is a token.
 LONG_PROMPT, LONG_RESPONSE = "7" * 57, "7" * 8

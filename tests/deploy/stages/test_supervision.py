@@ -23,7 +23,7 @@ from deploy.stages.session import open_session
 from deploy.stages.supervised import run_reward, run_sft
 from deploy.stages.supervision import finished
 from deploy.workers.gang import LearnerGang
-from tests.conftest import run_copy
+from tests.workspaces import run_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

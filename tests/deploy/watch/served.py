@@ -18,8 +18,8 @@ from deploy.run_folder.activity import Activity, Span
 from deploy.watch.runs import WatchedRun
 from deploy.watch.server import serve
 from learner.batch.trajectory_log import Learnt, write_log
-from tests.conftest import run_copy
 from tests.deploy.served import in_a_thread
+from tests.workspaces import run_copy
 
 DONE = (
     ("rollout-0", "loading", 0.0, 1.0),

@@ -150,3 +150,24 @@ def test_this_machine_says_how_much_is_free() -> None:
     free = out_of_memory.available_bytes()
     assert free is not None
     assert 2**20 < free < 2**50
+
+
+def test_what_is_on_a_gpu_takes_none_of_the_node_s_memory(tmp_path: Path) -> None:
+    here = run_of(random_checkpoint(tmp_path / "model"))
+    gpus = {"rollout": "gpus_per_actor", "reward_service": "gpus_per_replica"}
+    there = here.model_copy(
+        update={
+            section: getattr(here, section).model_copy(update={field: 1.0})
+            for section, field in {**gpus, "learner": "gpus_per_rank"}.items()
+        }
+    )
+    for before, after in zip(needs(here, "train"), needs(there, "train"), strict=True):
+        assert before.beside is None
+        assert before.here == before.each
+        assert after.beside is not None
+        assert after.beside.keys() == {"loading", "process"}
+        assert after.here == sum(after.beside.values())
+        assert after.parts["CUDA"] > 0
+        assert "of the node's memory" in str(after)
+    learner = needs(there, "train")[0]
+    assert learner.parts["logits"] > 5 * 2**30, "pieces of 1 GiB"

@@ -16,7 +16,7 @@ from common.devices import compute_of
 from deploy.sampler import Sampler
 from deploy.workers.gang import LearnerGang
 from deploy.workers.placement import reward_pool, rollout_pool
-from tests.conftest import run_copy
+from tests.workspaces import run_copy
 
 
 @pytest.mark.parametrize(

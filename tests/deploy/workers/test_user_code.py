@@ -21,8 +21,8 @@ from deploy.workers.placement import reward_pool, rollout_pool
 from deploy.workers.pool import Pool
 from learner.rank import LearnerRank
 from reward_service.service import RewardWorker, ScoreFacts
-from tests.conftest import run_copy
 from tests.reward_service.samples import rollouts
+from tests.workspaces import run_copy
 
 FUNCTIONS = "tests.reward_service.functions"
 

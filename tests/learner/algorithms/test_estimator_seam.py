@@ -11,8 +11,8 @@ from common.config.algorithms import ALGORITHMS, Needs
 from common.config.run import RunConfig
 from learner.algorithms.estimators import ESTIMATORS, Estimate, Outcomes
 from learner.learner import Learner
-from tests.conftest import run_copy
-from tests.learner.test_sharding import trajectories
+from tests.scored import trajectories
+from tests.workspaces import run_copy
 
 
 def best_of_group(outcomes: Outcomes) -> Estimate:

@@ -27,8 +27,9 @@ from learner.learner import Learner
 from learner.supervised.reward_model import RewardModelStage
 from learner.supervised.sft import SftStage
 from learner.zero.engine import ZeroEngine
-from tests.conftest import run_copy
-from tests.learner.test_sharding import preferences, sft_data, trajectories
+from tests.learner.test_sharding import preferences, sft_data
+from tests.scored import trajectories
+from tests.workspaces import run_copy
 
 ROOT = Path(__file__).parents[3]
 

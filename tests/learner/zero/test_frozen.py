@@ -18,8 +18,8 @@ from deploy.workers.calls import start_function
 from deploy.workers.gang import LearnerGang
 from learner.objectives.auxiliary import frozen_policy
 from learner.rank import LearnerRank
-from tests.conftest import run_copy, write_networks
 from tests.learner.zero.test_engine import storages
+from tests.workspaces import run_copy, write_networks
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

@@ -10,8 +10,8 @@ import ray
 
 from common.config.run import RunConfig
 from deploy.workers.gang import LearnerGang
-from tests.conftest import run_copy
-from tests.learner.test_sharding import trajectories
+from tests.scored import trajectories
+from tests.workspaces import run_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
 WHOLE, MORE = 3, 4
@@ -60,6 +60,11 @@ def test_another_number_of_ranks_goes_on(
     old.begin_train(config)
     iterate(old, 0, WHOLE)
     state = old.save(tmp_path / "saved")
+    for network in ("policy", "value"):
+        files = sorted((tmp_path / "saved" / network).glob("rank-*"))
+        sizes = [path.stat().st_size for path in files]
+        assert len(sizes) == before
+        assert max(sizes) < 1.1 * sum(sizes) / before, "each rank writes its own part"
     expected = iterate(old, WHOLE, MORE)
     whole = old.export_policy(tmp_path / "whole")
 
