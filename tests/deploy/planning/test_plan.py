@@ -104,7 +104,8 @@ def test_no_weight_of_a_base_has_a_gradient() -> None:
 
 
 def test_a_pretrained_model_computes_a_prompt_of_several_responses_once(large: str) -> None:
-    settings = [large, "model.vocab_size=128256", "train.prompts_per_iteration=8"]
+    few = ["train.prompts_per_iteration=8", "rollout.lease_size=8", "train.minibatches=4"]
+    settings = [large, "model.vocab_size=128256", *few]
     one, eight = (
         plan_of(
             load_config(None, [*settings, f"train.samples_per_prompt={samples}"]),
