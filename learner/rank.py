@@ -57,12 +57,11 @@ class LearnerRank:
             tell: is told how many micro-batches were taken up, while calls last.
             tell_every_s: how often, where there are more.
         """
-        compute.apply()
         if tell is not None:
             telling(tell, tell_every_s)
         torch.manual_seed(rank)
         self.rank, self.world = rank, world
-        self._collectives = compute.collectives
+        self._compute = compute
         self._listener: socket.socket | None = None
         self._stage: SupervisedStage | None = None
         self._learner: Learner | None = None
@@ -80,13 +79,18 @@ class LearnerRank:
             port: where rank 0 listens.
             hosts: addresses of the ranks' nodes, by rank; without any all are of this node.
             timeout_s: longest wait for the others in every collective.
+
+        Raises:
+            ClusterError: it reserved a GPU that is not there, or cannot meet the others. Not when
+                the rank is made: of what a constructor raises Ray keeps the text alone.
         """
+        self._compute.apply()
         process_group.connect(
             rank=self.rank,
             hosts=hosts or ["127.0.0.1"] * self.world,
             port=port,
             timeout_s=timeout_s,
-            backend=self._collectives,
+            backend=self._compute.collectives,
             listener=self._listener,
         )
 

@@ -48,9 +48,9 @@ def _card(name: str, gib: float, teraflops: float, tb_s: float, link_gb_s: float
 CARDS: Final = {
     "a100": _card("A100 80 GB", 80, 312, 2.04, 300),
     "h100": _card("H100 80 GB", 80, 989, 3.35, 450),
-    "h200": _card("H200 141 GB", 141, 989, 4.8, 450),
-    "b200": _card("B200 180 GB", 180, 2250, 8.0, 900),
-    "l40s": _card("L40S 48 GB", 48, 362, 0.86, 32),
+    "h200": _card("H200 141 GB", 140, 989, 4.8, 450),
+    "b200": _card("B200 180 GB", 179, 2250, 8.0, 900),
+    "l40s": _card("L40S 48 GB", 45, 362, 0.86, 32),
 }
 """By the name that a command gives; dense bf16, as NVIDIA's data sheets have them."""
 

@@ -18,16 +18,6 @@ from deploy.workers.preflight import network_sizes
 
 _MOST: Final = 0.5
 """Share of an iteration from which a part is worth changing."""
-_REMEDIES: Final = {
-    "weights, gradients, moments": "raise learner.zero_stage or learner.ranks, or train adapters "
-    "(train.lora)",
-    "copies and auxiliary phase": "leave train.ppg out, or raise learner.zero_stage to 3",
-    "activations": "set model.activation_checkpointing, or lower learner.micro_batch_tokens",
-    "logits": "lower model.logits_mb",
-    "keys and values": "lower rollout.cache_mb or rollout.slots",
-    "weights": "set precision to bf16, or take a smaller model",
-}
-"""What helps against a part of a role's memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +98,7 @@ def plan_of(
         seconds=took,
         tokens=rows * (prompt + response),
         devices=0 if device.shared else workers,
-        advice=[*_tight(memory, device), *([] if device.shared else _slow(placed, took))],
+        advice=[*_tight(placed, memory, device), *([] if device.shared else _slow(placed, took))],
     )
 
 
@@ -150,27 +140,64 @@ def _sizes(config: RunConfig, prompt: float, response: float) -> Sizes:
     )
 
 
-def _tight(memory: list[Need], device: Device) -> Iterator[str]:
+def _tight(config: RunConfig, memory: list[Need], device: Device) -> Iterator[str]:
     """Say whose memory is more than there is, and what fills it."""
     if device.shared:
         total = sum(need.count * need.each for need in memory)
-        if total <= device.memory:
-            return
-        worst = max(memory, key=lambda need: need.count * need.each)
-        yield _too_much(worst, f"all workers take {in_words(total)} together", device)
+        if total > device.memory:
+            worst = max(memory, key=lambda need: need.count * need.each)
+            yield _too_much(config, worst, f"all workers take {in_words(total)} together", device)
         return
     for need in memory:
         if need.each > device.memory:
-            yield _too_much(need, f"one of {need.what} takes {in_words(need.each)}", device)
+            yield _too_much(config, need, f"one of {need.what} takes {in_words(need.each)}", device)
 
 
-def _too_much(need: Need, said: str, device: Device) -> str:
+def _too_much(config: RunConfig, need: Need, said: str, device: Device) -> str:
     part = max(need.parts, key=lambda name: need.parts[name])
-    remedy = _REMEDIES.get(part, "take a smaller model")
     return (
         f"{said} and there are {in_words(device.memory)}: {part} of {need.what} are "
-        f"{in_words(need.parts[part])}; {remedy}"
+        f"{in_words(need.parts[part])}; {_remedy(config, need, part)}"
     )
+
+
+def _remedy(config: RunConfig, need: Need, part: str) -> str:
+    """Say what helps against a part of a role's memory, of what the recipe has not done yet."""
+    learner, rollout, ranks = config.learner, config.rollout, need.what == "learner ranks"
+    precision = learner.precision if ranks else rollout.precision
+    section = "learner" if ranks else "rollout"
+    if need.what == "reward workers":
+        precision, section = config.reward_precision, "reward_service"
+    tokens = "learner" if ranks else "reward_service"
+    every = [
+        (
+            part == "weights, gradients, moments" and learner.zero_stage < 3,
+            "raise learner.zero_stage to 3",
+        ),
+        (
+            part == "weights, gradients, moments" and config.train.lora is None,
+            "train adapters (train.lora), or take more learner.ranks",
+        ),
+        (part == "weights, gradients, moments", "take more learner.ranks"),
+        (part == "copies and auxiliary phase", "leave train.ppg out, or take more learner.ranks"),
+        (
+            part == "activations" and ranks and not config.model.activation_checkpointing,
+            "set model.activation_checkpointing",
+        ),
+        (part == "activations", f"lower {tokens}.micro_batch_tokens"),
+        (part == "keys and values", "lower rollout.cache_mb or rollout.slots"),
+        (
+            need.what == "rollout actors"
+            and part == "weights"
+            and config.train.lora is not None
+            and rollout.lora == "merged",
+            "sample with adapters beside their base (rollout.lora=unmerged)",
+        ),
+        (part == "weights" and precision == "fp32", f"set {section}.precision to bf16"),
+        (part == "logits", "lower model.logits_mb"),
+    ]
+    fallback = "take a smaller model, or devices with more memory: no worker computes on several"
+    return next((text for applies, text in every if applies), fallback)
 
 
 def _slow(config: RunConfig, took: Seconds) -> Iterator[str]:

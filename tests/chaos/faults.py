@@ -132,7 +132,7 @@ def full_disk(campaign: Campaign[Arena], rng: random.Random) -> None:
 MOMENTS = {
     "a policy phase": (Learner.policy_phase, ZeroEngine.step),
     "an auxiliary phase": (Learner.auxiliary_phase, ZeroEngine.step),
-    "a checkpoint's write": (Learner.save, ZeroEngine.fragments),
+    "a checkpoint's write": (Learner.begin_save, ZeroEngine.fragments),
 }
 """Where a rank is, and what it is about to do there."""
 

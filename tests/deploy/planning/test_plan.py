@@ -152,6 +152,37 @@ def test_what_does_not_fit_is_said_with_what_fills_it(large: str) -> None:
     assert "weights, gradients, moments of learner ranks are" in said
     assert "train adapters (train.lora)" in said
     assert "one of rollout actors takes" in said
+    assert "set rollout.precision to bf16" in said
+
+
+@pytest.mark.parametrize(
+    ("done", "says"),
+    [
+        ((), "raise learner.zero_stage to 3"),
+        (("learner.zero_stage=3",), "train adapters (train.lora), or take more learner.ranks"),
+        (
+            ("learner.zero_stage=3", "train.lora.rank=8", "learner.micro_batch_tokens=100000"),
+            "set model.activation_checkpointing",
+        ),
+        (
+            (
+                "learner.zero_stage=3",
+                "train.lora.rank=8",
+                "learner.micro_batch_tokens=1000000",
+                "model.activation_checkpointing=true",
+            ),
+            "lower learner.micro_batch_tokens",
+        ),
+        (("rollout.precision=bf16",), "no worker computes on several"),
+        (("train.lora.rank=8",), "rollout.lora=unmerged"),
+    ],
+)
+def test_no_advice_is_to_do_what_is_done(large: str, done: tuple[str, ...], says: str) -> None:
+    settings = [large, "model.vocab_size=128256", "learner.ranks=8", *done]
+    advice = "\n".join(plan_of(load_config(None, settings), CARDS["h100"]).advice)
+    assert says in advice
+    for setting in done:
+        assert f"set {setting.partition('=')[0]} " not in advice
 
 
 def test_a_processor_is_measured_and_shared() -> None:
