@@ -7,6 +7,7 @@ was to be written before: it leaves a file that says so beside it, which `writte
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,9 @@ from learner.zero.process_group import rank
 from learner.zero.state_files import Snapshot
 
 _MARK: Final = "rank-{}.written"
+_BEAT_S: Final = 5.0
+_WRITE_S: Final = 3600.0
+"""For which a disk may write; after that a silent rank is taken for dead, as elsewhere."""
 
 
 class CheckpointWriter:
@@ -57,11 +61,12 @@ class CheckpointWriter:
                 for path in paths:
                     self._sums[str(path.relative_to(folder))] = file_digest(path)
                     beat()
-            except (OSError, StorageError) as error:
-                self._problem = one_line(error)
+            except Exception as error:  # whatever it is, it is no checkpoint, and is told
+                self._problem = one_line(error) or type(error).__name__
             said = json.dumps({"sums": self._sums, "problem": self._problem})
-            with suppress(StorageError):  # whoever waits for the thread is told the problem
-                write_atomic(folder / _MARK.format(rank()), [said.encode()])
+            if folder.exists():  # else it was given up, and must not come back
+                with suppress(StorageError):  # whoever waits for the thread is told the problem
+                    write_atomic(folder / _MARK.format(rank()), [said.encode()])
 
         self._thread = Thread(target=write, name="checkpoint", daemon=True)
         self._thread.start()
@@ -73,6 +78,10 @@ class CheckpointWriter:
             StorageError: it could not be written; told once.
         """
         if self._thread is not None:
+            until = time.monotonic() + _WRITE_S
+            while self._thread.is_alive() and time.monotonic() < until:
+                self._thread.join(_BEAT_S)
+                beat()  # one large file may take longer than a rank may be silent
             self._thread.join()
             self._thread = None
         problem, self._problem = self._problem, ""

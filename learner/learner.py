@@ -243,7 +243,6 @@ class Learner:
         if rank() == 0:
             others = [folder / "memory.parquet"]
             try:
-                folder.mkdir(parents=True, exist_ok=True)
                 self.memory.save(others[0])
             except OSError as error:
                 raise StorageError(f"{folder}: cannot be written ({one_line(error)})") from None

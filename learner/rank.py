@@ -227,6 +227,7 @@ class LearnerRank:
 
     def save(self, folder: str) -> dict[str, Any]:
         """Write a checkpoint's tensors; returns the state that belongs into its JSON."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
         state = self.begin_save(folder)
         self.saved()
         return state

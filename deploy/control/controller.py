@@ -149,7 +149,7 @@ class Controller:
 
         log = RunLog(self.run_dir, trackers.outboxes(self.config, tell), self._readings)
         self.collector.activity = log.activity
-        with at_the_end(self.elastic.release_room, log.close):
+        with at_the_end(self.position.end, self.elastic.release_room, log.close):
             self.own_workers.start()
             weights = self._train(log)
         self.ledger.check()
@@ -178,14 +178,17 @@ class Controller:
         Returns:
             The hash of the final weights, "" when the run was stopped.
         """
-        last, restored = self.config.train.iterations, False
+        last, restored, stopped = self.config.train.iterations, False, False
         while True:
             try:
                 if not restored:
                     with log.activity.doing("starting"):
                         self.position.restore()
                     restored = True
-                    self._evaluate_if_due(log)
+                    if not stopped:
+                        self._evaluate_if_due(log)
+                if stopped:
+                    self.position.checkpoint()
                 while self.iteration < last and not (self._stop or self.held_out.hopeless):
                     metrics: dict[str, float] = {}
                     with _timed(metrics, Logged.SECONDS):
@@ -199,7 +202,7 @@ class Controller:
                         self._checkpoint_if_due()
                     self._progress = time.time()
                 self.position.finish_checkpoint()
-                if self.iteration < last and not self.held_out.hopeless:
+                if stopped or (self.iteration < last and not self.held_out.hopeless):
                     return ""
                 weights_hash = self.gang.export_policy(self.config.folder.policy.path)
                 policy = self.config.folder.policy.path
@@ -207,9 +210,7 @@ class Controller:
                 RunInputs(self.run_dir).end("train", tensors_in(policy))
                 return weights_hash
             except _Stopped:
-                self.position.checkpoint()
-                self.position.finish_checkpoint()
-                return ""
+                stopped = True
             except LearnerLost as error:
                 restored = False
                 with log.activity.doing("starting"):

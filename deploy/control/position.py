@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Thread
 from typing import Any, Final
 
 from common.config.run import RunConfig
-from common.errors import StorageError
+from common.errors import StorageError, TalipotError
+from common.files import one_line
 from deploy.control.collector import Collector
 from deploy.control.held_out import HeldOut
 from deploy.control.issuing import Issuer
@@ -69,6 +70,8 @@ class Position:
         """The checkpoint that the ranks are writing."""
         self._removals: list[Thread] = []
         """What removes checkpoints that others have taken the place of."""
+        self._unremoved = ""
+        """Why one of them could not be removed."""
 
     def publish(self, version: int) -> None:
         """Make a new version of the weights what actors must sample from."""
@@ -97,8 +100,12 @@ class Position:
             return
         self.finish_checkpoint()
         begun = checkpoints.Unfinished(self.config.run_dir, self.iteration)
-        with begun.attempt():
-            learner = self.gang.begin_save(begun.folder, meanwhile=self.move_rollouts)
+        try:
+            with begun.attempt():
+                learner = self.gang.begin_save(begun.folder, meanwhile=self.move_rollouts)
+        except BaseException:
+            begun.drop()
+            raise
         self._writing = _Writing(begun, deepcopy(self._state(learner)), self.held_out.best)
         self._saved = self.iteration
 
@@ -114,14 +121,19 @@ class Position:
             self._finish(writing, sums)
 
     def finish_checkpoint(self) -> None:
-        """Wait until the checkpoint that is being written is one."""
+        """Wait until the checkpoint that is being written is one; without a gang it never is."""
         self._settle_now()
-        if (writing := self._writing) is not None:
+        if (writing := self._writing) is not None and self.gang.started:
             with writing.begun.attempt():
                 sums = self.gang.saved(meanwhile=lambda: self.collector.pump(0.0))
             self._finish(writing, sums)
-        while self._removals:
-            self._removals.pop().join()
+        self._await_removals()
+
+    def end(self) -> None:
+        """Let what is being written become a checkpoint if it can: the run ends here."""
+        with suppress(TalipotError):  # what ends the run is what matters
+            self.finish_checkpoint()
+        self._drop_checkpoint()
 
     def _finish(self, writing: _Writing, sums: Mapping[str, str]) -> None:
         self._writing = None
@@ -132,8 +144,22 @@ class Position:
         step = writing.state["iteration"]
         for path in checkpoints.outdated(run_dir, step, keep=keep, best=writing.best):
             # Large files take their time, and rollouts go on.
-            self._removals.append(Thread(target=shutil.rmtree, args=(path, True)))
+            self._removals.append(Thread(target=self._remove, args=(path,)))
             self._removals[-1].start()
+
+    def _remove(self, path: Path) -> None:
+        try:
+            checkpoints.remove(path)
+        except OSError as error:
+            self._unremoved = f"{path}: cannot be removed ({one_line(error)})"
+
+    def _await_removals(self) -> None:
+        """Wait until what others have taken the place of is gone."""
+        while self._removals:
+            self._removals.pop().join()
+        unremoved, self._unremoved = self._unremoved, ""
+        if unremoved:
+            raise StorageError(unremoved)
 
     def _settle_now(self) -> None:
         if self._writing is not None:
@@ -147,6 +173,7 @@ class Position:
         if self._writing is not None:
             self._writing.begun.drop()
             self._writing = None
+        self._await_removals()
 
     def _state(self, learner: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a checkpoint's JSON says."""

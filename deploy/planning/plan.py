@@ -132,7 +132,8 @@ def _sizes(config: RunConfig, prompt: float, response: float) -> Sizes:
         policy=whole,
         value=value,
         scored=scored,
-        trained=counted.policy,
+        sent=counted.policy,
+        trained=counted.trained,
         cached=2.0 * 2 * shape.layers * shape.kv_heads * shape.head_dim,
         prompt=prompt,
         response=response,
@@ -156,8 +157,8 @@ def _tight(config: RunConfig, memory: list[Need], device: Device) -> Iterator[st
 def _too_much(config: RunConfig, need: Need, said: str, device: Device) -> str:
     part = max(need.parts, key=lambda name: need.parts[name])
     return (
-        f"{said} and there are {in_words(device.memory)}: {part} of {need.what} are "
-        f"{in_words(need.parts[part])}; {_remedy(config, need, part)}"
+        f"{said} and there are {in_words(device.memory)}: {in_words(need.parts[part])} of it for "
+        f"{part}; {_remedy(config, need, part)}"
     )
 
 

@@ -40,8 +40,10 @@ class Sizes:
     """Of a value network of its own; 0: there is none."""
     scored: int
     """Of all that reward workers run, over all networks."""
-    trained: int
+    sent: int
     """Numbers of the policy that are trained, and sent to the actors."""
+    trained: int
+    """Those, and those of the value network."""
     cached: float
     """Bytes of keys and values of a token."""
     prompt: float
@@ -108,14 +110,15 @@ def seconds_of(config: RunConfig, sizes: Sizes, device: Device, shares: Shares) 
         # The memory has the tokens of n_pi iterations; the frozen policy is run beside.
         auxiliary = train.ppg.e_aux * tokens * (2 + both) * sizes.policy
         auxiliary += train.ppg.e_aux * tokens * both * sizes.value
-    sent = _exchanged(config, sizes, tokens, device) / (device.link * shares.send)
+    link = device.link if learner.ranks <= device.per_node else device.network
+    sent = _exchanged(config, sizes, tokens) / (link * shares.send)
     rate = products * shares.learn * ranks
     return Seconds(
         generate=_generate(rows / max(1, actors), config, sizes, device, shares, products),
         score=2 * sizes.scored * tokens / (products * shares.score * max(1, replicas)),
         learn=learn / rate + sent,
         auxiliary=auxiliary / rate,
-        publish=_ROUND * sizes.trained / (device.network * shares.send),
+        publish=_ROUND * sizes.sent / (device.network * shares.send),
         overlap=train.max_staleness > 0 and not device.shared,
     )
 
@@ -134,7 +137,7 @@ def _generate(
     return prefill + rounds * sizes.response * max(reading, computing)
 
 
-def _exchanged(config: RunConfig, sizes: Sizes, tokens: float, device: Device) -> float:
+def _exchanged(config: RunConfig, sizes: Sizes, tokens: float) -> float:
     """Bytes that a rank sends and gets in a policy phase: gradients, and under ZeRO 3 weights."""
     learner, train = config.learner, config.train
     if learner.ranks == 1:
@@ -148,5 +151,6 @@ def _exchanged(config: RunConfig, sizes: Sizes, tokens: float, device: Device) -
     else:
         gradients = each * whole * micro * train.e_pi
         gradients += each * whole * steps if learner.zero_stage == 2 else 0.0
-    weights = 2 * each * sizes.policy * micro * train.e_pi if learner.zero_stage == 3 else 0.0
-    return gradients + weights
+    if learner.zero_stage < 3:
+        return gradients
+    return gradients + 2 * each * (sizes.policy + sizes.value) * micro * train.e_pi

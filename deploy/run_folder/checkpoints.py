@@ -52,9 +52,13 @@ def write(
         StorageError: the disk is full or not writable; older checkpoints stay.
     """
     unfinished = Unfinished(run_dir, step, then)
-    with unfinished.attempt():
-        state = fill(unfinished.folder)
-    final = unfinished.finish(state, {})
+    try:
+        with unfinished.attempt():
+            state = fill(unfinished.folder)
+        final = unfinished.finish(state, {})
+    except BaseException:
+        unfinished.drop()
+        raise
     for path in outdated(run_dir, step, keep=keep, best=best):
         shutil.rmtree(path)
     return final
@@ -85,7 +89,8 @@ class Unfinished:
 
         Args:
             state: what its JSON says.
-            sums: hashes of files by their paths in the folder; others are hashed here.
+            sums: hashes of files by their paths in the folder; others are hashed here. One whose
+                file is not there makes it not whole.
 
         Raises:
             StorageError: the disk is full or not writable; older checkpoints stay.
@@ -94,8 +99,8 @@ class Unfinished:
         with self.attempt():
             (folder / _STATE).write_text(json.dumps(state, indent=1), encoding="utf8")
             found = {str(path.relative_to(folder)): path for path in _files(folder)}
-            all_sums = {n: sums.get(n) or file_digest(path) for n, path in found.items()}
-            (folder / _SUMS).write_text(json.dumps(all_sums, indent=1), encoding="utf8")
+            here = {n: file_digest(path) for n, path in found.items() if n not in sums}
+            (folder / _SUMS).write_text(json.dumps({**sums, **here}, indent=1), encoding="utf8")
             for path in (*folder.rglob("*"), folder):
                 _sync(path)
             if final.exists():
@@ -115,18 +120,14 @@ class Unfinished:
         Raises:
             StorageError: the disk is full or not writable.
         """
-        done = False
         try:
             yield
-            done = True
         except (OSError, StorageError) as error:
+            self.drop()
             raise StorageError(
                 f"{self._final}: checkpoint could not be written ({one_line(error)}); free space "
                 f"or correct rights, then {self._then}"
             ) from None
-        finally:
-            if not done:
-                self.drop()
 
 
 def outdated(run_dir: Path, step: int, *, keep: int, best: int | None) -> list[Path]:
@@ -158,9 +159,23 @@ def rewind(run_dir: Path, step: int) -> None:
     later = [p for p in _finished(run_dir) if p.stem > RunFolder(run_dir).checkpoint(step).name]
     try:
         for path in (*later, *RunFolder(run_dir).checkpoints.glob("step-*.partial")):
-            shutil.rmtree(path)
+            remove(path)
     except OSError as error:
         raise StorageError(f"{run_dir}: cannot be written: {error}") from None
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder, though another one is removing it too.
+
+    Raises:
+        OSError: it is not writable.
+    """
+
+    def passed_over(_: object, path: str, found: tuple[Any, BaseException, Any]) -> None:
+        if not isinstance(found[1], FileNotFoundError):
+            raise found[1]
+
+    shutil.rmtree(folder, onerror=passed_over)
 
 
 def newest(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:

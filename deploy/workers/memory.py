@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -25,7 +25,12 @@ from common.native.blocks import lacking
 from common.native.frozen import asked_for
 from common.native.library import packed_itemsize
 from common.out_of_memory import in_words, require_memory
-from deploy.workers.preflight import NetworkSizes, extra_bytes, learner_bytes
+from deploy.workers.preflight import (
+    NetworkSizes,
+    extra_bytes,
+    learner_bytes,
+    snapshot_bytes,
+)
 
 _REMEDY: Final = (
     "train adapters (lora), lower rollout.actors, rollout.slots or learner.ranks, lower "
@@ -134,6 +139,7 @@ def _policy_learner(config: RunConfig) -> Need:
         },
         loaded=loaded,
         reads_logits=True,
+        written=snapshot_bytes(config),
     )
 
 
@@ -146,6 +152,7 @@ def _learner(
     states: Mapping[str, float],
     loaded: int,
     reads_logits: bool,
+    written: float = 0.0,
 ) -> Need:
     tokens = max(config.learner.micro_batch_tokens, shape.model.context)
     kept = kept_per_token(shape.model, lora, dtype)
@@ -154,10 +161,17 @@ def _learner(
         "logits": reads_logits
         * shape.pieces(trained=lora is None, dtype=dtype, gpus=config.learner.gpus_per_rank),
     }
-    learner = config.learner
-    return _need(
-        "learner ranks", learner.ranks, {**states, **work}, loaded, gpus=learner.gpus_per_rank
-    )
+    learner, parts = config.learner, {**states, **work}
+    if not learner.gpus_per_rank:
+        saved = {"checkpoint": written} if written else {}
+        return _need("learner ranks", learner.ranks, {**parts, **saved}, loaded, gpus=0.0)
+    # DeepSpeed moves a whole network to its card before it shards that; a base is rounded by then.
+    whole = loaded * (dtype.itemsize if lora is not None else _LOADED)
+    parts["building"] = max(0.0, whole - sum(parts.values()))
+    need = _need("learner ranks", learner.ranks, parts, loaded, gpus=learner.gpus_per_rank)
+    sent = dtype.itemsize * shape.whole / learner.ranks
+    beside = {**(need.beside or {}), "checkpoint": written, "published": sent}
+    return replace(need, beside=beside)
 
 
 def _actors(config: RunConfig) -> Need:

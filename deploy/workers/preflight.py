@@ -190,6 +190,12 @@ def extra_bytes(config: RunConfig) -> float:
     return copies + moments + copied
 
 
+def snapshot_bytes(config: RunConfig) -> float:
+    """Return the bytes of what one rank copies of its state, to write it beside training."""
+    sizes, phases = network_sizes(config), 1 if config.train.ppg is None else 2
+    return _BYTES_OF_A_NUMBER * (1 + 2 * phases) * sizes.trained / config.learner.ranks
+
+
 def explain(config: RunConfig, resources: Mapping[str, float], *, sized: bool = True) -> list[str]:
     """Explain each demand in a line, and the totals; pure, for any cluster's resources.
 

@@ -121,9 +121,9 @@ class OptimizerState:
     def _fragment(self, index: int, parameter: nn.Parameter) -> Fragment:
         group, offset, start, size = self._place(index, parameter)
         flat = self._flat_tensors()[group]
-        states = {"": self.optimizer.state[flat] or self._no_steps(flat)}
+        states = {"": self.optimizer.state[flat] or _nothing(flat)}
         if self._other_phase is not None:
-            states[_AUXILIARY] = self._other_phase[group] or self._no_steps(flat)
+            states[_AUXILIARY] = self._other_phase[group] or _nothing(flat)
         tensors = {MASTER: flat.detach()} | {
             f"{phase}{kind}": state[kind] for phase, state in states.items() for kind in _MOMENTS
         }
@@ -155,3 +155,9 @@ class OptimizerState:
         device = flat.device if self.optimizer.defaults.get("fused") else None
         step = torch.zeros((), device=device)
         return {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+
+
+def _nothing(flat: Tensor) -> dict[str, Tensor]:
+    """Zeros to read, that take no memory: what AdamW has of what it has not stepped on yet."""
+    zero = torch.zeros((), dtype=flat.dtype, device=flat.device)
+    return {"step": torch.zeros(()), **dict.fromkeys(_MOMENTS, zero.expand(flat.shape))}

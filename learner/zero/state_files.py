@@ -48,7 +48,7 @@ class Snapshot:
         """
         path = folder / f"rank-{rank():05d}.safetensors"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)  # not what it is in: that may have been given up
             save_tensors(self.tensors, path, {SHAPES: json.dumps(self.shapes)})
             handle = os.open(path, os.O_RDONLY)
             try:

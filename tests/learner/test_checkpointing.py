@@ -46,24 +46,39 @@ def test_it_goes_on_while_the_caller_does(tmp_path: Path, monkeypatch: pytest.Mo
     assert {p.name for p in tmp_path.iterdir()} == {"policy", "memory.parquet"}
 
 
-def test_a_snapshot_is_what_was_and_not_what_is(tmp_path: Path) -> None:
-    writer, tensors = CheckpointWriter(), shot(1.0)
-    writer.begin(tmp_path / "one", {"policy": tensors})
-    writer.begin(tmp_path / "two", {"policy": shot(2.0)})  # waits for the one before
+def test_the_next_one_waits_for_the_one_before(tmp_path: Path) -> None:
+    writer = CheckpointWriter()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        writer.begin(tmp_path / name, {"policy": shot(1.0)})
     assert written(tmp_path / "one", 1) is not None
     assert writer.wait().keys() == {"policy/rank-00000.safetensors"}
 
 
-@pytest.mark.parametrize("where", ["the disk", "the hash"])
+def test_what_was_given_up_does_not_come_back(tmp_path: Path) -> None:
+    writer = CheckpointWriter()
+    writer.begin(tmp_path / "gone", {"policy": shot(1.0)})
+    with pytest.raises(StorageError, match="gone"):
+        writer.wait()
+    assert not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize("where", ["the disk", "the hash", "memory"])
 def test_what_cannot_be_written_is_told_to_both(
     tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> Any:
         raise OSError(28, "No space left on device")
 
+    def out_of_memory(*_: Any) -> Any:
+        raise MemoryError
+
     if where == "the disk":
         (tmp_path / "policy").write_bytes(b"not a folder")
         says = "policy"
+    elif where == "memory":
+        monkeypatch.setattr(Snapshot, "write", out_of_memory)
+        says = "MemoryError"
     else:
         monkeypatch.setattr(checkpointing, "file_digest", full)
         says = "No space left"
@@ -74,5 +89,6 @@ def test_what_cannot_be_written_is_told_to_both(
     with pytest.raises(StorageError, match=says):
         written(tmp_path, 1)
     monkeypatch.undo()
+    (tmp_path / "elsewhere").mkdir()
     writer.begin(tmp_path / "elsewhere", {"policy": shot(1.0)})  # and it is told once
     assert writer.wait()

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 import ray
 
 from common.config.run import RunConfig
-from common.errors import StorageError
+from common.errors import StorageError, TrainingError
 from deploy.run_folder import checkpoints
 from deploy.workers.gang import LearnerGang
-from learner import checkpointing
 from learner.zero.state_files import Snapshot
 from tests.deploy.control.runs import Run, finish
 from tests.workspaces import run_copy
@@ -42,15 +43,15 @@ def undisturbed(
 
 
 def hold_until(_: object, path: str) -> None:
-    """In a rank: hash nothing before this file exists."""
-    whole = checkpointing.file_digest
+    """In a rank: write nothing before this file exists."""
+    whole = Snapshot.write
 
-    def patient(of: Path) -> str:
+    def patient(self: Snapshot, folder: Path) -> Path:
         while not Path(path).exists():
             time.sleep(0.005)
-        return whole(of)
+        return whole(self, folder)
 
-    checkpointing.file_digest = patient  # type: ignore[assignment]
+    Snapshot.write = patient  # type: ignore[method-assign]
 
 
 def die_writing(_: object, call: int) -> None:
@@ -79,7 +80,7 @@ def test_the_next_phase_begins_before_a_checkpoint_is_written(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And it becomes one as soon as it is, in the midst of the phase, without an end of that."""
+    """And what is written then is what was when it was begun."""
     config = run_copy(workspace, tmp_path, train={"checkpoint_every": 1, "keep_checkpoints": 9})
     go_on, first = tmp_path / "go on", config.folder.checkpoint(1)
     seen: list[tuple[bool, bool]] = []
@@ -88,11 +89,10 @@ def test_the_next_phase_begins_before_a_checkpoint_is_written(
         whole = controller.gang.policy_phase
 
         def phase(iteration: int, *args: Any, **named: Any) -> dict[str, float]:
-            if iteration == 1:
+            found = whole(iteration, *args, **named)
+            if iteration == 1:  # the weights have moved on
                 before = first.exists()
                 go_on.touch()
-            found = whole(iteration, *args, **named)
-            if iteration == 1:
                 until = time.monotonic() + 20
                 while not first.exists() and time.monotonic() < until:
                     controller.position.settle_checkpoint()
@@ -101,11 +101,14 @@ def test_the_next_phase_begins_before_a_checkpoint_is_written(
 
         monkeypatch.setattr(controller.gang, "policy_phase", phase)
         facts = controller.run()
-    gang.stop()  # its ranks wait for a file
+    gang.stop()  # its ranks look for a file
     assert facts["weights_hash"] == undisturbed
     assert seen == [(False, True)]
     for step in range(1, config.train.iterations + 1):
         assert checkpoints.is_whole(config.folder.checkpoint(step)), step
+    for step in range(2, config.train.iterations + 1):  # and a run that goes on from it is as ever
+        shutil.rmtree(config.folder.checkpoint(step))
+    assert finish(config, gang)["weights_hash"] == undisturbed
     assert not list(config.folder.checkpoints.glob("*.partial"))
 
 
@@ -141,3 +144,47 @@ def fill_the_disk(_: object) -> None:
         raise StorageError("No space left on device")
 
     Snapshot.write = full  # type: ignore[assignment, method-assign]
+
+
+def test_what_ends_a_run_does_not_take_the_checkpoint_with_it(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error in the phase after it, while the ranks are still writing."""
+    config = run_copy(workspace, tmp_path, train={"checkpoint_every": 1})
+    tell(gang, hold_until, str(tmp_path / "go on"))
+    with Run(config, gang) as controller:
+        whole = controller.gang.policy_phase
+
+        def phase(iteration: int, *args: Any, **named: Any) -> dict[str, float]:
+            if iteration == 1:
+                (tmp_path / "go on").touch()
+                raise TrainingError("the loss became nan")
+            return whole(iteration, *args, **named)
+
+        monkeypatch.setattr(controller.gang, "policy_phase", phase)
+        with pytest.raises(TrainingError, match="became nan"):
+            controller.run()
+    gang.stop()
+    assert checkpoints.is_whole(config.folder.checkpoint(1))
+    assert [path.name for path in config.folder.checkpoints.iterdir()] == ["step-000001"]
+
+
+def test_a_removal_that_is_under_way_hinders_no_restart(tmp_path: Path) -> None:
+    """Two remove the same folder: a run that went on, and what it went on from."""
+    folder = tmp_path / "checkpoints" / "step-000001.0a.partial"
+    for name in range(300):
+        (folder / f"{name}").mkdir(parents=True)
+    one = Thread(target=checkpoints.remove, args=(folder,))
+    one.start()
+    checkpoints.rewind(tmp_path, 0)
+    one.join()
+    assert not folder.exists()
+
+
+def test_a_file_that_a_rank_names_and_nobody_sees_is_missed(tmp_path: Path) -> None:
+    """As on a network file system that is behind."""
+    begun = checkpoints.Unfinished(tmp_path, 1)
+    (begun.folder / "policy").mkdir()
+    (begun.folder / "policy" / "rank-00000.safetensors").write_bytes(b"weights")
+    final = begun.finish({}, {"policy/rank-00001.safetensors": "0" * 32})
+    assert not checkpoints.is_whole(final)

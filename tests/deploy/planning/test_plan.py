@@ -63,7 +63,7 @@ def test_the_parts_of_an_iteration_by_hand() -> None:
     assert found.score == pytest.approx(2 * networks * n * tokens / (0.5 * 1e15))
     passes = (2 + 6 * train.e_pi) * n + (2 + 6 * train.e_v) * n
     # ZeRO 1, 2 ranks: half of fp32 gradients there and half back, in every step.
-    sent = 2 * 4 * 0.5 * n * train.e_pi * 4 / (0.7 * 1e11)
+    sent = 2 * 4 * 0.5 * (2 * n) * train.e_pi * 4 / (0.7 * 1e11)
     assert found.learn == pytest.approx(tokens * passes / (2 * 0.4 * 1e15) + sent)
     assert found.auxiliary == pytest.approx(ppg.e_aux * tokens * 14 * n / (2 * 0.4 * 1e15))
     assert found.publish == pytest.approx(2 * n / (0.7 * 5e10))
@@ -118,6 +118,17 @@ def test_a_pretrained_model_computes_a_prompt_of_several_responses_once(large: s
     assert eight.score == pytest.approx(one.score * (100 + 8 * 20) / (100 + 20))
 
 
+def test_ranks_of_several_nodes_send_over_the_network() -> None:
+    """8 on a node: of twice as many, each computes half, and sends over what is half as fast."""
+    eight, sixteen = (
+        planned(f"learner.ranks={n}", "rollout.lease_size=4").seconds.learn for n in (8, 16)
+    )
+    n = count_parameters(recipe().model).total
+    ours = [2 * 4 * (r - 1) / r * 2 * n * 4 * recipe().train.e_pi / 0.7 for r in (8, 16)]
+    computed = eight - ours[0] / 1e11
+    assert sixteen == pytest.approx(computed / 2 + ours[1] / 5e10)
+
+
 def test_memory_is_what_a_stage_asks_for() -> None:
     made = planned()
     reserved = recipe(
@@ -149,7 +160,7 @@ def test_what_does_not_fit_is_said_with_what_fills_it(large: str) -> None:
     made = plan_of(load_config(None, overrides), CARDS["h100"])
     said = "\n".join(made.advice)
     assert "one of learner ranks takes" in said
-    assert "weights, gradients, moments of learner ranks are" in said
+    assert "of it for weights, gradients, moments; " in said
     assert "train adapters (train.lora)" in said
     assert "one of rollout actors takes" in said
     assert "set rollout.precision to bf16" in said

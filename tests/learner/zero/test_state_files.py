@@ -7,9 +7,14 @@ from typing import Any
 
 import pytest
 import ray
+import torch
+from torch import nn
 
 from common.config.run import RunConfig
 from deploy.workers.gang import LearnerGang
+from learner.zero.state_files import snapshot
+from learner.zero.state_parts import masters
+from tests.learner.zero.test_engine import engine_of
 from tests.scored import trajectories
 from tests.workspaces import run_copy
 
@@ -34,6 +39,7 @@ def iterate(gang: LearnerGang, first: int, count: int) -> list[float]:
 @pytest.mark.parametrize(
     ("before", "zero", "precision"),
     [
+        (2, 0, "fp32"),
         (2, 2, "fp32"),
         (1, 3, "fp32"),
         *(
@@ -78,3 +84,20 @@ def test_another_number_of_ranks_goes_on(
     # bf16 rounds what other orders of summing leave; the masters are what is compared in fp32.
     tolerance = 2e-3 if precision == "bf16" else 1e-5
     assert iterate(new, WHOLE, MORE) == pytest.approx(expected, abs=tolerance)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_snapshot_is_what_was_while_training_goes_on(tmp_path: Path, zero: int) -> None:
+    engine = engine_of(nn.Linear(3, 2), zero_stage=zero)
+    before = {name: tensor.clone() for name, tensor in engine.full_state().items()}
+    taken = snapshot(engine)
+    engine.backward(engine(torch.ones(4, 3)).sum(), last=True)
+    engine.step(0.5, "the test")
+    after = engine.full_state()
+    taken.write(tmp_path)
+    found = dict(masters(tmp_path))
+    assert found.keys() == before.keys()
+    for name, tensor in before.items():
+        assert torch.equal(found[name], tensor)
+        assert not torch.equal(found[name], after[name])
