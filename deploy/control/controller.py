@@ -39,17 +39,15 @@ from deploy.control.held_out import HeldOut
 from deploy.control.issuing import Issuer
 from deploy.control.jobs import Scored
 from deploy.control.ledger import Ledger
+from deploy.control.outcome import export, facts_of, status_of
 from deploy.control.own_workers import OwnWorkers
 from deploy.control.position import Position
 from deploy.control.readings import readings_of
 from deploy.control.status import Status
-from deploy.exchange.card import add_card
 from deploy.gauges import Reading
 from deploy.health.watch import Watch
 from deploy.run_folder.activity import Activity
 from deploy.run_folder.failures import note_health, note_lost, note_restart, note_untracked
-from deploy.run_folder.fingerprints import tensors_in
-from deploy.run_folder.inputs import RunInputs
 from deploy.run_folder.lock import writing
 from deploy.run_folder.log_lines import HELD_OUT
 from deploy.run_folder.metrics_log import RunLog
@@ -153,21 +151,7 @@ class Controller:
             self.own_workers.start()
             weights = self._train(log)
         self.ledger.check()
-        facts = {
-            "finished": bool(weights),
-            "iterations": self.iteration,
-            "weights_hash": weights,
-            "rollouts_issued": self.ledger.issued,
-            "rollouts_trained": self.ledger.trained,
-            "rollouts_dropped": sum(self.ledger.dropped.values()),
-            "rollouts_in_flight": self.ledger.in_flight,
-            "worker_failures": self.collector.tally.failures,
-            "learner_restarts": self.position.learner_restarts,
-            "leases_reissued": self.ledger.reissued,
-            "train_kl": self.metrics.get(Logged.KL, 0.0),
-            "out_of_patience": self.held_out.hopeless,
-            "untracked": untracked,
-        }
+        facts = facts_of(self.position, self.metrics, weights, untracked)
         if weights:
             record(self.run_dir, facts)
         return facts
@@ -204,11 +188,7 @@ class Controller:
                 self.position.finish_checkpoint()
                 if stopped or (self.iteration < last and not self.held_out.hopeless):
                     return ""
-                weights_hash = self.gang.export_policy(self.config.folder.policy.path)
-                policy = self.config.folder.policy.path
-                add_card(policy, self.config, "train")
-                RunInputs(self.run_dir).end("train", tensors_in(policy))
-                return weights_hash
+                return export(self.config, self.gang)
             except _Stopped:
                 stopped = True
             except LearnerLost as error:
@@ -243,27 +223,7 @@ class Controller:
 
     def status(self) -> Status:
         """Return how far the run is; safe to call from another thread."""
-        rollout, reward = self.collector.rollout, self.collector.reward
-        return Status(
-            iteration=self.iteration,
-            iterations=self.config.train.iterations,
-            policy_version=self.collector.weights.manifest.policy_version
-            if self.collector.weights
-            else -1,
-            metrics=dict(self.metrics),
-            issued=self.ledger.issued,
-            trained=self.ledger.trained,
-            dropped=sum(dict(self.ledger.dropped).values()),
-            in_flight=self.ledger.in_flight,
-            rollout_workers=len(rollout.workers),
-            reward_workers=len(reward.workers) if reward else 0,
-            worker_failures=self.collector.tally.failures,
-            learner_restarts=self.position.learner_restarts,
-            counts=self.collector.counts(),
-            workers=self.elastic.views(),
-            health=list(self.watch.verdicts),
-            under_way=self.collector.activity.under_way(),
-        )
+        return status_of(self.position, self.elastic, self.watch, self.metrics)
 
     def _readings(self) -> list[Reading]:
         """Return what is true now, for Ray's metrics; from any thread."""

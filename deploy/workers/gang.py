@@ -362,7 +362,7 @@ class _Listening:
     """Looks now and then whether ranks get on."""
 
     def __init__(self, keys: Sequence[str], deadline_s: float) -> None:
-        self._keys, self._every_s = keys, deadline_s / 4
+        self._keys, self._every_s = keys, deadline_s / 8
         self._looked = time.monotonic()
         self._told: tuple[bytes | None, ...] | None = None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -68,7 +69,8 @@ def tokens(config: RunConfig, rows: int, length: int) -> list[list[int]]:
 
 
 def learner(config: RunConfig, start: str) -> None:
-    """A policy phase of two micro-batches, and an auxiliary one where the recipe has it."""
+    """Policy phases of two micro-batches, the second while a checkpoint is written, and an
+    auxiliary one where the recipe has it."""
     rows = 2 * max(1, config.learner.micro_batch_tokens // (PROMPT + RESPONSE))
     made = tokens(config, rows, PROMPT + RESPONSE)
     trajectories = [
@@ -98,8 +100,12 @@ def learner(config: RunConfig, start: str) -> None:
     rank.connect(rank.listen())
     rank.begin_train(config, start, None, [2])
     rank.policy_phase(0, None, to_table(trajectories, ScoredTrajectory))
-    if config.train.ppg is not None:
-        rank.auxiliary_phase(0)
+    with tempfile.TemporaryDirectory() as folder:
+        rank.begin_save(folder)
+        rank.policy_phase(1, None, to_table(trajectories, ScoredTrajectory))
+        if config.train.ppg is not None:
+            rank.auxiliary_phase(1)
+        rank.saved()
 
 
 def actor(config: RunConfig, start: str) -> None:

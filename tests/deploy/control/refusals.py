@@ -106,8 +106,11 @@ class Notes:
         self.trained[iteration] = sorted((row.rollout_id, row.policy_version) for row in rows)
         return {}
 
-    def save(self, folder: Path, *, meanwhile: Callable[[], None]) -> dict[str, Any]:
+    def begin_save(self, folder: Path, *, meanwhile: Callable[[], None]) -> dict[str, Any]:
         return dict(self.trained)
+
+    def saved(self, *, meanwhile: Callable[[], None]) -> dict[str, str]:
+        return {}
 
     def load(self, folder: Path, state: dict[str, Any], *, meanwhile: Callable[[], None]) -> None:
         self.trained = {int(k): [(i, v) for i, v in rows] for k, rows in state.items()}

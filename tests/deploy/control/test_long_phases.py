@@ -21,7 +21,7 @@ from tests.deploy.control.runs import Run, when
 from tests.workspaces import run_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
-LONG: dict[str, Any] = {"iterations": 1, "e_pi": 50, "e_v": 50, "stop_kl": None, "ppg": None}
+LONG: dict[str, Any] = {"iterations": 1, "e_pi": 140, "e_v": 140, "stop_kl": None, "ppg": None}
 DEADLINE_S = 2.0
 
 
@@ -56,18 +56,31 @@ def test_a_phase_that_outlasts_the_deadline_is_no_hang(
         facts = controller.run()
     assert facts["learner_restarts"] == 0
     [line] = config.folder.metrics.read_text().splitlines()
-    assert json.loads(line)["metrics"]["learn_seconds"] > 1.3 * DEADLINE_S
+    assert json.loads(line)["metrics"]["learn_seconds"] > 3 * DEADLINE_S
     keys = list(gang._pulses)
     assert all(told not in (None, b"0") for told in pulses.heard(keys))
     gang.stop()
     assert pulses.heard(keys) == (None,) * len(keys)
 
 
-def test_a_rank_that_stands_still_in_it_is_one(long: tuple[RunConfig, LearnerGang]) -> None:
+def test_a_rank_that_stands_still_in_it_is_one(
+    long: tuple[RunConfig, LearnerGang], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, gang = long
     pid = ray.get(gang.ranks[-1].__ray_call__.remote(lambda _: os.getpid()))
+    begun: list[float] = []
+    found: list[float] = []
+    monkeypatch.setattr("tests.deploy.control.test_long_phases.DEADLINE_S", 2 * DEADLINE_S)
+    phase = gang.policy_phase
+
+    def timed(*args: Any, **named: Any) -> dict[str, float]:
+        try:
+            return phase(*args, **named)
+        finally:
+            found.append(time.monotonic())
+
+    monkeypatch.setattr(gang, "policy_phase", timed)
     with Run(config, gang) as controller:
-        begun: list[float] = []
 
         def stand_still() -> None:
             time.sleep(0.5)
@@ -78,4 +91,4 @@ def test_a_rank_that_stands_still_in_it_is_one(long: tuple[RunConfig, LearnerGan
         with pytest.raises(WorkerError, match="policy_phase"):
             controller.run()
         thread.join()
-    assert time.monotonic() - begun[0] < 10 * DEADLINE_S
+    assert found[0] - begun[0] < 1.5 * DEADLINE_S
