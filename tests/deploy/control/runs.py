@@ -61,7 +61,8 @@ class Run:
             f"{config.reward_service.model_dump_json()}"
         )
         name = f"run{Run.count}"
-        self.pools = (_IDLE.pop(self.key, None) if start else None) or (
+        idle: tuple[Pool, Pool] | None = _IDLE.pop(self.key, None) if start else None
+        self.pools = idle or (
             rollout_pool(config, name, tokenizer, begins, start=start),
             reward_pool(config, name, tokenizer, begins, model, start=start),
         )
