@@ -23,7 +23,7 @@ from common.errors import ClusterError, ConfigError
 from common.logprobs import Sampling
 from common.models.adapters import add_adapter
 from common.models.decoder import Decoder
-from common.models.networks import PolicyNetwork, ScalarNetwork
+from common.models.networks import PolicyNetwork, ScalarNetwork, compute_in
 from common.models.palm import PaLM
 from common.wire.trajectory import Rollout, RolloutRequest, extend
 from common.wire.weights import CorruptSliceError, FlatBuffer, manifest_of
@@ -53,8 +53,9 @@ def decoder(request: pytest.FixtureRequest, tmp_path: Path) -> Decoder:
 
 @pytest.mark.parametrize("sampling", [Sampling(), FILTERED], ids=["whole", "filtered"])
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "adapters side by side"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_the_engine_waits_once_for_each_token(
-    decoder: Decoder, sampling: Sampling, beside: bool
+    decoder: Decoder, sampling: Sampling, beside: bool, dtype: torch.dtype
 ) -> None:
     """Prompts in chunks, shared prefixes, slots that are freed and taken."""
     adapters, steps = ("", "own") if beside else ("",), 0
@@ -62,7 +63,7 @@ def test_the_engine_waits_once_for_each_token(
         add_adapter(decoder, "own", LoraConfig(rank=2), seed=0)
     with Card() as card:
         engine = GenerationEngine(
-            decoder.to(DEVICE),
+            decoder.to(DEVICE, dtype),
             eos_ids=(2,),
             sampling=sampling,
             max_tokens=6,
@@ -101,7 +102,7 @@ def rollouts() -> list[Rollout]:
     ]
 
 
-def worker(decoder: Decoder) -> tuple[RewardModel, ReferencePolicy]:
+def worker(decoder: Decoder, bf16: bool = False) -> tuple[RewardModel, ReferencePolicy]:
     """Reward model and reference policy of a worker, on the card."""
     reward, policy = RewardModel.__new__(RewardModel), ReferencePolicy.__new__(ReferencePolicy)
     reward.tokenizer, reward.context = None, decoder.sizes.context
@@ -109,11 +110,14 @@ def worker(decoder: Decoder) -> tuple[RewardModel, ReferencePolicy]:
     policy.sampling = Sampling(temperature=0.7)
     for network in (reward.network, policy.network):
         network.eval().requires_grad_(False).to(DEVICE)
+        if bf16:
+            compute_in(network, torch.bfloat16)
     return reward, policy
 
 
-def test_frozen_passes_wait_once_for_all_micro_batches(decoder: Decoder) -> None:
-    made, records = worker(decoder), rollouts()
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_frozen_passes_wait_once_for_all_micro_batches(decoder: Decoder, bf16: bool) -> None:
+    made, records = worker(decoder, bf16), rollouts()
     with Card() as card:
         scores, logprobs = frozen_pass(records, 40, *made)
     assert [len(row) for row in logprobs] == [len(record.response_ids) for record in records]

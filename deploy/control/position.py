@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
-from threading import Thread
 from typing import Any, Final
 
 from common.config.run import RunConfig
 from common.errors import StorageError, TalipotError
-from common.files import one_line
 from deploy.control.collector import Collector
 from deploy.control.held_out import HeldOut
 from deploy.control.issuing import Issuer
@@ -68,10 +66,9 @@ class Position:
         """Iteration of the newest checkpoint that was begun."""
         self._writing: _Writing | None = None
         """The checkpoint that the ranks are writing."""
-        self._removals: list[Thread] = []
-        """What removes checkpoints that others have taken the place of."""
-        self._unremoved = ""
-        """Why one of them could not be removed."""
+        self._remover = ThreadPoolExecutor(1, thread_name_prefix="removal")
+        self._removals: list[Future[None]] = []
+        """Of checkpoints that others have taken the place of."""
 
     def publish(self, version: int) -> None:
         """Make a new version of the weights what actors must sample from."""
@@ -144,22 +141,12 @@ class Position:
         step = writing.state["iteration"]
         for path in checkpoints.outdated(run_dir, step, keep=keep, best=writing.best):
             # Large files take their time, and rollouts go on.
-            self._removals.append(Thread(target=self._remove, args=(path,)))
-            self._removals[-1].start()
-
-    def _remove(self, path: Path) -> None:
-        try:
-            checkpoints.remove(path)
-        except OSError as error:
-            self._unremoved = f"{path}: cannot be removed ({one_line(error)})"
+            self._removals.append(self._remover.submit(checkpoints.remove, path))
 
     def _await_removals(self) -> None:
         """Wait until what others have taken the place of is gone."""
         while self._removals:
-            self._removals.pop().join()
-        unremoved, self._unremoved = self._unremoved, ""
-        if unremoved:
-            raise StorageError(unremoved)
+            self._removals.pop().result()
 
     def _settle_now(self) -> None:
         if self._writing is not None:

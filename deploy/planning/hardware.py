@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 import psutil
 import torch
-
-GIB: Final = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +19,7 @@ class Device:
     memory: float
     """Bytes; of a machine whose workers share it, all of it."""
     products: float
-    """bf16 operations a second, or those of the precision that was measured."""
+    """bf16 operations a second."""
     reads: float
     """Bytes of its memory a second."""
     link: float
@@ -36,7 +35,7 @@ class Device:
 def _card(name: str, gib: float, teraflops: float, tb_s: float, link_gb_s: float) -> Device:
     return Device(
         name=name,
-        memory=gib * GIB,
+        memory=gib * 2**30,
         products=teraflops * 1e12,
         reads=tb_s * 1e12,
         link=link_gb_s * 1e9,
@@ -57,13 +56,14 @@ CARDS: Final = {
 
 def this_processor() -> Device:
     """Measure this machine, in about a second."""
+    copied = _copy_rate()
     return Device(
         name=f"this machine's processor, {torch.get_num_threads()} threads",
         memory=float(psutil.virtual_memory().total),
         products=_product_rate(),
-        reads=_copy_rate(),
-        link=_copy_rate() / 2,
-        network=_copy_rate() / 2,
+        reads=copied,
+        link=copied / 2,
+        network=copied / 2,
         per_node=1,
         shared=True,
     )
@@ -81,8 +81,7 @@ def _copy_rate() -> float:
     return 2 * 4 * source.numel() / _fastest(lambda: target.copy_(source))
 
 
-def _fastest(run: object) -> float:
-    assert callable(run)
+def _fastest(run: Callable[[], object]) -> float:
     best = float("inf")
     for _ in range(5):
         begin = time.perf_counter()

@@ -50,7 +50,7 @@ class Plan:
         }
 
     def lines(self) -> Iterator[str]:
-        """Say it."""
+        """Say what it takes; what to change is `advice`."""
         device, took = self.device, self.seconds
         yield (
             f"{device.name}: {in_words(device.memory)}, {device.products / 1e12:,.3g} TFLOP/s, "
@@ -58,11 +58,11 @@ class Plan:
         )
         for need in self.memory:
             yield f"memory of {need}"
-        learn = took.learn + took.auxiliary
+        listed = ", ".join(f"{part} {seconds:,.3g}" for part, seconds in took.parts.items())
         yield (
             f"an iteration of {self.tokens:,.0f} tokens takes about {took.iteration:,.3g} s: "
-            f"generate {took.generate:,.3g}, score {took.score:,.3g}, learn {learn:,.3g}, publish "
-            f"{took.publish:,.3g}" + (" (rollouts beside the learner)" if took.overlap else "")
+            + listed
+            + (" (rollouts beside the learner)" if took.overlap else "")
         )
 
 
@@ -164,12 +164,12 @@ def _too_much(config: RunConfig, need: Need, said: str, device: Device) -> str:
 
 def _remedy(config: RunConfig, need: Need, part: str) -> str:
     """Say what helps against a part of a role's memory, of what the recipe has not done yet."""
-    learner, rollout, ranks = config.learner, config.rollout, need.what == "learner ranks"
-    precision = learner.precision if ranks else rollout.precision
-    section = "learner" if ranks else "rollout"
-    if need.what == "reward workers":
-        precision, section = config.reward_precision, "reward_service"
-    tokens = "learner" if ranks else "reward_service"
+    learner, rollout = config.learner, config.rollout
+    section, precision = {
+        "learner ranks": ("learner", learner.precision),
+        "rollout actors": ("rollout", rollout.precision),
+        "reward workers": ("reward_service", config.reward_precision),
+    }[need.what]
     every = [
         (
             part == "weights, gradients, moments" and learner.zero_stage < 3,
@@ -182,14 +182,20 @@ def _remedy(config: RunConfig, need: Need, part: str) -> str:
         (part == "weights, gradients, moments", "take more learner.ranks"),
         (part == "copies and auxiliary phase", "leave train.ppg out, or take more learner.ranks"),
         (
-            part == "activations" and ranks and not config.model.activation_checkpointing,
+            part == "activations"
+            and section == "learner"
+            and not config.model.activation_checkpointing,
             "set model.activation_checkpointing",
         ),
-        (part == "activations", f"lower {tokens}.micro_batch_tokens"),
+        (
+            part == "activations" and section == "rollout",
+            "lower rollout.prefill_tokens or rollout.slots",
+        ),
+        (part == "activations", f"lower {section}.micro_batch_tokens"),
         (part == "keys and values", "lower rollout.cache_mb or rollout.slots"),
         (
-            need.what == "rollout actors"
-            and part == "weights"
+            part == "weights"
+            and section == "rollout"
             and config.train.lora is not None
             and rollout.lora == "merged",
             "sample with adapters beside their base (rollout.lora=unmerged)",
@@ -204,13 +210,7 @@ def _remedy(config: RunConfig, need: Need, part: str) -> str:
 def _slow(config: RunConfig, took: Seconds) -> Iterator[str]:
     """Say what takes longest, and what would shorten it."""
     part, learner = took.bottleneck, config.learner
-    spent = {
-        "generate": took.generate,
-        "score": took.score,
-        "learn": took.learn + took.auxiliary,
-        "publish": took.publish,
-    }[part]
-    share = spent / took.iteration
+    share = took.parts[part] / took.iteration
     if share < _MOST:
         return
     remedy = {
@@ -223,7 +223,7 @@ def _slow(config: RunConfig, took: Seconds) -> Iterator[str]:
     yield f"{part} takes {share:.0%} of an iteration: {remedy}"
     if not took.overlap and part != "publish":
         rollouts = took.generate + took.score
-        hidden = min(rollouts, took.learn + took.auxiliary) / took.iteration
+        hidden = min(rollouts, took.parts["learn"]) / took.iteration
         if hidden > 0.2:
             yield (
                 f"train.max_staleness=1 samples while the learner works: {hidden:.0%} less time, "

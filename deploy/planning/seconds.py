@@ -76,15 +76,19 @@ class Seconds:
         return rollouts + learner + self.publish
 
     @property
-    def bottleneck(self) -> str:
-        """The part that takes longest, of those that nothing hides."""
-        parts = {
+    def parts(self) -> dict[str, float]:
+        """What each of generate, score, learn and publish takes; auxiliary phases are learning."""
+        return {
             "generate": self.generate,
             "score": self.score,
             "learn": self.learn + self.auxiliary,
             "publish": self.publish,
         }
-        return max(parts, key=lambda name: parts[name])
+
+    @property
+    def bottleneck(self) -> str:
+        """The part that takes longest, whether others run beside it or not."""
+        return max(self.parts, key=self.parts.__getitem__)
 
 
 def seconds_of(config: RunConfig, sizes: Sizes, device: Device, shares: Shares) -> Seconds:

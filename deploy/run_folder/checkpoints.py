@@ -60,7 +60,7 @@ def write(
         unfinished.drop()
         raise
     for path in outdated(run_dir, step, keep=keep, best=best):
-        shutil.rmtree(path)
+        remove(path)
     return final
 
 
@@ -134,6 +134,9 @@ def outdated(run_dir: Path, step: int, *, keep: int, best: int | None) -> list[P
     """Return what the checkpoint of a step takes the place of, under names that nobody looks for.
 
     Removing it may take as long as its files are large. Of `keep` and `best` see `write`.
+
+    Raises:
+        StorageError: the folder is not writable.
     """
     final, finished = RunFolder(run_dir).checkpoint(step), _finished(run_dir)
     kept = [p for p in finished if not p.suffix and p.name <= final.name][-keep:]
@@ -143,7 +146,10 @@ def outdated(run_dir: Path, step: int, *, keep: int, best: int | None) -> list[P
     for path in finished:
         if path not in kept and (path.stem <= final.name or not is_whole(path)):
             gone.append(path.with_name(f"{path.stem}.{secrets.token_hex(4)}.partial"))
-            path.rename(gone[-1])
+            try:
+                path.rename(gone[-1])
+            except OSError as error:
+                raise _unremoved(path, error) from None
     return gone
 
 
@@ -157,25 +163,29 @@ def rewind(run_dir: Path, step: int) -> None:
         StorageError: the folder is not writable.
     """
     later = [p for p in _finished(run_dir) if p.stem > RunFolder(run_dir).checkpoint(step).name]
-    try:
-        for path in (*later, *RunFolder(run_dir).checkpoints.glob("step-*.partial")):
-            remove(path)
-    except OSError as error:
-        raise StorageError(f"{run_dir}: cannot be written: {error}") from None
+    for path in (*later, *RunFolder(run_dir).checkpoints.glob("step-*.partial")):
+        remove(path)
 
 
 def remove(folder: Path) -> None:
     """Remove a folder, though another one is removing it too.
 
     Raises:
-        OSError: it is not writable.
+        StorageError: it is not writable.
     """
 
     def passed_over(_: object, path: str, found: tuple[Any, BaseException, Any]) -> None:
         if not isinstance(found[1], FileNotFoundError):
             raise found[1]
 
-    shutil.rmtree(folder, onerror=passed_over)
+    try:
+        shutil.rmtree(folder, onerror=passed_over)
+    except OSError as error:
+        raise _unremoved(folder, error) from None
+
+
+def _unremoved(folder: Path, error: OSError) -> StorageError:
+    return StorageError(f"{folder}: cannot be removed ({one_line(error)}); correct its rights")
 
 
 def newest(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -133,28 +133,22 @@ def lost_objects(refs: Sequence[ray.ObjectRef[Any]]) -> set[ray.ObjectRef[Any]]:
             continue
         if not facts["node_ids"]:
             near = facts["object_size"] <= _INLINE_BYTES + _NEAR_BYTES
-            if not (near and _is_here(ref)):
+            if not (near and _has_come(ref, _OWN_S)):
                 lost.add(ref)
         elif here in facts["node_ids"]:
             doubtful.append(ref)
     if doubtful and not all(node["Alive"] for node in ray.nodes()):
-        lost |= {ref for ref in doubtful if _is_an_error(ref)}
+        # One that is not there in time was evicted from this node: the next look will tell.
+        lost |= {ref for ref in doubtful if _has_come(ref, _ANSWER_S) is False}
     return lost
 
 
-def _is_here(ref: ray.ObjectRef[Any]) -> bool:
+def _has_come(ref: ray.ObjectRef[Any], timeout_s: float) -> bool | None:
+    """Whether an object can be had; False: it is lost; None: it has not come in time."""
     try:
-        ray.get(ref, timeout=_OWN_S)
-    except (ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError):
-        return False
-    return True
-
-
-def _is_an_error(ref: ray.ObjectRef[Any]) -> bool:
-    try:
-        ray.get(ref, timeout=_ANSWER_S)
+        ray.get(ref, timeout=timeout_s)
     except ray.exceptions.ObjectLostError:
-        return True
+        return False
     except ray.exceptions.GetTimeoutError:
-        pass  # evicted from this node meanwhile: the next look will tell
-    return False
+        return None
+    return True

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -23,23 +22,8 @@ from tests.deploy.control.runs import Run, finish
 from tests.workspaces import run_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
-
-
-@pytest.fixture(scope="module")
-def gang(workspace: RunConfig, cluster: None) -> Iterator[LearnerGang]:
-    made = LearnerGang(workspace, "saving-tests")
-    yield made
-    made.stop()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(
-    workspace: RunConfig, gang: LearnerGang, tmp_path_factory: pytest.TempPathFactory
-) -> str:
-    """Weights' hash of a run without checkpoints."""
-    config = run_copy(workspace, tmp_path_factory.mktemp("whole"), train={"checkpoint_every": 0})
-    found: str = finish(config, gang)["weights_hash"]
-    return found
+Reference = tuple[RunConfig, dict[str, Any]]
+"""An undisturbed run, and what is known of it."""
 
 
 def hold_until(_: object, path: str) -> None:
@@ -76,7 +60,7 @@ def tell(gang: LearnerGang, what: Any, *args: Any) -> None:
 def test_the_next_phase_begins_before_a_checkpoint_is_written(
     workspace: RunConfig,
     gang: LearnerGang,
-    undisturbed: str,
+    reference: Reference,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -102,25 +86,25 @@ def test_the_next_phase_begins_before_a_checkpoint_is_written(
         monkeypatch.setattr(controller.gang, "policy_phase", phase)
         facts = controller.run()
     gang.stop()  # its ranks look for a file
-    assert facts["weights_hash"] == undisturbed
+    assert facts["weights_hash"] == reference[1]["weights_hash"]
     assert seen == [(False, True)]
     for step in range(1, config.train.iterations + 1):
         assert checkpoints.is_whole(config.folder.checkpoint(step)), step
     for step in range(2, config.train.iterations + 1):  # and a run that goes on from it is as ever
         shutil.rmtree(config.folder.checkpoint(step))
-    assert finish(config, gang)["weights_hash"] == undisturbed
+    assert finish(config, gang)["weights_hash"] == reference[1]["weights_hash"]
     assert not list(config.folder.checkpoints.glob("*.partial"))
 
 
 @pytest.mark.parametrize("call", [1, 4])
 def test_sigkill_while_it_writes_costs_what_came_after_the_checkpoint_before(
-    workspace: RunConfig, gang: LearnerGang, undisturbed: str, tmp_path: Path, call: int
+    workspace: RunConfig, gang: LearnerGang, reference: Reference, tmp_path: Path, call: int
 ) -> None:
     config = run_copy(workspace, tmp_path, train={"checkpoint_every": 1})
     tell(gang, die_writing, call)
     facts = finish(config, gang)
     assert facts["learner_restarts"] == 1
-    assert facts["weights_hash"] == undisturbed
+    assert facts["weights_hash"] == reference[1]["weights_hash"]
     assert facts["rollouts_trained"] == facts["rollouts_issued"] == 64
     assert not list(config.folder.checkpoints.glob("*.partial"))
 

@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.deploy.workers.alone import said_by
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """What ranks found, by whether they reserved GPUs."""
-    with tempfile.TemporaryDirectory(prefix="ray") as folder:
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.deploy.workers.cards"],
-            cwd=ROOT,
-            env=os.environ | {"RAY_TMPDIR": folder},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-    assert done.returncode == 0, done.stderr[-3000:]
-    said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return said
+    return said_by("tests.deploy.workers.cards")
 
 
 @pytest.mark.slow

@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from deploy.workers import placement
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.deploy.workers.alone import said_by
 
 
 @pytest.mark.chaos
 def test_nodes_come_and_go_and_nothing_is_lost() -> None:
-    # A folder of its own: Ray notes the machine's newest cluster in its temporary folder.
-    with tempfile.TemporaryDirectory(prefix="ray") as folder:
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.deploy.workers.preemption"],
-            cwd=ROOT,
-            env=os.environ | {"RAY_TMPDIR": folder},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = said_by("tests.deploy.workers.preemption")
     notice = found["notice"]
     assert notice == {"left": 1, "lost": 0, "in_time": True, "elsewhere": True}
     late = found["too_long"]
