@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -103,7 +102,7 @@ class Position:
         except BaseException:
             begun.drop()
             raise
-        self._writing = _Writing(begun, deepcopy(self._state(learner)), self.held_out.best)
+        self._writing = _Writing(begun, self._state(learner), self.held_out.best)
         self._saved = self.iteration
 
     def settle_checkpoint(self) -> None:
