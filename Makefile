@@ -7,7 +7,6 @@ OUT ?= build
 SEED ?= 0
 DAILY := not chaos and not checkpoint and not journey
 QUICK = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and $(DAILY)" -n 2 --dist loadscope
-MEASURED = COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml
 
 .PHONY: run run-instruct run-reasoning test test-fast test-checkpoint test-journey check bench vllm chaos network gpu soak results clean help
 
@@ -27,8 +26,8 @@ run-reasoning: $(VENV)/.instruct $(VENV)/.reasoning   ## Install a small chat mo
 # would spin there, on cores that the other worker's processes need.
 test: check   ## Install, check, and run all tests with coverage.
 	@rm -f .coverage .coverage.*
-	@$(MEASURED) $(QUICK) --cov --cov-report= --cov-fail-under=0
-	@$(MEASURED) OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "slow and $(DAILY)" -n 2 --dist worksteal --cov --cov-append --cov-report=term
+	@$(QUICK) --cov --cov-report= --cov-fail-under=0
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "slow and $(DAILY)" -n 2 --dist worksteal --cov --cov-append --cov-report=term
 
 test-fast: check   ## Install, check, and run the tests that need no cluster (some minutes).
 	@$(QUICK)

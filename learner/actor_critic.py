@@ -7,30 +7,39 @@ They are built from the weights of earlier stages, published to the actors, save
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
 
-from common.config.model import LoraConfig, ModelConfig, PretrainedConfig
 from common.config.run import RunConfig
 from common.devices import torch_dtype
 from common.errors import CheckpointError
-from common.models.adapter_files import adapter_of, export_merged, load_scalar
+from common.models.adapter_files import (
+    ScalarAdapter,
+    adapter_of,
+    export_merged,
+    put_scalar,
+    require_base,
+    scalar_adapter,
+)
 from common.models.adapters import (
     adapter_tensors,
     attach_adapter,
-    base_fingerprint,
     freeze_base,
-    merged_state,
+    merged_sources,
     share_base,
 )
 from common.models.build import build_policy, build_scalar
+from common.models.decoder import DECODER
+from common.models.filling import Source, Weights
 from common.models.networks import PolicyNetwork, ScalarNetwork
 from common.models.pretrained.writing import take_tokenizer
-from common.models.weight_files import load_weights, policy_folder, save_policy
+from common.models.weight_files import policy_folder, save_policy, weights_of
 from common.randomness import derive_seed
 from common.run_folder import PolicyFolder
 from common.wire.weights import Payload, state_hash
+from learner.start_weights import decoder_part, fingerprint, policy_start
 from learner.zero.engine import ZeroEngine
 from learner.zero.process_group import rank
 from learner.zero.publisher import Publication, publisher
@@ -53,20 +62,21 @@ class ActorCritic:
         """
         self.config, self._policy_weights = config, policy_weights
         settings = config.train
-        policy = build_policy(config.model)
-        load_weights(policy, policy_weights)
-        self.base_fingerprint = base_fingerprint(policy.state_dict()) if settings.lora else ""
+        policy = build_policy(config.model, empty=True)
+        weights = decoder_part(policy_start(policy, policy_weights))
+        self.base_fingerprint = ""
         """Of the frozen weights that adapters are trained on; empty where all weights are."""
-        self.value: ZeroEngine | None = None
-        if settings.separate_values:
-            self.value = self._engine(_value_network(config, policy, reward_weights))
+        if settings.lora is not None:
+            self.base_fingerprint = fingerprint(policy.decoder, weights)
+            attach_adapter(policy, settings.adapter, settings.lora, config.seed)
         # The auxiliary head starts fresh: SFT never trained it.
         policy.value.initialise(derive_seed(config.seed, "auxiliary head") >> 1)
-        if settings.lora is not None:
-            attach_adapter(policy, settings.adapter, settings.lora, config.seed)
         self.shares_prompts = policy.decoder.shares_prompts
         """`Decoder.shares_prompts` of the policy."""
-        self.policy = self._engine(policy)
+        self.policy = self._engine(policy, weights.items())
+        self.value: ZeroEngine | None = None
+        if settings.separate_values:
+            self.value = self._engine(*_value_network(config, policy, weights, reward_weights))
         self._publisher = publisher(
             self.policy,
             adapter_tensors(policy.decoder, policy.adapter)
@@ -111,29 +121,31 @@ class ActorCritic:
         All weights, the model's shape, and of adapters the adapter alone.
 
         Returns:
-            The hash of what was trained.
+            The hash of what was trained, on rank 0.
         """
         model, lora, adapter = self.config.model, self.config.train.lora, self.config.train.adapter
         state = self.policy.full_state(frozen=lora is None)
-        if rank() == 0:
-            base = self._policy_weights
-            with policy_folder(folder, base) as target:
-                if lora is not None:
-                    trained = adapter_of(state, adapter, lora, self.base_fingerprint)
-                    export_merged(trained, state, base, target, model)
-                else:
-                    save_policy(state, target, model, base)
-                if base.is_dir():
-                    take_tokenizer(self.config.folder.tokenizer, target)
-                else:  # a checkpoint's folder says its shape itself
-                    text = json.dumps(model.model_dump(), indent=1)
-                    PolicyFolder(target).shape.write_text(text, encoding="utf8")
+        if rank() != 0:
+            return ""
+        base = self._policy_weights
+        with policy_folder(folder, base) as target:
+            if lora is not None:
+                trained = adapter_of(state, adapter, lora, self.base_fingerprint)
+                export_merged(trained, state, base, target, model)
+            else:
+                save_policy(state, target, model, base)
+            if base.is_dir():
+                take_tokenizer(self.config.folder.tokenizer, target)
+            else:  # a checkpoint's folder says its shape itself
+                text = json.dumps(model.model_dump(), indent=1)
+                PolicyFolder(target).shape.write_text(text, encoding="utf8")
         return state_hash(state)
 
-    def _engine(self, network: nn.Module) -> ZeroEngine:
+    def _engine(self, network: nn.Module, weights: Weights) -> ZeroEngine:
         learner, settings = self.config.learner, self.config.train
         return ZeroEngine(
             network,
+            weights,
             zero_stage=learner.zero_stage,
             precision=learner.precision,
             weight_decay=settings.weight_decay,
@@ -144,49 +156,61 @@ class ActorCritic:
 
 
 def _value_network(
-    config: RunConfig, policy: PolicyNetwork, reward_weights: Path | None
-) -> ScalarNetwork:
+    config: RunConfig,
+    policy: PolicyNetwork,
+    policy_weights: Mapping[str, Source],
+    reward_weights: Path | None,
+) -> tuple[ScalarNetwork, Weights]:
     """Return the reward model as it was trained, or the supervised policy with a fresh head.
 
     With LoRA its base is the policy's own, unless the reward model has whole weights. A reward
     model of its own reads other tokens than the policy's, and no value network starts as it.
+
+    Args:
+        config: the run's.
+        policy: it has its weights.
+        policy_weights: where those of its decoder came from.
+        reward_weights: as in `ActorCritic`.
+
+    Returns:
+        The network, and where the weights are that it has no memory for yet.
     """
-    if config.train.critic is not None:
-        return _critic(config, config.train.critic)
-    if config.reward_model.model is not None:
+    lora, own = config.train.lora, config.train.critic
+    if own is not None or config.reward_model.model is not None:
         reward_weights = None
-    value = build_scalar(config.model)
-    match reward_weights, config.train.lora:
-        case None, None:
-            value.head.initialise(derive_seed(config.seed, "value head") >> 1)
-            value.decoder.load_state_dict(policy.decoder.state_dict())
-        case None, LoraConfig() as lora:
-            value.head.initialise(derive_seed(config.seed, "value head") >> 1)
+    value = build_scalar(own or config.model, empty=True)
+    weights: Weights = ()
+    scored = None if reward_weights is None else scalar_adapter(reward_weights)
+    if scored is not None and reward_weights is not None:
+        base = fingerprint(value.decoder, policy_weights)
+        require_base(scored.adapter, base, reward_weights)
+        if lora is None:
+            return _merged(config, scored, policy_weights)
+        share_base(value.decoder, policy.decoder)
+        put_scalar(value, "value", scored)
+        freeze_base(value.decoder)  # its adapter goes on
+        return value, weights
+    if reward_weights is not None:
+        weights = weights_of(value, reward_weights).items()
+    else:
+        value.head.initialise(derive_seed(config.seed, "value head") >> 1)
+        if own is not None:
+            first = value.decoder.first_weights(derive_seed(config.seed, "critic") >> 1)
+            weights = ((f"{DECODER}.{name}", source) for name, source in first)
+        elif lora is None:
+            weights = policy_weights.items()
+        else:
             share_base(value.decoder, policy.decoder)
-            attach_adapter(value, "value", lora, config.seed)
-        case Path() as weights, None:
-            if load_scalar(value, weights, policy.decoder, "value") is not None:
-                return _merged(value, config.model)
-        case Path() as weights, LoraConfig() as lora:
-            if load_scalar(value, weights, policy.decoder, "value") is not None:
-                freeze_base(value.decoder)  # its adapter goes on
-            else:
-                attach_adapter(value, "value", lora, config.seed)
-    return value
+    if lora is not None:
+        attach_adapter(value, "value", lora, config.seed)
+    return value, weights
 
 
-def _critic(config: RunConfig, model: PretrainedConfig) -> ScalarNetwork:
-    """Return a value network of a model of its own, with a fresh head."""
-    value = build_scalar(model)
-    value.decoder.initialise(derive_seed(config.seed, "critic") >> 1)
-    value.head.initialise(derive_seed(config.seed, "value head") >> 1)
-    if config.train.lora is not None:
-        attach_adapter(value, "value", config.train.lora, config.seed)
-    return value
-
-
-def _merged(network: ScalarNetwork, model: ModelConfig) -> ScalarNetwork:
-    """Return the same network with its adapter in its weights."""
-    whole = build_scalar(model)
-    whole.load_state_dict(merged_state(network, network.adapter))
-    return whole
+def _merged(
+    config: RunConfig, scored: ScalarAdapter, base: Mapping[str, Source]
+) -> tuple[ScalarNetwork, Weights]:
+    """Return a reward model with its adapter in its weights."""
+    adapted, whole = (build_scalar(config.model, empty=True) for _ in range(2))
+    put_scalar(adapted, "value", scored)
+    whole.head.load_state_dict(scored.head)
+    return whole, merged_sources(adapted, "value", base).items()

@@ -246,7 +246,7 @@ class LearnerRank:
         self.learner.load(Path(folder), state)
 
     def export_policy(self, folder: str) -> str:
-        """Write the policy for users and later stages; returns the hash of what was trained."""
+        """Write the policy for users and later stages; rank 0 returns its hash."""
         return self.learner.networks.export(Path(folder))
 
     @property

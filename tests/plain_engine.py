@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from common.metrics import require_finite
+from common.models.filling import Weights, fill, place
 from common.models.networks import compute_in
 
 
@@ -24,6 +25,7 @@ class PlainEngine:
     def __init__(
         self,
         network: nn.Module,
+        weights: Weights,
         device: str,
         dtype: torch.dtype = torch.float32,
         *,
@@ -36,6 +38,11 @@ class PlainEngine:
     ) -> None:
         """Move a network to a device; the arguments are `ZeroEngine`'s."""
         self.network, self.precision = network, precision
+        parameters = dict(network.named_parameters())
+        for name, source in weights:
+            if name in parameters and parameters[name].is_meta:
+                place(parameters[name], torch.empty(parameters[name].shape))
+            fill(network, [(name, source)])
         self.device = torch.device(device)
         network.to(self.device, dtype)
         if precision == "bf16":
@@ -91,7 +98,7 @@ class PlainEngine:
 def plain(device: str, dtype: torch.dtype = torch.float32) -> Callable[..., PlainEngine]:
     """What is put in the place of `ZeroEngine` itself; what is trained is in this dtype."""
 
-    def build(network: nn.Module, **settings: Any) -> PlainEngine:
-        return PlainEngine(network, device, dtype, **settings)
+    def build(network: nn.Module, weights: Weights = (), **settings: Any) -> PlainEngine:
+        return PlainEngine(network, weights, device, dtype, **settings)
 
     return build

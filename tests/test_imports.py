@@ -44,7 +44,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"algorithms"},
         {"zero"},
         {"batch"},
-        {"checkpointing", "optimisation"},
+        {"checkpointing", "optimisation", "start_weights"},
         {"objectives", "supervised"},
         {"actor_critic", "targets"},
         {"learner"},

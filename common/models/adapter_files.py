@@ -112,24 +112,53 @@ def load_scalar(network: ScalarNetwork, path: Path, base: Decoder, name: str) ->
     Raises:
         CheckpointError: missing, torn, of another architecture, or trained on another base.
     """
-    metadata = None if path.is_dir() else _adapter_metadata(path)
-    if metadata is None:
+    found = scalar_adapter(path)
+    if found is None:
         load_weights(network, path)
         return None
+    require_base(found.adapter, base_fingerprint(base.state_dict()), path)
+    share_base(network.decoder, base)
+    put_scalar(network, name, found)
+    return found.adapter.settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalarAdapter:
+    """A reward model that was trained as an adapter."""
+
+    adapter: Adapter
+    head: Mapping[str, Tensor]
+
+
+def scalar_adapter(path: Path) -> ScalarAdapter | None:
+    """Read a reward model that is an adapter and a head; None: it is whole weights.
+
+    Raises:
+        CheckpointError: missing or torn.
+    """
+    metadata = None if path.is_dir() else _adapter_metadata(path)
+    if metadata is None:
+        return None
     state = load_file(path)
-    head = {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
     settings = LoraConfig.model_validate_json(metadata["lora"])
     adapter = Adapter(
         settings=settings.model_copy(update={"dropout": 0.0}),
         base=metadata["base"],
         tensors={k: v for k, v in state.items() if not k.startswith("head.")},
     )
-    require_base(adapter, base_fingerprint(base.state_dict()), path)
-    share_base(network.decoder, base)
-    put_adapter(network.decoder, name, adapter)
-    network.head.load_state_dict(head)
+    head = {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
+    return ScalarAdapter(adapter=adapter, head=head)
+
+
+def put_scalar(network: ScalarNetwork, name: str, found: ScalarAdapter) -> None:
+    """Put a reward model's head and adapter on a network, which then runs with it.
+
+    Raises:
+        CheckpointError: its tensors are of other shapes.
+    """
+    put_adapter(network.decoder, name, found.adapter)
+    network.head.load_state_dict(found.head)
     network.adapter = name
-    return adapter.settings
 
 
 def put_adapter(decoder: Decoder, name: str, adapter: Adapter) -> None:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from common.config.model import ALL_PROJECTIONS, LoraConfig
 from common.errors import CheckpointError, ConfigError, TrainingError
-from common.models.decoder import DECODER
-from common.models.lora import adapted
+from common.models.decoder import DECODER, Decoder
+from common.models.filling import Source
+from common.models.lora import Adapted, adapted
 from common.models.networks import DecoderNetwork
 from common.randomness import derive_seed
-from common.wire.weights import state_hash
+from common.wire.weights import state_hash, tensors_hash
 
 
 def add_adapter(network: nn.Module, name: str, settings: LoraConfig, seed: int) -> None:
@@ -129,10 +130,7 @@ def merged_state(network: nn.Module, name: str) -> dict[str, Tensor]:
     """
     state = {k: v.detach() for k, v in network.state_dict().items() if ".lora_" not in f".{k}"}
     for path, module in adapted(network):
-        try:
-            state[f"{path}.weight"] = module.merged(name)
-        except TrainingError as error:
-            raise TrainingError(f"{path}: {error}") from None
+        state[f"{path}.weight"] = _merged(path, module, name)
     return state
 
 
@@ -144,3 +142,41 @@ def base_fingerprint(state: Mapping[str, Tensor]) -> str:
         if ".lora_" not in f".{name}" and not name.startswith(("value.", "head."))
     }
     return state_hash(plain)
+
+
+def sources_fingerprint(decoder: Decoder, sources: Mapping[str, Source]) -> str:
+    """Return the `base_fingerprint` of a decoder that has no memory for its weights."""
+    shapes = {name: tensor.shape for name, tensor in decoder.state_dict().items()}
+    assert all(p.is_meta for p in decoder.parameters()), "under ZeRO 3 shapes are gone by then"
+
+    def whole(name: str) -> Tensor:
+        return sources[name](0, shapes[name].numel()).view(shapes[name]).float()
+
+    return tensors_hash((name, whole(name)) for name in sorted(sources))
+
+
+def merged_sources(
+    network: nn.Module, name: str, sources: Mapping[str, Source]
+) -> dict[str, Source]:
+    """Return the sources of `merged_state` of a network that has memory for its adapters alone."""
+    found = dict(sources)
+    for path, module in adapted(network):
+        if name in module.settings:
+            found[f"{path}.weight"] = _merged_source(path, module, name, found[f"{path}.weight"])
+    return found
+
+
+def _merged_source(path: str, module: Adapted, name: str, source: Source) -> Source:
+    def read(begin: int, end: int) -> Tensor:
+        shape = module.weight.shape
+        weight = source(0, shape.numel()).view(shape)
+        return _merged(path, module, name, weight).reshape(-1)[begin:end]
+
+    return read
+
+
+def _merged(path: str, module: Adapted, name: str, weight: Tensor | None = None) -> Tensor:
+    try:
+        return module.merged(name, weight)
+    except TrainingError as error:
+        raise TrainingError(f"{path}: {error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from common.config.model import ModelConfig, PalmConfig, PretrainedConfig
 from common.models.decoder import Decoder
+from common.models.filling import without_memory
 from common.models.networks import PolicyNetwork, ScalarNetwork
 from common.models.palm import PaLM
 
@@ -33,14 +35,24 @@ def build_decoder(config: ModelConfig) -> Decoder:
     return DECODERS[type(config)](config)
 
 
-def build_policy(config: ModelConfig) -> PolicyNetwork:
-    """Build a policy over the decoder that `config` describes."""
-    return PolicyNetwork(build_decoder(config))
+def build_policy(config: ModelConfig, *, empty: bool = False) -> PolicyNetwork:
+    """Build a policy over the decoder that `config` describes.
+
+    Args:
+        config: the decoder's.
+        empty: leave the decoder's parameters on the meta device (`common.models.filling`).
+    """
+    return PolicyNetwork(_decoder(config, empty))
 
 
-def build_scalar(config: ModelConfig) -> ScalarNetwork:
-    """Build a reward model or value network over the decoder that `config` describes."""
-    return ScalarNetwork(build_decoder(config))
+def build_scalar(config: ModelConfig, *, empty: bool = False) -> ScalarNetwork:
+    """Build a reward model or value network; the arguments are those of `build_policy`."""
+    return ScalarNetwork(_decoder(config, empty))
+
+
+def _decoder(config: ModelConfig, empty: bool) -> Decoder:
+    with without_memory() if empty else nullcontext():
+        return build_decoder(config)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

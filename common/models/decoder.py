@@ -11,6 +11,7 @@ width, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from common.devices import onto
 from common.models.attention import Attention, causal_attention
 from common.models.embedding import Reader
+from common.models.filling import Source, Weights, fill
 from common.models.lora import OFF, RowSelection, Selection, require_adapters
 
 DECODER = "palm"
@@ -55,11 +57,19 @@ class Decoder(nn.Module, ABC):
         self.sizes = sizes
 
     @abstractmethod
-    def initialise(self, seed: int) -> None:
-        """Give all weights their first values: drawn from a seed, or those of a checkpoint."""
+    def first_weights(self, seed: int) -> Weights:
+        """Yield the first values of all weights: drawn from a seed, or those of a checkpoint."""
 
-    def check(self) -> None:
+    def initialise(self, seed: int) -> None:
+        """Give all weights their first values."""
+        fill(self, self.first_weights(seed))
+        self.check()
+
+    def check(self, sources: Mapping[str, Source] | None = None) -> None:
         """Compare a few logits with those of another implementation, where there is one.
+
+        Args:
+            sources: of the weights, where the decoder has no memory for them; None: it has them.
 
         Raises:
             CheckpointError: they differ by more than rounding.

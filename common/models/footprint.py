@@ -58,6 +58,7 @@ def _kept(model: ModelConfig, lora: LoraConfig | None, dtype: torch.dtype) -> fl
         network = DecoderNetwork(build_decoder(model))
     if lora is not None:
         attach_adapter(network, "policy", lora, 0)
+        network.to("meta")  # adapters have memory wherever the base is
     compute_in(network, dtype)
     weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}

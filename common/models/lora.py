@@ -108,7 +108,9 @@ class Adapted(nn.Linear):
             return
         # Trained tensors are fp32 at least, also on a base that is kept in bf16.
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        like: dict[str, Any] = {"device": self.weight.device, "dtype": dtype}
+        # They are drawn, and have memory also where the base has none yet.
+        device = torch.device("cpu") if self.weight.is_meta else self.weight.device
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
         drawn = torch.randn(len(spans) * settings.rank, self.in_features, generator=generator)
         drawn = drawn * self.in_features**-0.5
         self.register_parameter(_a(name), nn.Parameter(drawn.to(**like)))
@@ -147,15 +149,20 @@ class Adapted(nn.Linear):
         return spans
 
     @torch.no_grad()
-    def merged(self, name: str) -> Tensor:
+    def merged(self, name: str, weight: Tensor | None = None) -> Tensor:
         """Merge an adapter: ``W + scale B A`` ``[out, in]``, computed in fp32 and rounded once.
+
+        Args:
+            name: the adapter's.
+            weight: W, where the projection has no memory for it; None: its own.
 
         Raises:
             TrainingError: the adapter is not finite.
         """
+        weight = self.weight.detach() if weight is None else weight
         if name not in self.settings:
-            return self.weight.detach()
-        weight_OI = self.weight.detach().float().clone()
+            return weight
+        weight_OI = weight.float().clone()
         settings = self.settings[name]
         A_RI, *Bs = (getattr(self, tensor).float() for tensor in self.names(name))
         for B, A, rows in zip(

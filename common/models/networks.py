@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from common.devices import onto
 from common.models.decoder import DECODER, Decoder
 from common.models.embedding import OutputHead, Reader, TiedEmbedding
+from common.models.filling import Weights
 from common.models.lora import OFF, Adapted, Selection
 from common.models.precision import wide
 
@@ -68,6 +69,11 @@ class PolicyNetwork(DecoderNetwork):
         """Draw all weights from a seed."""
         self.decoder.initialise(seed)
         self.value.initialise(seed + 1)
+
+    def first_weights(self, seed: int) -> Weights:
+        """Draw the head from a seed; return the first values of the decoder's weights."""
+        self.value.initialise(seed + 1)
+        return ((f"{DECODER}.{n}", source) for n, source in self.decoder.first_weights(seed))
 
     def forward(
         self,

@@ -12,7 +12,7 @@ Shape suffixes: D width, H query heads, K head width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -26,6 +26,7 @@ from common.devices import PROCESSOR
 from common.models.attention import Attention
 from common.models.decoder import Decoder, Sizes
 from common.models.embedding import Reader, TiedEmbedding
+from common.models.filling import Source, held
 from common.models.lora import Adapted, RowSelection
 from common.models.precision import wide
 from common.models.rotary import rotary, rotate
@@ -110,7 +111,7 @@ class PaLM(Decoder):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = Norm(config.dim)
 
-    def initialise(self, seed: int) -> None:
+    def first_weights(self, seed: int) -> Iterator[tuple[str, Source]]:
         """Draw kernels from N(0, 1/sqrt(fan_in)), embeddings from N(0, 1); norms are 1.
 
         (PaLM, section 5.)
@@ -118,12 +119,10 @@ class PaLM(Decoder):
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if "norm" in name:
-                nn.init.ones_(parameter)
+                yield name, held(torch.ones(parameter.shape))
                 continue
             std = 1.0 if name.startswith("embedding") else parameter.shape[1] ** -0.5
-            with torch.no_grad():
-                noise = torch.randn(parameter.shape, generator=generator) * std
-                parameter.copy_(noise)
+            yield name, held(torch.randn(parameter.shape, generator=generator) * std)
 
     def states(
         self, tokens: Tensor, positions: Tensor, attention: Attention, adapter: RowSelection

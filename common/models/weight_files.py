@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from common.config.model import ModelConfig, PretrainedConfig
 from common.errors import CheckpointError
 from common.models.decoder import DECODER, Decoder
-from common.models.networks import DecoderNetwork, PolicyNetwork, ScalarHead, ScalarNetwork
+from common.models.filling import Source, fill, stored
+from common.models.networks import DecoderNetwork, PolicyNetwork, ScalarNetwork
 from common.models.pretrained.checkpoint import SCORE, Checkpoint
 from common.models.pretrained.names import HEAD
 from common.models.pretrained.writing import SCALAR_HEAD, VALUE_HEAD, write_like, written_whole
@@ -93,100 +92,135 @@ def save_scalar(state: Mapping[str, Tensor], folder: Path, base: Path) -> None:
     write_like(checkpoint, decoder, folder, beside={SCALAR_HEAD: head})
 
 
-def load_decoder(decoder: Decoder, path: Path) -> None:
-    """Load the decoder out of a network's file or a checkpoint's folder, strictly.
-
-    Raises:
-        CheckpointError: as `load_weights`.
-    """
-    if path.is_dir():
-        Checkpoint.open(path).load_into(decoder)
-        decoder.check()
-    else:
-        load_weights(decoder, path, prefix=f"{DECODER}.")
-
-
-def start_scalar(network: ScalarNetwork, path: Path, seed: int) -> None:
-    """Begin a reward model: a policy's decoder with a head drawn from a seed, or a classifier.
-
-    Raises:
-        CheckpointError: as `load_weights`.
-    """
-    network.head.initialise(seed)
-    if path.is_dir() and Checkpoint.open(path).labels:
-        load_weights(network, path)
-    else:
-        load_decoder(network.decoder, path)
-
-
-def load_weights(module: nn.Module, path: Path, prefix: str = "") -> None:
-    """Load a network, strictly: of a file with a prefix only the names that begin with it.
+def weights_of(module: nn.Module, path: Path, prefix: str = "") -> dict[str, Source]:
+    """Return where the weights of a network are, strictly: every tensor has one of its shape.
 
     A checkpoint's folder holds a decoder. Its policies have a value head beside, or keep the one
     that they have; its reward models have a head of theirs.
+
+    Args:
+        module: what they are for; it may be on the meta device. For a folder a whole network.
+        path: a file of ours, or a checkpoint's folder.
+        prefix: of a file only the names that begin with it count.
 
     Raises:
         CheckpointError: missing, torn, or of another architecture (naming the first difference).
     """
     if path.is_dir():
-        _load_folder(module, path)
-        return
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such weights; {writer_of(path)}")
-    stored = _read(path)
-    state = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
-    ours: dict[str, Any] = dict(module.state_dict())
-    for name in sorted(ours.keys() | state.keys()):
+        return _folder_weights(module, path)
+    shapes = {
+        name.removeprefix(prefix): shape
+        for name, shape in _shapes(path).items()
+        if name.startswith(prefix)
+    }
+    ours = module.state_dict()
+    for name in sorted(ours.keys() | shapes.keys()):
         needed = tuple(ours[name].shape) if name in ours else "absent"
-        given = tuple(state[name].shape) if name in state else "absent"
+        given = shapes.get(name, "absent")
         if needed != given:
             raise CheckpointError(
                 f"{path}: of another architecture: '{name}' is {given}, this model needs {needed}"
             )
-    module.load_state_dict(state)
+    return {name: stored(path, f"{prefix}{name}", shape) for name, shape in shapes.items()}
 
 
-def _load_folder(network: nn.Module, path: Path) -> None:
-    """Load the decoder of a checkpoint's folder, and the head beside it."""
+def decoder_weights(decoder: Decoder, path: Path) -> dict[str, Source]:
+    """Return where a decoder's weights are, in a network's file or a checkpoint's folder.
+
+    Raises:
+        CheckpointError: as `weights_of`.
+    """
+    if path.is_dir():
+        return Checkpoint.open(path).weights(decoder)
+    return weights_of(decoder, path, prefix=f"{DECODER}.")
+
+
+def scalar_start(network: ScalarNetwork, path: Path, seed: int) -> dict[str, Source]:
+    """Begin a reward model: a classifier's weights, or a policy's decoder and a head from a seed.
+
+    Raises:
+        CheckpointError: as `weights_of`.
+    """
+    network.head.initialise(seed)
+    if path.is_dir() and Checkpoint.open(path).labels:
+        return weights_of(network, path)
+    return prefixed(f"{DECODER}.", decoder_weights(network.decoder, path))
+
+
+def load_decoder(decoder: Decoder, path: Path) -> None:
+    """Load the decoder out of a network's file or a checkpoint's folder.
+
+    Raises:
+        CheckpointError: as `weights_of`; or the library computes other logits.
+    """
+    fill(decoder, decoder_weights(decoder, path).items())
+    if path.is_dir():
+        decoder.check()
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load a network; the arguments are those of `weights_of`.
+
+    Raises:
+        CheckpointError: as `weights_of`; or the library computes other logits.
+    """
+    fill(module, weights_of(module, path).items())
+    if path.is_dir() and isinstance(module, PolicyNetwork):
+        module.decoder.check()
+
+
+def prefixed(prefix: str, sources: Mapping[str, Source]) -> dict[str, Source]:
+    """Return the sources of a part of a network by the names that they have in the whole."""
+    return {f"{prefix}{name}": source for name, source in sources.items()}
+
+
+def _folder_weights(network: nn.Module, path: Path) -> dict[str, Source]:
+    """Return where the decoder of a checkpoint's folder is, and the head beside it."""
     assert isinstance(network, DecoderNetwork), "a folder holds a whole network"
     checkpoint = Checkpoint.open(path)
     if isinstance(network, PolicyNetwork):
         if checkpoint.labels:
             raise CheckpointError(f"{path}: a classifier, not a language model")
-        checkpoint.load_into(network.decoder)
-        network.decoder.check()
+        found = prefixed(f"{DECODER}.", checkpoint.weights(network.decoder))
         if (path / VALUE_HEAD).exists():
-            load_weights(network.value, path / VALUE_HEAD)
-        return
+            found |= prefixed(_VALUE, weights_of(network.value, path / VALUE_HEAD))
+        return found
     assert isinstance(network, ScalarNetwork)
-    checkpoint.load_into(network.decoder, without=(HEAD, SCORE))
-    for name, parameter in network.decoder.named_parameters():
+    decoder = checkpoint.weights(network.decoder, without=(HEAD, SCORE))
+    for name, _ in network.decoder.named_parameters():
         if name.startswith(HEAD) and name not in checkpoint.facts:  # nothing reads it
-            nn.init.zeros_(parameter)
+            decoder[name] = _zeros
     if (path / SCALAR_HEAD).exists():
-        load_weights(network.head, path / SCALAR_HEAD)
+        head = weights_of(network.head, path / SCALAR_HEAD)
     else:
-        _take_score(network.head, checkpoint)
+        head = _score(checkpoint)
+    return prefixed(f"{DECODER}.", decoder) | prefixed(_SCALAR, head)
 
 
-def _take_score(head: ScalarHead, checkpoint: Checkpoint) -> None:
-    """Take over the head of a sequence-classification checkpoint, which has no bias."""
+def _score(checkpoint: Checkpoint) -> dict[str, Source]:
+    """Return the head of a sequence-classification checkpoint, which has no bias."""
     if checkpoint.labels != 1:
         what = f"a classifier of {checkpoint.labels} labels" if checkpoint.labels else ""
         raise CheckpointError(
             f"{checkpoint.path}: {what or 'a language model'}, not a reward model; that has one "
             f"label ({SCORE} of one row), or {SCALAR_HEAD} beside its weights"
         )
-    with torch.no_grad():
-        for _, score in checkpoint.tensors({SCORE}):
-            head.weight.copy_(score)
-        head.bias.zero_()
-        head.offset.zero_()
+    fact = checkpoint.facts[SCORE]
+    weight = stored(fact.file, fact.stored, fact.shape)
+    return {"weight": weight, "bias": _zeros, "offset": _zeros}
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _zeros(begin: int, end: int) -> Tensor:
+    return torch.zeros(end - begin)
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a file's tensors, by its header."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such weights; {writer_of(path)}")
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 not a mapping
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: torn or not safetensors: {error}") from None
 

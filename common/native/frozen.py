@@ -21,6 +21,7 @@ from common.errors import ClusterError, ConfigError
 from common.models.attention import Attention
 from common.models.decoder import DECODER, Decoder
 from common.models.embedding import Part, Reader
+from common.models.filling import Weights
 from common.models.lora import OFF, RowSelection, Selection
 from common.models.networks import DecoderNetwork
 from common.native.blocks import Kernels, why_not
@@ -49,7 +50,7 @@ class NativeDecoder(Decoder):
         self._model.take(decoder, adapter)
         self._rows = self._model.logits_rows
 
-    def initialise(self, seed: int) -> None:
+    def first_weights(self, seed: int) -> Weights:
         """Refuse: the weights are another decoder's."""
         raise TypeError("a frozen decoder is made of one that has weights")
 

@@ -209,9 +209,14 @@ def layout_hash(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, base: s
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
     """Return the content hash of a state dict, independent of how it was sharded."""
+    return tensors_hash((name, state[name]) for name in sorted(state))
+
+
+def tensors_hash(ordered: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the same of tensors in order of their names, of which one at a time is looked at."""
     hashed = hasher()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
+    for name, given in ordered:
+        tensor = given.detach().cpu().contiguous()
         described = f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode()
         hashed.update([described, tensor.reshape(-1).view(torch.uint8).numpy()])
     return hashed.hexdigest()

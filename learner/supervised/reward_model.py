@@ -21,16 +21,12 @@ from common.metrics import Metric, Metrics, mean
 from common.models.adapter_files import adapter_of, save_adapter
 from common.models.build import build_scalar
 from common.models.networks import ScalarNetwork
-from common.models.weight_files import (
-    policy_folder,
-    save_scalar,
-    save_weights,
-    start_scalar,
-)
+from common.models.weight_files import policy_folder, save_scalar, save_weights
 from common.randomness import ShuffledIndex, derive_seed
 from common.run_folder import RewardModelFolder
 from learner.batch.dealing import Share
 from learner.optimisation import Loss, Sums
+from learner.start_weights import reward_start
 from learner.supervised.examples import EncodedComparison, EncodedPair
 from learner.supervised.stage import SupervisedStage
 from learner.zero.process_group import rank
@@ -65,9 +61,9 @@ class RewardModelStage(SupervisedStage):
         settings = config.reward_model
         model_seed = derive_seed(config.seed, "reward model", seed) >> 1
         self._model, self._start = settings.model or config.model, start
-        network = build_scalar(self._model)
-        start_scalar(network, start, model_seed)
-        super().__init__(config, settings, network, _ADAPTER, model_seed)
+        network = build_scalar(self._model, empty=True)
+        weights = reward_start(network, start, model_seed).items()
+        super().__init__(config, settings, network, weights, _ADAPTER, model_seed)
         self._training, self._held_out, self._reported = training, held_out, reported
         self._seed = model_seed
         self._go_to(0)

@@ -19,15 +19,11 @@ from common.metrics import Metrics, mean
 from common.models.adapter_files import adapter_of, export_merged
 from common.models.build import build_policy
 from common.models.pretrained.writing import take_tokenizer
-from common.models.weight_files import (
-    checkpoint_of,
-    load_weights,
-    policy_folder,
-    save_policy,
-)
+from common.models.weight_files import checkpoint_of, policy_folder, save_policy
 from common.randomness import ShuffledIndex, derive_seed
 from learner.batch.dealing import Share
 from learner.optimisation import Loss, Sums
+from learner.start_weights import policy_start
 from learner.supervised.examples import EncodedPair
 from learner.supervised.packing import Packed, pack, packed_batch
 from learner.supervised.stage import SupervisedStage
@@ -51,13 +47,14 @@ class SftStage(SupervisedStage):
         settings = config.sft
         start = checkpoint_of(config.model) if settings.start is None else Path(settings.start)
         self._start = start
-        network, seed = build_policy(config.model), derive_seed(config.seed, "policy") >> 1
+        network = build_policy(config.model, empty=True)
+        seed = derive_seed(config.seed, "policy") >> 1
         if start is None:
-            network.initialise(seed)
+            weights = network.first_weights(seed)
         else:
             network.value.initialise(seed)
-            load_weights(network, start)
-        super().__init__(config, settings, network, _ADAPTER, config.seed)
+            weights = policy_start(network, start).items()
+        super().__init__(config, settings, network, weights, _ADAPTER, config.seed)
         order = ShuffledIndex(len(training), derive_seed(config.seed, "sft") >> 1)
         drawn = order.next_batch(math.ceil(settings.epochs * len(training)))
         self._pairs, self._held_out = [training[i] for i in drawn], held_out

@@ -15,11 +15,13 @@ from common.config.stages import RewardModelConfig, SftConfig
 from common.errors import CheckpointError
 from common.metric_catalogue import Logged
 from common.metrics import Metrics, mean
-from common.models.adapters import attach_adapter, base_fingerprint
+from common.models.adapters import attach_adapter
+from common.models.filling import Weights
 from common.models.networks import PolicyNetwork, ScalarNetwork
 from learner.algorithms.schedule import warmup_cosine
 from learner.batch.shards import Shards
 from learner.optimisation import Loss, accumulate
+from learner.start_weights import fingerprint
 from learner.zero import state_files
 from learner.zero.engine import ZeroEngine
 
@@ -37,6 +39,7 @@ class SupervisedStage(ABC):
         config: RunConfig,
         settings: SftConfig | RewardModelConfig,
         network: PolicyNetwork | ScalarNetwork,
+        weights: Weights,
         adapter: str,
         seed: int,
     ) -> None:
@@ -45,7 +48,8 @@ class SupervisedStage(ABC):
         Args:
             config: the run's.
             settings: this stage's section of it.
-            network: with the weights that the stage begins with.
+            network: what is trained.
+            weights: those that it begins with; where an adapter is trained, a checkpoint's.
             adapter: name of the adapter, where one is trained.
             seed: of that adapter.
         """
@@ -54,10 +58,11 @@ class SupervisedStage(ABC):
         self._base_fingerprint = ""
         """Of the frozen weights that an adapter is trained on."""
         if settings.lora is not None:
-            self._base_fingerprint = base_fingerprint(network.state_dict())
+            self._base_fingerprint = fingerprint(network.decoder, dict(weights))
             attach_adapter(network, adapter, settings.lora, seed)
         self.engine = ZeroEngine(
             network,
+            weights,
             zero_stage=config.learner.zero_stage,
             precision=settings.precision,
             weight_decay=settings.weight_decay,

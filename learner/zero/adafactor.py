@@ -39,7 +39,8 @@ class PalmAdafactor(torch.optim.Optimizer):
             beta1: decay of the mean of the updates.
             sharded: each rank has a partition of every parameter; scales are summed over ranks.
         """
-        groups = [{"params": [p], "numel": p.numel()} for p in parameters]
+        # Of a parameter that ZeRO 3 has cut already, nothing is left here but what it says of it.
+        groups = [{"params": [p], "numel": getattr(p, "ds_numel", p.numel())} for p in parameters]
         super().__init__(groups, {"lr": lr, "beta1": beta1, "weight_decay": 0.0})
         self._sharded = sharded
 

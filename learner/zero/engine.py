@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from common.metrics import require_finite
+from common.models.filling import Weights, place
 from common.models.networks import compute_in
 from learner.zero.adafactor import PalmAdafactor
 from learner.zero.optimizer_state import Fragment, OptimizerState
@@ -46,6 +47,7 @@ class ZeroEngine:
     def __init__(
         self,
         network: nn.Module,
+        weights: Weights = (),
         *,
         zero_stage: int,
         precision: Literal["fp32", "bf16"],
@@ -55,10 +57,12 @@ class ZeroEngine:
         optimizer: Literal["adamw", "adafactor"] = "adamw",
         auxiliary: bool = False,
     ) -> None:
-        """Hand a network over to DeepSpeed (a collective).
+        """Give a network its weights and hand it over to DeepSpeed (a collective).
 
         Args:
-            network: built and initialised the same on every rank.
+            network: built the same on every rank. Parameters on the meta device get memory here:
+                under ZeRO 3 for this rank's part alone, and no more of their weights is read.
+            weights: of what is on the meta device, and of anything else that they name.
             zero_stage: 1 shards optimizer states, 2 also gradients, 3 also parameters.
             precision: bf16 runs products in bf16 (`common.models.networks.compute_in`); weights
                 that are trained, their gradients and what AdamW keeps are fp32.
@@ -74,6 +78,9 @@ class ZeroEngine:
             # gradients in fp32, and 2 and 3 round each micro-batch's before they sum.
             compute_in(network, torch.bfloat16)
         device = torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
+        settings = _settings(zero_stage, max_grad_norm, device)
+        deepspeed.init_distributed(dist_backend=backend(), auto_mpi_discovery=False, verbose=False)
+        _fill(network, weights, settings, device)
         network.to(device)
         trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
         # Learning rates are set at every step; this one is never used.
@@ -89,12 +96,8 @@ class ZeroEngine:
                 weight_decay=weight_decay,
                 fused=device.type != PROCESSOR,
             )
-        deepspeed.init_distributed(dist_backend=backend(), auto_mpi_discovery=False, verbose=False)
         self._engine: Any = deepspeed.initialize(
-            model=network,
-            optimizer=stepper,
-            dist_init_required=False,
-            config=_settings(zero_stage, max_grad_norm, device),
+            model=network, optimizer=stepper, dist_init_required=False, config=settings
         )[0]
         self._parameters = list(trained.values())
         self.optimizer_state = OptimizerState(
@@ -176,21 +179,24 @@ class ZeroEngine:
             yield
 
     def full_state(self, *, frozen: bool = True) -> dict[str, Tensor]:
-        """Copy all parameters and buffers that belong to the weights, in fp32, on every rank.
+        """Copy all parameters and buffers that belong to the weights, in fp32, on rank 0.
 
-        A collective.
+        A collective: the others have no copy, and return nothing.
 
         Args:
             frozen: False leaves out the parameters that are not trained.
         """
-        stored = self.network.state_dict().keys()
-        buffers = self.network.named_buffers()
-        state = {k: v.detach().float().cpu() for k, v in buffers if k in stored}
+        state: dict[str, Tensor] = {}
+        if rank() == 0:
+            stored = self.network.state_dict().keys()
+            buffers = self.network.named_buffers()
+            state |= {k: v.detach().float().cpu() for k, v in buffers if k in stored}
         for name, parameter in self.network.named_parameters():
             if not frozen and not parameter.requires_grad:
                 continue
             with self.gathered([parameter]):
-                state[name] = parameter.detach().float().cpu().clone()
+                if rank() == 0:
+                    state[name] = parameter.detach().float().cpu().clone()
         return state
 
     # ----------------------------------------------------- state, for `learner.zero.state_files`
@@ -219,6 +225,40 @@ class ZeroEngine:
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 if rank() == 0:
                     parameter.copy_(whole)
+
+
+def _fill(
+    network: nn.Module, weights: Weights, settings: dict[str, Any], device: torch.device
+) -> None:
+    """Give weights to what is named; parameters on the meta device are placed on `device`."""
+    own = network.state_dict(keep_vars=True)
+    sharded = settings["zero_optimization"]["stage"] == 3
+    empty = any(tensor.is_meta for tensor in own.values())
+    parts: Any = None
+    if sharded and empty:
+        parts = deepspeed.zero.Init(config_dict_or_path=settings)
+    for name, source in weights:
+        tensor = own[name]
+        begin, end = 0, tensor.numel()
+        if not tensor.is_meta:
+            tensor.detach().copy_(source(begin, end).view(tensor.shape))
+            continue
+        assert isinstance(tensor, nn.Parameter), f"'{name}' is a buffer without memory"
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        if parts is not None:
+            size = -(-end // world_size())
+            begin, end = (min(end, (rank() + n) * size) for n in (0, 1))
+        whole.view(-1)[begin:end].copy_(source(begin, end))
+        place(tensor, whole)
+        if parts is not None:
+            # As `Init` does it, but that it sends each parameter of rank 0 to all ranks first: here
+            # every rank has read its part, and the others are memory that is never touched.
+            kept: Any = tensor
+            parts._convert_to_deepspeed_param(kept)
+            kept.partition()
+            assert kept.ds_tensor.numel() == size
+    left = [name for name, tensor in own.items() if tensor.is_meta]
+    assert not left, f"no weights for {left}"
 
 
 def _settings(zero_stage: int, max_grad_norm: float, device: torch.device) -> dict[str, Any]:

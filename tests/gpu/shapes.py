@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from common.config.model import PretrainedConfig
 from common.models.build import build_decoder
 from common.models.decoder import Decoder
+from common.models.filling import Source
 
 _LLAMA: dict[str, Any] = {"vocab_size": 128_256, "rms_norm_eps": 1e-5}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -72,6 +74,18 @@ def fill(network: nn.Module) -> None:
             parameter.normal_(0.0, 0.02, generator=generator)
         else:  # large ones are drawn where they are
             parameter.normal_(0.0, 0.02)
+
+
+def drawn(network: nn.Module) -> Iterator[tuple[str, Source]]:
+    """Draw weights of a network that has no memory for them, when they are read."""
+
+    def source(name: str) -> Source:
+        def read(begin: int, end: int) -> Tensor:
+            return torch.ones(end) if "norm" in name else torch.randn(end).mul_(0.02)
+
+        return read
+
+    return ((name, source(name)) for name, _ in network.named_parameters())
 
 
 def decoder_of(shape: str, root: Path, device: str, context: int) -> Decoder:

@@ -28,7 +28,7 @@ from learner import actor_critic
 from learner.learner import Learner
 from reward_service.models import ReferencePolicy, frozen_pass
 from tests.gpu.engines import Build
-from tests.gpu.shapes import SHAPES, decoder_of, fill, folder_of
+from tests.gpu.shapes import SHAPES, decoder_of, drawn, fill, folder_of
 from tests.workspaces import run_copy
 
 PROMPT = 64
@@ -153,7 +153,7 @@ def _learner(
     config = _config(workspace, root, shape, tokens, size)
     with (
         mock.patch.object(actor_critic, "ZeroEngine", build),
-        mock.patch.object(actor_critic, "load_weights", lambda network, _: fill(network)),
+        mock.patch.object(actor_critic, "policy_start", lambda network, _: dict(drawn(network))),
     ):
         learner = Learner(config, Path(config.model.start), None, (0,))  # type: ignore[attr-defined]
     with torch.device(device):

@@ -81,7 +81,7 @@ def waits_of(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[Card, 
     learner = learner_of(config, monkeypatch)
     waited: list[str] = []
     monkeypatch.setattr(publisher, "wait_for", lambda device: waited.append(device.type))
-    made = trajectories(adapter=config.train.adapter)
+    made = trajectories(8, adapter=config.train.adapter)
     with Card() as card:
         learner.policy_phase(made, 0)
         if config.train.ppg is not None:
@@ -103,6 +103,7 @@ def test_phases_wait_for_steps_and_for_no_micro_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found: list[Counter[str]] = []
+    products: list[int] = []
     for budget in (4096, 40):
         folder = tmp_path / str(budget)
         folder.mkdir()
@@ -111,7 +112,9 @@ def test_phases_wait_for_steps_and_for_no_micro_batch(
         assert waited == [DEVICE], "once for all that is published"
         assert set(card.reads) == {"learner/zero/publisher.py:_read_back"}
         found.append(card.waits)
+        products.append(card.products)
     few, many = found
+    assert products[1] > 1.5 * products[0], "there were more micro-batches"
     networks = 1 + config.train.separate_values
     steps = networks * config.train.minibatches
     if config.train.ppg is not None:
@@ -125,9 +128,10 @@ def test_supervised_stages_wait_for_steps_and_evaluations(
 ) -> None:
     monkeypatch.setattr(stage, "ZeroEngine", plain(DEVICE))
     config = run_of(workspace, tmp_path, model, 200, {})
-    sft = SftStage(config, sft_data(config), sft_data(config)[:20])
+    data = sft_data(config)
+    sft = SftStage(config, data, data[:6])
     start = Path(getattr(config.model, "start", config.run_dir / "sft" / "policy.safetensors"))
-    reward = RewardModelStage(config, preferences(), preferences()[:20], [], start, 0)
+    reward = RewardModelStage(config, preferences(), preferences()[:6], [], start, 0)
     for trained in (sft, reward):
         steps = min(2, trained.total_steps)
         with Card() as card:
@@ -136,7 +140,7 @@ def test_supervised_stages_wait_for_steps_and_evaluations(
         assert card.waits == {SUMMED: steps + 1, "learner/supervised/stage.py:advance": steps}
         assert card.products > 0
     with Card() as card:
-        reward.shift(sft_data(config)[:20])
+        reward.shift(data[:6])
     assert card.waits == {SUMMED: 1}
 
 

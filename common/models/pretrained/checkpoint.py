@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from common.errors import CheckpointError
 from common.files import one_line
+from common.models.filling import Source, fill, stored
 from common.models.pretrained.config_files import CONFIG, GENERATION, read_config, read_json
 from common.models.pretrained.names import HEAD, module_name
 
@@ -211,17 +212,28 @@ class Checkpoint:
             )
         self._require_tied()
 
-    def load_into(self, module: nn.Module, without: Collection[str] = ()) -> None:
-        """Copy the weights into a module, in its own number types; arguments as `require`.
+    def weights(self, module: nn.Module, without: Collection[str] = ()) -> dict[str, Source]:
+        """Return where a module's weights are, in the order of the shards; arguments as `require`.
 
         Raises:
             CheckpointError: as `require`.
         """
         self.require(module, without)
         ours = _own(module)
-        with torch.no_grad():
-            for name, tensor in self.tensors(ours.keys()):
-                ours[name].copy_(tensor)
+        placed = sorted(self.facts.items(), key=lambda item: item[1].file)
+        return {
+            name: stored(fact.file, fact.stored, fact.shape)
+            for name, fact in placed
+            if name in ours
+        }
+
+    def load_into(self, module: nn.Module, without: Collection[str] = ()) -> None:
+        """Copy the weights into a module, in its own number types; arguments as `require`.
+
+        Raises:
+            CheckpointError: as `require`.
+        """
+        fill(module, self.weights(module, without).items())
 
     def _require_tied(self) -> None:
         """Refuse a stored head that is not the embedding that it is tied to."""

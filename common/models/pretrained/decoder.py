@@ -14,7 +14,7 @@ Shape suffixes: B sequences, T positions, N flat tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from common.errors import CheckpointError
 from common.models.attention import PLAIN, Attention, Mixing
 from common.models.decoder import Decoder
 from common.models.embedding import OutputHead, Reader, TiedEmbedding
+from common.models.filling import Source, Weights, held, streamed, without_memory
 from common.models.lora import (
     OFF,
     Adapted,
@@ -107,29 +108,34 @@ class PretrainedDecoder(Decoder):
         if config.activation_checkpointing:
             _checkpoint_blocks(self)
 
-    def initialise(self, seed: int) -> None:
+    def first_weights(self, seed: int) -> Weights:
         """Take the checkpoint's weights; nothing is drawn."""
-        Checkpoint.open(self.config.start).load_into(self)
-        self.check()
+        return Checkpoint.open(self.config.start).weights(self).items()
 
     @torch.no_grad()
-    def check(self) -> None:
-        """Compare logits of a few tokens with the library's own module on the same memory.
+    def check(self, sources: Mapping[str, Source] | None = None) -> None:
+        """Compare logits of a few tokens with the library's own module on the same weights.
+
+        Args:
+            sources: as `Decoder.check`; both modules then have one part's weights at a time.
 
         Raises:
             CheckpointError: they differ by more than rounding.
         """
-        with no_init_weights():
+        with no_init_weights(), without_memory():
             module = AutoModelForCausalLM.from_config(
                 read_shape(Path(self.config.start)),
                 attn_implementation="eager",
                 dtype=torch.float32,
             )
-        module.load_state_dict(dict(self.state_dict()), strict=False, assign=True)
         module.tie_weights()
         tokens = torch.arange(_PROBE)[None] * 7 % self.embedding.num_embeddings
-        found = self(tokens)
-        expected = module.eval()(input_ids=tokens, use_cache=False).logits[..., : found.shape[-1]]
+        packed = pack(tokens)
+        own = sources or {name: held(tensor) for name, tensor in self.state_dict().items()}
+        with streamed(self, own), streamed(module.eval(), own):
+            states = self.states(packed.tokens_N, packed.positions_N, packed.attention, OFF)
+            found = self.logits(packed.unpack(states))
+            expected = module(input_ids=tokens, use_cache=False).logits[..., : found.shape[-1]]
         apart = float((found - expected).abs().max())
         if not apart <= _CLOSE * max(1.0, float(expected.abs().max())):
             raise CheckpointError(

@@ -12,6 +12,7 @@ from common.errors import ConfigError
 from common.logprobs import Sampling
 from common.models.attention import Attention
 from common.models.decoder import Decoder, Sizes
+from common.models.filling import Weights, held
 from common.models.lora import Adapted, RowSelection
 from common.models.networks import PolicyNetwork
 from tests.likelihoods import chosen_logprobs
@@ -28,10 +29,10 @@ class Toy(Decoder):
         self.qkv = Adapted(16, {"q": 16, "k": 8, "v": 8})
         self.head = nn.Linear(16, 19)
 
-    def initialise(self, seed: int) -> None:
+    def first_weights(self, seed: int) -> Weights:
         generator = torch.Generator().manual_seed(seed)
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=0.3, generator=generator)
+        for name, parameter in self.named_parameters():
+            yield name, held(torch.empty(parameter.shape).normal_(std=0.3, generator=generator))
 
     def states(
         self, tokens: Tensor, positions: Tensor, attention: Attention, adapter: RowSelection
