@@ -31,15 +31,20 @@ from common.models.adapters import (
     share_base,
 )
 from common.models.build import build_policy, build_scalar
-from common.models.decoder import DECODER
 from common.models.filling import Source, Weights
 from common.models.networks import PolicyNetwork, ScalarNetwork
 from common.models.pretrained.writing import take_tokenizer
-from common.models.weight_files import policy_folder, save_policy, weights_of
+from common.models.weight_files import policy_folder, save_policy
 from common.randomness import derive_seed
 from common.run_folder import PolicyFolder
 from common.wire.weights import Payload, state_hash
-from learner.start_weights import decoder_part, fingerprint, policy_start
+from learner.start_weights import (
+    critic_start,
+    decoder_part,
+    fingerprint,
+    policy_start,
+    trained_scalar,
+)
 from learner.zero.engine import ZeroEngine
 from learner.zero.process_group import rank
 from learner.zero.publisher import Publication, publisher
@@ -191,12 +196,11 @@ def _value_network(
         freeze_base(value.decoder)  # its adapter goes on
         return value, weights
     if reward_weights is not None:
-        weights = weights_of(value, reward_weights).items()
+        weights = trained_scalar(value, reward_weights).items()
     else:
         value.head.initialise(derive_seed(config.seed, "value head") >> 1)
         if own is not None:
-            first = value.decoder.first_weights(derive_seed(config.seed, "critic") >> 1)
-            weights = ((f"{DECODER}.{name}", source) for name, source in first)
+            weights = critic_start(value, Path(own.start)).items()
         elif lora is None:
             weights = policy_weights.items()
         else:

@@ -6,8 +6,10 @@ a time, on one rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Final, TypeVar
 
 import torch
 
@@ -15,12 +17,14 @@ from common.models.adapters import sources_fingerprint
 from common.models.decoder import DECODER, Decoder
 from common.models.filling import Source
 from common.models.networks import DecoderNetwork, PolicyNetwork, ScalarNetwork
-from common.models.weight_files import scalar_start, weights_of
+from common.models.weight_files import decoder_weights, prefixed, scalar_start, weights_of
 from learner.batch.pulse import beat
-from learner.zero.process_group import all_sum, rank
+from learner.zero.process_group import all_sum, rank, world_size
 
-_DIGITS = 32
+Found = TypeVar("Found")
+_DIGITS: Final = 32
 """Of a fingerprint."""
+_MEET_S: Final = 5.0
 
 
 def policy_start(network: PolicyNetwork, path: Path) -> dict[str, Source]:
@@ -31,6 +35,25 @@ def policy_start(network: PolicyNetwork, path: Path) -> dict[str, Source]:
             other logits is found by rank 0.
     """
     return _checked(network, _telling(weights_of(network, path)), path)
+
+
+def critic_start(network: ScalarNetwork, path: Path) -> dict[str, Source]:
+    """Return where the weights of a critic's decoder are; its head is the network's own.
+
+    Raises:
+        CheckpointError: as `policy_start`.
+    """
+    sources = _telling(prefixed(f"{DECODER}.", decoder_weights(network.decoder, path)))
+    return _checked(network, sources, path)
+
+
+def trained_scalar(network: ScalarNetwork, path: Path) -> dict[str, Source]:
+    """Return where the weights of a reward model are that was trained as a whole.
+
+    Raises:
+        CheckpointError: as `common.models.weight_files.weights_of`.
+    """
+    return _telling(weights_of(network, path))
 
 
 def reward_start(network: ScalarNetwork, path: Path, seed: int) -> dict[str, Source]:
@@ -51,17 +74,35 @@ def decoder_part(sources: Mapping[str, Source]) -> dict[str, Source]:
 
 def fingerprint(decoder: Decoder, sources: Mapping[str, Source]) -> str:
     """Return the `base_fingerprint` of a network's decoder (a collective): rank 0 reads it."""
+    found = _by_rank_0(lambda: sources_fingerprint(decoder, _decoder_names(sources)))
     digits = torch.zeros(_DIGITS, dtype=torch.int64)
-    if rank() == 0:
-        found = sources_fingerprint(decoder, _decoder_names(sources))
+    if found is not None:
         digits = torch.tensor([ord(digit) for digit in found])
     return "".join(chr(digit) for digit in all_sum(digits).tolist())
 
 
 def _checked(network: DecoderNetwork, sources: dict[str, Source], path: Path) -> dict[str, Source]:
-    if path.is_dir() and rank() == 0:
-        network.decoder.check(_decoder_names(sources))
+    if path.is_dir():
+        _by_rank_0(lambda: network.decoder.check(_decoder_names(sources)))
     return sources
+
+
+def _by_rank_0(work: Callable[[], Found]) -> Found | None:
+    """Do what rank 0 does alone (a collective); the others return None, and raise nothing.
+
+    It may take longer than a collective may: they meet again and again until it is done.
+    """
+    if world_size() == 1:
+        return work()
+    with ThreadPoolExecutor(1) as threads:
+        future = threads.submit(work) if rank() == 0 else None
+        done = False
+        while not done:
+            if future is not None:
+                wait([future], _MEET_S)
+            told = torch.tensor([float(future is not None and future.done())])
+            done = bool(all_sum(told))
+    return None if future is None else future.result()
 
 
 def _decoder_names(sources: Mapping[str, Source]) -> dict[str, Source]:

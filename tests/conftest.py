@@ -12,10 +12,8 @@ import pytest
 import ray
 import torch
 from hypothesis import settings
-from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 
 from common.config.run import RunConfig
-from tests import worker_coverage
 from tests.forked_workers import forking
 from tests.workspaces import make_workspace
 
@@ -38,12 +36,10 @@ def cluster() -> Iterator[None]:
     """A local Ray cluster of more logical than real cores.
 
     Its workers inherit the environment: a `runtime_env` that says the same would have Ray start
-    each of them twice. They are measured from our first line on, not from Ray's.
+    each of them twice.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-        patch.setenv(WORKER_PROCESS_SETUP_HOOK_ENV_VAR, "tests.worker_coverage.start")
-        worker_coverage.hand_over(patch)
         with forking() as python:
             patch.setattr(sys, "executable", python)
             ray.init(

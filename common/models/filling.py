@@ -39,18 +39,24 @@ def stored(file: Path, name: str, shape: tuple[int, ...]) -> Source:
     The file is opened anew for every read: what was read of an open one stays in memory.
 
     Raises:
-        CheckpointError: by the source, when the file is torn or gone.
+        CheckpointError: by the source, when the file is torn, gone or another by then.
     """
     width = math.prod(shape[1:])
 
     def read(begin: int, end: int) -> Tensor:
         try:
             with safe_open(file, framework="pt") as opened:
+                part = opened.get_slice(name)
+                if tuple(part.get_shape()) != shape:
+                    raise CheckpointError(
+                        f"{file}: '{name}' has another shape than when it was looked at; "
+                        "leave weights as they are while they are read"
+                    )
                 if not shape:
                     only: Tensor = opened.get_tensor(name)
                     return only.reshape(-1)[begin:end]
                 first, last = begin // width, -(-end // width)
-                rows: Tensor = opened.get_slice(name)[first:last].reshape(-1)
+                rows: Tensor = part[first:last].reshape(-1)
                 return rows[begin - first * width : end - first * width]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
@@ -89,6 +95,7 @@ def fill(module: nn.Module, weights: Weights) -> None:
     with torch.no_grad():
         for name, source in weights:
             tensor = own[name]
+            assert not tensor.is_meta, f"'{name}' has no memory (`place`)"
             tensor.copy_(source(0, tensor.numel()).view(tensor.shape))
 
 

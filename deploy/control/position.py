@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from common.config.run import RunConfig
@@ -22,6 +23,7 @@ from learner.checkpointing import forget_marks, written
 
 _LOOK_S: Final = 1.0
 """How often it is seen whether ranks have written a checkpoint, at most."""
+_TURN_S: Final = 0.02
 
 
 @dataclass(slots=True)
@@ -35,6 +37,8 @@ class _Writing:
     """The best iteration as it was known then: its checkpoint is kept."""
     look_again: float = 0.0
     """When to see again whether it is done."""
+    naming: Future[Path] | None = None
+    """All of it is written: it is being made to outlast a power cut, and given its name."""
 
 
 class Position:
@@ -65,7 +69,8 @@ class Position:
         """Iteration of the newest checkpoint that was begun."""
         self._writing: _Writing | None = None
         """The checkpoint that the ranks are writing."""
-        self._remover = ThreadPoolExecutor(1, thread_name_prefix="removal")
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="checkpoints")
+        """Name one, and remove others: disks may take their time, and rollouts go on."""
         self._removals: list[Future[None]] = []
         """Of checkpoints that others have taken the place of."""
 
@@ -106,23 +111,34 @@ class Position:
         self._saved = self.iteration
 
     def settle_checkpoint(self) -> None:
-        """Finish the checkpoint that is being written if all ranks have written their parts."""
+        """Get on with the checkpoint that is being written, as far as that takes no waiting."""
         writing = self._writing
-        if writing is None or time.monotonic() < writing.look_again:
+        if writing is None:
+            return
+        if writing.naming is not None:
+            if writing.naming.done():
+                self._named(writing.naming)
+            return
+        if time.monotonic() < writing.look_again:
             return
         writing.look_again = time.monotonic() + _LOOK_S
         with writing.begun.attempt():
             sums = written(writing.begun.folder, self.config.learner.ranks)
         if sums is not None:
-            self._finish(writing, sums)
+            self._name(writing, sums)
 
     def finish_checkpoint(self) -> None:
         """Wait until the checkpoint that is being written is one; without a gang it never is."""
         self._settle_now()
-        if (writing := self._writing) is not None and self.gang.started:
+        writing = self._writing
+        if writing is not None and writing.naming is None and self.gang.started:
             with writing.begun.attempt():
                 sums = self.gang.saved(meanwhile=lambda: self.collector.pump(0.0))
-            self._finish(writing, sums)
+            self._name(writing, sums)
+        if writing is not None and writing.naming is not None:
+            while not writing.naming.done():
+                self.collector.pump(_TURN_S)
+            self._named(writing.naming)
         self._await_removals()
 
     def end(self) -> None:
@@ -131,16 +147,25 @@ class Position:
             self.finish_checkpoint()
         self._drop_checkpoint()
 
-    def _finish(self, writing: _Writing, sums: Mapping[str, str]) -> None:
+    def _name(self, writing: _Writing, sums: Mapping[str, str]) -> None:
+        """Begin to make what the ranks have written a checkpoint."""
+
+        def finish() -> Path:
+            with writing.begun.attempt():
+                forget_marks(writing.begun.folder)
+            final = writing.begun.finish(writing.state, sums)
+            run_dir, keep = self.config.run_dir, self.config.train.keep_checkpoints
+            step = writing.state["iteration"]
+            for path in checkpoints.outdated(run_dir, step, keep=keep, best=writing.best):
+                self._removals.append(self._threads.submit(checkpoints.remove, path))
+            return final
+
+        writing.naming = self._threads.submit(finish)
+
+    def _named(self, naming: Future[Path]) -> None:
+        """Take note that it has its name, or raise why it has not."""
         self._writing = None
-        with writing.begun.attempt():
-            forget_marks(writing.begun.folder)
-        writing.begun.finish(writing.state, sums)
-        run_dir, keep = self.config.run_dir, self.config.train.keep_checkpoints
-        step = writing.state["iteration"]
-        for path in checkpoints.outdated(run_dir, step, keep=keep, best=writing.best):
-            # Large files take their time, and rollouts go on.
-            self._removals.append(self._remover.submit(checkpoints.remove, path))
+        naming.result()
 
     def _await_removals(self) -> None:
         """Wait until what others have taken the place of is gone."""
@@ -156,8 +181,12 @@ class Position:
         """Give up the checkpoint that is being written, unless it is whole: the ranks are gone."""
         with suppress(StorageError):
             self._settle_now()
-        if self._writing is not None:
-            self._writing.begun.drop()
+        if (writing := self._writing) is not None:
+            if writing.naming is None:
+                writing.begun.drop()
+            else:  # it is whole, or gone
+                with suppress(StorageError):
+                    writing.naming.result()
             self._writing = None
         self._await_removals()
 

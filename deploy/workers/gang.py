@@ -45,6 +45,7 @@ from deploy.workers.gang_place import GangPlace
 from deploy.workers.reservations import reserved
 from deploy.workers.told import Identity
 from learner.rank import LearnerRank
+from learner.supervised.columns import columns
 from learner.supervised.examples import EncodedComparison, EncodedPair
 from learner.zero.process_group import NotMet
 
@@ -186,7 +187,8 @@ class LearnerGang:
         self, config: RunConfig, train: Sequence[EncodedPair], held_out: Sequence[EncodedPair]
     ) -> int:
         """Build the SFT stage; returns its number of steps."""
-        return self._call(LearnerRank.begin_sft, None, config, _put(train), _put(held_out))
+        data = _put(columns(EncodedPair, train)), _put(columns(EncodedPair, held_out))
+        return self._call(LearnerRank.begin_sft, None, config, *data)
 
     def begin_reward(
         self,
@@ -198,8 +200,11 @@ class LearnerGang:
         seed: int,
     ) -> int:
         """Build the reward stage on the supervised policy's weights; returns its steps."""
-        data = _put(train), _put(held_out), _put(reported)
-        return self._call(LearnerRank.begin_reward, None, config, *data, _absolute(sft), seed)
+        first, second, third = (
+            _put(columns(EncodedComparison, part)) for part in (train, held_out, reported)
+        )
+        start = _absolute(sft)
+        return self._call(LearnerRank.begin_reward, None, config, first, second, third, start, seed)
 
     def advance(self, steps: int) -> dict[str, float]:
         """Take some optimizer steps of the current supervised stage; returns their metrics."""
@@ -211,7 +216,7 @@ class LearnerGang:
 
     def shift(self, reference: Sequence[EncodedPair]) -> dict[str, float]:
         """Centre the reward model on reference responses."""
-        return self._call(LearnerRank.shift, None, _put(reference))
+        return self._call(LearnerRank.shift, None, _put(columns(EncodedPair, reference)))
 
     def export_stage(self, folder: Path) -> None:
         """Write the current supervised stage's weights."""

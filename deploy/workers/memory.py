@@ -8,7 +8,7 @@ the recipe alone; nothing is allocated for them.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -31,6 +31,7 @@ from deploy.workers.preflight import (
     learner_bytes,
     snapshot_bytes,
 )
+from learner.zero.buckets import BUCKET, LIVE
 
 _REMEDY: Final = (
     "train adapters (lora), lower rollout.actors, rollout.slots or learner.ranks, lower "
@@ -113,7 +114,7 @@ def needs(config: RunConfig, stage: str) -> list[Need]:
             lora=settings.lora,
             dtype=torch_dtype(settings.precision),
             states={"weights, gradients, moments": states},
-            loaded=shape.whole,
+            networks=[shape],
             reads_logits=stage == "sft",
         )
     ]
@@ -125,9 +126,9 @@ def needs(config: RunConfig, stage: str) -> list[Need]:
 def _policy_learner(config: RunConfig) -> Need:
     train = config.train
     shape = _Shape(config, config.model)
-    loaded = shape.whole
+    networks = [shape]
     if train.separate_values:
-        loaded += shape.whole if train.critic is None else _Shape(config, train.critic).whole
+        networks.append(shape if train.critic is None else _Shape(config, train.critic))
     return _learner(
         config,
         shape,
@@ -137,7 +138,7 @@ def _policy_learner(config: RunConfig) -> Need:
             "weights, gradients, moments": learner_bytes(config),
             "copies and auxiliary phase": extra_bytes(config),
         },
-        loaded=loaded,
+        networks=networks,
         reads_logits=True,
         written=snapshot_bytes(config),
     )
@@ -150,7 +151,7 @@ def _learner(
     lora: LoraConfig | None,
     dtype: torch.dtype,
     states: Mapping[str, float],
-    loaded: int,
+    networks: Sequence[_Shape],
     reads_logits: bool,
     written: float = 0.0,
 ) -> Need:
@@ -161,17 +162,39 @@ def _learner(
         "logits": reads_logits
         * shape.pieces(trained=lora is None, dtype=dtype, gpus=config.learner.gpus_per_rank),
     }
-    learner, parts = config.learner, {**states, **work}
+    kept_in = dtype.itemsize if lora is not None else 4
+    buffers = _buffers(config, networks, lora, kept_in)
+    learner, parts = config.learner, {**states, **work, "ZeRO buffers": buffers}
+    loaded = max(network.largest for network in networks)  # read one after another
     if not learner.gpus_per_rank:
         saved = {"checkpoint": written} if written else {}
         return _need("learner ranks", learner.ranks, {**parts, **saved}, loaded, gpus=0.0)
-    # DeepSpeed moves a whole network to its card before it shards that; a base is rounded by then.
-    whole = loaded * (dtype.itemsize if lora is not None else _LOADED)
-    parts["building"] = max(0.0, whole - sum(parts.values()))
     need = _need("learner ranks", learner.ranks, parts, loaded, gpus=learner.gpus_per_rank)
     sent = dtype.itemsize * shape.whole / learner.ranks
     beside = {**(need.beside or {}), "checkpoint": written, "published": sent}
     return replace(need, beside=beside)
+
+
+def _buffers(
+    config: RunConfig, networks: Sequence[_Shape], lora: LoraConfig | None, itemsize: int
+) -> float:
+    """Return the bytes that DeepSpeed has beside states: what ranks send each other.
+
+    Gradients on their way to the rank that keeps them: a card has room for all that may be, and
+    for twice as many under ZeRO 1 and 2, where the next are collected while some are sent. Under
+    ZeRO 3 each network has its own, and those of one that computes are whole.
+    """
+    learner = config.learner
+    if learner.zero_stage == 0:
+        return 0.0
+    trained = [
+        network.whole if lora is None else adapter_size(network.decoder, lora)
+        for network in networks
+    ]
+    sent = [4.0 * (BUCKET if learner.gpus_per_rank else min(n, BUCKET)) for n in trained]
+    if learner.zero_stage < 3:
+        return max(sent) * (2 if learner.gpus_per_rank else 1)
+    return sum(sent) + itemsize * max(min(network.whole, LIVE) for network in networks)
 
 
 def _actors(config: RunConfig) -> Need:
@@ -254,7 +277,8 @@ class _Shape:
         with torch.device("meta"):
             self.decoder = build_decoder(self.model)
         sizes = self.decoder.sizes
-        self.whole = sum(parameter.numel() for parameter in self.decoder.parameters())
+        counts = [parameter.numel() for parameter in self.decoder.parameters()]
+        self.whole, self.largest = sum(counts), max(counts)
         self.layers, self.kv_numbers, self.dim = (
             sizes.layers,
             sizes.kv_heads * sizes.head_dim,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from common.batching import micro_batches, shared_micro_batches
@@ -20,8 +20,12 @@ class Share:
     """No other micro-batch of this rank comes before the optimizer step."""
 
 
+Lengths = Sequence[int] | Mapping[int, int]
+"""Tokens of rows by their numbers; of those that are dealt at least."""
+
+
 def deal(
-    rows: Sequence[int], lengths: Sequence[int], *, ranks: int, rank: int, budget: int
+    rows: Sequence[int], lengths: Lengths, *, ranks: int, rank: int, budget: int
 ) -> list[Share]:
     """Return one rank's micro-batches of some rows: as many as every other rank's.
 
@@ -30,7 +34,7 @@ def deal(
 
     Args:
         rows: row numbers in the whole batch.
-        lengths: tokens of every row of the whole batch.
+        lengths: tokens of these rows.
         ranks: ranks in all.
         rank: the one asked for.
         budget: padded tokens of one micro-batch.

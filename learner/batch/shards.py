@@ -16,7 +16,7 @@ from torch import Tensor
 from common.batching import SequenceBatch, rows_by_prompt
 from common.devices import onto
 from common.randomness import derive_seed
-from learner.batch.dealing import Share, deal, deal_shared
+from learner.batch.dealing import Lengths, Share, deal, deal_shared
 from learner.batch.experience import Sequences
 from learner.batch.pulse import beat
 from learner.zero.process_group import all_sum, rank, world_size
@@ -78,7 +78,7 @@ class Shards:
         for part in np.array_split(order, parts):
             yield [row for place in part.tolist() for row in groups[place]]
 
-    def deal(self, rows: Sequence[int], lengths: Sequence[int]) -> list[Share]:
+    def deal(self, rows: Sequence[int], lengths: Lengths) -> list[Share]:
         """Return this rank's micro-batches of some rows, as row numbers."""
         return deal(rows, lengths, ranks=world_size(), rank=rank(), budget=self.budget)
 

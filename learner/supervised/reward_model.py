@@ -27,6 +27,7 @@ from common.run_folder import RewardModelFolder
 from learner.batch.dealing import Share
 from learner.optimisation import Loss, Sums
 from learner.start_weights import reward_start
+from learner.supervised.columns import lengths_of
 from learner.supervised.examples import EncodedComparison, EncodedPair
 from learner.supervised.stage import SupervisedStage
 from learner.zero.process_group import rank
@@ -182,5 +183,4 @@ class RewardModelStage(SupervisedStage):
         return -confidence_P * likely_P - (1 - confidence_P) * unlikely_P
 
     def _deal(self, comparisons: Sequence[EncodedComparison], rows: Sequence[int]) -> list[Share]:
-        lengths = [2 * (len(c.prompt) + max(len(c.chosen), len(c.rejected))) for c in comparisons]
-        return self.shards.deal(rows, lengths)
+        return self.shards.deal(rows, dict(lengths_of(comparisons, rows)))

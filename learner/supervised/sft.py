@@ -24,6 +24,7 @@ from common.randomness import ShuffledIndex, derive_seed
 from learner.batch.dealing import Share
 from learner.optimisation import Loss, Sums
 from learner.start_weights import policy_start
+from learner.supervised.columns import Drawn
 from learner.supervised.examples import EncodedPair
 from learner.supervised.packing import Packed, pack, packed_batch
 from learner.supervised.stage import SupervisedStage
@@ -57,7 +58,7 @@ class SftStage(SupervisedStage):
         super().__init__(config, settings, network, weights, _ADAPTER, config.seed)
         order = ShuffledIndex(len(training), derive_seed(config.seed, "sft") >> 1)
         drawn = order.next_batch(math.ceil(settings.epochs * len(training)))
-        self._pairs, self._held_out = [training[i] for i in drawn], held_out
+        self._pairs, self._held_out = Drawn(training, drawn), held_out
         self._rows = pack(self._pairs, config.model.context)
         self.rows_per_step = max(world_size(), settings.batch_tokens // config.model.context)
         self.total_steps = max(1, len(self._rows) // self.rows_per_step)

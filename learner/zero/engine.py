@@ -29,6 +29,7 @@ from common.metrics import require_finite
 from common.models.filling import Weights, place
 from common.models.networks import compute_in
 from learner.zero.adafactor import PalmAdafactor
+from learner.zero.buckets import BUCKET, LIVE, SMALL
 from learner.zero.optimizer_state import Fragment, OptimizerState
 from learner.zero.process_group import backend, rank, world_size
 from learner.zero.state_parts import MASTER
@@ -272,9 +273,12 @@ def _settings(zero_stage: int, max_grad_norm: float, device: torch.device) -> di
             # On the processor sums and products would share the same cores.
             "overlap_comm": device.type != PROCESSOR,
             "contiguous_gradients": True,
-            "reduce_bucket_size": 50_000_000,
-            "allgather_bucket_size": 50_000_000,
-            "stage3_param_persistence_threshold": 10_000,
+            "reduce_bucket_size": BUCKET,
+            "allgather_bucket_size": BUCKET,
+            "stage3_prefetch_bucket_size": BUCKET,
+            "stage3_max_live_parameters": LIVE,
+            "stage3_max_reuse_distance": LIVE,
+            "stage3_param_persistence_threshold": SMALL,
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,

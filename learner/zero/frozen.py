@@ -8,18 +8,15 @@ at a time is whole.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Final
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from learner.zero.buckets import SMALL
 from learner.zero.engine import ZeroEngine
 from learner.zero.process_group import rank, world_size
-
-_SMALL: Final = 10_000
-"""Numbers of a parameter that every rank keeps whole: gathering it costs more than it takes."""
 
 
 def fill(shell: nn.Module, engine: ZeroEngine, whole: Collection[nn.Module] = ()) -> None:
@@ -44,7 +41,7 @@ def fill(shell: nn.Module, engine: ZeroEngine, whole: Collection[nn.Module] = ()
                 copied = of.detach().to(parameter.dtype, copy=True)
             held = nn.Parameter(copied, requires_grad=False)
             setattr(module, name, held)
-            if engine.zero_stage == 3 and module not in whole and copied.numel() > _SMALL:
+            if engine.zero_stage == 3 and module not in whole and copied.numel() > SMALL:
                 shards.append(_Shard(held))
         for shard in shards:
             module.register_forward_pre_hook(shard.gather)

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from common.native.frozen import run_natively
 from common.wire.trajectory import ScoredTrajectory, to_table
 from deploy.workers.memory import needs
 from learner.rank import LearnerRank
+from learner.zero.state_files import Snapshot
 from reward_service.models import ReferencePolicy
 from tests.benchmarks.decode import requests
 
@@ -69,8 +71,8 @@ def tokens(config: RunConfig, rows: int, length: int) -> list[list[int]]:
 
 
 def learner(config: RunConfig, start: str) -> None:
-    """Policy phases of two micro-batches, the second while a checkpoint is written, and an
-    auxiliary one where the recipe has it."""
+    """Policy phases of two micro-batches, and an auxiliary one where the recipe has it; the disk is
+    so slow that a checkpoint is written for as long as they last."""
     rows = 2 * max(1, config.learner.micro_batch_tokens // (PROMPT + RESPONSE))
     made = tokens(config, rows, PROMPT + RESPONSE)
     trajectories = [
@@ -100,11 +102,21 @@ def learner(config: RunConfig, start: str) -> None:
     rank.connect(rank.listen())
     rank.begin_train(config, start, None, [2])
     rank.policy_phase(0, None, to_table(trajectories, ScoredTrajectory))
-    with tempfile.TemporaryDirectory() as folder:
+    ended, write = threading.Event(), Snapshot.write
+
+    def slowly(snapshot: Snapshot, folder: Path) -> Path:
+        ended.wait()
+        return write(snapshot, folder)
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(Snapshot, "write", slowly),
+    ):
         rank.begin_save(folder)
         rank.policy_phase(1, None, to_table(trajectories, ScoredTrajectory))
         if config.train.ppg is not None:
             rank.auxiliary_phase(1)
+        ended.set()
         rank.saved()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -120,6 +121,48 @@ def test_a_disk_that_is_full_ends_the_run_and_says_how_to_go_on(
     assert "checkpoint could not be written (" in str(error.value)
     assert "No space left on device" in str(error.value)
     assert "--resume" in str(error.value)
+    assert not list(config.folder.checkpoints.glob("*"))
+
+
+def test_rollouts_go_on_while_a_checkpoint_gets_its_name(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_copy(workspace, tmp_path, train={"checkpoint_every": 1, "iterations": 2})
+    whole, turns = checkpoints.Unfinished.finish, list[bool]()
+    with Run(config, gang) as controller:
+        pump, pumped = controller.collector.pump, 0
+
+        def counted(timeout: float = 0.1) -> None:
+            nonlocal pumped
+            pumped += 1
+            pump(timeout)
+
+        def slowly(self: checkpoints.Unfinished, *args: Any) -> Path:
+            before, until = pumped, time.monotonic() + 10
+            while pumped < before + 3 and time.monotonic() < until:
+                time.sleep(0.005)
+            turns.append(pumped >= before + 3)
+            return whole(self, *args)
+
+        monkeypatch.setattr(controller.collector, "pump", counted)
+        monkeypatch.setattr(checkpoints.Unfinished, "finish", slowly)
+        controller.run()
+    assert turns == [True, True]
+    assert all(checkpoints.is_whole(config.folder.checkpoint(step)) for step in (1, 2))
+
+
+def test_a_disk_that_is_full_when_it_gets_its_name_ends_the_run(
+    workspace: RunConfig, gang: LearnerGang, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "_sync", full)
+    config = run_copy(workspace, tmp_path, train={"checkpoint_every": 1})
+    words = r"could not be written \(.*No space left.*--resume"
+    with Run(config, gang) as controller, pytest.raises(StorageError, match=words):
+        controller.run()
+    gang.stop()
     assert not list(config.folder.checkpoints.glob("*"))
 
 

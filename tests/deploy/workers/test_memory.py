@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from common.errors import ClusterError
 from common.models.pretrained.checkpoint import Checkpoint
 from common.native.library import packed_itemsize
 from deploy.workers.memory import needs, require_room
+from learner.zero.buckets import BUCKET
 from tests.common.models.pretrained.checkpoints import random_checkpoint
 
 FUNCTION = {"components": {"length": {"kind": "function", "target": "a:b"}}}
@@ -47,6 +49,35 @@ def test_weights_and_optimizer_states_by_hand(tmp_path: Path) -> None:
     phased = run_of(path)
     extra = parts(phased, "train")["copies and auxiliary phase"]
     assert extra == 2 * 8 * size + 4 * size, "moments of its own, and the frozen policy"
+
+
+def test_what_deepspeed_gathers_and_sends_counts_once(tmp_path: Path) -> None:
+    path = random_checkpoint(tmp_path / "model")
+    size, buffers = Checkpoint.open(path).parameters, "ZeRO buffers"
+    for stage, expected in ((0, 0), (1, 4 * size), (2, 4 * size), (3, 8 * size)):
+        learner = {"ranks": 2, "zero_stage": stage}
+        assert parts(run_of(path, learner=learner), "sft")[buffers] == expected
+        # Policy and value network compute one after the other, but both keep their buckets.
+        found = parts(run_of(path, learner=learner), "train")[buffers]
+        assert found == expected + (4 * size if stage == 3 else 0)
+    rounded = {"lora": {"rank": 2}, "precision": "bf16"}
+    adapters = parts(run_of(path, sft=rounded, learner={"zero_stage": 3}), "sft")[buffers]
+    assert 2 * size < adapters < 4 * size, "a base is gathered as it is kept"
+
+
+def test_networks_are_read_a_tensor_at_a_time(tmp_path: Path) -> None:
+    path = random_checkpoint(tmp_path / "model")
+    facts = Checkpoint.open(path).facts.values()
+    largest = max(math.prod(fact.shape) for fact in facts)
+    learner = run_of(path).learner.model_copy(update={"ranks": 64, "gpus_per_rank": 1.0})
+    beside = needs(run_of(path).model_copy(update={"learner": learner}), "train")[0].beside
+    assert beside is not None
+    assert beside["loading"] == 4 * largest
+    for stage, buckets in ((1, 2), (2, 2), (3, 2)):
+        there = learner.model_copy(update={"zero_stage": stage})
+        found = needs(run_of(path).model_copy(update={"learner": there}), "train")[0].parts
+        whole = 4 * Checkpoint.open(path).parameters if stage == 3 else 0
+        assert found["ZeRO buffers"] == buckets * 4 * BUCKET + whole
 
 
 def test_an_actor_holds_weights_keys_and_values_by_hand(tmp_path: Path) -> None:

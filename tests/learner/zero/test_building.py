@@ -23,7 +23,8 @@ from learner.zero.engine import ZeroEngine
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
-SHAPE = PalmConfig(vocab_size=53, dim=24, layers=2, heads=2, head_dim=8, context=32)
+SHAPE = PalmConfig(vocab_size=331, dim=48, layers=2, heads=2, head_dim=8, context=32)
+"""Large enough that ZeRO 3 does not keep all of it whole on every rank."""
 TOKENS = torch.arange(16).view(1, 16)
 
 

@@ -19,6 +19,7 @@ from tests.scored import trajectories
 from tests.workspaces import run_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
+TRAIN: dict[str, Any] = {"iterations": 10, "stop_kl": None, "kl_target": 0.5}
 WHOLE, MORE = 3, 4
 """Iterations before and after the checkpoint; an iteration is 2 steps of each network, and there is
 an auxiliary phase before the checkpoint and one after it."""
@@ -59,10 +60,34 @@ def test_another_number_of_ranks_goes_on(
     precision: str,
     before: int,
 ) -> None:
-    train: dict[str, Any] = {"iterations": 10, "stop_kl": None, "kl_target": 0.5}
-    learner = {"zero_stage": zero, "precision": precision}
-    config = run_copy(workspace, tmp_path, train=train, learner=learner)
-    old, new = gangs[before], gangs[3 - before]
+    config = run_copy(workspace, tmp_path, train=TRAIN, learner=learner_of(zero, precision))
+    goes_on(config, gangs[before], gangs[3 - before], tmp_path)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_two_and_four_ranks_go_on_from_each_other(
+    workspace: RunConfig, gangs: dict[int, LearnerGang], tmp_path: Path, zero: int
+) -> None:
+    config = run_copy(
+        workspace, tmp_path, train=TRAIN, learner=learner_of(zero, "fp32") | {"ranks": 4}
+    )
+    four = LearnerGang(config, f"four-{zero}")
+    try:
+        for name, old, new in (("two", gangs[2], four), ("four", four, gangs[2])):
+            (tmp_path / name).mkdir()
+            goes_on(config, old, new, tmp_path / name)
+    finally:
+        four.stop()
+
+
+def learner_of(zero: int, precision: str) -> dict[str, Any]:
+    return {"zero_stage": zero, "precision": precision}
+
+
+def goes_on(config: RunConfig, old: LearnerGang, new: LearnerGang, tmp_path: Path) -> None:
+    """Train on in both from what one has saved, and in that one from what it had."""
+    precision, before = config.learner.precision, len(old.ranks)
     old.begin_train(config)
     iterate(old, 0, WHOLE)
     state = old.save(tmp_path / "saved")
