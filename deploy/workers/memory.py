@@ -31,13 +31,13 @@ from deploy.workers.preflight import (
     learner_bytes,
     snapshot_bytes,
 )
-from learner.zero.buckets import BUCKET, LIVE
+from learner.zero.buckets import BUCKET, LIVE, SUMMED
 
 _REMEDY: Final = (
     "train adapters (lora), lower rollout.actors, rollout.slots or learner.ranks, lower "
     "micro_batch_tokens, raise learner.zero_stage, set precision to bf16, or take a smaller model"
 )
-_PROCESS: Final = 0.3 * 2**30
+_PROCESS: Final = 0.35 * 2**30
 """Of a worker's process before it holds anything: Python, torch, Ray and what they load. What
 processes share counts once, and is taken by the command itself already."""
 _CUDA: Final = 0.6 * 2**30
@@ -185,12 +185,12 @@ def _buffers(
     ZeRO 3 each network has its own, and those of one that computes are whole.
     """
     learner = config.learner
-    if learner.zero_stage == 0:
-        return 0.0
     trained = [
         network.whole if lora is None else adapter_size(network.decoder, lora)
         for network in networks
     ]
+    if learner.zero_stage == 0:
+        return 4.0 * min(max(trained), SUMMED)
     sent = [4.0 * (BUCKET if learner.gpus_per_rank else min(n, BUCKET)) for n in trained]
     if learner.zero_stage < 3:
         return max(sent) * (2 if learner.gpus_per_rank else 1)

@@ -6,6 +6,8 @@ from typing import Final
 
 BUCKET: Final = 50_000_000
 """Numbers that are reduced, or gathered before they are used, at a time."""
+SUMMED: Final = 500_000_000
+"""Gradients that ZeRO 0 sums over ranks at a time, in a copy: DeepSpeed's own number."""
 LIVE: Final = 1_000_000_000
 """Numbers of a network that ZeRO 3 keeps whole from the forward to the backward pass, rather than
 gather them twice."""
