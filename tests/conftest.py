@@ -29,6 +29,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
+    # Far longer than any other: the rest is shared out beside it.
+    items.sort(key=lambda item: "tests/journey" not in item.nodeid)
 
 
 @pytest.fixture(scope="session")
