@@ -31,16 +31,16 @@ from common.models.adapters import (
     share_base,
 )
 from common.models.build import build_policy, build_scalar
+from common.models.decoder import DECODER
 from common.models.filling import Source, Weights
 from common.models.networks import PolicyNetwork, ScalarNetwork
 from common.models.pretrained.writing import take_tokenizer
-from common.models.weight_files import policy_folder, save_policy
+from common.models.weight_files import decoder_part, policy_folder, prefixed, save_policy
 from common.randomness import derive_seed
 from common.run_folder import PolicyFolder
 from common.wire.weights import Payload, state_hash
 from learner.start_weights import (
     critic_start,
-    decoder_part,
     fingerprint,
     policy_start,
     trained_scalar,
@@ -68,7 +68,8 @@ class ActorCritic:
         self.config, self._policy_weights = config, policy_weights
         settings = config.train
         policy = build_policy(config.model, empty=True)
-        weights = decoder_part(policy_start(policy, policy_weights))
+        found = decoder_part(policy_start(policy, policy_weights))
+        weights = prefixed(f"{DECODER}.", found)
         self.base_fingerprint = ""
         """Of the frozen weights that adapters are trained on; empty where all weights are."""
         if settings.lora is not None:

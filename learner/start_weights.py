@@ -17,7 +17,13 @@ from common.models.adapters import sources_fingerprint
 from common.models.decoder import DECODER, Decoder
 from common.models.filling import Source
 from common.models.networks import DecoderNetwork, PolicyNetwork, ScalarNetwork
-from common.models.weight_files import decoder_weights, prefixed, scalar_start, weights_of
+from common.models.weight_files import (
+    decoder_part,
+    decoder_weights,
+    prefixed,
+    scalar_start,
+    weights_of,
+)
 from learner.batch.pulse import beat
 from learner.zero.process_group import all_sum, rank, world_size
 
@@ -67,14 +73,9 @@ def reward_start(network: ScalarNetwork, path: Path, seed: int) -> dict[str, Sou
     return found if classifier else _checked(network, found, path)
 
 
-def decoder_part(sources: Mapping[str, Source]) -> dict[str, Source]:
-    """Return a network's decoder's sources, by the names that they have in the network."""
-    return {name: source for name, source in sources.items() if name.startswith(f"{DECODER}.")}
-
-
 def fingerprint(decoder: Decoder, sources: Mapping[str, Source]) -> str:
     """Return the `base_fingerprint` of a network's decoder (a collective): rank 0 reads it."""
-    found = _by_rank_0(lambda: sources_fingerprint(decoder, _decoder_names(sources)))
+    found = _by_rank_0(lambda: sources_fingerprint(decoder, decoder_part(sources)))
     digits = torch.zeros(_DIGITS, dtype=torch.int64)
     if found is not None:
         digits = torch.tensor([ord(digit) for digit in found])
@@ -83,7 +84,7 @@ def fingerprint(decoder: Decoder, sources: Mapping[str, Source]) -> str:
 
 def _checked(network: DecoderNetwork, sources: dict[str, Source], path: Path) -> dict[str, Source]:
     if path.is_dir():
-        _by_rank_0(lambda: network.decoder.check(_decoder_names(sources)))
+        _by_rank_0(lambda: network.decoder.check(decoder_part(sources)))
     return sources
 
 
@@ -103,12 +104,6 @@ def _by_rank_0(work: Callable[[], Found]) -> Found | None:
             told = torch.tensor([float(future is not None and future.done())])
             done = bool(all_sum(told))
     return None if future is None else future.result()
-
-
-def _decoder_names(sources: Mapping[str, Source]) -> dict[str, Source]:
-    """Return a decoder's sources by its own names."""
-    prefix = f"{DECODER}."
-    return {name.removeprefix(prefix): source for name, source in decoder_part(sources).items()}
 
 
 def _telling(sources: Mapping[str, Source]) -> dict[str, Source]:

@@ -50,6 +50,14 @@ class Adapter:
     """By the names of `common.models.adapters.adapter_tensors`."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalarAdapter:
+    """A reward model that was trained as an adapter."""
+
+    adapter: Adapter
+    head: Mapping[str, Tensor]
+
+
 def save_adapter(
     adapter: Adapter, head: Mapping[str, Tensor], path: Path, model: ModelConfig
 ) -> None:
@@ -120,14 +128,6 @@ def load_scalar(network: ScalarNetwork, path: Path, base: Decoder, name: str) ->
     share_base(network.decoder, base)
     put_scalar(network, name, found)
     return found.adapter.settings
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScalarAdapter:
-    """A reward model that was trained as an adapter."""
-
-    adapter: Adapter
-    head: Mapping[str, Tensor]
 
 
 def scalar_adapter(path: Path) -> ScalarAdapter | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,7 @@ from common.models.pretrained.writing import SCALAR_HEAD, VALUE_HEAD, write_like
 from common.models.tensor_files import save_tensors
 from common.run_folder import PolicyFolder, writer_of
 
+Part = TypeVar("Part")
 _SCALAR = "head."
 """Begins the names of a scalar network's head."""
 _VALUE = "value."
@@ -73,7 +75,7 @@ def save_policy(
         save_weights(state, path, {"model": model.model_dump_json()})
         return
     head = {k.removeprefix(_VALUE): v for k, v in state.items() if k.startswith(_VALUE)}
-    write_like(Checkpoint.open(base), _decoder_state(state), folder, beside={VALUE_HEAD: head})
+    write_like(Checkpoint.open(base), decoder_part(state), folder, beside={VALUE_HEAD: head})
 
 
 def save_scalar(state: Mapping[str, Tensor], folder: Path, base: Path) -> None:
@@ -86,7 +88,7 @@ def save_scalar(state: Mapping[str, Tensor], folder: Path, base: Path) -> None:
     """
     checkpoint = Checkpoint.open(base)
     head = {k.removeprefix(_SCALAR): v for k, v in state.items() if k.startswith(_SCALAR)}
-    decoder = {k: v for k, v in _decoder_state(state).items() if k in checkpoint.facts}
+    decoder = {k: v for k, v in decoder_part(state).items() if k in checkpoint.facts}
     if checkpoint.labels:
         decoder[SCORE] = head["weight"]
     write_like(checkpoint, decoder, folder, beside={SCALAR_HEAD: head})
@@ -225,7 +227,7 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise CheckpointError(f"{path}: torn or not safetensors: {error}") from None
 
 
-def _decoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the decoder's tensors, by the names that it has itself."""
+def decoder_part(state: Mapping[str, Part]) -> dict[str, Part]:
+    """Return the decoder's of a network's tensors or sources, by the names that it has itself."""
     prefix = f"{DECODER}."
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from common.config.run import RunConfig
@@ -24,6 +23,7 @@ from learner.checkpointing import forget_marks, written
 _LOOK_S: Final = 1.0
 """How often it is seen whether ranks have written a checkpoint, at most."""
 _TURN_S: Final = 0.02
+"""How long rollouts are waited for in one turn, while a checkpoint gets its name."""
 
 
 @dataclass(slots=True)
@@ -37,7 +37,7 @@ class _Writing:
     """The best iteration as it was known then: its checkpoint is kept."""
     look_again: float = 0.0
     """When to see again whether it is done."""
-    naming: Future[Path] | None = None
+    naming: Future[None] | None = None
     """All of it is written: it is being made to outlast a power cut, and given its name."""
 
 
@@ -150,19 +150,18 @@ class Position:
     def _name(self, writing: _Writing, sums: Mapping[str, str]) -> None:
         """Begin to make what the ranks have written a checkpoint."""
 
-        def finish() -> Path:
+        def finish() -> None:
             with writing.begun.attempt():
                 forget_marks(writing.begun.folder)
-            final = writing.begun.finish(writing.state, sums)
+            writing.begun.finish(writing.state, sums)
             run_dir, keep = self.config.run_dir, self.config.train.keep_checkpoints
             step = writing.state["iteration"]
             for path in checkpoints.outdated(run_dir, step, keep=keep, best=writing.best):
                 self._removals.append(self._threads.submit(checkpoints.remove, path))
-            return final
 
         writing.naming = self._threads.submit(finish)
 
-    def _named(self, naming: Future[Path]) -> None:
+    def _named(self, naming: Future[None]) -> None:
         """Take note that it has its name, or raise why it has not."""
         self._writing = None
         naming.result()

@@ -328,7 +328,7 @@ class LearnerGang:
         names = {call: f"learner-{rank}" for rank, call in enumerate(calls)}
         waiting, answers = list(calls), dict[ray.ObjectRef[Answer], Answer]()
         deadline, broken = time.monotonic() + self.deadline_s, list[tuple[str, Exception]]()
-        listening = _Listening(self._pulses, self.deadline_s)
+        listening = pulses.Listening(self._pulses, self.deadline_s)
         while waiting:
             ready, waiting = ray.wait(waiting, timeout=_PUMP_S if meanwhile else _WAIT_S)
             for call in ready:
@@ -361,23 +361,6 @@ class LearnerGang:
             f"{who} did not finish {method}, nor a micro-batch of it, within "
             f"{self.deadline_s:.0f} s (learner.deadline_s)"
         )
-
-
-class _Listening:
-    """Looks now and then whether ranks get on."""
-
-    def __init__(self, keys: Sequence[str], deadline_s: float) -> None:
-        self._keys, self._every_s = keys, deadline_s / 8
-        self._looked = time.monotonic()
-        self._told: tuple[bytes | None, ...] | None = None
-
-    def moved(self) -> bool:
-        """Whether a rank has told more than when this looked before; at first only looks."""
-        if time.monotonic() - self._looked < self._every_s:
-            return False
-        before, self._told = self._told, pulses.heard(self._keys)
-        self._looked = time.monotonic()
-        return before is not None and self._told != before
 
 
 def _host_of(rank: object) -> str:

@@ -5,6 +5,7 @@ A rank computes in its only thread, so it cannot be asked; a thread beside that 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -36,6 +37,29 @@ def heard(keys: Sequence[str]) -> tuple[bytes | None, ...]:
         return tuple(_internal_kv_get(key, namespace=_SPACE) for key in keys)
     except Exception:  # of the cluster, whichever it raises; who waits for an answer hears of it
         return (None,) * len(keys)
+
+
+class Listening:
+    """Looks now and then whether ranks get on."""
+
+    def __init__(self, keys: Sequence[str], deadline_s: float) -> None:
+        """Begin to listen.
+
+        Args:
+            keys: where each rank tells how far it is.
+            deadline_s: within which a rank has to tell more; it is looked 8 times in that.
+        """
+        self._keys, self._every_s = keys, deadline_s / 8
+        self._looked = time.monotonic()
+        self._told: tuple[bytes | None, ...] | None = None
+
+    def moved(self) -> bool:
+        """Whether a rank has told more than when this looked before; at first only looks."""
+        if time.monotonic() - self._looked < self._every_s:
+            return False
+        before, self._told = self._told, heard(self._keys)
+        self._looked = time.monotonic()
+        return before is not None and self._told != before
 
 
 def forget(keys: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ As Python lists every rank would have each token as an object of its own.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, Generic, TypeVar, overload
@@ -38,8 +39,26 @@ _SCHEMAS: dict[type[Any], pa.Schema] = {
 }
 
 
-class Columns(Sequence[Example], Generic[Example]):
-    """Examples of one kind; an example is made of its row when it is asked for."""
+class Rows(Sequence[Example], ABC, Generic[Example]):
+    """Examples of one kind, each made when it is asked for."""
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Drawn[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | Drawn[Example]:
+        """Make an example, or take some as a list would."""
+        if isinstance(index, slice):
+            return Drawn(self, range(len(self))[index])
+        return self.made(range(len(self))[index])
+
+    @abstractmethod
+    def made(self, row: int) -> Example:
+        """Make the example of a row, from 0."""
+
+
+class Columns(Rows[Example], Generic[Example]):
+    """All examples, in Arrow columns."""
 
     def __init__(self, kind: type[Example], table: pa.Table) -> None:
         """Read a table in the schema of its kind; `columns` makes one."""
@@ -55,19 +74,8 @@ class Columns(Sequence[Example], Generic[Example]):
         """Count the examples."""
         return int(self._table.num_rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> Columns[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | Columns[Example]:
-        """Make an example of its row, or return some rows."""
-        if isinstance(index, slice):
-            begin, end, step = index.indices(len(self))
-            assert step == 1, "rows that follow one another"
-            return Columns(self._kind, self._table.slice(begin, max(0, end - begin)))
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        row = index % len(self)
+    def made(self, row: int) -> Example:
+        """Make the example of a row."""
         values: dict[str, Any] = {name: field.at(row) for name, field in self._fields.items()}
         if "between" in values:
             ends = iter(values["between"])
@@ -76,7 +84,7 @@ class Columns(Sequence[Example], Generic[Example]):
         return found
 
 
-class Drawn(Sequence[Example], Generic[Example]):
+class Drawn(Rows[Example], Generic[Example]):
     """Examples in another order, and any number of times."""
 
     def __init__(self, examples: Sequence[Example], order: Iterable[int]) -> None:
@@ -88,15 +96,9 @@ class Drawn(Sequence[Example], Generic[Example]):
         """Count them, each as often as it was drawn."""
         return len(self._order)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> Drawn[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | Drawn[Example]:
-        """Return an example, or some of them."""
-        if isinstance(index, slice):
-            return Drawn(self._examples, self._order[index])
-        found: Example = self._examples[int(self._order[index])]
+    def made(self, row: int) -> Example:
+        """Return an example."""
+        found: Example = self._examples[int(self._order[row])]
         return found
 
 

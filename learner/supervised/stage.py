@@ -49,7 +49,7 @@ class SupervisedStage(ABC):
             config: the run's.
             settings: this stage's section of it.
             network: what is trained.
-            weights: those that it begins with; where an adapter is trained, a checkpoint's.
+            weights: those that it begins with; where an adapter is trained, those of files.
             adapter: name of the adapter, where one is trained.
             seed: of that adapter.
         """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -84,20 +84,11 @@ class ZeroEngine:
         _fill(network, weights, settings, device)
         network.to(device)
         trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
-        # Learning rates are set at every step; this one is never used.
         stepper: torch.optim.Optimizer
         if optimizer == "adafactor":
             stepper = PalmAdafactor(trained.values(), sharded=zero_stage > 0)
         else:
-            stepper = torch.optim.AdamW(
-                trained.values(),
-                lr=1e-3,
-                betas=(0.9, 0.95),
-                eps=eps,
-                weight_decay=weight_decay,
-                # In one pass: else its temporaries are twice as large as a rank's flat share.
-                fused=True,
-            )
+            stepper = _adamw(trained.values(), eps, weight_decay)
         self._engine: Any = deepspeed.initialize(
             model=network, optimizer=stepper, dist_init_required=False, config=settings
         )[0]
@@ -227,6 +218,14 @@ class ZeroEngine:
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 if rank() == 0:
                     parameter.copy_(whole)
+
+
+def _adamw(trained: Iterable[nn.Parameter], eps: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW in one pass: else its temporaries are twice as large as a rank's flat share."""
+    unused = 1e-3  # learning rates are set at every step
+    return torch.optim.AdamW(
+        trained, lr=unused, betas=(0.9, 0.95), eps=eps, weight_decay=weight_decay, fused=True
+    )
 
 
 def _fill(

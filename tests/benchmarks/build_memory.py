@@ -6,7 +6,6 @@ than 400 million parameters, two and four ranks.
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import time
 from functools import partial
@@ -23,6 +22,7 @@ from deploy.workers.calls import start_function
 from deploy.workers.gang import LearnerGang
 from learner.rank import LearnerRank
 from learner.supervised.examples import EncodedPair
+from tests.benchmarks.measure import start_ray
 from tests.benchmarks.role_memory import Peak
 
 KEPT = 20
@@ -87,14 +87,7 @@ def measured(stage: str, folder: Path, ranks: int) -> None:
 
 
 def main() -> None:
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        namespace="talipot",
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    start_ray(cpus=4)
     with tempfile.TemporaryDirectory() as folder:
         for ranks in (2, 4):
             for stage in LAYERS:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ import ray
 
 from common.config.run import RunConfig
 from deploy.workers.gang import LearnerGang
+from tests.benchmarks.measure import start_ray
 from tests.deploy.control.runs import Run, stop_idle_pools
 from tests.scored import trajectories
 from tests.workspaces import make_workspace, run_copy, write_networks
@@ -82,14 +82,7 @@ def paused(workspace: RunConfig, root: Path, every: int) -> None:
 
 
 def main() -> None:
-    ray.init(
-        address="local",
-        num_cpus=8,
-        include_dashboard=False,
-        namespace="talipot",
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    start_ray(cpus=8)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         (root / "workspace").mkdir()

@@ -73,10 +73,11 @@ def share_of_limit(key: str, metric: str, rate: float, limit: float) -> Result:
     )
 
 
-def start_ray(object_store: int) -> None:
+def start_ray(object_store: int | None = None, *, cpus: int = THREADS) -> None:
     """A cluster of one, quiet; ended with ``ray.shutdown()``."""
     ray.init(
-        num_cpus=THREADS,
+        address="local",
+        num_cpus=cpus,
         include_dashboard=False,
         object_store_memory=object_store,
         log_to_driver=False,

@@ -44,7 +44,8 @@ def test_parts_and_orders_are_those_of_a_list(
     made = columns(EncodedPair, examples)
     begin, end = (data.draw(st.integers(-9, 9)) for _ in range(2))
     assert list(made[begin:end]) == examples[begin:end]
-    again: Columns[EncodedPair] = pickle.loads(pickle.dumps(made[begin:end]))
+    assert list(made[begin:end][::-2]) == examples[begin:end][::-2]
+    again: Sequence[EncodedPair] = pickle.loads(pickle.dumps(made[begin:end]))
     assert list(again) == examples[begin:end]
     order = data.draw(st.lists(st.integers(0, len(examples) - 1)))
     drawn: Sequence[EncodedPair] = Drawn(made, order)
