@@ -69,6 +69,16 @@ def test_a_file_that_is_torn_or_gone_by_the_time_it_is_read_is_one_line(tmp_path
         path.write_bytes(b"torn")
 
 
+def test_a_file_that_was_rewritten_since_its_header_was_read_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file({"x": torch.zeros(4, 2)}, path)
+    source = stored(path, "x", (4, 2))
+    assert len(source(2, 8)) == 6
+    save_file({"x": torch.zeros(2, 2)}, path)
+    with pytest.raises(CheckpointError, match="'x' has another shape than when it was looked at"):
+        source(2, 8)
+
+
 def test_a_network_without_memory_is_given_what_would_have_been_drawn() -> None:
     policy, whole = build_policy(SHAPE, empty=True), build_policy(SHAPE)
     assert all(parameter.is_meta for parameter in policy.decoder.parameters())
