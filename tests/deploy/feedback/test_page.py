@@ -61,7 +61,7 @@ class Desk:
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.page.goto(link)
         self.page.keyboard.press("Tab")
-        self.page.keyboard.press("Enter")
+        self.press("Enter")
         self.page.wait_for_selector("h1:has-text('Which'), h1:has-text('Nothing')")
 
     @property
@@ -71,7 +71,10 @@ class Desk:
         return None if form is None else form.get_attribute("data-key")
 
     def press(self, key: str) -> None:
-        """Press a key that leads to the next page."""
+        """Press a key that leads to the next page, and wait until that has its style and script.
+
+        A heading is there before they are: a key that is pressed then does nothing.
+        """
         with self.page.expect_navigation():
             self.page.keyboard.press(key)
 
@@ -156,8 +159,9 @@ def test_whatever_a_model_writes_is_text(
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
         page.goto(link)
-        page.click("button")
-        page.click("button")
+        for _ in ("this is me", "the guidelines are read"):
+            with page.expect_navigation():
+                page.click("button")
         seen = 0
         while page.query_selector("#answer"):
             seen += 1
