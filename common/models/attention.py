@@ -38,6 +38,9 @@ class Mixing:
 PLAIN = Mixing()
 _FEW, _MANY = 128, 1024
 """Tokens of responses to one prompt that are computed together, whatever the prompt's length."""
+_SHORT, _STEP = 64, 16
+"""Sequences of up to so many tokens are computed several at once, filled up to a multiple of the
+other: a call for each takes longer than its products."""
 
 
 class Attention(Protocol):
@@ -53,20 +56,15 @@ class Attention(Protocol):
         """
 
 
-def causal_attention(segments_BT: Tensor | None = None) -> Attention:
+def causal_attention() -> Attention:
     """Attention of whole rows ``[B, T]``, each position to itself and those before it.
 
     Sequences are left-aligned, so causality alone keeps padding out of every real position.
-    With `segments_BT`, positions attend only inside their own segment.
     """
-    mask: Tensor | None = None
-    if segments_BT is not None:
-        same = segments_BT[:, :, None] == segments_BT[:, None, :]
-        mask = same.tril()[:, None]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, mixing: Mixing = PLAIN) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return _whole(q, k, v, mixing, mask).transpose(1, 2)
+        return _whole(q, k, v, mixing).transpose(1, 2)
 
     return attend
 
@@ -98,13 +96,26 @@ def family_attention(families: Sequence[Family]) -> Attention:
             for family, behind in zip(families, chunks, strict=True)
         ]
 
+    short = _alike(families, begins)
+    apart = [i for i, family in enumerate(families) if not _is_short(family)]
+    # Flat positions in the order in which they are computed: short sequences, then the others.
+    made = [batch.places.flatten()[batch.real] for batch in short]
+    made += [torch.arange(begins[i], begins[i + 1]) for i in apart]
+    back = torch.cat(made).argsort()
+
+    @cache
+    def here(device: torch.device) -> tuple[list[_Alike], Tensor]:
+        return [batch.to(device) for batch in short], onto(back, device)
+
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, mixing: Mixing = PLAIN) -> Tensor:
-        out = []
         behind = masks(mixing.window, q.device)
-        for begin, family, own_masks in zip(begins, families, behind, strict=False):
+        batches, back = here(q.device)
+        out = [batch.attend(q, k, v, mixing) for batch in batches]
+        for i in apart:
+            begin, family, own_masks = begins[i], families[i], behind[i]
             middle = begin + family.prompt
             own_q, own_k, own_v = (_headed(t[begin:middle]) for t in (q, k, v))
-            out.append(_flat(_whole(own_q, own_k, own_v, mixing, None)))
+            out.append(_flat(_whole(own_q, own_k, own_v, mixing)))
             for mask in own_masks:
                 end = middle + len(mask)
                 keys, values = (
@@ -113,9 +124,51 @@ def family_attention(families: Sequence[Family]) -> Attention:
                 )
                 out.append(_flat(_mixed(_headed(q[middle:end]), keys, values, mixing, mask)))
                 middle = end
-        return torch.cat(out)
+        return torch.cat(out)[back] if batches else torch.cat(out)
 
     return attend
+
+
+@dataclass(frozen=True, slots=True)
+class _Alike:
+    """Short sequences that are computed at once, each filled up to the same length."""
+
+    places: Tensor
+    """int64 ``[D, L]``: flat positions. Behind a sequence its last one is repeated, which nothing
+    that is real attends to."""
+    real: Tensor
+    """int64: which of the rows' ``D L`` positions are not filling."""
+
+    def to(self, device: torch.device) -> _Alike:
+        return _Alike(onto(self.places, device), onto(self.real, device))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mixing: Mixing) -> Tensor:
+        """Mix values of what is real, sequence by sequence: ``[real, H, K]``."""
+        q, k, v = (t[self.places].transpose(1, 2) for t in (q, k, v))
+        return _whole(q, k, v, mixing).transpose(1, 2).flatten(0, 1)[self.real]
+
+
+def _is_short(family: Family) -> bool:
+    return not family.responses and family.prompt <= _SHORT
+
+
+def _alike(families: Sequence[Family], begins: Sequence[int]) -> list[_Alike]:
+    """Put short sequences together by their length, rounded up.
+
+    The length that one is filled up to depends on itself alone, and so does what it becomes.
+    """
+    together: dict[int, list[tuple[int, int]]] = {}
+    for begin, family in zip(begins, families, strict=False):
+        if _is_short(family):
+            length = -(-family.prompt // _STEP) * _STEP
+            together.setdefault(length, []).append((begin, family.prompt))
+    batches = []
+    for length, members in together.items():
+        starts_D1, sizes_D1 = torch.tensor(members).unsqueeze(-1).unbind(1)
+        columns = torch.arange(length)
+        places = starts_D1 + columns.minimum(sizes_D1 - 1)
+        batches.append(_Alike(places, (columns < sizes_D1).flatten().nonzero()[:, 0]))
+    return batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,13 +221,12 @@ def _flat(headed: Tensor) -> Tensor:
     return headed.squeeze(0).transpose(0, 1)
 
 
-def _whole(q: Tensor, k: Tensor, v: Tensor, mixing: Mixing, mask: Tensor | None) -> Tensor:
-    """Attention ``[B, H, T, K]`` of whole sequences; `mask` None is causal."""
-    length = q.shape[-2]
+def _whole(q: Tensor, k: Tensor, v: Tensor, mixing: Mixing) -> Tensor:
+    """Attention ``[B, H, T, K]`` of whole sequences, each position to those before it."""
+    length, mask = q.shape[-2], None
     if mixing.window is not None and mixing.window < length:
         ones = torch.ones(length, length, dtype=torch.bool, device=q.device)
-        near = ones.triu(1 - mixing.window)
-        mask = near.tril() if mask is None else mask & near
+        mask = ones.triu(1 - mixing.window).tril()
     return _mixed(q, k, v, mixing, mask)
 
 

@@ -22,6 +22,7 @@ from common.models.attention import Attention, causal_attention
 from common.models.embedding import Reader
 from common.models.filling import Source, Weights, fill
 from common.models.lora import OFF, RowSelection, Selection, require_adapters
+from common.models.packing import pack
 
 DECODER = "palm"
 """Name of the decoder among a network's modules: the first part of its tensors' names in weights,
@@ -121,25 +122,31 @@ class Decoder(nn.Module, ABC):
             positions_BT: int64; default 0, 1, 2, ... per row. Packed rows restart per segment.
             segments_BT: int64; positions attend only inside their own segment (packing); padding
                 is -1.
-            lengths_B: int64 tokens of each row. The states of what is behind them are never read,
-                so an architecture may leave them out of its products.
-            prompts_B: int64 tokens of each row's prompt. An architecture may compute a prompt that
-                several rows begin with once (`shares_prompts`).
-            adapter: name of the adapter to run with, or one for each row.
+            lengths_B: int64 tokens of each row. The states of what is behind them are never read:
+                those of packed rows, and where `shares_prompts`, are zeros that nothing computed.
+            prompts_B: int64 tokens of each row's prompt, which is computed once for all the rows
+                that begin with it (`shares_prompts`).
+            adapter: name of the adapter to run with, or one for each row that is not packed.
 
         Raises:
             ValueError: there is no such adapter.
         """
         require_adapters(self, adapter)
         device = next(self.parameters()).device
+        if self.shares_prompts or segments_BT is not None:
+            packed = pack(
+                tokens_BT,
+                positions_BT=positions_BT,
+                segments_BT=segments_BT,
+                lengths_B=lengths_B,
+                prompts_B=prompts_B if self.shares_prompts else None,
+            ).to(device)
+            flat = self.states(packed.tokens_N, packed.positions_N, packed.attention, adapter)
+            return packed.unpack(flat)
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=device)[None]
-        return self.states(
-            onto(tokens_BT, device),
-            onto(positions_BT, device),
-            causal_attention(None if segments_BT is None else onto(segments_BT, device)),
-            adapter,
-        )
+        rows = onto(tokens_BT, device), onto(positions_BT, device)
+        return self.states(*rows, causal_attention(), adapter)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Logits ``[B, T, V]`` of the next token at every position."""

@@ -38,8 +38,6 @@ from common.models.lora import (
     OFF,
     Adapted,
     RowSelection,
-    Selection,
-    require_adapters,
     running_with,
     selected,
 )
@@ -142,29 +140,6 @@ class PretrainedDecoder(Decoder):
                 f"{self.config.start}: transformers computes other logits, by {apart:.2g}; this "
                 "variant of the family is not supported"
             )
-
-    def hidden(
-        self,
-        tokens_BT: Tensor,
-        *,
-        positions_BT: Tensor | None = None,
-        segments_BT: Tensor | None = None,
-        lengths_B: Tensor | None = None,
-        prompts_B: Tensor | None = None,
-        adapter: Selection = OFF,
-    ) -> Tensor:
-        """Compute the states of whole sequences packed; those of padding are zeros."""
-        require_adapters(self, adapter)
-        packed = pack(
-            tokens_BT,
-            positions_BT=positions_BT,
-            segments_BT=segments_BT,
-            lengths_B=lengths_B,
-            prompts_B=prompts_B,
-        )
-        packed = packed.to(self.embedding.weight.device)
-        states_ND = self.states(packed.tokens_N, packed.positions_N, packed.attention, adapter)
-        return packed.unpack(states_ND)
 
     def states(
         self, tokens: Tensor, positions: Tensor, attention: Attention, adapter: RowSelection
