@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from actors.generation import cached_decoder
 from actors.generation.decoder_generator import DecoderGenerator
 from actors.generation.engine import GenerationEngine
 from common.batching import sequence_batch
@@ -31,11 +32,14 @@ from reward_service.models import ReferencePolicy, RewardModel, frozen_pass
 from tests.actors.generation.test_engine import requests
 from tests.common.models.pretrained.tiny import loaded, reference
 from tests.pretended import DEVICE, Card
+from tests.recorder import Recorder
 
 PRETENDED = Compute(device=DEVICE, threads=1, collectives="")
 DRAWN = "actors/generation/torch_forward.py:_on_processor"
 CHECKED = "common/models/lora.py:factors"
 """That an adapter is finite, when it is loaded."""
+RECORDED = "actors/generation/graphs.py:_keep"
+"""That a recording is that of its step: two numbers, once for each."""
 READ = "reward_service/models.py:read"
 FILTERED = Sampling(temperature=0.8, top_k=9, top_p=0.9, min_p=0.01, min_tokens=2, endings=(1,))
 NAMES = ["palm", "qwen3", "gemma2"]
@@ -54,11 +58,19 @@ def decoder(request: pytest.FixtureRequest, tmp_path: Path) -> Decoder:
 @pytest.mark.parametrize("sampling", [Sampling(), FILTERED], ids=["whole", "filtered"])
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "adapters side by side"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("graphs", [False, True], ids=["computed", "replayed"])
 def test_the_engine_waits_once_for_each_token(
-    decoder: Decoder, sampling: Sampling, beside: bool, dtype: torch.dtype
+    decoder: Decoder,
+    sampling: Sampling,
+    beside: bool,
+    dtype: torch.dtype,
+    graphs: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Prompts in chunks, shared prefixes, slots that are freed and taken."""
     adapters, steps = ("", "own") if beside else ("",), 0
+    recorder = Recorder()
+    monkeypatch.setattr(cached_decoder, "recorder_on", lambda device: recorder)
     if beside:
         add_adapter(decoder, "own", LoraConfig(rank=2), seed=0)
     with Card() as card:
@@ -70,6 +82,7 @@ def test_the_engine_waits_once_for_each_token(
             slots=4,
             prefill_tokens=7,
             merged=None if beside else "",
+            graphs=graphs,
         )
         asked, made = requests([3, 9, 9, 17], copies=2, adapters=adapters), []
         engine.submit(asked)
@@ -77,6 +90,9 @@ def test_the_engine_waits_once_for_each_token(
             made += engine.step()
             steps += 1
     assert [len(found.response_ids) for found in made] == [6] * len(asked)
+    recordings = card.waits.pop(RECORDED, 0)
+    assert recordings == 2 * recorder.recorded
+    assert (recorder.replayed > 0) == graphs
     assert set(card.waits) == {DRAWN, CHECKED} if beside else {DRAWN}
     # Slots draw together; a step in the middle of a first prompt draws nothing.
     assert 6 * len(asked) / 4 <= card.waits[DRAWN] <= steps

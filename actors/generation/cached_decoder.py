@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from actors.generation.forward import Chunk, Copy, Forward, lay_out
+from actors.generation.graphs import recorder_on
 from actors.generation.native_forward import NativeForward
 from actors.generation.torch_forward import TorchForward
 from common.errors import ClusterError, ConfigError
@@ -44,6 +45,7 @@ class CachedDecoder:
         cache_mb: float | None = None,
         block: int = BLOCK,
         spent: Spent | None = None,
+        graphs: bool = True,
     ) -> None:
         """Products run in the dtype of `decoder`; norms, softmax and the residual stream in fp32.
 
@@ -59,6 +61,7 @@ class CachedDecoder:
             block: positions by which a native slot's memory grows.
             spent: told of those of the decoder's weights that it keeps in another layout, and that
                 nothing reads any more.
+            graphs: replay steps from CUDA graphs, on a GPU.
 
         Raises:
             ClusterError: native kernels were asked for and cannot be compiled.
@@ -71,7 +74,7 @@ class CachedDecoder:
         self.adapters: list[str] = []
         """What slots can run with; a slot names its adapter by its index here."""
         self._spent = spent
-        self.implementation = _choose(decoder, slots, kernels, merged, cache_mb, block)
+        self.implementation = _choose(decoder, slots, kernels, merged, cache_mb, block, graphs)
         self.refresh()
 
     def refresh(self) -> None:
@@ -129,6 +132,7 @@ def _choose(
     merged: str | None,
     cache_mb: float | None,
     block: int,
+    graphs: bool,
 ) -> Forward:
     if kernels == "native" and merged is None:
         raise ConfigError(
@@ -145,7 +149,8 @@ def _choose(
         dtype = next(decoder.parameters()).dtype
         whole = min(slots, slots_within(decoder.sizes, cache_mb, dtype))
     if kernels == "torch" or merged is None or lacking:
-        return TorchForward(decoder, whole)
+        record = recorder_on(next(decoder.parameters()).device) if graphs else None
+        return TorchForward(decoder, whole, record)
     budget = None if cache_mb is None else cache_mb * 2**20
     try:
         return NativeForward(decoder, slots, cache_bytes=budget, block=block)

@@ -63,6 +63,7 @@ def build_engine(
         merged=merged,
         cache_mb=rollout.cache_mb,
         spent=spent,
+        graphs=rollout.graphs,
     )
 
 

@@ -52,6 +52,7 @@ class GenerationEngine:
         cache_mb: float | None = None,
         block: int = BLOCK,
         spent: Spent | None = None,
+        graphs: bool = True,
     ) -> None:
         """Compute in the dtype and on the device of `decoder`'s parameters.
 
@@ -69,6 +70,7 @@ class GenerationEngine:
             cache_mb: as in `CachedDecoder`.
             block: as in `CachedDecoder`.
             spent: as in `CachedDecoder`.
+            graphs: as in `CachedDecoder`.
 
         Raises:
             ValueError: a size under 1, or `decoder` has no such adapter.
@@ -87,6 +89,7 @@ class GenerationEngine:
             cache_mb=cache_mb,
             block=block,
             spent=spent,
+            graphs=graphs,
         )
         self.eos_ids = tuple(eos_ids)
         self.max_tokens = max_tokens

@@ -1,7 +1,8 @@
 """The forward in PyTorch, for any decoder on any device.
 
 It runs the decoder's own blocks. Only their attention is another one: keys and values go into a
-cache, and queries attend to that.
+cache, and queries attend to that. Steps without a prompt are replayed from graphs where those are
+to be had (`actors.generation.graphs`).
 
 Shape suffixes: N flat tokens, S slots in use, P prompt chunks, C tokens of the longest chunk,
 L positions that can be attended to, H query heads, G key and value heads, K head width,
@@ -18,7 +19,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from actors.generation.forward import Chunk, Step
+from actors.generation.forward import Chunk, Step, lay_out
+from actors.generation.graphs import Graphs, Record, coarse
+from common.devices import onto
 from common.logprobs import Sampling, draw, logprobs_at, sampling_logits
 from common.models.attention import PLAIN, Mixing, capped, masked_attention
 from common.models.decoder import Decoder, Sizes
@@ -26,7 +29,7 @@ from common.models.inference import inference_copy, weight_bytes
 from common.native.panels import Spent
 
 _BLOCK = 64
-"""Positions by which what is attended to grows and shrinks."""
+"""Positions by which what is attended to grows and shrinks, at least."""
 
 
 class _Cache:
@@ -45,7 +48,8 @@ class _Cache:
         self._all = sizes.layers, numbers
         self._like = like.new_empty(0)
         self._flat = self._like
-        self._length = min(_BLOCK, sizes.context)
+        self.length = min(_BLOCK, sizes.context)
+        """Positions of a slot that have room."""
         self.peak = 0
         """Bytes that were in use at most."""
 
@@ -60,52 +64,86 @@ class _Cache:
 
     def fit(self, positions: int, used: int) -> None:
         """Make room for so many positions of each slot; the first `used` keep what they hold."""
-        length = min(self._context, -(-positions // _BLOCK) * _BLOCK)
+        length = min(self._context, coarse(positions, _BLOCK))
         slots, groups, width = self._shape
         numbers = self._all[0] * slots * groups * length * width
         self.peak = max(self.peak, numbers * self._like.element_size())
-        if length == self._length:
+        if length == self.length:
             return
-        before, self._length, kept = self.view(), length, min(length, self._length)
+        before, self.length, kept = self.view(), length, min(length, self.length)
         for old, new in zip(before, self.view(), strict=True):
             new[:used, :, :kept] = old[:used, :, :kept].clone()
 
     def view(self) -> Tensor:
         """``[layers, slots, G, L, K]``, until the next `fit`."""
         slots, groups, width = self._shape
-        numbers = slots * groups * self._length * width
-        held: Tensor = self._flat[:, :numbers].unflatten(1, (slots, groups, self._length, width))
+        numbers = slots * groups * self.length * width
+        held: Tensor = self._flat[:, :numbers].unflatten(1, (slots, groups, self.length, width))
         return held
 
 
 class TorchForward:
     """Weights, keys and values of all slots, on any device."""
 
-    def __init__(self, decoder: Decoder, slots: int) -> None:
-        """Products and cache in the dtype of `decoder`'s parameters."""
-        weight = next(decoder.parameters())
-        self._caches = [_Cache(decoder.sizes, slots, weight) for _ in ("keys", "values")]
+    def __init__(self, decoder: Decoder, slots: int, record: Record | None = None) -> None:
+        """Products and cache in the dtype of `decoder`'s parameters.
+
+        Args:
+            decoder: of the shape and on the device that is run.
+            slots: whole contexts that are held.
+            record: records steps without a prompt, which are then of a few sizes.
+        """
+        weight, sizes = next(decoder.parameters()), decoder.sizes
+        self._caches = [_Cache(sizes, slots, weight) for _ in ("keys", "values")]
         self.slots = slots
         self._device = weight.device
         self._decoder = decoder
+        self._graphs: Graphs | None = None
+        if record is not None:
+            self._graphs = Graphs(record, weight.dtype)
+            self._rows = torch.zeros(4, slots, dtype=torch.int64, device=self._device)
+            self._states = torch.zeros(slots, sizes.dim, device=self._device)
 
     def take(self, decoder: Decoder, adapters: Sequence[str], spent: Spent | None = None) -> None:
         """Run with the weights that a decoder has now; they stay in use."""
         self._decoder = inference_copy(decoder, adapters)
+        self._forget_graphs()
 
     @torch.no_grad()
     def run(self, step: Step) -> Tensor:
         """fp32 logits ``[S, V]`` after the newest token of each slot."""
-        tokens_N, slots_N, positions_N, adapters_N = torch.from_numpy(step.rows).to(self._device)
         for cache in self._caches:
             cache.take()
             cache.fit(int(step.rows[2].max()) + 1, step.used)
+        if self._graphs is None or step.chunks or step.copies:
+            states_ND = self._computed(onto(torch.from_numpy(step.rows), self._device), step)
+        else:
+            states_ND = self._replayed(self._graphs, step)
+        return self._decoder.logits(states_ND[: step.used])
+
+    def _computed(self, rows_4N: Tensor, step: Step) -> Tensor:
+        tokens_N, slots_N, positions_N, adapters_N = rows_4N
         keys, values = (cache.view() for cache in self._caches)
         attention = _CachedAttention(
             keys, values, slots_N, positions_N, step, self._decoder.sizes.heads
         )
-        hidden = self._decoder.states(tokens_N, positions_N, attention, adapters_N)
-        return self._decoder.logits(hidden[: step.used])
+        return self._decoder.states(tokens_N, positions_N, attention, adapters_N)
+
+    def _replayed(self, graphs: Graphs, step: Step) -> Tensor:
+        """Do a step of one of a few sizes; rows are filled up by slots that are not in use."""
+        count = min(self.slots, coarse(step.used, 1))
+        filled = lay_out([0] * count, [0] * count, (), (), 0)
+        filled.rows[:, : step.used] = step.rows
+        self._rows[:, :count] = onto(torch.from_numpy(filled.rows), self._device)
+
+        def compute() -> Tensor:
+            return self._states[:count].copy_(self._computed(self._rows[:, :count], filled))
+
+        return graphs.run((count, self._caches[0].length), compute)
+
+    def _forget_graphs(self) -> None:
+        if self._graphs is not None:
+            self._graphs.forget()
 
     def forget(self) -> None:
         """Keep everything: weights are the decoder's."""
@@ -124,7 +162,8 @@ class TorchForward:
         return {"weights": weight_bytes(self._decoder), "cache": peak}
 
     def rest(self) -> None:
-        """Give back the memory of keys and values until the next step."""
+        """Give back the memory of keys and values until the next step, and of graphs over it."""
+        self._forget_graphs()
         for cache in self._caches:
             cache.release()
 

@@ -95,6 +95,9 @@ class RolloutConfig(Section):
     """Prompt tokens that one step computes beside its decodes."""
     kernels: Literal["auto", "native", "torch"] = "auto"
     """native: compiled for the processor by gcc; torch: anywhere; auto: native where it can be."""
+    graphs: bool = True
+    """On a GPU: steps that only decode are recorded in CUDA graphs and replayed, which takes the
+    processor's time out of them. false computes each step anew."""
     lora: Literal["merged", "unmerged"] = "merged"
     """How an adapter is sampled from (`train.lora`). merged: added to the weights as it arrives,
     which costs nothing at a token; unmerged: computed beside them, by torch and slower, without a

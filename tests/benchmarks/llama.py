@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -31,54 +29,19 @@ from tests.benchmarks.measure import (
     share_of_limit,
 )
 from tests.benchmarks.pretrained import SMOLLM2, Sizes, library, written
+from tests.benchmarks.vllm_process import vllm
 
 VLLM = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
 SCORED_BY: tuple[Kernels, ...] = ("native", "torch")
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": str(THREADS),
+    "VLLM_CPU_KVCACHE_SPACE": "4",
+    "HOME": str(Path.home()),
+    "PATH": f"{VLLM.parent}:/usr/bin:/bin",
+}
 MISSING = "vLLM is not there, and is not compared with: `make vllm` installs it"
 SHORTEST, LONGEST = 8, 256
 """Tokens of responses of mixed lengths."""
-
-Generate = Callable[[Sequence[RolloutRequest], Sequence[int]], None]
-"""Generates so many tokens from each prompt."""
-
-
-@contextmanager
-def vllm(folder: Path, sequences: int, tokens: int) -> Iterator[Generate]:
-    """Start vLLM on a checkpoint, compiled, in a process that is idle while it is not asked."""
-    said = folder.parent / "vllm.txt"
-    environment = {
-        "OMP_NUM_THREADS": str(THREADS),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "4",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "HF_HUB_OFFLINE": "1",
-        "HOME": str(Path.home()),
-        "PATH": f"{VLLM.parent}:/usr/bin:/bin",
-    }
-    worker = Path(__file__).with_name("vllm_worker.py")
-    with (
-        said.open("w") as log,
-        subprocess.Popen(
-            [str(VLLM), str(worker), str(folder), str(sequences), str(tokens)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=environment,
-        ) as process,
-    ):
-        assert process.stdin is not None and process.stdout is not None
-        asking, answers = process.stdin, process.stdout
-        assert answers.readline().strip() == "ready", said.read_text()
-
-        def generate(asked: Sequence[RolloutRequest], lengths: Sequence[int]) -> None:
-            pairs = [[list(a.prompt_ids), n] for a, n in zip(asked, lengths, strict=True)]
-            asking.write(json.dumps(pairs) + "\n")
-            asking.flush()
-            assert answers.readline().strip() == "done", said.read_text()
-
-        yield generate
-        process.kill()
 
 
 def engine(path: Path, sizes: Sizes) -> GenerationEngine:
@@ -168,7 +131,15 @@ def _measured(path: Path, sizes: Sizes, small: int) -> tuple[list[Result], dict[
     }
     with ExitStack() as stack:
         if VLLM.exists():
-            other = stack.enter_context(vllm(path, sizes.batch, sizes.prompt + LONGEST))
+            other = stack.enter_context(
+                vllm(
+                    path,
+                    sizes.batch,
+                    sizes.prompt + LONGEST,
+                    python=VLLM,
+                    environment=ENVIRONMENT,
+                )
+            )
             other(asked, equal)  # what is compiled at its first use
             runs["vllm large"] = lambda: other(asked, equal)
             runs["vllm small"] = lambda: other(asked[:small], equal[:small])

@@ -1,8 +1,8 @@
 """vLLM on the same prompts, as a program of its own environment (`make vllm`).
 
-``PYTHON vllm_worker.py FOLDER SEQUENCES TOKENS`` loads a checkpoint in bf16 and says "ready"; then
-each line of its input, a list of [prompt, length] in JSON, is generated from and answered by
-"done". It imports nothing of ours.
+``PYTHON vllm_worker.py FOLDER SEQUENCES TOKENS OPTIONS`` loads a checkpoint in bf16, with what else
+the engine is told as JSON, and says "ready"; then each line of its input, a list of
+[prompt, length] in JSON, is generated from and answered by "done". It imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from vllm import LLM, SamplingParams  # type: ignore[import-not-found]  # of its own environment
 
 
-def main(folder: str, sequences: str, tokens: str) -> None:
+def main(folder: str, sequences: str, tokens: str, options: str) -> None:
     """Answer until the input ends."""
     said, sys.stdout = sys.stdout, sys.stderr  # the library prints too
     model = LLM(
@@ -24,6 +24,7 @@ def main(folder: str, sequences: str, tokens: str) -> None:
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
         seed=0,
+        **json.loads(options),
     )
     print("ready", file=said, flush=True)
     for line in sys.stdin:

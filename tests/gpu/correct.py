@@ -58,6 +58,8 @@ def checks(workspace: RunConfig, root: Path, device: str, build: Build) -> Itera
             kind = str(dtype).removeprefix("torch.")
             off = _sampling(_tiny(name, root), device, dtype)
             yield Check(name=f"{name}: sampled log-probabilities, {kind}", off=off, bound=bound)
+        off = _replayed(_tiny(name, root).to(device))
+        yield Check(name=f"{name}: steps replayed, and computed", off=off, bound=FP32)
     yield from _phases(workspace, root, device, build)
 
 
@@ -74,15 +76,7 @@ def _sampling(decoder: Decoder, device: str, dtype: torch.dtype) -> float:
     """Sample on the device, and score the samples by the same weights in float64."""
     sampling = FILTERED if dtype == torch.float32 else WHOLE
     rounded = {name: tensor.to(dtype).double() for name, tensor in decoder.state_dict().items()}
-    engine = GenerationEngine(
-        decoder.to(device, dtype),
-        eos_ids=(2,),
-        sampling=sampling,
-        max_tokens=24,
-        slots=5,
-        prefill_tokens=16,
-        kernels="torch",
-    )
+    engine = _engine(decoder.to(device, dtype), sampling)
     asked = requests([3, 9, 9, 17, 30], copies=3)
     made = engine.generate(asked)
     exact = PolicyNetwork(decoder.to("cpu")).double()
@@ -101,6 +95,34 @@ def _sampling(decoder: Decoder, device: str, dtype: torch.dtype) -> float:
         ]
     )
     return float(off.abs().max() if dtype == torch.float32 else off.square().mean().sqrt())
+
+
+def _replayed(decoder: Decoder) -> float:
+    """Sample with graphs and without; returns the worst log-probability, or 1 for another token."""
+    asked, made = requests([3, 9, 9, 17, 30], copies=3), []
+    for graphs in (True, False):
+        engine = _engine(decoder, WHOLE, graphs=graphs)
+        made.append(engine.generate(asked))
+    pairs = list(zip(*made, strict=True))
+    if any(one.response_ids != other.response_ids for one, other in pairs):
+        return 1.0
+    return max(
+        float((torch.tensor(one.logprobs) - torch.tensor(other.logprobs)).abs().max())
+        for one, other in pairs
+    )
+
+
+def _engine(decoder: Decoder, sampling: Sampling, *, graphs: bool = True) -> GenerationEngine:
+    return GenerationEngine(
+        decoder,
+        eos_ids=(2,),
+        sampling=sampling,
+        max_tokens=24,
+        slots=11,
+        prefill_tokens=16,
+        kernels="torch",
+        graphs=graphs,
+    )
 
 
 def _phases(workspace: RunConfig, root: Path, device: str, build: Build) -> Iterator[Check]:

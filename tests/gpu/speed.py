@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -27,6 +31,7 @@ from common.wire.weights import FlatBuffer, Manifest
 from learner import actor_critic
 from learner.learner import Learner
 from reward_service.models import ReferencePolicy, frozen_pass
+from tests.benchmarks.vllm_process import vllm
 from tests.gpu.engines import Build
 from tests.gpu.shapes import SHAPES, decoder_of, drawn, fill, folder_of
 from tests.workspaces import run_copy
@@ -97,14 +102,18 @@ def _decode(
     context, length = PROMPT + size.response, size.response
     decoder = decoder_of(shape, root, device, context)
     weights = sum(p.numel() * p.element_size() for p in decoder.parameters())
-    engine = GenerationEngine(
-        decoder,
-        eos_ids=(),
-        sampling=Sampling(),
-        max_tokens=length,
-        slots=batch,
-        prefill_tokens=batch * PROMPT,
-        kernels="torch",
+    replayed, computed = (
+        GenerationEngine(
+            decoder,
+            eos_ids=(),
+            sampling=Sampling(),
+            max_tokens=length,
+            slots=batch,
+            prefill_tokens=batch * PROMPT,
+            kernels="torch",
+            graphs=graphs,
+        )
+        for graphs in (True, False)
     )
     asked = _requests(batch, SHAPES[shape]["vocab_size"])
     with torch.device(device):
@@ -126,10 +135,27 @@ def _decode(
                 eos_token_id=None,
             )
 
-    took = _by_turns(
-        {"ours": lambda: engine.generate(asked), "theirs": library}, device, size.repeats
-    )
-    rate, other = (batch * length / took[name] for name in ("ours", "theirs"))
+    runs = {
+        "ours": lambda: replayed.generate(asked),
+        "computed": lambda: computed.generate(asked),
+        "hf": library,
+    }
+    with ExitStack() as stack:
+        if importlib.util.find_spec("vllm") is not None:
+            other = stack.enter_context(
+                vllm(
+                    folder_of(shape, root),
+                    batch,
+                    context,
+                    python=Path(sys.executable),
+                    environment=os.environ,
+                    options={"load_format": "dummy", "gpu_memory_utilization": 0.4},
+                )
+            )
+            runs["vllm"] = lambda: other(asked, [length] * batch)
+        took = _by_turns(runs, device, size.repeats)
+    rates = {name: batch * length / seconds for name, seconds in took.items()}
+    rate = rates["ours"]
     share = weights * length / took["ours"] / bandwidth
     yield Figure(
         key=f"decode_{shape}",
@@ -137,12 +163,19 @@ def _decode(
         unit="tokens/s",
         says=f"{batch} x ({PROMPT} + {length}), {share:.0%} of the time that reading weights takes",
     )
-    yield Figure(
-        key=f"decode_{shape}_vs_hf",
-        value=rate / other,
-        unit="x",
-        says=f"transformers generate: {other:,.0f} tokens/s",
-    )
+    others = {
+        "computed": "without graphs",
+        "hf": "transformers generate",
+        "vllm": "vLLM, compiled, with its graphs",
+    }
+    for name, says in others.items():
+        if name in rates:
+            yield Figure(
+                key=f"decode_{shape}_vs_{name}",
+                value=rate / rates[name],
+                unit="x",
+                says=f"{says}: {rates[name]:,.0f} tokens/s",
+            )
 
 
 def _learner(

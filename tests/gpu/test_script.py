@@ -40,6 +40,7 @@ def test_every_role_is_checked_and_measured(tmp_path: Path) -> None:
         "copy",
         "product",
         "decode_tiny",
+        "decode_tiny_vs_computed",
         "decode_tiny_vs_hf",
         "learner_mfu",
         "sync",

@@ -35,8 +35,12 @@ class FalconAttention(modeling_falcon.FalconAttention):
         return out, None
 
     def _heads(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Cut the projection: queries ``[1, N, H, K]``, keys and values ``[1, N, G, K]``."""
-        if not self.new_decoder_architecture:
+        """Cut the projection: queries ``[1, N, H, K]``, keys and values ``[1, N, G, K]``.
+
+        Where heads share keys and values, the library's own cut indexes by lists, which are copied
+        to a GPU in each layer.
+        """
+        if not (self.new_decoder_architecture or self.multi_query):
             heads: tuple[Tensor, Tensor, Tensor] = self._split_heads(fused)
             return heads
         grouped = fused.unflatten(-1, (self.num_kv_heads, -1, self.head_dim))
