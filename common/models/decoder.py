@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from common.devices import onto
 from common.models.attention import Attention, causal_attention
-from common.models.embedding import Reader
+from common.models.embedding import HeadReader, Reader
 from common.models.filling import Source, Weights, fill
 from common.models.lora import OFF, RowSelection, Selection, require_adapters
 from common.models.packing import pack
@@ -93,11 +93,17 @@ class Decoder(nn.Module, ABC):
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits ``[..., V]`` of states ``[..., D]``."""
 
-    def read(self, hidden: Tensor, read: Reader) -> Tensor:
+    def read(self, hidden: Tensor, read: Reader | HeadReader) -> Tensor:
         """Return what a reader makes of the logits of states ``[..., D]``: ``[..., C]``.
 
-        Architectures with large vocabularies override this and read in pieces.
+        Architectures with large vocabularies override this and read in pieces; those that are to
+        have auxiliary phases let a `HeadReader` read their output head.
+
+        Raises:
+            TypeError: there is no head for it to read.
         """
+        if isinstance(read, HeadReader):
+            raise TypeError(f"{type(self).__name__} has no output head that can be read in pieces")
         flat = hidden.flatten(0, -2)
         values = read(self.logits(flat), slice(0, len(flat)))
         return values.view(*hidden.shape[:-1], values.shape[-1])

@@ -1,12 +1,15 @@
 """Output heads, and the embedding that is both a decoder's first layer and its output head.
 
-Logits of a large vocabulary are made in pieces, and a reader keeps only a few numbers of each.
+Logits of a large vocabulary are made in pieces, and a reader keeps only a few numbers of each. Most
+readers are given all logits of some positions; a `HeadReader` makes them by itself, of all
+positions and some of the vocabulary.
 
 Shape suffixes: N positions, D width, V vocabulary, C numbers that a reader keeps.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -21,6 +24,37 @@ Part = slice | Tensor
 
 Reader = Callable[[Tensor, Part], Tensor]
 """Maps fp32 logits ``[n, V]`` of a part of all N positions, and that part, to ``[n, C]``."""
+
+
+Rule = Callable[[Tensor], Tensor]
+"""What becomes of logits, each by itself, before anybody reads them."""
+
+
+def as_it_is(logits: Tensor) -> Tensor:
+    """Most decoders' rule."""
+    return logits
+
+
+class HeadReader(ABC):
+    """Reads states and an output head, of which it makes logits as it needs them."""
+
+    @abstractmethod
+    def read(
+        self, states_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, rule: Rule, rows: int
+    ) -> Tensor:
+        """Return what it keeps of the logits ``rule(states @ weight.T + bias)``, ``[N, C]``.
+
+        Args:
+            states_ND: in the dtype that products run in.
+            weight_VD: the head's.
+            bias_V: likewise.
+            rule: on fp32 logits.
+            rows: positions of which all logits may be in memory at once, or as many of others.
+        """
+
+    @abstractmethod
+    def at(self, places: Tensor) -> HeadReader:
+        """Return the same for some of the positions."""
 
 
 class _Pieces(torch.autograd.Function):
@@ -108,12 +142,23 @@ def _parts(length: int, rows: int) -> list[slice]:
 
 
 def read_logits(
-    states_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, read: Reader, rows: int
+    states_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    reader: Reader | HeadReader,
+    rows: int,
+    rule: Rule = as_it_is,
 ) -> Tensor:
     """Return what a reader makes of logits ``[N, V]``, ``[N, C]``, of `rows` of them at a time.
 
     Products run in the dtype of the states.
     """
+    if isinstance(reader, HeadReader):
+        return reader.read(states_ND, weight_VD, bias_V, rule, rows)
+
+    def read(logits: Tensor, part: Part) -> Tensor:
+        return reader(rule(logits), part)
+
     if len(states_ND) <= rows:
         return read(_logits(states_ND, weight_VD, bias_V).float(), slice(0, len(states_ND)))
     if torch.is_grad_enabled():
@@ -137,7 +182,12 @@ class OutputHead(nn.Linear):
     """Dtype of products (`common.models.networks.compute_in`); None is the weights' own."""
 
     def forward(
-        self, x: Tensor, read: Reader | None = None, rows: int = 0, vocabulary: int | None = None
+        self,
+        x: Tensor,
+        read: Reader | HeadReader | None = None,
+        rows: int = 0,
+        vocabulary: int | None = None,
+        rule: Rule = as_it_is,
     ) -> Tensor:
         """Make logits ``[..., V]`` of states ``[..., D]``.
 
@@ -146,12 +196,13 @@ class OutputHead(nn.Linear):
             read: what to make of the logits; flat states ``[N, D]`` then become ``[N, C]``.
             rows: logits that `read` is given at a time.
             vocabulary: the first tokens, which alone have logits; None is all.
+            rule: of the logits that `read` is given.
         """
         x = x.to(self.precision or self.weight.dtype)
         weight, bias = _first(self.weight, vocabulary), _first(self.bias, vocabulary)
         if read is None:
             return _logits(x, weight, bias)
-        return read_logits(x, weight, bias, read, rows)
+        return read_logits(x, weight, bias, read, rows, rule)
 
 
 class TiedEmbedding(nn.Embedding):
@@ -168,9 +219,10 @@ class TiedEmbedding(nn.Embedding):
         self,
         x: Tensor,
         to_logits: bool = False,
-        read: Reader | None = None,
+        read: Reader | HeadReader | None = None,
         rows: int = 0,
         vocabulary: int | None = None,
+        rule: Rule = as_it_is,
     ) -> Tensor:
         """Embed tokens, or make logits of states.
 
@@ -180,12 +232,15 @@ class TiedEmbedding(nn.Embedding):
             read: as in `OutputHead`.
             rows: as in `OutputHead`.
             vocabulary: as in `OutputHead`.
+            rule: as in `OutputHead`.
         """
         dtype = self.precision or self.weight.dtype
         if not to_logits:
             return super().forward(x).to(dtype)
         x, weight = x.to(dtype), _first(self.weight, vocabulary)
-        return product(x, weight) if read is None else read_logits(x, weight, None, read, rows)
+        if read is None:
+            return product(x, weight)
+        return read_logits(x, weight, None, read, rows, rule)
 
 
 def output_head(decoder: nn.Module) -> OutputHead | TiedEmbedding:

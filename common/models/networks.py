@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from common.devices import onto
 from common.models.decoder import DECODER, Decoder
-from common.models.embedding import OutputHead, Reader, TiedEmbedding
+from common.models.embedding import HeadReader, OutputHead, Reader, TiedEmbedding
 from common.models.filling import Weights
 from common.models.lora import OFF, Adapted, Selection
 from common.models.precision import wide
@@ -85,7 +85,7 @@ class PolicyNetwork(DecoderNetwork):
         prompts_B: Tensor | None = None,
         predict_BR: Tensor | None = None,
         predict_BT: Tensor | None = None,
-        read: Reader | None = None,
+        read: Reader | HeadReader | None = None,
         states: bool = False,
         adapter: Selection | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -132,11 +132,19 @@ class PolicyNetwork(DecoderNetwork):
             return self._read_where(predict_BR >= 0, hidden, read), self.value(hidden)
         return self.decoder.read(hidden, read), self.value(hidden)
 
-    def _read_where(self, wanted_BR: Tensor, hidden_BRD: Tensor, read: Reader) -> Tensor:
+    def _read_where(
+        self, wanted_BR: Tensor, hidden_BRD: Tensor, read: Reader | HeadReader
+    ) -> Tensor:
         """Return what `read` makes of the logits at some positions, and 0 at the others."""
         places_N = _places(wanted_BR, hidden_BRD.device)
         hidden_ND = hidden_BRD.flatten(0, 1)[places_N]
-        read_NC = self.decoder.read(hidden_ND, lambda logits, part: read(logits, places_N[part]))
+        if isinstance(read, HeadReader):
+            read_NC = self.decoder.read(hidden_ND, read.at(places_N))
+        else:
+            reader = read
+            read_NC = self.decoder.read(
+                hidden_ND, lambda logits, part: reader(logits, places_N[part])
+            )
         columns = read_NC.new_zeros(wanted_BR.numel(), read_NC.shape[-1])
         return columns.index_copy(0, places_N, read_NC).view(*wanted_BR.shape, -1)
 

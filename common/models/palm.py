@@ -25,7 +25,7 @@ from common.config.model import PalmConfig
 from common.devices import PROCESSOR
 from common.models.attention import Attention
 from common.models.decoder import Decoder, Sizes
-from common.models.embedding import Reader, TiedEmbedding
+from common.models.embedding import HeadReader, Reader, TiedEmbedding
 from common.models.filling import Source, held
 from common.models.lora import Adapted, RowSelection
 from common.models.precision import wide
@@ -148,13 +148,17 @@ class PaLM(Decoder):
         logits: Tensor = self.embedding(self._scaled(hidden), to_logits=True)
         return logits.float()
 
-    def read(self, hidden: Tensor, read: Reader) -> Tensor:
+    def read(self, hidden: Tensor, read: Reader | HeadReader) -> Tensor:
         """Return what a reader makes of the logits, computed in pieces (`PalmConfig.logits_mb`)."""
         on_processor = hidden.device.type == PROCESSOR
         rows = self.config.logits_rows(self.config.vocab_size, processor=on_processor)
-        flat = self._scaled(hidden).flatten(0, -2)
-        values: Tensor = self.embedding(flat, to_logits=True, read=read, rows=rows)
+        if isinstance(read, HeadReader):  # which has states of its own, that nobody has scaled
+            flat, rule = hidden.flatten(0, -2), {"rule": self._scaled}
+        else:
+            flat, rule = self._scaled(hidden).flatten(0, -2), {}
+        values: Tensor = self.embedding(flat, to_logits=True, read=read, rows=rows, **rule)
         return values.view(*hidden.shape[:-1], values.shape[-1])
 
     def _scaled(self, hidden: Tensor) -> Tensor:
+        """Scale states, or logits."""
         return hidden * self.config.dim**-0.5 if self.config.scale_logits else hidden

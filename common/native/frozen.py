@@ -20,7 +20,7 @@ from common.batching import rows_by_prompt
 from common.errors import ClusterError, ConfigError
 from common.models.attention import Attention
 from common.models.decoder import DECODER, Decoder
-from common.models.embedding import Part, Reader
+from common.models.embedding import HeadReader, Part, Reader
 from common.models.filling import Weights
 from common.models.lora import OFF, RowSelection, Selection
 from common.models.networks import DecoderNetwork
@@ -64,8 +64,10 @@ class NativeDecoder(Decoder):
         """fp32 logits ``[..., V]`` of states ``[..., D]``."""
         return self._model.read(hidden.flatten(0, -2)).view(*hidden.shape[:-1], -1)
 
-    def read(self, hidden: Tensor, read: Reader) -> Tensor:
-        """Return what a reader makes of the logits, in pieces."""
+    def read(self, hidden: Tensor, read: Reader | HeadReader) -> Tensor:
+        """Return what a reader makes of the logits, in pieces; as `Decoder.read`."""
+        if isinstance(read, HeadReader):
+            return super().read(hidden, read)
         flat = hidden.flatten(0, -2)
         parts: list[Part] = [
             slice(begin, min(begin + self._rows, len(flat)))

@@ -12,7 +12,6 @@ from common.devices import torch_dtype
 from common.errors import ClusterError, ConfigError
 from common.models.adapters import adapter_size
 from common.models.build import build_decoder, count_parameters
-from common.models.embedding import output_head
 from common.out_of_memory import in_words
 from deploy.workers.attach import named_address
 from deploy.workers.reservations import reservations
@@ -107,8 +106,6 @@ class NetworkSizes:
     """Numbers of bases that adapters are trained on."""
     frozen_bytes: float
     """Bytes of each of these: rounded when products run in bf16."""
-    head: int = 0
-    """Numbers of the policy's output head."""
 
 
 def network_sizes(config: RunConfig) -> NetworkSizes:
@@ -120,9 +117,6 @@ def network_sizes(config: RunConfig) -> NetworkSizes:
     vocabulary = config.model.vocab_size or config.tokenizer.vocab_size
     model = config.model.model_copy(update={"vocab_size": vocabulary})
     whole, train = count_parameters(model).total, config.train
-    with torch.device("meta"):
-        decoder = build_decoder(model)
-    head = sum(p.numel() for p in output_head(decoder).parameters(recurse=False))
     separate = train.separate_values
     critic = whole if train.critic is None else count_parameters(train.critic).total
     if train.lora is None:
@@ -131,11 +125,11 @@ def network_sizes(config: RunConfig) -> NetworkSizes:
             policy=whole,
             frozen=0,
             frozen_bytes=_BYTES_OF_A_NUMBER,
-            head=head,
         )
     scored, theirs = config.reward_service.needs_model, config.reward_model.lora
     adapted = theirs if scored and train.critic is None else None
     with torch.device("meta"):
+        decoder = build_decoder(model)
         own = decoder if train.critic is None else build_decoder(train.critic)
     policy = adapter_size(decoder, train.lora)
     # The value network goes on from a reward model of whole weights on a base of its own.
@@ -145,7 +139,6 @@ def network_sizes(config: RunConfig) -> NetworkSizes:
         policy=policy,
         frozen=whole + (separate and apart) * critic,
         frozen_bytes=torch_dtype(config.learner.precision).itemsize,
-        head=head,
     )
 
 
@@ -171,8 +164,8 @@ def extra_bytes(config: RunConfig) -> float:
     """Return the bytes that one rank holds beside those.
 
     They are DeepSpeed's flat copy of a rank's share of the weights (ZeRO 1 to 3), and for an
-    auxiliary phase moments of its own and a frozen policy. Under ZeRO 3 a rank has its share of
-    that, and the output head whole.
+    auxiliary phase moments of its own and a frozen policy, of which a rank has its share under
+    ZeRO 3.
     """
     sizes, learner = network_sizes(config), config.learner
     ranks = learner.ranks if learner.zero_stage >= 1 else 1
@@ -183,11 +176,9 @@ def extra_bytes(config: RunConfig) -> float:
     # Of an adapter a copy as it is; a whole policy is rounded when products run in bf16.
     rounded = torch_dtype(learner.precision).itemsize
     shared = learner.ranks if learner.zero_stage >= 3 else 1
-    head = sizes.head * rounded if learner.zero_stage >= 3 else 0.0
     if config.train.lora is not None:
-        return copies + moments + sizes.policy * _BYTES_OF_A_NUMBER + head
-    copied = (sizes.policy * rounded - head) / shared + head
-    return copies + moments + copied
+        return copies + moments + sizes.policy * _BYTES_OF_A_NUMBER
+    return copies + moments + sizes.policy * rounded / shared
 
 
 def snapshot_bytes(config: RunConfig) -> float:

@@ -9,10 +9,13 @@ Shape suffixes: B sequences, R response positions. Logits ``[..., V]`` may have 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from common.models.precision import wide
 from learner.algorithms.shapes import require_shape
 
 
@@ -27,17 +30,75 @@ class JointLoss(NamedTuple):
     """KL(pi_old || pi), before its weight, detached."""
 
 
-def clone_kl(old_logits: Tensor, logits: Tensor) -> Tensor:
+class Normalizer(NamedTuple):
+    """What makes probabilities of logits: ``exp(logits - peak) / total``."""
+
+    peak: Tensor
+    """``[...]``: the largest logit, without a gradient."""
+    total: Tensor
+    """``[...]``: sum of ``exp(logits - peak)`` over the vocabulary."""
+
+    @classmethod
+    def none(cls) -> Normalizer:
+        """Return that of no logits."""
+        return cls(torch.tensor(-torch.inf), torch.zeros(()))
+
+    def with_more(self, logits: Tensor) -> tuple[Tensor, Tensor, Normalizer]:
+        """Add some of the vocabulary, ``[..., v]``.
+
+        Returns:
+            by what sums over the earlier ones shrink, the new ones' ``exp(logits - peak)``, and the
+            normalizer of all.
+        """
+        peak = logits.detach().amax(-1).maximum(self.peak)
+        kept = (self.peak - peak).exp()
+        weights = (logits - peak[..., None]).exp()
+        total = self.total * kept + weights.sum(-1)
+        return kept, weights, Normalizer(peak, total)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return those of some of the vocabulary: ``[..., v]`` of logits ``[..., v]``."""
+        return (wide(logits) - self.peak[..., None]).exp() / self.total[..., None]
+
+
+class CloneKl(NamedTuple):
+    """KL(pi_old || pi) at each position, and what its gradient is made of."""
+
+    kl: Tensor
+    """``[...]``."""
+    old: Normalizer
+    new: Normalizer
+
+    @classmethod
+    def of(cls, kl: Tensor, *normalizers: Tensor) -> CloneKl:
+        """Put together what was taken apart: the KL, and peaks and totals of both policies."""
+        old_peak, old_total, peak, total = normalizers
+        return cls(kl, Normalizer(old_peak, old_total), Normalizer(peak, total))
+
+    def gradient(self, old_logits: Tensor, logits: Tensor) -> Tensor:
+        """Return ``d KL / d logits`` for some of the vocabulary, ``[..., v]``."""
+        return self.new.probabilities(logits) - self.old.probabilities(old_logits)
+
+
+def clone_kl(stretches: Iterable[tuple[Tensor, Tensor]]) -> CloneKl:
     """Return KL(pi_old || pi) at each position ``[...]``; exactly 0 for identical logits.
 
+    ``KL = sum_v p_old(v) (z_old(v) - z(v)) + log Z - log Z_old``: sums over the vocabulary, of
+    which a stretch at a time is looked at. Its gradient is ``d KL / d z(v) = p(v) - p_old(v)``.
+
     Args:
-        old_logits: ``[..., V]`` of pi_old.
-        logits: ``[..., V]`` of pi, at the same positions.
+        stretches: all of the vocabulary: logits ``[..., v]`` of pi_old and of pi for each part.
     """
-    require_shape(old_logits.dim(), old_logits, logits)
-    old = old_logits.float().log_softmax(dim=-1)
-    new = logits.float().log_softmax(dim=-1)
-    return (old.exp() * (old - new)).sum(dim=-1)
+    old_n, new_n, apart = Normalizer.none(), Normalizer.none(), torch.zeros(())
+    for old_logits, logits in stretches:
+        require_shape(old_logits.dim(), old_logits, logits)
+        old, new = wide(old_logits), wide(logits)
+        kept, weights, old_n = old_n.with_more(old)
+        *_, new_n = new_n.with_more(new)
+        apart = apart * kept + (weights * (old - new)).sum(-1)
+    # The logarithm of a ratio near 1, not the difference of two logarithms, which round apart.
+    between = (new_n.peak - old_n.peak) + (new_n.total / old_n.total).log()
+    return CloneKl(apart / old_n.total + between, old_n, new_n)
 
 
 def auxiliary_value_loss(

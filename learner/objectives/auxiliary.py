@@ -1,11 +1,10 @@
 """The joint loss of phasic policy gradient's auxiliary phase (Cobbe 2020, algorithm 1).
 
 V_targ are those of the policy phases; pi_old is a frozen copy of the policy as it is when the
-phase begins. Both distributions are whole and read in pieces of `ModelConfig.logits_mb`, of which
-pi_old keeps the states alone.
+phase begins. Both distributions are whole and read in pieces (`learner.objectives.clone_kl`), of
+which pi_old keeps the states alone.
 
-Shape suffixes: N rows of the memory or positions of a micro-batch, B rows of a micro-batch,
-R response positions, D width.
+Shape suffixes: N rows of the memory, B rows of a micro-batch, R response positions, D width.
 """
 
 from __future__ import annotations
@@ -17,17 +16,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.config.model import ModelConfig
 from common.metric_catalogue import Logged
 from common.metrics import Metrics, mean
 from common.models.adapters import adapter_tensors, drop_adapter, snapshot_adapter
-from common.models.build import build_decoder, build_policy
-from common.models.embedding import Part, output_head
+from common.models.build import build_policy
+from common.models.embedding import output_head
 from common.models.networks import PolicyNetwork, compute_in
 from learner.algorithms import ppg
 from learner.batch.shards import MicroBatch
+from learner.objectives.clone_kl import ClonedFrom, OldHead
 from learner.optimisation import Loss, Objective, Step, Whole
 from learner.zero.engine import ZeroEngine
 from learner.zero.frozen import fill
@@ -42,8 +42,9 @@ class FrozenPolicy:
 
     run: Callable[..., tuple[Any, Any]]
     """As `PolicyNetwork.forward`."""
-    logits: Callable[[Tensor], Tensor]
-    """As `Decoder.logits`, at any time: also while the network that is trained computes."""
+    head: OldHead | None
+    """Its output head, at any time: also while the network that is trained computes. None: it is
+    that one's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,19 +72,12 @@ class JointObjective(Objective):
                 predict_BR=data.predict_BR,
                 states=True,
             )
-        old_ND = old_BRD.flatten(0, 1)
-
-        def read(logits: Tensor, part: Part) -> Tensor:
-            with torch.no_grad():
-                old_logits = self.old.logits(old_ND[part])
-            return ppg.clone_kl(old_logits, logits)[:, None]
-
         kl_BR1, values_BR = self.engine(
             data.tokens_BT,
             lengths_B=data.lengths_B,
             prompts_B=data.prompts_B,
             predict_BR=data.predict_BR,
-            read=read,
+            read=ClonedFrom(old_BRD.flatten(0, 1), self.old.head),
         )
         joint = ppg.joint_loss(
             values_BR,
@@ -128,47 +122,22 @@ def frozen_policy(engine: ZeroEngine, model: ModelConfig) -> Iterator[FrozenPoli
     network = engine.network
     assert isinstance(network, PolicyNetwork)
     if not network.adapter:
-        old = _copy(engine, model)
-        yield FrozenPolicy(run=old, logits=old.decoder.logits)
+        yield _copy(engine, model)
         return
     with engine.gathered([t for _, t in adapter_tensors(network, network.adapter)]):
         snapshot_adapter(network, network.adapter, _OLD)
     try:
-        yield FrozenPolicy(run=partial(engine, adapter=_OLD), logits=_frozen_head(engine, model))
+        # No adapter is on an output head.
+        yield FrozenPolicy(run=partial(engine, adapter=_OLD), head=None)
     finally:
         drop_adapter(network, _OLD)
 
 
-def _frozen_head(engine: ZeroEngine, model: ModelConfig) -> Callable[[Tensor], Tensor]:
-    """Return what makes logits where adapters are trained; no adapter is on an output head.
-
-    Under ZeRO 3 the network's own head is whole only while its module computes, which is when the
-    old logits are made too: this rank then keeps a copy of it.
-    """
-    network = engine.network
-    assert isinstance(network, PolicyNetwork)
-    if engine.zero_stage < 3:
-        return network.decoder.logits
-    with torch.device("meta"):
-        shell = build_decoder(model)
-    own, head = output_head(network.decoder), output_head(shell)
-    with engine.gathered(list(own.parameters(recurse=False))):
-        for name, parameter in own.named_parameters(recurse=False):
-            copied = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-            setattr(head, name, copied)
-    head.precision = own.precision
-    return shell.logits
-
-
-def _copy(engine: ZeroEngine, model: ModelConfig) -> PolicyNetwork:
-    """Copy the policy, sharded as it is; its head is whole on every rank, as in `_frozen_head`.
-
-    Ranks read logits in different numbers of pieces, so none could wait for the others there.
-    """
+def _copy(engine: ZeroEngine, model: ModelConfig) -> FrozenPolicy:
+    """Copy the policy, sharded as it is."""
     with torch.device("meta"):
         old = build_policy(model)
     old.eval().requires_grad_(False)
     if engine.precision == "bf16":
         compute_in(old, torch.bfloat16)
-    fill(old, engine, whole=[output_head(old.decoder)])
-    return old
+    return FrozenPolicy(run=old, head=fill(old, engine, output_head(old.decoder)))

@@ -16,6 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from actors.generation.decoder_generator import AdapterOnWire, DecoderGenerator
@@ -70,11 +71,8 @@ def tokens(config: RunConfig, rows: int, length: int) -> list[list[int]]:
     return [[int(token) for token in row] for row in drawn]
 
 
-def learner(config: RunConfig, start: str) -> None:
-    """Policy phases of two micro-batches, and an auxiliary one where the recipe has it; the disk is
-    so slow that a checkpoint is written for as long as they last."""
-    rows = 2 * max(1, config.learner.micro_batch_tokens // (PROMPT + RESPONSE))
-    made = tokens(config, rows, PROMPT + RESPONSE)
+def scored(config: RunConfig, rows: int) -> pa.Table:
+    """Scored trajectories of one length."""
     trajectories = [
         ScoredTrajectory(
             rollout_id=f"{i}",
@@ -96,12 +94,20 @@ def learner(config: RunConfig, start: str) -> None:
             ref_logprobs=[-8.0] * RESPONSE,
             reward_version=0,
         )
-        for i, row in enumerate(made)
+        for i, row in enumerate(tokens(config, rows, PROMPT + RESPONSE))
     ]
+    return to_table(trajectories, ScoredTrajectory)
+
+
+def learner(config: RunConfig, start: str) -> None:
+    """Policy phases of two micro-batches, and an auxiliary one where the recipe has it; the disk is
+    so slow that a checkpoint is written for as long as they last."""
+    rows = 2 * max(1, config.learner.micro_batch_tokens // (PROMPT + RESPONSE))
+    table = scored(config, rows)
     rank = LearnerRank(0, 1, compute_of(cpus=1, threads=2))
     rank.connect(rank.listen())
     rank.begin_train(config, start, None, [2])
-    rank.policy_phase(0, None, to_table(trajectories, ScoredTrajectory))
+    rank.policy_phase(0, None, table)
     ended, write = threading.Event(), Snapshot.write
 
     def slowly(snapshot: Snapshot, folder: Path) -> Path:
@@ -113,7 +119,7 @@ def learner(config: RunConfig, start: str) -> None:
         mock.patch.object(Snapshot, "write", slowly),
     ):
         rank.begin_save(folder)
-        rank.policy_phase(1, None, to_table(trajectories, ScoredTrajectory))
+        rank.policy_phase(1, None, table)
         if config.train.ppg is not None:
             rank.auxiliary_phase(1)
         ended.set()

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from common.batching import sequence_batch
 from common.config.model import ModelConfig, PalmConfig, PretrainedConfig
 from common.models.build import build_policy
+from common.models.embedding import output_head
 from common.models.networks import PolicyNetwork, compute_in
 from learner.batch.shards import MicroBatch
 from learner.objectives.auxiliary import FrozenPolicy, JointObjective
@@ -26,6 +27,8 @@ from tests.common.models.pretrained.tiny import reference, saved
 VOCABULARY = 4000
 WHOLE = Whole(tokens=7.0, sequences=2.0)
 PROMPTS, RESPONSES = [[3, 4, 5], [6]], [[7, 8, 9, 10, 11], [12, 13]]
+POSITIONS = 7
+"""Of response tokens, which alone have logits."""
 
 
 def palm(logits_mb: float, _: Path) -> ModelConfig:
@@ -62,9 +65,10 @@ def moved(policy: PolicyNetwork) -> PolicyNetwork:
 
 
 def objective(policy: PolicyNetwork, old: PolicyNetwork) -> JointObjective:
+    head: Any = output_head(old.decoder)
     return JointObjective(
         engine=cast(ZeroEngine, policy),
-        old=FrozenPolicy(run=old, logits=old.decoder.logits),
+        old=FrozenPolicy(run=old, head=lambda: iter([(head.weight, getattr(head, "bias", None))])),
         targets_NR=torch.arange(10.0).view(2, 5),
         value_unit=2.0,
         beta_clone=0.7,
@@ -84,33 +88,32 @@ def micro() -> MicroBatch:
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the most rows of a whole vocabulary that any operation makes."""
+    """Remembers of how many tokens any operation makes logits of all positions."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows = 0
+        self.tokens = 0
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if not isinstance(leaf, Tensor) or not leaf.dim() or not leaf.is_contiguous():
-                continue  # a weight that is seen transposed
-            if leaf.shape[-1] == VOCABULARY:
-                self.rows = max(self.rows, leaf.numel() // VOCABULARY)
+            if isinstance(leaf, Tensor) and leaf.shape[:-1] == (POSITIONS,):
+                self.tokens = max(self.tokens, leaf.shape[-1])
         return out
 
 
 @pytest.mark.parametrize("model", [palm, phi])
 def test_pieces_are_the_whole(model: Callable[..., ModelConfig], tmp_path: Path) -> None:
     found: list[tuple[float, float, list[Tensor]]] = []
-    for logits_mb, most in ((1e3, 7), (2 * 4 * VOCABULARY / 2**20, 2)):
+    rows = 2  # of a whole vocabulary, in the place of which all positions have some of it
+    for logits_mb, most in ((1e3, VOCABULARY), (rows * 4 * VOCABULARY / 2**20, 1088)):
         policy, old = pair(model(logits_mb, tmp_path / "model"), "fp32")
         with Largest() as largest:
             loss = objective(moved(policy), old).loss(micro(), WHOLE)
             loss.total.backward()
-        assert largest.rows == most, "rows of logits at once: of response tokens alone"
+        assert largest.tokens == most, "a stretch of the vocabulary, aligned"
         gradients = [p.grad for p in policy.parameters() if p.grad is not None]
         found.append((float(loss.total.detach()), float(loss.sums["clone_kl"]), gradients))
     (whole, whole_kl, expected), (total, kl, gradients) = found

@@ -32,7 +32,14 @@ from common.devices import PROCESSOR
 from common.errors import CheckpointError
 from common.models.attention import PLAIN, Attention, Mixing
 from common.models.decoder import Decoder
-from common.models.embedding import OutputHead, Reader, TiedEmbedding
+from common.models.embedding import (
+    HeadReader,
+    OutputHead,
+    Reader,
+    Rule,
+    TiedEmbedding,
+    as_it_is,
+)
 from common.models.filling import Source, Weights, held, streamed, without_memory
 from common.models.lora import (
     OFF,
@@ -62,12 +69,13 @@ class InputEmbedding(TiedEmbedding):
         self,
         x: Tensor,
         to_logits: bool = False,
-        read: Reader | None = None,
+        read: Reader | HeadReader | None = None,
         rows: int = 0,
         vocabulary: int | None = None,
+        rule: Rule = as_it_is,
     ) -> Tensor:
         """Embed tokens, or make logits of states, as `TiedEmbedding`."""
-        out = super().forward(x, to_logits, read, rows, vocabulary)
+        out = super().forward(x, to_logits, read, rows, vocabulary, rule)
         return out if to_logits else wide(out) * self.scale
 
 
@@ -158,16 +166,12 @@ class PretrainedDecoder(Decoder):
         """fp32 logits ``[..., V]`` of the tokenizer's tokens."""
         return self.rule(self._head(hidden).float())
 
-    def read(self, hidden: Tensor, read: Reader) -> Tensor:
+    def read(self, hidden: Tensor, read: Reader | HeadReader) -> Tensor:
         """Return what a reader makes of the logits, in pieces (`ModelConfig.logits_mb`)."""
         vocabulary = self.config.vocab_size or self.embedding.num_embeddings
         on_processor = hidden.device.type == PROCESSOR
         rows = self.config.logits_rows(vocabulary, processor=on_processor)
-        values = self._head(
-            hidden.flatten(0, -2),
-            read=lambda logits, part: read(self.rule(logits), part),
-            rows=rows,
-        )
+        values = self._head(hidden.flatten(0, -2), read=read, rows=rows, rule=self.rule)
         return values.view(*hidden.shape[:-1], values.shape[-1])
 
     @property
