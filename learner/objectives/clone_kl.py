@@ -24,9 +24,11 @@ from learner.algorithms.ppg import CloneKl, clone_kl
 OldHead = Callable[[], Iterator[tuple[Tensor, Tensor | None]]]
 """Yields rows ``[v, D]`` of pi_old's output head and numbers ``[v]`` of its bias, in order."""
 
-_ALIGNED = 64
-"""Tokens that a stretch is a multiple of: rows then begin where memory is aligned, for which
-products of the same numbers are the same."""
+_ALIGNED, _WIDEST = 64, 2048
+"""Tokens that a stretch is a multiple of, and has at most. Rows then begin where memory is aligned,
+for which products of the same numbers are the same. Of 64 MiB of logits, 2,048 tokens at a time
+take 0.7 of the time that 16,384 take on a processor: they are still in its cache when the next
+operation reads them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +44,11 @@ class ClonedFrom(HeadReader):
         self, states_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, rule: Rule, rows: int
     ) -> Tensor:
         """Return the KL; as `HeadReader.read`."""
-        width = rows * len(weight_VD) // max(1, len(states_ND)) // _ALIGNED * _ALIGNED
-        old_ND = self.old_ND.to(states_ND.dtype)
+        fit = rows * len(weight_VD) // max(1, len(states_ND)) // _ALIGNED * _ALIGNED
+        width = min(max(fit, _ALIGNED), _WIDEST)
+        same = replace(self, old_ND=self.old_ND.to(states_ND.dtype))
         kl_N: Tensor = _Streamed.apply(  # type: ignore[no-untyped-call]
-            states_ND, weight_VD, bias_V, replace(self, old_ND=old_ND), rule, max(_ALIGNED, width)
+            states_ND, weight_VD, bias_V, same, rule, width
         )
         return kl_N[:, None]
 
