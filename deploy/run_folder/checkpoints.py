@@ -18,6 +18,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from common.wire.hashing import file_digest
 _SUMS, _STATE = "checksums.json", "state.json"
 _RANKS = "rank-*.safetensors"
 """Files that are read whether a checksum names them or not."""
+_READERS = 8
+"""Files that are read at once to be hashed: storage over a network is faster by several."""
 
 
 def write(
@@ -209,9 +212,11 @@ def is_whole(folder: Path) -> bool:
     try:
         sums = json.loads((folder / _SUMS).read_text(encoding="utf8"))
         read = {str(path.relative_to(folder)) for path in folder.rglob(_RANKS)}
-        return {_STATE, *read} <= sums.keys() and all(
-            file_digest(folder / name) == value for name, value in sums.items()
-        )
+        if not {_STATE, *read} <= sums.keys():
+            return False
+        with ThreadPoolExecutor(_READERS) as pool:
+            found = pool.map(file_digest, [folder / name for name in sums])
+            return all(here == there for here, there in zip(found, sums.values(), strict=True))
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -74,6 +74,7 @@ RULES: dict[str, tuple[Kind, str]] = {
     "rollout.cache_mb": ("rounding", "fewer slots sum in another order"),
     "rollout.prefill_tokens": ("rounding", _ORDER),
     "rollout.kernels": ("rounding", _ORDER),
+    "rollout.graphs": ("rounding", "rows of a step are filled up"),
     "reward_service.kernels": ("rounding", _ORDER),
     "rollout.lora": ("rounding", _ORDER),
     "model.activation_checkpointing": ("rounding", "activations are made again"),
