@@ -6,6 +6,8 @@ somebody else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -82,6 +84,48 @@ def compute_of(
         collectives="cpu:gloo,cuda:nccl" if gpus else "gloo",
         frugal=frugal,
     )
+
+
+Doing = Callable[[], Tensor]
+"""Does a step with what is in its buffers; returns the buffer that it wrote into."""
+Record = Callable[[Doing], Callable[[], object]]
+"""Records what a step does, and returns what replays that."""
+
+
+def recorder_on(device: torch.device) -> Callable[[], Record] | None:
+    """Return what begins recordings of steps on a GPU; None: nothing is to be gained there.
+
+    Recordings of one beginning share memory for what they compute between, so no two of them are
+    replayed at once, and none after another beginning.
+    """
+    if device.type != "cuda":
+        return None
+    side = torch.cuda.Stream(device)
+
+    def begin() -> Record:
+        pool = torch.cuda.graph_pool_handle()
+
+        def record(step: Doing) -> Callable[[], object]:
+            graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+            torch.cuda.synchronize(device)
+            side.wait_stream(here)
+            # Not by `torch.cuda.graph`, which empties the cache of memory, and tells of the end of
+            # a recording that failed, and not of what made it fail.
+            with torch.cuda.stream(side):
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    step()
+                except BaseException:
+                    with suppress(RuntimeError):
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+            here.wait_stream(side)
+            return graph.replay
+
+        return record
+
+    return begin
 
 
 def onto(tensor: Tensor, device: torch.device) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from actors.generation.graphs import Compute
+from common.devices import Doing, Record
 
 _REFUSED = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
@@ -26,6 +26,7 @@ class _Tape(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
+        self._between: list[Tensor] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -39,27 +40,45 @@ class _Tape(TorchDispatchMode):
         if len({x.type for x in (*given, *(x.device for x in made))}) > 1:
             raise RuntimeError(f"{func} copies between devices while a step is recorded")
         self.operations.append((func, args, kwargs, made))
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        self._between += [
+            x for x in made if x.is_floating_point() and not any(_alias(x, i) for i in inputs)
+        ]
         return results
+
+    def spoil(self) -> None:
+        """Write over what was computed between: other recordings have the same memory for it."""
+        for tensor in self._between:
+            tensor.fill_(torch.nan)
 
 
 class Recorder:
-    """A `Record` that counts."""
+    """What begins recordings (`common.devices.recorder_on`), and counts them."""
 
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
 
-    def __call__(self, compute: Compute) -> Callable[[], object]:
+    def __call__(self) -> Record:
+        return self._record
+
+    def _record(self, step: Doing) -> Callable[[], object]:
         with _Tape() as tape:
-            compute()
+            step()
         self.recorded += 1
+        tape.spoil()
 
         def replay() -> None:
             self.replayed += 1
             for func, args, kwargs, made in tape.operations:
                 again = [x for x in tree_leaves(func(*args, **kwargs)) if isinstance(x, Tensor)]
                 for held, new in zip(made, again, strict=True):
-                    # What is not a view, and was not written in place, is another tensor now.
-                    if not torch._C._is_alias_of(held, new):  # type: ignore[attr-defined]
+                    if not _alias(held, new):  # neither a view nor written in place
                         held.copy_(new)
+            tape.spoil()
 
         return replay
+
+
+def _alias(one: Tensor, other: Tensor) -> bool:
+    found: bool = torch._C._is_alias_of(one, other)  # type: ignore[attr-defined]
+    return found

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from actors.generation.forward import Chunk, Copy, Forward, lay_out
-from actors.generation.graphs import recorder_on
 from actors.generation.native_forward import NativeForward
 from actors.generation.torch_forward import TorchForward
+from common.devices import recorder_on
 from common.errors import ClusterError, ConfigError
 from common.logprobs import Sampling
 from common.models.decoder import Decoder, Sizes
@@ -149,8 +149,8 @@ def _choose(
         dtype = next(decoder.parameters()).dtype
         whole = min(slots, slots_within(decoder.sizes, cache_mb, dtype))
     if kernels == "torch" or merged is None or lacking:
-        record = recorder_on(next(decoder.parameters()).device) if graphs else None
-        return TorchForward(decoder, whole, record)
+        recorder = recorder_on(next(decoder.parameters()).device) if graphs else None
+        return TorchForward(decoder, whole, recorder)
     budget = None if cache_mb is None else cache_mb * 2**20
     try:
         return NativeForward(decoder, slots, cache_bytes=budget, block=block)

@@ -1,9 +1,9 @@
 """Decode steps recorded once and replayed: CUDA graphs, which launch a step as a whole.
 
-A step of a decoder is some hundred small operations. On a GPU the processor takes longer to ask for
-them than the GPU takes to compute them. A graph has the operations with all their addresses, so a
-step can be replayed if it reads and writes the same memory, in the same shapes. Steps are therefore
-of a few sizes (`coarse`), read from one buffer and write into another.
+A step of a decoder is several hundred small operations. On a GPU the processor takes longer to ask
+for them than the GPU takes to compute them. A graph has the operations with all their addresses,
+so a step can be replayed if it reads and writes the same memory, in the same shapes. Steps are
+therefore of a few sizes (`coarse`), read from one buffer and write into another.
 
 A recording is held against the step that it was made of, before it is used.
 """
@@ -17,12 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from common.devices import Doing, Record
 from common.errors import TrainingError
-
-Compute = Callable[[], Tensor]
-"""Computes a step from what is in its buffers; returns the buffer that it wrote into."""
-Record = Callable[[Compute], Callable[[], object]]
-"""Records what a step does, and returns what replays that."""
 
 _WORTH = 3
 """Steps of one size after which the next ones are replayed: the first show that there are more, and
@@ -42,9 +38,17 @@ def coarse(number: int, finest: int) -> int:
 class Graphs:
     """Recordings of steps, by their sizes."""
 
-    def __init__(self, record: Record, dtype: torch.dtype) -> None:
-        """Record steps whose products are in `dtype`."""
-        self._record: Record | None = record
+    def __init__(self, begin: Callable[[], Record], dtype: torch.dtype) -> None:
+        """Record steps whose products are in `dtype`.
+
+        Args:
+            begin: returns what records steps of one lease.
+            dtype: bf16, or fp32.
+        """
+        self.replayed = 0
+        """Steps that were replayed."""
+        self._begin: Callable[[], Record] | None = begin
+        self._record: Record | None = None
         self._close = _CLOSE[dtype]
         self._kept: OrderedDict[tuple[int, ...], tuple[Callable[[], object], Tensor]]
         self.forget()
@@ -56,8 +60,9 @@ class Graphs:
         that an actor did earlier.
         """
         self._kept, self._seen = OrderedDict(), Counter[tuple[int, ...]]()
+        self._record = None
 
-    def run(self, size: tuple[int, ...], compute: Compute) -> Tensor:
+    def run(self, size: tuple[int, ...], compute: Doing) -> Tensor:
         """Do a step, replayed where that is worth it.
 
         Args:
@@ -71,22 +76,23 @@ class Graphs:
             self._kept.move_to_end(size)
             replay, out = self._kept[size]
             replay()
+            self.replayed += 1
             return out
         out = compute()
         self._seen[size] += 1
-        if self._record is not None and self._seen[size] >= _WORTH:
+        if self._begin is not None and self._seen[size] >= _WORTH:
+            self._record = self._record or self._begin()
             self._keep(size, self._record, compute, out)
         return out
 
-    def _keep(self, size: tuple[int, ...], record: Record, compute: Compute, out: Tensor) -> None:
+    def _keep(self, size: tuple[int, ...], record: Record, compute: Doing, out: Tensor) -> None:
         """Record a step that has just been done, and hold the recording against it."""
         expected = out.clone()
         try:
             replay = record(compute)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            self._record = None
+        except RuntimeError as error:  # no memory for it is one
+            self._begin = None
+            self.forget()
             [reason, *_] = str(error).splitlines() or [type(error).__name__]
             logging.getLogger(__name__).warning(
                 "decode steps are not recorded in CUDA graphs: %s; generation is slower without",
@@ -94,6 +100,7 @@ class Graphs:
             )
             out.copy_(expected)
             return
+        out.fill_(torch.nan)  # a GPU does nothing while it records
         replay()
         off = float((out - expected).abs().max().cpu())
         if not off <= self._close * max(1.0, float(expected.abs().max().cpu())):
@@ -104,19 +111,3 @@ class Graphs:
         if len(self._kept) == _MOST:
             self._kept.popitem(last=False)
         self._kept[size] = replay, out
-
-
-def recorder_on(device: torch.device) -> Record | None:
-    """Return what records steps on a device; None: nothing to be gained there."""
-    if device.type != "cuda":
-        return None
-    pool = torch.cuda.graph_pool_handle()  # one for all: no two recordings are replayed at once
-
-    def record(compute: Compute) -> Callable[[], object]:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, which copy weights, may go on asking the GPU for memory.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            compute()
-        return graph.replay
-
-    return record

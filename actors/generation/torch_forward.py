@@ -11,7 +11,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +20,8 @@ from einops import rearrange
 from torch import Tensor
 
 from actors.generation.forward import Chunk, Step, lay_out
-from actors.generation.graphs import Graphs, Record, coarse
-from common.devices import onto
+from actors.generation.graphs import Graphs, coarse
+from common.devices import Record, onto
 from common.logprobs import Sampling, draw, logprobs_at, sampling_logits
 from common.models.attention import PLAIN, Mixing, capped, masked_attention
 from common.models.decoder import Decoder, Sizes
@@ -85,22 +85,24 @@ class _Cache:
 class TorchForward:
     """Weights, keys and values of all slots, on any device."""
 
-    def __init__(self, decoder: Decoder, slots: int, record: Record | None = None) -> None:
+    def __init__(
+        self, decoder: Decoder, slots: int, recorder: Callable[[], Record] | None = None
+    ) -> None:
         """Products and cache in the dtype of `decoder`'s parameters.
 
         Args:
             decoder: of the shape and on the device that is run.
             slots: whole contexts that are held.
-            record: records steps without a prompt, which are then of a few sizes.
+            recorder: begins recordings of steps without a prompt, which are then of a few sizes.
         """
         weight, sizes = next(decoder.parameters()), decoder.sizes
         self._caches = [_Cache(sizes, slots, weight) for _ in ("keys", "values")]
         self.slots = slots
         self._device = weight.device
         self._decoder = decoder
-        self._graphs: Graphs | None = None
-        if record is not None:
-            self._graphs = Graphs(record, weight.dtype)
+        self.graphs: Graphs | None = None
+        if recorder is not None:
+            self.graphs = Graphs(recorder, weight.dtype)
             self._rows = torch.zeros(4, slots, dtype=torch.int64, device=self._device)
             self._states = torch.zeros(slots, sizes.dim, device=self._device)
 
@@ -115,10 +117,10 @@ class TorchForward:
         for cache in self._caches:
             cache.take()
             cache.fit(int(step.rows[2].max()) + 1, step.used)
-        if self._graphs is None or step.chunks or step.copies:
+        if self.graphs is None or step.chunks or step.copies:
             states_ND = self._computed(onto(torch.from_numpy(step.rows), self._device), step)
         else:
-            states_ND = self._replayed(self._graphs, step)
+            states_ND = self._replayed(self.graphs, step)
         return self._decoder.logits(states_ND[: step.used])
 
     def _computed(self, rows_4N: Tensor, step: Step) -> Tensor:
@@ -142,8 +144,8 @@ class TorchForward:
         return graphs.run((count, self._caches[0].length), compute)
 
     def _forget_graphs(self) -> None:
-        if self._graphs is not None:
-            self._graphs.forget()
+        if self.graphs is not None:
+            self.graphs.forget()
 
     def forget(self) -> None:
         """Keep everything: weights are the decoder's."""

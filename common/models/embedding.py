@@ -10,7 +10,7 @@ Shape suffixes: N positions, D width, V vocabulary, C numbers that a reader keep
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, overload
 
 import torch
@@ -35,6 +35,10 @@ def as_it_is(logits: Tensor) -> Tensor:
     return logits
 
 
+HeadRows = Iterator[tuple[Tensor, Tensor | None]]
+"""Successive rows ``[v, D]`` of a head's weight, and the numbers ``[v]`` of its bias."""
+
+
 class HeadReader(ABC):
     """Reads states and an output head, of which it makes logits as it needs them."""
 
@@ -49,7 +53,7 @@ class HeadReader(ABC):
             weight_VD: the head's.
             bias_V: likewise.
             rule: on fp32 logits.
-            rows: positions of which all logits may be in memory at once, or as many of others.
+            rows: it may hold so many positions times V logits at a time, cut as it likes.
         """
 
     @abstractmethod
@@ -129,6 +133,11 @@ def _read_pieces(
             out_NC = values.new_empty(len(states_ND), values.shape[-1])
         out_NC[part] = values
     return out_NC
+
+
+def logits_of(states_ND: Tensor, rows_vD: Tensor, numbers_v: Tensor | None) -> Tensor:
+    """fp32 logits ``[N, v]`` of some of the vocabulary; products run in the dtype of the states."""
+    return wide(_piece(states_ND, *_rounded(rows_vD, numbers_v, states_ND)))
 
 
 def _piece(states: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:

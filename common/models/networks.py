@@ -141,7 +141,7 @@ class PolicyNetwork(DecoderNetwork):
         if isinstance(read, HeadReader):
             read_NC = self.decoder.read(hidden_ND, read.at(places_N))
         else:
-            reader = read
+            reader = read  # a name that is given once, as mypy wants it in a lambda
             read_NC = self.decoder.read(
                 hidden_ND, lambda logits, part: reader(logits, places_N[part])
             )

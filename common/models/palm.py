@@ -153,10 +153,11 @@ class PaLM(Decoder):
         on_processor = hidden.device.type == PROCESSOR
         rows = self.config.logits_rows(self.config.vocab_size, processor=on_processor)
         if isinstance(read, HeadReader):  # which has states of its own, that nobody has scaled
-            flat, rule = hidden.flatten(0, -2), {"rule": self._scaled}
+            flat, rule = hidden.flatten(0, -2), self._scaled
+            values: Tensor = self.embedding(flat, to_logits=True, read=read, rows=rows, rule=rule)
         else:
-            flat, rule = self._scaled(hidden).flatten(0, -2), {}
-        values: Tensor = self.embedding(flat, to_logits=True, read=read, rows=rows, **rule)
+            flat = self._scaled(hidden).flatten(0, -2)
+            values = self.embedding(flat, to_logits=True, read=read, rows=rows)
         return values.view(*hidden.shape[:-1], values.shape[-1])
 
     def _scaled(self, hidden: Tensor) -> Tensor:

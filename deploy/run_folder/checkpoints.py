@@ -215,8 +215,15 @@ def is_whole(folder: Path) -> bool:
         if not {_STATE, *read} <= sums.keys():
             return False
         with ThreadPoolExecutor(_READERS) as pool:
-            found = pool.map(file_digest, [folder / name for name in sums])
-            return all(here == there for here, there in zip(found, sums.values(), strict=True))
+            # The map has no name: who leaves at the first difference leaves it, and it ends.
+            return all(
+                here == there
+                for here, there in zip(
+                    pool.map(file_digest, [folder / name for name in sums]),
+                    sums.values(),
+                    strict=True,
+                )
+            )
     except (OSError, ValueError, AttributeError):
         return False
 

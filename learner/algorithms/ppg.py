@@ -69,22 +69,13 @@ class CloneKl(NamedTuple):
     old: Normalizer
     new: Normalizer
 
-    @classmethod
-    def of(cls, kl: Tensor, *normalizers: Tensor) -> CloneKl:
-        """Put together what was taken apart: the KL, and peaks and totals of both policies."""
-        old_peak, old_total, peak, total = normalizers
-        return cls(kl, Normalizer(old_peak, old_total), Normalizer(peak, total))
-
-    def gradient(self, old_logits: Tensor, logits: Tensor) -> Tensor:
-        """Return ``d KL / d logits`` for some of the vocabulary, ``[..., v]``."""
-        return self.new.probabilities(logits) - self.old.probabilities(old_logits)
-
 
 def clone_kl(stretches: Iterable[tuple[Tensor, Tensor]]) -> CloneKl:
     """Return KL(pi_old || pi) at each position ``[...]``; exactly 0 for identical logits.
 
     ``KL = sum_v p_old(v) (z_old(v) - z(v)) + log Z - log Z_old``: sums over the vocabulary, of
-    which a stretch at a time is looked at. Its gradient is ``d KL / d z(v) = p(v) - p_old(v)``.
+    which a stretch at a time is looked at. Its gradient is ``d KL / d z(v) = p(v) - p_old(v)``, of
+    which both are in what is returned (`Normalizer.probabilities`).
 
     Args:
         stretches: all of the vocabulary: logits ``[..., v]`` of pi_old and of pi for each part.

@@ -23,11 +23,11 @@ from common.metric_catalogue import Logged
 from common.metrics import Metrics, mean
 from common.models.adapters import adapter_tensors, drop_adapter, snapshot_adapter
 from common.models.build import build_policy
-from common.models.embedding import output_head
+from common.models.embedding import HeadRows, output_head
 from common.models.networks import PolicyNetwork, compute_in
 from learner.algorithms import ppg
 from learner.batch.shards import MicroBatch
-from learner.objectives.clone_kl import ClonedFrom, OldHead
+from learner.objectives.clone_kl import ClonedFrom
 from learner.optimisation import Loss, Objective, Step, Whole
 from learner.zero.engine import ZeroEngine
 from learner.zero.frozen import fill
@@ -42,7 +42,7 @@ class FrozenPolicy:
 
     run: Callable[..., tuple[Any, Any]]
     """As `PolicyNetwork.forward`."""
-    head: OldHead | None
+    head: Callable[[], HeadRows] | None
     """Its output head, at any time: also while the network that is trained computes. None: it is
     that one's."""
 

@@ -14,21 +14,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from common.models.embedding import HeadReader, Rule
+from common.devices import PROCESSOR
+from common.models.embedding import HeadReader, HeadRows, Rule, logits_of
 from common.models.precision import wide
-from learner.algorithms.ppg import CloneKl, clone_kl
+from learner.algorithms.ppg import Normalizer, clone_kl
 
-OldHead = Callable[[], Iterator[tuple[Tensor, Tensor | None]]]
-"""Yields rows ``[v, D]`` of pi_old's output head and numbers ``[v]`` of its bias, in order."""
-
-_ALIGNED, _WIDEST = 64, 2048
-"""Tokens that a stretch is a multiple of, and has at most. Rows then begin where memory is aligned,
-for which products of the same numbers are the same. Of 64 MiB of logits, 2,048 tokens at a time
-take 0.7 of the time that 16,384 take on a processor: they are still in its cache when the next
-operation reads them."""
+_ALIGNED = 64
+"""Tokens that a stretch is a multiple of: rows then begin where memory is aligned, for which
+products of the same numbers are the same."""
+_WIDEST = 2048
+"""Tokens of a stretch at most, on a processor. Of 64 MiB of logits, so many at a time take 0.7 of
+the time that 16,384 take: they are still in its cache when the next operation reads them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +35,19 @@ class ClonedFrom(HeadReader):
 
     old_ND: Tensor
     """States of pi_old."""
-    old_head: OldHead | None
-    """None: it is the head of pi."""
+    old_head: Callable[[], HeadRows] | None
+    """pi_old's output head, all of the vocabulary in its order; None: it is that of pi."""
 
     def read(
         self, states_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, rule: Rule, rows: int
     ) -> Tensor:
         """Return the KL; as `HeadReader.read`."""
         fit = rows * len(weight_VD) // max(1, len(states_ND)) // _ALIGNED * _ALIGNED
-        width = min(max(fit, _ALIGNED), _WIDEST)
-        same = replace(self, old_ND=self.old_ND.to(states_ND.dtype))
+        most = _WIDEST if states_ND.device.type == PROCESSOR else len(weight_VD)
+        width = max(min(fit, most), _ALIGNED)
+        rounded = replace(self, old_ND=self.old_ND.to(states_ND.dtype))
         kl_N: Tensor = _Streamed.apply(  # type: ignore[no-untyped-call]
-            states_ND, weight_VD, bias_V, same, rule, width
+            states_ND, weight_VD, bias_V, rounded, rule, width
         )
         return kl_N[:, None]
 
@@ -87,8 +86,8 @@ class _Streamed(torch.autograd.Function):
         def logits() -> Iterator[tuple[Tensor, Tensor]]:
             for part, old_vD, old_v in reader.stretches(weight_VD, bias_V, width):
                 yield (
-                    rule(_logits(reader.old_ND, old_vD, old_v)),
-                    rule(_logits(states_ND, *_rows(weight_VD, bias_V, part))),
+                    rule(logits_of(reader.old_ND, old_vD, old_v)),
+                    rule(logits_of(states_ND, *_rows(weight_VD, bias_V, part))),
                 )
 
         found = clone_kl(logits())
@@ -98,18 +97,18 @@ class _Streamed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor | None, ...]:
-        states_ND, weight_VD, bias_V, *normalizers = ctx.saved_tensors
-        found, reader = CloneKl.of(gradient_N, *normalizers), ctx.reader
+        states_ND, weight_VD, bias_V, old_peak, old_total, peak, total = ctx.saved_tensors
+        old, new, reader = Normalizer(old_peak, old_total), Normalizer(peak, total), ctx.reader
         states_gradient_ND = torch.zeros_like(wide(states_ND))
         total_VD = torch.empty_like(wide(weight_VD)) if ctx.needs_input_grad[1] else None
         total_V = torch.empty_like(wide(bias_V)) if ctx.needs_input_grad[2] else None
         for part, old_vD, old_v in reader.stretches(weight_VD, bias_V, ctx.width):
             rows_vD, numbers_v = _rows(weight_VD, bias_V, part)
-            raw_Nv = _logits(states_ND, rows_vD, numbers_v).requires_grad_()
+            raw_Nv = logits_of(states_ND, rows_vD, numbers_v).requires_grad_()
             with torch.enable_grad():
                 logits_Nv = ctx.rule(raw_Nv)
-            old_Nv = ctx.rule(_logits(reader.old_ND, old_vD, old_v))
-            inner_Nv = found.gradient(old_Nv, logits_Nv.detach())
+            old_Nv = ctx.rule(logits_of(reader.old_ND, old_vD, old_v))
+            inner_Nv = new.probabilities(logits_Nv.detach()) - old.probabilities(old_Nv)
             inner_Nv *= gradient_N[:, None]
             (inner_Nv,) = torch.autograd.grad(logits_Nv, raw_Nv, inner_Nv)
             if total_V is not None:
@@ -130,10 +129,3 @@ class _Streamed(torch.autograd.Function):
 
 def _rows(weight_VD: Tensor, bias_V: Tensor | None, part: slice) -> tuple[Tensor, Tensor | None]:
     return weight_VD[part], None if bias_V is None else bias_V[part]
-
-
-def _logits(states_ND: Tensor, rows_vD: Tensor, numbers_v: Tensor | None) -> Tensor:
-    """Products in the dtype of the states; fp32 at least."""
-    dtype = states_ND.dtype
-    bias = None if numbers_v is None else numbers_v.to(dtype)
-    return wide(F.linear(states_ND, rows_vD.to(dtype), bias))

@@ -1,6 +1,6 @@
 """A frozen copy of a network in training, sharded where the network is.
 
-Under ZeRO 3 a rank keeps its share of each large parameter of the copy, and gathers it for as long
+Under ZeRO 3 a rank keeps its share of each large matrix of the copy, and gathers it for as long
 as its module computes; of an output head, which is read when no module computes, some rows at a
 time. DeepSpeed would take the copy whole before it shards it; here one parameter at a time is
 whole.
@@ -15,21 +15,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.models.embedding import OutputHead, TiedEmbedding
+from common.models.embedding import HeadRows, OutputHead, TiedEmbedding
 from learner.zero.buckets import SMALL
 from learner.zero.engine import ZeroEngine
 from learner.zero.process_group import rank, world_size
 
-Rows = Iterator[tuple[Tensor, Tensor | None]]
-"""Successive rows of a head's weight, and numbers of its bias."""
-
-_GATHERED = 2**24
-"""Numbers of a head that are whole at a time."""
+_GATHERED, _ALIGNED = 2**23, 64
+"""Numbers of a head that are gathered at a time, of which the last ones are still there as the next
+are; and what its rows are cut at multiples of, for `learner.objectives.clone_kl`."""
 
 
 def fill(
     shell: nn.Module, engine: ZeroEngine, head: OutputHead | TiedEmbedding
-) -> Callable[[], Rows]:
+) -> Callable[[], HeadRows]:
     """Fill a network on the meta device with what an engine's has (a collective).
 
     Parameters keep the dtype that they have in the shell. Where they are sharded, all ranks have
@@ -58,15 +56,16 @@ def fill(
             if engine.zero_stage < 3 or copied.numel() <= SMALL or copied.dim() == 1:
                 continue
             if module is head and name == "weight":
-                shards.append(in_rows := _Shard(held, max(1, _GATHERED // copied.shape[1])))
+                fit = _GATHERED // copied.shape[1] // _ALIGNED * _ALIGNED
+                shards.append(in_rows := _Shard(held, max(_ALIGNED, fit)))
             else:
                 shards.append(_Shard(held, len(copied)))
         for shard in shards:
             module.register_forward_pre_hook(shard.gather)
             module.register_forward_hook(shard.release)
-    sharded = in_rows
+    sharded = in_rows  # a name that is given once, as mypy wants it in a function within
 
-    def rows() -> Rows:
+    def rows() -> HeadRows:
         begin = 0
         for part in [head.weight] if sharded is None else sharded.rows():
             bias = getattr(head, "bias", None)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from actors.generation.engine import GenerationEngine
+from actors.generation.interface import Generated
+from actors.generation.torch_forward import TorchForward
 from common.batching import sequence_batch
 from common.config.model import PalmConfig
 from common.config.run import RunConfig
@@ -58,8 +60,8 @@ def checks(workspace: RunConfig, root: Path, device: str, build: Build) -> Itera
             kind = str(dtype).removeprefix("torch.")
             off = _sampling(_tiny(name, root), device, dtype)
             yield Check(name=f"{name}: sampled log-probabilities, {kind}", off=off, bound=bound)
-        off = _replayed(_tiny(name, root).to(device))
-        yield Check(name=f"{name}: steps replayed, and computed", off=off, bound=FP32)
+            off = _replayed(_tiny(name, root).to(device, dtype))
+            yield Check(name=f"{name}: steps replayed and computed, {kind}", off=off, bound=bound)
     yield from _phases(workspace, root, device, build)
 
 
@@ -98,12 +100,20 @@ def _sampling(decoder: Decoder, device: str, dtype: torch.dtype) -> float:
 
 
 def _replayed(decoder: Decoder) -> float:
-    """Sample with graphs and without; returns the worst log-probability, or 1 for another token."""
-    asked, made = requests([3, 9, 9, 17, 30], copies=3), []
-    for graphs in (True, False):
-        engine = _engine(decoder, WHOLE, graphs=graphs)
-        made.append(engine.generate(asked))
-    pairs = list(zip(*made, strict=True))
+    """Sample two leases with graphs and without; returns by how much log-probabilities differ.
+
+    1 stands for another token, and for a GPU that replayed nothing.
+    """
+    pairs: list[tuple[Generated, Generated]] = []
+    replaying, computing = (_engine(decoder, WHOLE, graphs=graphs) for graphs in (True, False))
+    for lease in ([3, 9, 9, 17, 30], [40, 2, 21]):
+        asked = requests(lease, copies=3)
+        pairs += zip(replaying.generate(asked), computing.generate(asked), strict=True)
+    if next(decoder.parameters()).is_cuda:
+        forward = replaying.cached.implementation
+        assert isinstance(forward, TorchForward)
+        if forward.graphs is None or not forward.graphs.replayed:
+            return 1.0
     if any(one.response_ids != other.response_ids for one, other in pairs):
         return 1.0
     return max(

@@ -85,7 +85,7 @@ def _measured(root: Path, device: str, engine: str, *, small: bool) -> dict[str,
             }
         size = SMALL if small else WHOLE
         for figure in figures(workspace, _made(root / "speed"), device, build, size):
-            print(f"{figure.key:<20} {figure.value:>12,.3f} {figure.unit:<9} {figure.says}")
+            print(f"{figure.key:<30} {figure.value:>12,.3f} {figure.unit:<9} {figure.says}")
             said["figures"][figure.key] = {
                 "value": figure.value,
                 "unit": figure.unit,

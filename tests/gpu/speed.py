@@ -140,19 +140,24 @@ def _decode(
         "computed": lambda: computed.generate(asked),
         "hf": library,
     }
+    lengths = np.random.default_rng(0).integers(1, length + 1, batch).tolist()
+    runs["mixed"] = lambda: replayed.generate(asked, lengths)
+    runs["mixed computed"] = lambda: computed.generate(asked, lengths)
     with ExitStack() as stack:
         if importlib.util.find_spec("vllm") is not None:
-            other = stack.enter_context(
-                vllm(
-                    folder_of(shape, root),
-                    batch,
-                    context,
-                    python=Path(sys.executable),
-                    environment=os.environ,
-                    options={"load_format": "dummy", "gpu_memory_utilization": 0.4},
-                )
+            beside = vllm(
+                folder_of(shape, root),
+                batch,
+                context,
+                python=Path(sys.executable),
+                environment=os.environ,
+                options={"load_format": "dummy", "gpu_memory_utilization": 0.4},
             )
-            runs["vllm"] = lambda: other(asked, [length] * batch)
+            try:
+                other = stack.enter_context(beside)
+                runs["vllm"] = lambda: other(asked, [length] * batch)
+            except RuntimeError as error:
+                print(f"{shape}: {error}; nothing is compared with it")
         took = _by_turns(runs, device, size.repeats)
     rates = {name: batch * length / seconds for name, seconds in took.items()}
     rate = rates["ours"]
@@ -168,6 +173,12 @@ def _decode(
         "hf": "transformers generate",
         "vllm": "vLLM, compiled, with its graphs",
     }
+    yield Figure(
+        key=f"decode_{shape}_mixed_vs_computed",
+        value=took["mixed computed"] / took["mixed"],
+        unit="x",
+        says=f"responses of 1 to {length} tokens: {sum(lengths) / took['mixed']:,.0f} tokens/s",
+    )
     for name, says in others.items():
         if name in rates:
             yield Figure(

@@ -35,11 +35,13 @@ def test_every_role_is_checked_and_measured(tmp_path: Path) -> None:
     for kind in ("float32", "bfloat16"):
         for model in ("palm", "qwen3", "gemma2"):
             assert f"{model}: sampled log-probabilities, {kind}" in checks
+            assert f"{model}: steps replayed and computed, {kind}" in checks
     assert checks["weights: numbers that differ after a publication"]["off"] == 0
     assert figures.keys() == {
         "copy",
         "product",
         "decode_tiny",
+        "decode_tiny_mixed_vs_computed",
         "decode_tiny_vs_computed",
         "decode_tiny_vs_hf",
         "learner_mfu",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from learner.batch.trajectory_log import read_log
 from learner.rank import LearnerRank
 from learner.supervised.examples import EncodedComparison, EncodedPair
 from learner.zero import frozen
+from learner.zero.buckets import SMALL
 from learner.zero.engine import ZeroEngine
 from tests.scored import trajectories
 from tests.workspaces import run_copy
@@ -60,9 +62,10 @@ def close(one: dict[str, Tensor], other: dict[str, Tensor], atol: float = 1e-6) 
         torch.testing.assert_close(one[name], other[name], atol=atol, rtol=1e-4, msg=name)
 
 
-def gather_little(rank: LearnerRank) -> None:
-    """This small head is sharded in frozen copies too, and gathered in several parts."""
-    frozen.SMALL, frozen._GATHERED = 100, 2000  # type: ignore[misc]
+def gather(little: bool, rank: LearnerRank) -> None:
+    """Where it is little, this small head is sharded in frozen copies too, and read in parts."""
+    sizes = (100, 2000) if little else (SMALL, 2**23)
+    frozen.SMALL, frozen._GATHERED = sizes  # type: ignore[misc]
 
 
 def variant(workspace: RunConfig, folder: Any, *, zero: int = 0, budget: int = 4096) -> RunConfig:
@@ -99,7 +102,8 @@ def test_ranks_micro_batches_and_zero_stages_agree(
         if "pieces" in name:
             model = config.model.model_copy(update={"logits_mb": 0.01})
             config = config.model_copy(update={"model": model})
-            ray.get([start_function(rank, gather_little) for rank in gangs[ranks].ranks])
+        little = partial(gather, "pieces" in name)
+        ray.get([start_function(rank, little) for rank in gangs[ranks].ranks])
         if "again" in name:
             model = config.model.model_copy(update={"activation_checkpointing": True})
             config = config.model_copy(update={"model": model})

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -14,9 +16,10 @@ from torch import Tensor
 
 from actors.generation import cached_decoder
 from actors.generation.engine import GenerationEngine
-from actors.generation.graphs import Compute, Graphs, coarse, recorder_on
+from actors.generation.graphs import Graphs, coarse
 from actors.generation.interface import Generated
 from common.config.model import LoraConfig, PalmConfig
+from common.devices import Doing, Record, recorder_on
 from common.errors import TrainingError
 from common.logprobs import Sampling
 from common.models.adapters import add_adapter
@@ -152,26 +155,63 @@ def test_a_model_that_looks_at_numbers_is_not_recorded_and_says_so(
     assert warning.startswith("decode steps are not recorded in CUDA graphs: aten._local_scalar")
 
 
-def test_a_recording_that_computes_something_else_ends_the_run(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    "replayed",
+    [lambda step: step().mul_(1.01), lambda step: None],
+    ids=["something else", "nothing"],
+)
+def test_a_recording_that_does_not_compute_its_step_ends_the_run(
+    replayed: Callable[[Doing], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one would that reads what has been written over since."""
+    """As one would that reads what has been written over since, or that was not recorded."""
 
-    def record(compute: Compute) -> Callable[[], object]:
-        return lambda: compute().mul_(1.01)
+    def begin() -> Record:
+        return lambda step: lambda: replayed(step)
 
-    monkeypatch.setattr(cached_decoder, "recorder_on", lambda device: record)
+    monkeypatch.setattr(cached_decoder, "recorder_on", lambda device: begin)
     with pytest.raises(TrainingError, match=r"off by .*rollout\.graphs"):
         engine(palm(), graphs=True).generate(requests(LENGTHS))
 
 
-def test_no_memory_for_a_recording_is_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def record(compute: Compute) -> Callable[[], object]:
+def test_without_memory_for_recordings_it_goes_on_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def record(step: Doing) -> Callable[[], object]:
+        step().fill_(torch.nan)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(cached_decoder, "recorder_on", lambda device: record)
-    with pytest.raises(torch.OutOfMemoryError):
-        engine(palm(), graphs=True).generate(requests(LENGTHS))
+    monkeypatch.setattr(cached_decoder, "recorder_on", lambda device: lambda: record)
+    asked = requests(LENGTHS)
+    found = engine(palm(), graphs=True).generate(asked)
+    assert tokens(found) == tokens(engine(palm(), graphs=False).generate(asked))
+    [warning] = caplog.messages
+    assert "CUDA out of memory" in warning
+
+
+class Refusing:
+    """A CUDA graph that is told to end after what it does not permit, and complains of that."""
+
+    ended = 0
+
+    def capture_begin(self, **_: object) -> None:
+        pass
+
+    def capture_end(self) -> None:
+        Refusing.ended += 1
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def test_why_a_gpu_records_nothing_is_what_the_step_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the calls into CUDA alone, which stand-ins take: there is no GPU here."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Refusing)
+    for name in ("Stream", "current_stream", "synchronize", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    begin = recorder_on(torch.device("cuda:0"))
+    assert begin is not None
+    with pytest.raises(ZeroDivisionError):
+        begin()(lambda: torch.zeros(int(1 / 0)))
+    assert Refusing.ended == 1, "the stream would go on recording"
 
 
 def test_only_the_latest_recordings_are_kept() -> None:

@@ -23,7 +23,7 @@ from learner.rank import LearnerRank
 from tests.learner.zero.test_engine import storages
 from tests.workspaces import run_copy, write_networks
 
-WIDTH, ROWS = 128, 100
+WIDTH, ROWS = 128, 64
 """Of the output head, and what is gathered of it at a time."""
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -32,18 +32,21 @@ def frozen(rank: LearnerRank) -> tuple[int, int, float, float]:
     """Bytes that a frozen policy takes; the most of its head that is whole at a time; how far its
     states and its KL are from what they should be."""
     engine, model = rank.learner.policy, rank.learner.config.model
-    # Ranks read different numbers of positions, and one of them hardly any.
+    # Ranks read different numbers of positions, and one of them none.
     tokens = torch.arange(2, 24)[None] if rank.rank else torch.arange(3, 5)[None]
-    predict = torch.arange(tokens.shape[1])[None]
+    predict = torch.arange(tokens.shape[1])[None] if rank.rank else torch.full((1, 2), -1)
     before = storages()
     few = mock.patch.object(learner.zero.frozen, "_GATHERED", ROWS * WIDTH)
-    with few, torch.no_grad(), frozen_policy(engine, model) as old:
+    with few, frozen_policy(engine, model) as old:
         held = sum(size for address, size in storages().items() if address not in before)
-        states, _ = old.run(tokens, states=True)
-        most = 0 if old.head is None else max(len(rows) for rows, _ in old.head())
+        with torch.no_grad():
+            states, _ = old.run(tokens, predict_BR=predict, states=True)
+            most = 0 if old.head is None else max(len(rows) for rows, _ in old.head())
         read = ClonedFrom(states.flatten(0, 1), old.head)
-        kl, _ = engine(tokens, predict_BR=predict, read=read)
-        again, _ = old.run(tokens, states=True)
+        kl, values = engine(tokens, predict_BR=predict, read=read)
+        engine.backward(kl.sum() + values.sum(), last=True)
+        with torch.no_grad():
+            again, _ = old.run(tokens, predict_BR=predict, states=True)
     return held, most, float(kl.abs().max()), float((again - states).abs().max())
 
 
