@@ -57,8 +57,11 @@ def decoder(request: pytest.FixtureRequest, tmp_path: Path) -> Decoder:
 
 @pytest.mark.parametrize("sampling", [Sampling(), FILTERED], ids=["whole", "filtered"])
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "adapters side by side"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("graphs", [False, True], ids=["computed", "replayed"])
+@pytest.mark.parametrize(
+    ("dtype", "graphs"),
+    [(torch.float32, False), (torch.bfloat16, True)],
+    ids=["fp32, computed", "bf16, replayed"],
+)
 def test_the_engine_waits_once_for_each_token(
     decoder: Decoder,
     sampling: Sampling,
