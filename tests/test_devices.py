@@ -29,7 +29,7 @@ from common.models.palm import PaLM
 from common.wire.trajectory import Rollout, RolloutRequest, extend
 from common.wire.weights import CorruptSliceError, FlatBuffer, manifest_of
 from reward_service.models import ReferencePolicy, RewardModel, frozen_pass
-from tests.actors.generation.test_engine import requests
+from tests.actors.generation.asked import requests
 from tests.common.models.pretrained.tiny import loaded, reference
 from tests.pretended import DEVICE, Card
 from tests.recorder import Recorder

@@ -10,7 +10,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from actors.generation.engine import GenerationEngine
 from actors.generation.interface import Generated
 from actors.generation.torch_forward import TorchForward
 from common.batching import sequence_batch
@@ -24,7 +23,8 @@ from common.models.palm import PaLM
 from common.wire.weights import FlatBuffer, Manifest
 from learner import actor_critic
 from learner.learner import Learner
-from tests.actors.generation.test_engine import requests
+from tests.actors.generation.asked import engine as engine_of
+from tests.actors.generation.asked import requests
 from tests.common.models.pretrained.tiny import loaded, reference
 from tests.gpu.engines import Build
 from tests.plain_engine import plain
@@ -78,7 +78,7 @@ def _sampling(decoder: Decoder, device: str, dtype: torch.dtype) -> float:
     """Sample on the device, and score the samples by the same weights in float64."""
     sampling = FILTERED if dtype == torch.float32 else WHOLE
     rounded = {name: tensor.to(dtype).double() for name, tensor in decoder.state_dict().items()}
-    engine = _engine(decoder.to(device, dtype), sampling)
+    engine = engine_of(decoder.to(device, dtype), graphs=True, sampling=sampling)
     asked = requests([3, 9, 9, 17, 30], copies=3)
     made = engine.generate(asked)
     exact = PolicyNetwork(decoder.to("cpu")).double()
@@ -105,7 +105,9 @@ def _replayed(decoder: Decoder) -> float:
     1 stands for another token, and for a GPU that replayed nothing.
     """
     pairs: list[tuple[Generated, Generated]] = []
-    replaying, computing = (_engine(decoder, WHOLE, graphs=graphs) for graphs in (True, False))
+    replaying, computing = (
+        engine_of(decoder, graphs=graphs, sampling=WHOLE) for graphs in (True, False)
+    )
     for lease in ([3, 9, 9, 17, 30], [40, 2, 21]):
         asked = requests(lease, copies=3)
         pairs += zip(replaying.generate(asked), computing.generate(asked), strict=True)
@@ -119,19 +121,6 @@ def _replayed(decoder: Decoder) -> float:
     return max(
         float((torch.tensor(one.logprobs) - torch.tensor(other.logprobs)).abs().max())
         for one, other in pairs
-    )
-
-
-def _engine(decoder: Decoder, sampling: Sampling, *, graphs: bool = True) -> GenerationEngine:
-    return GenerationEngine(
-        decoder,
-        eos_ids=(2,),
-        sampling=sampling,
-        max_tokens=24,
-        slots=11,
-        prefill_tokens=16,
-        kernels="torch",
-        graphs=graphs,
     )
 
 

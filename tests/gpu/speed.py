@@ -8,8 +8,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from unittest import mock
@@ -25,18 +26,26 @@ from common.config.run import RunConfig
 from common.devices import wait_for
 from common.logprobs import Sampling
 from common.models.build import build_decoder, build_policy, count_parameters
+from common.models.decoder import Decoder
 from common.models.networks import compute_in
 from common.wire.trajectory import Rollout, RolloutRequest, ScoredTrajectory, extend, to_table
 from common.wire.weights import FlatBuffer, Manifest
 from learner import actor_critic
 from learner.learner import Learner
 from reward_service.models import ReferencePolicy, frozen_pass
-from tests.benchmarks.vllm_process import vllm
+from tests.benchmarks.vllm_process import Generate, vllm
 from tests.gpu.engines import Build
 from tests.gpu.shapes import SHAPES, decoder_of, drawn, fill, folder_of
 from tests.workspaces import run_copy
 
 PROMPT = 64
+
+OTHERS = {
+    "computed": "without graphs",
+    "hf": "transformers generate",
+    "vllm": "vLLM, compiled, with its graphs",
+}
+"""What decoding is compared with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,33 +107,76 @@ def limits(device: torch.device, size: Size) -> tuple[float, float]:
 def _decode(
     shape: str, batch: int, root: Path, device: str, size: Size, bandwidth: float
 ) -> Iterator[Figure]:
-    """Sample, beside `transformers` by turns; all responses are of one length."""
+    """Sample, beside others by turns: responses of one length, and of many by ours alone."""
     context, length = PROMPT + size.response, size.response
     decoder = decoder_of(shape, root, device, context)
     weights = sum(p.numel() * p.element_size() for p in decoder.parameters())
     replayed, computed = (
-        GenerationEngine(
-            decoder,
-            eos_ids=(),
-            sampling=Sampling(),
-            max_tokens=length,
-            slots=batch,
-            prefill_tokens=batch * PROMPT,
-            kernels="torch",
-            graphs=graphs,
-        )
-        for graphs in (True, False)
+        _engine(decoder, batch, length, graphs=graphs) for graphs in (True, False)
     )
     asked = _requests(batch, SHAPES[shape]["vocab_size"])
+    lengths = np.random.default_rng(0).integers(1, length + 1, batch).tolist()
+    runs: dict[str, Callable[[], object]] = {
+        "ours": lambda: replayed.generate(asked),
+        "computed": lambda: computed.generate(asked),
+        "hf": _library(folder_of(shape, root), device, asked, length),
+        "mixed": lambda: replayed.generate(asked, lengths),
+        "mixed computed": lambda: computed.generate(asked, lengths),
+    }
+    with _vllm(folder_of(shape, root), batch, context) as other:
+        if other is not None:
+            runs["vllm"] = partial(other, asked, [length] * batch)
+        took = _by_turns(runs, device, size.repeats)
+    rates = {name: batch * length / seconds for name, seconds in took.items()}
+    share = weights * length / took["ours"] / bandwidth
+    yield Figure(
+        key=f"decode_{shape}",
+        value=rates["ours"],
+        unit="tokens/s",
+        says=f"{batch} x ({PROMPT} + {length}), {share:.0%} of the time that reading weights takes",
+    )
+    yield Figure(
+        key=f"decode_{shape}_mixed_vs_computed",
+        value=took["mixed computed"] / took["mixed"],
+        unit="x",
+        says=f"responses of 1 to {length} tokens: {sum(lengths) / took['mixed']:,.0f} tokens/s",
+    )
+    for name, says in OTHERS.items():
+        if name in rates:
+            yield Figure(
+                key=f"decode_{shape}_vs_{name}",
+                value=rates["ours"] / rates[name],
+                unit="x",
+                says=f"{says}: {rates[name]:,.0f} tokens/s",
+            )
+
+
+def _engine(decoder: Decoder, slots: int, length: int, *, graphs: bool = True) -> GenerationEngine:
+    return GenerationEngine(
+        decoder,
+        eos_ids=(),
+        sampling=Sampling(),
+        max_tokens=length,
+        slots=slots,
+        prefill_tokens=slots * PROMPT,
+        kernels="torch",
+        graphs=graphs,
+    )
+
+
+def _library(
+    folder: Path, device: str, asked: Sequence[RolloutRequest], length: int
+) -> Callable[[], None]:
+    """What `transformers` generates of the same shape."""
     with torch.device(device):
-        theirs = AutoModelForCausalLM.from_config(
-            LlamaConfig.from_pretrained(folder_of(shape, root)), dtype=torch.bfloat16
+        model = AutoModelForCausalLM.from_config(
+            LlamaConfig.from_pretrained(folder), dtype=torch.bfloat16
         ).eval()
     prompts = torch.tensor([request.prompt_ids for request in asked], device=device)
 
-    def library() -> None:
+    def generate() -> None:
         with torch.no_grad():
-            theirs.generate(
+            model.generate(
                 input_ids=prompts,
                 attention_mask=torch.ones_like(prompts),
                 do_sample=True,
@@ -135,58 +187,28 @@ def _decode(
                 eos_token_id=None,
             )
 
-    runs = {
-        "ours": lambda: replayed.generate(asked),
-        "computed": lambda: computed.generate(asked),
-        "hf": library,
-    }
-    lengths = np.random.default_rng(0).integers(1, length + 1, batch).tolist()
-    runs["mixed"] = lambda: replayed.generate(asked, lengths)
-    runs["mixed computed"] = lambda: computed.generate(asked, lengths)
+    return generate
+
+
+@contextmanager
+def _vllm(folder: Path, sequences: int, tokens: int) -> Iterator[Generate | None]:
+    """vLLM with random weights; None where this Python has none, or it does not start."""
     with ExitStack() as stack:
+        other: Generate | None = None
         if importlib.util.find_spec("vllm") is not None:
             beside = vllm(
-                folder_of(shape, root),
-                batch,
-                context,
+                folder,
+                sequences,
+                tokens,
                 python=Path(sys.executable),
                 environment=os.environ,
                 options={"load_format": "dummy", "gpu_memory_utilization": 0.4},
             )
             try:
                 other = stack.enter_context(beside)
-                runs["vllm"] = lambda: other(asked, [length] * batch)
             except RuntimeError as error:
-                print(f"{shape}: {error}; nothing is compared with it")
-        took = _by_turns(runs, device, size.repeats)
-    rates = {name: batch * length / seconds for name, seconds in took.items()}
-    rate = rates["ours"]
-    share = weights * length / took["ours"] / bandwidth
-    yield Figure(
-        key=f"decode_{shape}",
-        value=rate,
-        unit="tokens/s",
-        says=f"{batch} x ({PROMPT} + {length}), {share:.0%} of the time that reading weights takes",
-    )
-    others = {
-        "computed": "without graphs",
-        "hf": "transformers generate",
-        "vllm": "vLLM, compiled, with its graphs",
-    }
-    yield Figure(
-        key=f"decode_{shape}_mixed_vs_computed",
-        value=took["mixed computed"] / took["mixed"],
-        unit="x",
-        says=f"responses of 1 to {length} tokens: {sum(lengths) / took['mixed']:,.0f} tokens/s",
-    )
-    for name, says in others.items():
-        if name in rates:
-            yield Figure(
-                key=f"decode_{shape}_vs_{name}",
-                value=rate / rates[name],
-                unit="x",
-                says=f"{says}: {rates[name]:,.0f} tokens/s",
-            )
+                print(f"{folder.name}: {error}; nothing is compared with it")
+        yield other
 
 
 def _learner(
@@ -211,15 +233,7 @@ def _learner(
     fill(frozen.network)
     compute_in(frozen.network, torch.bfloat16)
     _publish(learner, buffer)  # what actors begin with; memory is taken once
-    engine = GenerationEngine(
-        actor.eval().requires_grad_(False),
-        eos_ids=(),
-        sampling=Sampling(),
-        max_tokens=size.response,
-        slots=rows,
-        prefill_tokens=rows * PROMPT,
-        kernels="torch",
-    )
+    engine = _engine(actor.eval().requires_grad_(False), rows, size.response)
     spent: list[Mapping[str, float]] = []
     for iteration in range(1 + size.repeats):
         spent.append(_iteration(iteration, config, learner, engine, frozen, buffer, rows, device))

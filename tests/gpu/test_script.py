@@ -63,13 +63,15 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 NEITHER = """
 import importlib.util, sys
 
+MISSING = ("ray", "deepspeed", "pytest", "hypothesis")
+
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("ray", "deepspeed"):
+        if name.partition(".")[0] in MISSING:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 found = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *more: None if name == "deepspeed" else found(name, *more)
+importlib.util.find_spec = lambda name, *more: None if name in MISSING else found(name, *more)
 sys.meta_path.insert(0, Block())
 from tests.gpu.run import main
 sys.exit(main([sys.argv[1], "--device", "cpu", "--small"]))
@@ -77,7 +79,7 @@ sys.exit(main([sys.argv[1], "--device", "cpu", "--small"]))
 
 
 @pytest.mark.slow
-def test_it_needs_neither_ray_nor_deepspeed(tmp_path: Path) -> None:
+def test_it_needs_neither_ray_nor_deepspeed_nor_what_tests_need(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", NEITHER, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
     )

@@ -17,7 +17,7 @@ from common.models.weight_files import load_decoder
 from common.wire.trajectory import ScoredTrajectory, to_table
 from deploy.workers.gang import LearnerGang
 from reward_service.models import ReferencePolicy
-from tests.actors.generation.test_engine import requests
+from tests.actors.generation.asked import requests
 from tests.sampled import sampled_trajectories
 from tests.workspaces import run_copy
 

@@ -18,8 +18,8 @@ from common.data.prompts import EncodedPrompt, evaluation_requests
 from common.logprobs import Sampling
 from common.models.lora import OFF
 from common.models.palm import PaLM
-from common.wire.trajectory import RolloutRequest
 from tests.actors.generation.adapters import carry
+from tests.actors.generation.asked import requests
 from tests.actors.generation.calls import rows_of_calls
 from tests.likelihoods import chosen_logprobs
 
@@ -31,19 +31,6 @@ def palm(xpos: bool = False) -> PaLM:
     made = PaLM(SHAPE.model_copy(update={"xpos": xpos}))
     made.initialise(0)
     return made.eval().requires_grad_(False)
-
-
-def requests(
-    lengths: list[int], seed: int = 0, copies: int = 1, adapters: Sequence[str] = (OFF,)
-) -> list[RolloutRequest]:
-    generator = torch.Generator().manual_seed(seed)
-    prompts = [
-        EncodedPrompt(
-            uid=f"p{i}", text="", ids=torch.randint(2, 53, (n,), generator=generator).tolist()
-        )
-        for i, n in enumerate(lengths)
-    ]
-    return evaluation_requests(prompts, seed=seed, label="t", samples=copies, adapters=adapters)
 
 
 def engine(

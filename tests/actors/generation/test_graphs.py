@@ -15,21 +15,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from actors.generation import cached_decoder
-from actors.generation.engine import GenerationEngine
 from actors.generation.graphs import Graphs, coarse
 from actors.generation.interface import Generated
 from common.config.model import LoraConfig, PalmConfig
 from common.devices import Doing, Record, recorder_on
 from common.errors import TrainingError
-from common.logprobs import Sampling
 from common.models.adapters import add_adapter
 from common.models.decoder import Decoder
 from common.models.palm import PaLM
-from tests.actors.generation.test_engine import requests
+from tests.actors.generation.asked import engine, requests
 from tests.common.models.pretrained.tiny import VARIANTS, loaded, reference
 from tests.recorder import Recorder
 
-FILTERED = Sampling(temperature=0.8, top_k=9, top_p=0.9, min_tokens=2, endings=(2,))
 LENGTHS = [3, 9, 9, 17, 30, 5, 41, 2, 12, 28, 7]
 
 
@@ -52,20 +49,6 @@ def palm() -> Decoder:
     made = PaLM(PalmConfig(vocab_size=53, dim=32, layers=2, heads=4, head_dim=8, context=160))
     made.initialise(0)
     return made.eval().requires_grad_(False)
-
-
-def engine(decoder: Decoder, *, graphs: bool, merged: str | None = "") -> GenerationEngine:
-    return GenerationEngine(
-        decoder,
-        eos_ids=(2,),
-        sampling=FILTERED,
-        max_tokens=20,
-        slots=11,
-        prefill_tokens=16,
-        kernels="torch",
-        merged=merged,
-        graphs=graphs,
-    )
 
 
 def tokens(made: list[Generated]) -> list[list[int]]:

@@ -18,7 +18,7 @@ from common.models.weight_files import load_decoder, save_weights
 from common.wire.trajectory import ScoredTrajectory
 from deploy.evaluation.sampling import Sampled, _sampled
 from reward_service.models import ReferencePolicy
-from tests.actors.generation.test_engine import requests
+from tests.actors.generation.asked import requests
 from tests.sampled import sampled_trajectories
 
 SHAPE = PalmConfig(vocab_size=53, dim=32, layers=2, heads=4, head_dim=8, context=64)
