@@ -139,10 +139,10 @@ class LearnerRank:
         return self._stage.total_steps
 
     @_passes
-    def advance(self, steps: int) -> dict[str, float]:
-        """Take some optimizer steps of the current supervised stage; returns their metrics."""
+    def advance(self, steps: int, *, anew: bool = True) -> dict[str, float]:
+        """Take steps of the current supervised stage; of `anew` see `SupervisedStage.advance`."""
         assert self._stage is not None
-        return read(self._stage.advance(steps))
+        return read(self._stage.advance(steps, anew=anew))
 
     @_passes
     def evaluate(self) -> dict[str, float]:

@@ -18,6 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, Final
@@ -88,6 +89,28 @@ def finished(config: RunConfig, stage: str) -> Metrics | None:
 
 def _is_free(field: str) -> bool:
     return not field.startswith(("sft.", "reward_model.")) and RULES[prefix_of(field)][0] != "fixed"
+
+
+@dataclass
+class _Position:
+    """Where a training is."""
+
+    before: Metrics
+    """Before the first step."""
+    done: int = 0
+    """Steps."""
+    seconds: float = 0.0
+    """That the steps since the last line of the log took."""
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> _Position:
+        """Read it from a checkpoint."""
+        seconds = state.get("seconds", 0.0)  # missing in checkpoints of earlier versions
+        return cls(state["before"], state["step"], seconds)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint says of it."""
+        return {"before": self.before, "step": self.done, "seconds": self.seconds}
 
 
 class Supervision:
@@ -161,15 +184,15 @@ class Supervision:
         total = self._begin(gang)
         newest = self._newest()
         if newest is None:
-            done, before = 0, gang.evaluate()
+            at = _Position(gang.evaluate())
         else:
             folder, state = newest
             gang.load_stage(folder, state["learner"])
-            done, before = state["step"], state["before"]
-            say(self._session.console, (f"  {self._title}: goes on after step {done}", "dim"))
-        metrics = self._advance(gang, done, total, before)
+            at = _Position.of(state)
+            say(self._session.console, (f"  {self._title}: goes on after step {at.done}", "dim"))
+        metrics = self._advance(gang, at, total)
         metrics |= gang.evaluate()
-        return before, metrics | finish(gang, metrics), total
+        return at.before, metrics | finish(gang, metrics), total
 
     def _newest(self) -> tuple[Path, dict[str, Any]] | None:
         try:
@@ -197,46 +220,51 @@ class Supervision:
             f"another {', '.join(differing)}"
         )
 
-    def _advance(self, gang: LearnerGang, done: int, total: int, before: Metrics) -> Metrics:
-        """Take all steps that are left, in portions; return the metrics of the last ones.
+    def _advance(self, gang: LearnerGang, at: _Position, total: int) -> Metrics:
+        """Take all steps that are left, in portions; return the metrics of the last portion.
 
-        Held-out data is looked at each `evaluate_every` steps before the last one; 0 is never.
+        A portion is a line of the log. One that lasts longer than the time between checkpoints is
+        taken in several calls, which changes the line no more than an interruption does: a line
+        follows from the steps alone. Held-out data is looked at each `evaluate_every` steps before
+        the last one; 0 is never.
         """
         portion = max(1, total // _LOGGED_PORTIONS)
         every, saves_every = self._settings.evaluate_every, self._settings.checkpoint_every_s
         looks = {*range(every, total, every)} if every else set[int]()
         ends = sorted({*range(portion, total, portion), total} | looks)
-        metrics: Metrics = {}
+        begins, metrics = {0, *ends}, Metrics()
         most, saved, log = _AT_FIRST, time.monotonic(), self._session.log()
         with (
             at_the_end(log.close),
-            self._session.progress(self._title, total, done) as bar,
+            self._session.progress(self._title, total, at.done) as bar,
         ):
-            while done < total:
-                steps = min(most, next(end for end in ends if end > done) - done)
-                begin = time.perf_counter()
-                metrics = gang.advance(steps)
-                done += steps
+            while at.done < total:
+                steps = min(most, next(end for end in ends if end > at.done) - at.done)
+                begin, anew = time.perf_counter(), at.done in begins
+                metrics = gang.advance(steps, anew=anew)
                 seconds = time.perf_counter() - begin
+                at.done += steps
+                at.seconds = seconds + (0.0 if anew else at.seconds)
                 if "tokens" in metrics:
-                    metrics[Logged.TOKENS_PER_SECOND] = metrics.pop("tokens") / seconds
-                if done in looks:
+                    metrics[Logged.TOKENS_PER_SECOND] = metrics.pop("tokens") / at.seconds
+                if at.done in looks:
                     metrics |= gang.evaluate()
-                log.write(self._stage, done, metrics)
-                bar.update(done, f"loss {metrics[Logged.LOSS]:.3f}")
+                if at.done in begins:
+                    log.write(self._stage, at.done, metrics)
+                bar.update(at.done, f"loss {metrics[Logged.LOSS]:.3f}")
                 # A call that lasts longer than the time between checkpoints would lose more.
                 most = max(1, int(max(1.0, saves_every) * steps / seconds))
-                if done < total and time.monotonic() - saved >= saves_every:
-                    self._save(gang, done, before)
+                if at.done < total and time.monotonic() - saved >= saves_every:
+                    self._save(gang, at)
                     saved = time.monotonic()
         return metrics
 
-    def _save(self, gang: LearnerGang, step: int, before: Metrics) -> None:
+    def _save(self, gang: LearnerGang, at: _Position) -> None:
         def fill(folder: Path) -> dict[str, Any]:
             learner = gang.save_stage(folder)
-            return {"step": step, "before": before, "from": self._from, "learner": learner}
+            return {"from": self._from, "learner": learner} | at.state()
 
-        checkpoints.write(self._folder.path, step, fill, keep=1, then=self._again)
+        checkpoints.write(self._folder.path, at.done, fill, keep=1, then=self._again)
 
 
 class SeedsDone:

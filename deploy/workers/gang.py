@@ -206,9 +206,9 @@ class LearnerGang:
         start = _absolute(sft)
         return self._call(LearnerRank.begin_reward, None, config, first, second, third, start, seed)
 
-    def advance(self, steps: int) -> dict[str, float]:
-        """Take some optimizer steps of the current supervised stage; returns their metrics."""
-        return self._call(LearnerRank.advance, None, steps)
+    def advance(self, steps: int, *, anew: bool = True) -> dict[str, float]:
+        """Take steps of the current supervised stage; of `anew` see `SupervisedStage.advance`."""
+        return self._call(LearnerRank.advance, None, steps, anew=anew)
 
     def evaluate(self) -> dict[str, float]:
         """Return held-out metrics of the current supervised stage."""

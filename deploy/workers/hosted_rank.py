@@ -17,10 +17,10 @@ from learner import rank
 class LearnerRank(Told, rank.LearnerRank):
     """A learner rank in its own process."""
 
-    def advance(self, steps: int) -> dict[str, float]:
+    def advance(self, steps: int, *, anew: bool = True) -> dict[str, float]:
         """Take steps of a supervised stage, and count that."""
         with self.work.call():
-            return super().advance(steps)
+            return super().advance(steps, anew=anew)
 
     def policy_phase(
         self,

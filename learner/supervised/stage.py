@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, Final
 
 from common.config.run import RunConfig
 from common.config.stages import RewardModelConfig, SftConfig
@@ -24,6 +25,9 @@ from learner.optimisation import Loss, accumulate
 from learner.start_weights import fingerprint
 from learner.zero import state_files
 from learner.zero.engine import ZeroEngine
+
+_NORM: Final = "gradient norm"
+_STEPS: Final = "steps"
 
 
 class SupervisedStage(ABC):
@@ -54,6 +58,8 @@ class SupervisedStage(ABC):
             seed: of that adapter.
         """
         self.config, self.step = config, 0
+        self._sums: dict[str, float] = {}
+        """Of losses and of what was measured, since the log's last line."""
         self._settings = settings
         self._base_fingerprint = ""
         """Of the frozen weights that an adapter is trained on."""
@@ -76,31 +82,39 @@ class SupervisedStage(ABC):
             device=self.engine.device,
         )
 
-    def advance(self, steps: int) -> Metrics:
-        """Take up to `steps` optimizer steps (a collective); returns their metrics.
+    def advance(self, steps: int, *, anew: bool = True) -> Metrics:
+        """Take up to `steps` optimizer steps (a collective); returns metrics.
+
+        Args:
+            steps: to take.
+            anew: whether the metrics are of these steps alone. Otherwise also of those before, back
+                to the last call that was `anew`, which may have been before a checkpoint.
 
         Raises:
             TrainingError: a loss or gradient is not finite.
         """
-        settings, totals, norm = self._settings, dict[str, float](), 0.0
-        count = min(steps, self.total_steps - self.step)
-        for _ in range(count):
+        settings = self._settings
+        sums = self._sums = {} if anew else self._sums
+        for _ in range(min(steps, self.total_steps - self.step)):
             where = f"{self.name} step {self.step}"
             losses = self._losses(self.step)
-            loss, sums = accumulate(self.engine, losses, f"{self.name} loss", where)
+            loss, measured = accumulate(self.engine, losses, f"{self.name} loss", where)
             factor = warmup_cosine(self.step, self.total_steps, warmup=settings.warmup)
-            norm += self.engine.step(settings.lr * factor, where)
+            norm = self.engine.step(settings.lr * factor, where)
             self.step += 1
-            for key, value in {"loss": loss, **sums}.items():
-                totals[key] = totals.get(key, 0.0) + value
-        return self._metrics(totals, count) | {Logged.GRADIENT_NORM: mean(norm, count)}
+            for key, value in {"loss": loss, **measured, _NORM: norm, _STEPS: 1.0}.items():
+                sums[key] = sums.get(key, 0.0) + value
+        count = round(sums.get(_STEPS, 0.0))
+        return self._metrics(sums, count) | {
+            Logged.GRADIENT_NORM: mean(sums.get(_NORM, 0.0), count)
+        }
 
     def save(self, folder: Path) -> dict[str, object]:
         """Write the engine (a collective); returns what belongs into the checkpoint's JSON."""
         state_files.save(self.engine, folder)
-        return {"step": self.step, "base": self._base_fingerprint}
+        return {"step": self.step, "base": self._base_fingerprint, "sums": self._sums}
 
-    def load(self, folder: Path, state: Mapping[str, object]) -> None:
+    def load(self, folder: Path, state: Mapping[str, Any]) -> None:
         """Read what `save` wrote (a collective), on any number of ranks.
 
         Raises:
@@ -109,7 +123,8 @@ class SupervisedStage(ABC):
         if state["base"] != self._base_fingerprint:
             raise CheckpointError(f"{folder}: its adapters belong to another base model")
         state_files.load(self.engine, folder)
-        self._go_to(int(str(state["step"])))
+        self._go_to(state["step"])
+        self._sums = state.get("sums", {})  # missing in checkpoints of earlier versions
 
     def _go_to(self, step: int) -> None:
         """Let the next batch be that of a step."""

@@ -6,7 +6,8 @@ import io
 import json
 import os
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from common.config.run import RunConfig
 from common.errors import WorkerError
 from common.run_folder import RunFolder
 from deploy.run_folder.log_lines import read_lines
+from deploy.stages import supervision
 from deploy.stages.session import open_session
 from deploy.stages.supervised import run_reward, run_sft
 from deploy.stages.supervision import finished
@@ -43,9 +45,9 @@ def do(config: RunConfig, stage: str, trouble: Trouble = lambda _: None) -> tupl
     """Run a stage as its command does; what it returns and prints. Trouble precedes advances."""
     advance, said = LearnerGang.advance, io.StringIO()
 
-    def troubled(self: LearnerGang, steps: int) -> dict[str, float]:
+    def troubled(self: LearnerGang, steps: int, *, anew: bool) -> dict[str, float]:
         trouble(self)
-        return advance(self, steps)
+        return advance(self, steps, anew=anew)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LearnerGang, "advance", troubled)
@@ -66,6 +68,29 @@ def at_call(number: int, what: Trouble) -> Trouble:
             what(gang)
 
     return strike
+
+
+class SlowClock:
+    """By which every call lasts a minute."""
+
+    monotonic = staticmethod(time.monotonic)
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def perf_counter(self) -> float:
+        self._now += 60.0
+        return self._now
+
+
+def but_the_clock(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: number for name, number in metrics.items() if name != "tokens_per_second"}
+
+
+def lines(config: RunConfig, stage: str) -> dict[int, dict[str, float]]:
+    """The log of a stage by its steps."""
+    found = [line for line in read_lines(config.folder.metrics).lines if line.stage == stage]
+    return {line.step: but_the_clock(line.metrics) for line in found}
 
 
 def kill_rank(gang: LearnerGang) -> None:
@@ -117,15 +142,21 @@ def test_a_rank_that_dies_changes_no_weight(
 def test_a_command_that_dies_is_given_again(
     workspace: RunConfig, untroubled: RunConfig, tmp_path: Path
 ) -> None:
-    """The reward model in its second seed: the first is not trained again."""
+    """Between two lines of the log; the reward model in its second seed: the first is not trained
+    again.
+    """
     config = of(workspace, tmp_path / "x")
-    with pytest.raises(KeyboardInterrupt):
-        do(config, "sft", at_call(4, interrupt))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(supervision, "time", SlowClock())
+        patch.setattr(supervision, "_AT_FIRST", 1)
+        do(config, "sft", at_call(6, interrupt))
     assert (config.run_dir / "unfinished" / "sft").exists()
     metrics, said = do(config, "sft")
-    assert "supervised policy: goes on after step " in said
-    whole = [line for line in read_lines(untroubled.folder.metrics).lines if line.stage == "sft"]
-    assert {**metrics, "tokens_per_second": 0} == {**whole[-1].metrics, "tokens_per_second": 0}
+    assert "supervised policy: goes on after step 5" in said
+    whole, ours = lines(untroubled, "sft"), lines(config, "sft")
+    assert len(whole) >= 20 and all(5 % step for step in whole)
+    assert ours == whole
+    assert but_the_clock(metrics) == whole[max(whole)]
 
     calls = 0
 

@@ -137,7 +137,7 @@ def test_a_rank_that_runs_out_of_memory_is_not_built_again() -> None:
     rank = LearnerRank(0, 1, compute_of(cpus=1))
 
     class Stage:
-        def advance(self, steps: int) -> Any:
+        def advance(self, steps: int, *, anew: bool) -> Any:
             raise MemoryError
 
     rank._stage = Stage()  # type: ignore[assignment]
