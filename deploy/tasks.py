@@ -4,27 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 
 from common.config.run import RunConfig
 from deploy.evaluation.presentation import Presentation
-from deploy.exchange.packaged import to_import
 from deploy.instruct.outcome import IN_REPORT as INSTRUCT_REPORT
 from deploy.instruct.outcome import show_outcome as show_instruct
-from deploy.instruct.pipeline import prepare as prepare_instruct
-from deploy.instruct.pipeline import run_instruct
 from deploy.quickstart.outcome import IN_REPORT as DOCSTRINGS_REPORT
 from deploy.quickstart.outcome import show_outcome as show_docstrings
-from deploy.quickstart.pipeline import run_quickstart
 from deploy.reasoning.outcome import presentation
 from deploy.reasoning.outcome import show_outcome as show_reasoning
-from deploy.reasoning.pipeline import missing as missing_of_reasoning
-from deploy.reasoning.pipeline import prepare as prepare_reasoning
-from deploy.reasoning.pipeline import run_reasoning
 from deploy.reasoning.task import settings_of
-from deploy.stages.session import Session
+
+if TYPE_CHECKING:
+    from deploy.stages.session import Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +45,44 @@ def _nothing_missing(config: RunConfig) -> str:
 
 
 def _run_docstrings(session: Session) -> None:
+    from deploy.quickstart.pipeline import run_quickstart
+
     show_docstrings(session.console, run_quickstart(session))
 
 
+def _prepare_instruct(config: RunConfig, console: Console) -> None:
+    from deploy.instruct.pipeline import prepare
+
+    prepare(config, console)
+
+
+def _missing_of_instruct(config: RunConfig) -> str:
+    from deploy.exchange.packaged import to_import
+
+    return to_import(config)
+
+
 def _run_instruct(session: Session) -> None:
+    from deploy.instruct.pipeline import run_instruct
+
     show_instruct(session.console, run_instruct(session))
 
 
+def _prepare_reasoning(config: RunConfig, console: Console) -> None:
+    from deploy.reasoning.pipeline import prepare
+
+    prepare(config, console)
+
+
+def _missing_of_reasoning(config: RunConfig) -> str:
+    from deploy.reasoning.pipeline import missing
+
+    return missing(config)
+
+
 def _run_reasoning(session: Session) -> None:
+    from deploy.reasoning.pipeline import run_reasoning
+
     show_reasoning(session.console, run_reasoning(session))
 
 
@@ -65,10 +90,12 @@ TASKS: Final = {
     "docstrings": Task(
         _nothing, _nothing_missing, _run_docstrings, lambda config: DOCSTRINGS_REPORT
     ),
-    "instruct": Task(prepare_instruct, to_import, _run_instruct, lambda config: INSTRUCT_REPORT),
+    "instruct": Task(
+        _prepare_instruct, _missing_of_instruct, _run_instruct, lambda config: INSTRUCT_REPORT
+    ),
     "reasoning": Task(
-        prepare_reasoning,
-        missing_of_reasoning,
+        _prepare_reasoning,
+        _missing_of_reasoning,
         _run_reasoning,
         lambda config: presentation(list(settings_of(config).families)),
     ),

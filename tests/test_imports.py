@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -72,6 +72,13 @@ LAYERS: dict[str, list[set[str]]] = {
 }
 """Rooms (folders) and files of a package from the lowest upwards. Each imports from itself and from
 lower layers; two of one layer do not know each other."""
+ELASTIC = ("actors.rollout_actor", "reward_service.models", "reward_service.service")
+ROLES = ("learner.rank", *ELASTIC)
+COMMANDS = (
+    *("deploy.cli.main", "deploy.evaluation.report", "deploy.sampler", "deploy.tasks"),
+    *("deploy.watch.runs", "deploy.workers.preflight"),
+)
+"""What commands that train nothing import."""
 UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 
@@ -91,11 +98,41 @@ SOURCES = {
 def imports(source: str) -> Iterator[str]:
     """Every imported name, dotted in full, wherever the import stands (functions too)."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative import"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        yield from imported(node)
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """What one statement imports."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "relative import"
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imports_at_once(source: str) -> Iterator[str]:
+    """What is imported as the module is: nothing in functions, nothing for types alone."""
+    waiting: list[ast.AST] = [*ast.parse(source).body]
+    for node in waiting:
+        yield from imported(node)
+        later = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        never = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if not (later or never):
+            waiting += ast.iter_child_nodes(node)
+
+
+def way_to(library: str, start: str, sources: Mapping[str, str]) -> list[str]:
+    """The modules by which an import of `start` imports a library; empty where it does not."""
+    ways = {start: [start]}
+    for module in (waiting := [start]):
+        for name in imports_at_once(sources[module]):
+            if name.split(".")[0] == library:
+                return ways[module]
+            other = name if name in sources else name.rpartition(".")[0]
+            if other in sources and other not in ways:
+                ways[other] = [*ways[module], other]
+                waiting.append(other)
+    return []
 
 
 def against_direction(module: str, source: str) -> list[str]:
@@ -196,6 +233,32 @@ def test_config_and_errors_import_without_torch_and_ray() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("library", "start"),
+    [
+        # Seconds, which a run of PaLM does without in each of its processes.
+        *(("transformers", name) for name in (*ROLES, *COMMANDS, "deploy.commands")),
+        *(("deepspeed", name) for name in (*ELASTIC, *COMMANDS)),
+        *((name, "deploy.cli.main") for name in ("torch", "ray", "transformers")),
+    ],
+)
+def test_what_takes_seconds_is_imported_where_it_is_used(library: str, start: str) -> None:
+    assert way_to(library, start, SOURCES) == []
+
+
+def test_the_rule_of_what_is_imported_finds_what_breaks_it() -> None:
+    sources = {
+        "a": "from b import e",
+        "b": "from b.c import d",
+        "b.c": "class X:\n    import ray.util",
+        "d": "def f():\n    import ray\nif TYPE_CHECKING:\n    from ray import x",
+    }
+    assert way_to("ray", "a", sources) == ["a", "b", "b.c"]
+    assert way_to("ray", "d", sources) == [] and [*imports(sources["d"])] == ["ray", "ray.x"]
+    assert way_to("transformers", "learner.actor_critic", SOURCES) == []
+    assert way_to("transformers", "common.models.pretrained.decoder", SOURCES)
 
 
 @pytest.mark.parametrize(

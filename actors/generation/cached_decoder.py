@@ -27,7 +27,7 @@ from common.errors import ClusterError, ConfigError
 from common.logprobs import Sampling
 from common.models.decoder import Decoder, Sizes
 from common.models.lora import OFF, adapter_names
-from common.native.blocks import Kernels, why_not
+from common.native.coverage import Kernels, why_not
 from common.native.model import BLOCK
 from common.native.panels import Spent
 

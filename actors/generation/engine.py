@@ -27,7 +27,7 @@ from actors.generation.stops import Stops
 from common.logprobs import Sampling
 from common.models.decoder import Decoder
 from common.models.lora import OFF
-from common.native.blocks import Kernels
+from common.native.coverage import Kernels
 from common.native.model import BLOCK
 from common.native.panels import Spent
 from common.randomness import uniforms

@@ -29,7 +29,7 @@ class NativeForward:
         """Products and cache in the dtype of `decoder`'s parameters.
 
         Args:
-            decoder: one that `common.native.blocks.why_not` says nothing of.
+            decoder: one that `common.native.coverage.why_not` says nothing of.
             slots: sequences that are computed at once.
             cache_bytes: of all their keys and values; default what whole contexts take.
             block: positions of a block of the cache.

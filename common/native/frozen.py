@@ -24,8 +24,8 @@ from common.models.embedding import HeadReader, Part, Reader
 from common.models.filling import Weights
 from common.models.lora import OFF, RowSelection, Selection
 from common.models.networks import DecoderNetwork
-from common.native.blocks import Kernels, why_not
 from common.native.cache import Blocks
+from common.native.coverage import Kernels, why_not
 from common.native.model import BLOCK, NativeModel
 
 

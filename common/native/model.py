@@ -1,6 +1,6 @@
 """A decoder's weights as the kernels read them, and the pass over rows of tokens.
 
-Which decoders these are, and what of them is computed, is `common.native.blocks`. Adapters are
+Which decoders these are, and what of them is computed, is `common.native.coverage`. Adapters are
 merged into the weights.
 
 Shape suffixes: N rows, W those that are wanted, D width, V vocabulary.
@@ -19,7 +19,8 @@ from torch import Tensor
 from common.logprobs import Sampling
 from common.models.decoder import Decoder
 from common.native import library
-from common.native.blocks import BlockWeights, describe
+from common.native.blocks import BlockWeights
+from common.native.coverage import describe
 from common.native.library import KEYS, PANEL, address_of, compiled
 from common.native.panels import Panels, Spent, up
 from common.pages import Pages

@@ -21,7 +21,7 @@ from common.models.adapters import adapter_size
 from common.models.build import build_decoder
 from common.models.footprint import kept_per_token
 from common.models.lora import adapted
-from common.native.blocks import lacking
+from common.native.coverage import lacking
 from common.native.frozen import asked_for
 from common.native.library import packed_itemsize
 from common.out_of_memory import in_words, require_memory

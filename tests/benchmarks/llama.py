@@ -16,7 +16,7 @@ from common.config.workers import RewardServiceConfig
 from common.logprobs import Sampling
 from common.models.build import build_decoder
 from common.models.networks import compute_in
-from common.native.blocks import Kernels
+from common.native.coverage import Kernels
 from common.native.frozen import run_natively
 from common.wire.trajectory import Rollout, RolloutRequest, extend
 from reward_service.models import ReferencePolicy, frozen_pass

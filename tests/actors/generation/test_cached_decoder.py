@@ -16,7 +16,7 @@ from common.logprobs import Sampling, draw, sampling_logits
 from common.models.decoder import Decoder
 from common.models.palm import PaLM
 from common.native import library
-from common.native.blocks import Kernels
+from common.native.coverage import Kernels
 
 SHAPE = PalmConfig(vocab_size=61, dim=32, layers=3, heads=4, head_dim=16, context=40)
 BOTH: list[Kernels] = ["native", "torch"]

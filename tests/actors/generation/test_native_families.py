@@ -25,7 +25,8 @@ from common.models.adapters import add_adapter
 from common.models.lora import OFF, Adapted
 from common.models.pretrained.decoder import PretrainedDecoder
 from common.native import library
-from common.native.blocks import LLAMAS, describe, why_not
+from common.native.coverage import describe, why_not
+from common.native.llama_blocks import LLAMAS
 from tests.actors.generation.test_cached_decoder import two_steps
 from tests.actors.generation.test_pretrained_engine import requests
 from tests.common.models.pretrained.tiny import VARIANTS, VOCABULARY, loaded, reference
