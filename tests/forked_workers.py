@@ -33,9 +33,11 @@ PRELOADED = (
     "common.models.pretrained.decoder",
     "learner.rank",
     "reward_service.service",
+    "torch._dynamo",
     "transformers.models.llama.modeling_llama",
 )
-"""With torch, DeepSpeed and more that they import; not Ray, whose C++ would not survive a fork."""
+"""With torch, DeepSpeed and more that they import, PyTorch's optimizers its compiler too; not Ray,
+whose C++ would not survive a fork."""
 SHIM = """
 import json, os, socket, sys
 python, place, *arguments = sys.argv[1:]

@@ -228,11 +228,27 @@ def test_packages_have_empty_inits() -> None:
 
 
 def test_config_and_errors_import_without_torch_and_ray() -> None:
-    code = "import sys, common.config.run, common.errors; print({'torch', 'ray'} & {*sys.modules})"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "set()\n"
+    assert loaded("import common.config.run, common.errors", "torch", "ray") == "set()\n"
+
+
+def test_an_elastic_worker_of_palm_starts_without_compiler_and_library() -> None:
+    """PyTorch's own functions import its compiler where nobody expects it."""
+    code = """
+from common.config.model import PalmConfig
+from common.models.build import build_policy, build_scalar
+import actors.generation.decoder_generator, actors.rollout_actor, reward_service.service
+small = PalmConfig(vocab_size=9, dim=8, layers=1, heads=1, head_dim=8, context=8)
+build_policy(small, empty=True), build_scalar(small, empty=True)
+"""
+    assert loaded(code, "torch._dynamo", "transformers", "deepspeed") == "set()\n"
+
+
+def loaded(code: str, *names: str) -> str:
+    """Which of some modules a process has that ran the code, as it prints them."""
+    program = f"import sys\n{code}\nprint({{*{names}}} & {{*sys.modules}})"
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,11 @@ class TiedEmbedding(nn.Embedding):
     precision: torch.dtype | None = None
     """Dtype of products (`common.models.networks.compute_in`); None is the weights' own."""
 
+    def reset_parameters(self) -> None:
+        """Draw first values; none on the meta device, where PyTorch imports its compiler for it."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(
         self,
         x: Tensor,

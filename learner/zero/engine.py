@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, Literal
 
 from common.devices import ACCELERATOR, PROCESSOR
@@ -23,6 +24,7 @@ os.environ.setdefault("DS_LOG_LEVEL", "error")
 import deepspeed
 import deepspeed.comm
 import torch
+from deepspeed.runtime import compiler
 from torch import Tensor, nn
 
 from common.metrics import require_finite
@@ -40,6 +42,23 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # DeepSpeed compiles what it finds possible here: collectives in shared memory, for half a minute at
 # a first start, which its inference alone uses. In every process it first probes for that.
 deepspeed.ops.__compatible_ops__ = {}
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon, which it does itself with its first engine, without its compiler.
+
+    The kernels of an optimizer that nobody asked for are announced to `torch.compile`, whose import
+    alone takes two seconds.
+    """
+    before = compiler.compile
+    compiler.compile = lambda: compiler.dummy_decorator
+    try:
+        import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = before
+
+
+_import_muon()
 
 
 class ZeroEngine:
