@@ -24,7 +24,6 @@ os.environ.setdefault("DS_LOG_LEVEL", "error")
 import deepspeed
 import deepspeed.comm
 import torch
-from deepspeed.runtime import compiler
 from torch import Tensor, nn
 
 from common.metrics import require_finite
@@ -42,23 +41,6 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # DeepSpeed compiles what it finds possible here: collectives in shared memory, for half a minute at
 # a first start, which its inference alone uses. In every process it first probes for that.
 deepspeed.ops.__compatible_ops__ = {}
-
-
-def _import_muon() -> None:
-    """Import DeepSpeed's Muon, which it does itself with its first engine, without its compiler.
-
-    The kernels of an optimizer that nobody asked for are announced to `torch.compile`, whose import
-    alone takes two seconds.
-    """
-    before = compiler.compile
-    compiler.compile = lambda: compiler.dummy_decorator
-    try:
-        import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    finally:
-        compiler.compile = before
-
-
-_import_muon()
 
 
 class ZeroEngine:
@@ -108,6 +90,7 @@ class ZeroEngine:
             stepper = PalmAdafactor(trained.values(), sharded=zero_stage > 0)
         else:
             stepper = _adamw(trained.values(), eps, weight_decay)
+        _import_muon()
         self._engine: Any = deepspeed.initialize(
             model=network, optimizer=stepper, dist_init_required=False, config=settings
         )[0]
@@ -237,6 +220,21 @@ class ZeroEngine:
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 if rank() == 0:
                     parameter.copy_(whole)
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon, which it does itself with its first engine, without a compiler.
+
+    The kernels of an optimizer that nobody asked for are handed to `torch.compile`, which takes
+    more than a second to import.
+    """
+    from deepspeed.runtime import compiler
+
+    before, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    try:
+        import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = before
 
 
 def _adamw(trained: Iterable[nn.Parameter], eps: float, weight_decay: float) -> torch.optim.AdamW:

@@ -1,7 +1,8 @@
 """A new user's way, on the page that leads it: every file and every command, in their order.
 
 The commands run as they stand, in a shell and in processes of their own, in a folder of the user's.
-In small they get the overrides of `SMALL` at their end; the slow version runs them unchanged.
+In small they get the overrides of `SMALL` at their end and join a cluster that is there; the slow
+version runs them unchanged.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+import ray
 
 import talipot
 from tests.test_python_api import examples
@@ -56,10 +58,15 @@ def in_small(line: str) -> str:
     return f"{line} {more}".strip()
 
 
-def walk(folder: Path, *, small: bool) -> dict[str, str]:
-    """Run the whole page in a folder; command -> what it printed."""
+def walk(folder: Path, *, small: bool, address: str = "") -> dict[str, str]:
+    """Run the whole page in a folder; command -> what it printed.
+
+    Without an address each command that needs a cluster starts its own; so does what sets
+    `PYTHONPATH`, which workers have from the start of their node.
+    """
     here = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    outside = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_A", "PYTHONPATH"))}
+    left_out = ("PYTHONPATH",) if address else ("PYTHONPATH", "RAY_A")  # the tests' own cluster
+    outside = {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
     for name, text in files().items():
         (folder / name).write_text(text, encoding="utf8")
     said: dict[str, str] = {}
@@ -68,7 +75,7 @@ def walk(folder: Path, *, small: bool) -> dict[str, str]:
         done = subprocess.run(
             ["bash", "-c", f"{line} && pwd > {shlex.quote(str(folder / '.pwd'))}"],
             cwd=place,
-            env={**outside, **here},
+            env={**outside, **here, "RAY_ADDRESS": "" if "PYTHONPATH" in line else address},
             capture_output=True,
             text=True,
             timeout=600,
@@ -88,8 +95,8 @@ def told(said: dict[str, str], command: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_page_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = walk(tmp_path, small=True)
+def test_the_page_in_small(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = walk(tmp_path, small=True, address=ray.get_runtime_context().gcs_address)
     check(tmp_path, said)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -117,11 +118,32 @@ def same(one: RunConfig, two: RunConfig) -> bool:
 
 
 @pytest.fixture(scope="module")
-def untroubled(workspace: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def done(
+    workspace: RunConfig, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunConfig, dict[str, float]]:
+    """A run with both stages, and what the first returned."""
     config = of(workspace, tmp_path_factory.mktemp("untroubled") / "x")
-    do(config, "sft")
+    metrics, _ = do(config, "sft")
     do(config, "reward")
-    return config
+    return config, metrics
+
+
+@pytest.fixture(scope="module")
+def untroubled(done: tuple[RunConfig, dict[str, float]]) -> RunConfig:
+    return done[0]
+
+
+def in_the_second_seed(config: RunConfig) -> Trouble:
+    """Interrupt at the second call after the first reward model was done."""
+    calls = 0
+
+    def strike(gang: LearnerGang) -> None:
+        nonlocal calls
+        calls += (config.run_dir / "unfinished" / "reward" / "done.json").exists()
+        if calls == 2:
+            interrupt(gang)
+
+    return strike
 
 
 def test_a_rank_that_dies_changes_no_weight(
@@ -158,15 +180,8 @@ def test_a_command_that_dies_is_given_again(
     assert ours == whole
     assert but_the_clock(metrics) == whole[max(whole)]
 
-    calls = 0
-
-    def count(_: LearnerGang) -> None:
-        nonlocal calls
-        calls += 1
-
-    do(of(workspace, tmp_path / "counted"), "reward", count)
     with pytest.raises(KeyboardInterrupt):
-        do(config, "reward", at_call(calls // 2 + 2, interrupt))
+        do(config, "reward", in_the_second_seed(config))
     _, said = do(config, "reward")
     assert "reward model 1" not in said and "reward model 2: goes on after step " in said
     assert same(config, untroubled)
@@ -192,17 +207,17 @@ def test_adafactor_goes_on_too(workspace: RunConfig, tmp_path: Path, stage: int)
     assert all(found[0][name].equal(found[1][name]) for name in found[0])
 
 
-def test_a_checkpoint_of_other_settings_is_not_taken(workspace: RunConfig, tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_settings_is_not_taken(
+    workspace: RunConfig, untroubled: RunConfig, tmp_path: Path
+) -> None:
     config = of(workspace, tmp_path / "x")
-    with pytest.raises(KeyboardInterrupt):
-        do(config, "sft", at_call(4, interrupt))
     other = config.model_copy(update={"sft": config.sft.model_copy(update={"lr": 1e-3})})
-    _, said = do(other, "sft")
+    with pytest.raises(KeyboardInterrupt):
+        do(other, "sft", at_call(4, interrupt))
+    _, said = do(config, "sft")
     assert "supervised policy: starts again from step 0: the checkpoint of step " in said
     assert "was made with another sft.lr" in said
-    fresh = of(workspace, tmp_path / "fresh", sft={**SFT, "lr": 1e-3})
-    do(fresh, "sft")
-    ours, theirs = (load_file(c.folder.sft.weights) for c in (config, fresh))
+    ours, theirs = (load_file(c.folder.sft.weights) for c in (config, untroubled))
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
@@ -238,17 +253,9 @@ def test_a_seed_whose_model_is_not_there_any_more_is_trained_again(
     workspace: RunConfig, untroubled: RunConfig, tmp_path: Path, what: str
 ) -> None:
     config = of(workspace, tmp_path / "x")
-    do(config, "sft")
-    calls = 0
-
-    def in_the_second(_: LearnerGang) -> None:
-        nonlocal calls
-        calls += (config.run_dir / "unfinished" / "reward" / "done.json").exists()
-        if calls == 2:
-            raise KeyboardInterrupt
-
+    shutil.copytree(untroubled.folder.sft.path, config.folder.sft.path, dirs_exist_ok=True)
     with pytest.raises(KeyboardInterrupt):
-        do(config, "reward", in_the_second)
+        do(config, "reward", in_the_second_seed(config))
     path = config.folder.reward_seed(0).weights
     if what == "removed":
         path.unlink()
@@ -281,15 +288,22 @@ def test_checkpoints_come_by_the_clock(workspace: RunConfig, tmp_path: Path) -> 
     assert often > 3 and saved == 0
 
 
-def test_a_pipeline_does_nothing_twice(workspace: RunConfig, tmp_path: Path) -> None:
-    config = of(workspace, tmp_path / "x")
-    first, _ = do(config, "sft")
+def test_a_pipeline_does_nothing_twice(
+    done: tuple[RunConfig, dict[str, float]], workspace: RunConfig, tmp_path: Path
+) -> None:
+    config, first = done
     assert finished(config, "sft") == first
-    assert finished(config, "reward") is None
+    assert finished(config, "reward") is not None
+    assert finished(of(workspace, tmp_path / "x"), "sft") is None
     other = config.model_copy(update={"sft": config.sft.model_copy(update={"lr": 1e-3})})
     assert finished(other, "sft") is None
     path = config.folder.sft.weights
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
-    assert finished(config, "sft") is None, "its result was damaged"
-    path.unlink()
-    assert finished(config, "sft") is None
+    as_it_was = path.read_bytes()
+    try:
+        path.write_bytes(as_it_was[:-1] + b"?")
+        assert finished(config, "sft") is None, "its result was damaged"
+        path.unlink()
+        assert finished(config, "sft") is None
+    finally:
+        path.write_bytes(as_it_was)
+    assert finished(config, "sft") == first
