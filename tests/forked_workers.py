@@ -12,6 +12,7 @@ do the workers of all commands that tests start in processes of their own.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -31,7 +32,9 @@ PRELOADED = (
     "actors.generation.decoder_generator",
     "actors.rollout_actor",
     "common.models.pretrained.decoder",
+    "jsonschema",
     "learner.rank",
+    "requests",
     "reward_service.service",
     "torch._dynamo",
     "transformers.models.llama.modeling_llama",
@@ -80,6 +83,8 @@ def serve(place: str) -> None:
         importlib.import_module(name)
     assert threading.active_count() == 1, "a fork would lose the other threads"
     assert "ray" not in sys.modules
+    gc.collect()
+    gc.freeze()  # each worker's collections would go through all of that, and so copy it
     added = {name: value for name, value in os.environ.items() if name not in before}
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries them
     with socket.socket(socket.AF_UNIX) as listening:
