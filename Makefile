@@ -27,7 +27,7 @@ run-reasoning: $(VENV)/.instruct $(VENV)/.reasoning   ## Install a small chat mo
 test: check   ## Install, check, and run all tests with coverage.
 	@rm -f .coverage .coverage.*
 	@$(QUICK) --cov --cov-report= --cov-fail-under=0
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "slow and $(DAILY)" -n 2 --dist worksteal --cov --cov-append --cov-report=term
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "slow and $(DAILY)" -n 2 --dist loadscope --no-loadscope-reorder --cov --cov-append --cov-report=term
 
 test-fast: check   ## Install, check, and run the tests that need no cluster (some minutes).
 	@$(QUICK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -31,6 +32,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
     # Far longer than any other: the rest is shared out beside it.
     items.sort(key=lambda item: "tests/journey" not in item.nodeid)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: collections of garbage need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -81,7 +81,7 @@ def waits_of(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[Card, 
     learner = learner_of(config, monkeypatch)
     waited: list[str] = []
     monkeypatch.setattr(publisher, "wait_for", lambda device: waited.append(device.type))
-    made = trajectories(8, adapter=config.train.adapter)
+    made = trajectories(6, adapter=config.train.adapter)
     with Card() as card:
         learner.policy_phase(made, 0)
         if config.train.ppg is not None:
@@ -127,7 +127,8 @@ def test_supervised_stages_wait_for_steps_and_evaluations(
     workspace: RunConfig, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stage, "ZeroEngine", plain(DEVICE))
-    config = run_of(workspace, tmp_path, model, 200, {})
+    sections = {"sft": {"batch_tokens": 512}, "reward_model": {"batch_size": 16}}
+    config = run_of(workspace, tmp_path, model, 200, sections)
     data = sft_data(config)
     sft = SftStage(config, data, data[:6])
     start = Path(getattr(config.model, "start", config.run_dir / "sft" / "policy.safetensors"))
