@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from common.errors import TrainingError
+from common.metric_catalogue import Logged
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,22 @@ def merge(many: Iterable[Mapping[str, Metric]]) -> Metrics:
 def read(metrics: Mapping[str, Metric]) -> dict[str, float]:
     """Return names and plain numbers."""
     return {name: metric.read() for name, metric in metrics.items()}
+
+
+def component_means(said: Iterable[Mapping[str, float]]) -> Metrics:
+    """Return the mean of each component of the score, and of each part that it names.
+
+    Args:
+        said: `score_components` of each response. What one of them lacks has its mean over the
+            others.
+    """
+    values: defaultdict[str, list[float]] = defaultdict(list)
+    for of_response in said:
+        for name, value in of_response.items():
+            component, *part = name.split("/")
+            metric = Logged.COMPONENT_PART if part else Logged.COMPONENT
+            values[metric.of(component, *part)].append(value)
+    return {name: mean(sum(found), len(found)) for name, found in values.items()}
 
 
 def require_finite(name: str, value: float, where: str) -> float:

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Final, get_args
 
 from deploy.run_folder.activity import LEARNER, Doing, Span
-from deploy.run_folder.events import Happened
+from deploy.run_folder.events import Cause, Happened
 from deploy.run_folder.log_lines import Line
-from deploy.workers.worker import Cause
 
 _LOST: Final = frozenset(get_args(Cause))
 _ENDS: Final = _LOST | {"left", "stopped"}

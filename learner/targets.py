@@ -15,7 +15,7 @@ from torch import Tensor
 from common.config.run import RunConfig
 from common.config.stages import TrainConfig
 from common.metric_catalogue import Logged
-from common.metrics import Metrics, mean
+from common.metrics import Metrics, component_means, mean
 from learner.algorithms import gae, ppo, rewards
 from learner.algorithms.estimators import ESTIMATORS, Estimate, Outcomes
 from learner.algorithms.kl import kl_k1
@@ -187,6 +187,7 @@ def batch_metrics(batch: Experience, proximal: Proximal, values: ValueTargets | 
     for source, scores in of_source.items():
         # A slash groups metrics, and names of data sets have some.
         metrics[Logged.SOURCE_SCORE.of(source.replace("/", ":"))] = mean(sum(scores), len(scores))
+    metrics |= component_means(batch.components)
     if values is not None:
         explained = gae.explained_variance(proximal.values_NR, values.returns_NR, batch.mask_NR)
         metrics[Logged.EXPLAINED_VARIANCE] = mean(explained, 1)

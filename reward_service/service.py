@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -63,8 +62,6 @@ class ScoreFacts:
     """Of these, as float32."""
     dead_letters: Mapping[str, str]
     """Given up: rollout_id -> why."""
-    component_means: Mapping[str, float]
-    """Mean of each component and of each part of one (``component/part``), for metrics."""
     seconds: float
     http: Mapping[str, int] = field(default_factory=dict)
     """What remote components counted in this call, by the names of their metrics."""
@@ -196,14 +193,11 @@ class RewardWorker:
             for i, rollout in enumerate(rollouts)
             if rollout.rollout_id not in dead
         ]
-        names = dict.fromkeys(name for t in scored for name in t.score_components)
-        means = {name: fmean(t.score_components.get(name, 0.0) for t in scored) for name in names}
         table = to_table(scored, ScoredTrajectory)
         facts = ScoreFacts(
             rollout_ids=tuple(t.rollout_id for t in scored),
             scores=tuple(table["score"].to_pylist()),
             dead_letters=dead,
-            component_means=means,
             seconds=time.perf_counter() - begin,
             http={name: count - counted[name] for name, count in self._counted().items()},
         )

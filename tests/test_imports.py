@@ -72,13 +72,18 @@ LAYERS: dict[str, list[set[str]]] = {
 }
 """Rooms (folders) and files of a package from the lowest upwards. Each imports from itself and from
 lower layers; two of one layer do not know each other."""
-ELASTIC = ("actors.rollout_actor", "reward_service.models", "reward_service.service")
-ROLES = ("learner.rank", *ELASTIC)
-COMMANDS = (
-    *("deploy.cli.main", "deploy.evaluation.report", "deploy.sampler", "deploy.tasks"),
-    *("deploy.watch.runs", "deploy.workers.preflight"),
-)
-"""What commands that train nothing import."""
+ELASTIC = ("actors.rollout_actor", "reward_service.service", "deploy.workers.hosted")
+READING = ("deploy.evaluation.report", "deploy.evaluation.several", "deploy.watch.runs")
+"""Of commands that read what runs have left."""
+LIBRARY = {
+    *(f"common.models.pretrained.{name}" for name in ("attention", "checks", "decoder", "falcon")),
+    *("common.models.pretrained.families", "common.models.pretrained.gguf"),
+    "common.native.llama_blocks",
+    *("deploy.exchange.importing", "deploy.exchange.packaged"),
+    *("deploy.instruct.elsewhere", "deploy.instruct.evaluation", "deploy.instruct.pipeline"),
+    "deploy.reasoning.pipeline",
+}
+"""What imports `transformers` as it is imported: parts of pretrained models, and who needs them."""
 UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 
@@ -115,24 +120,23 @@ def imports_at_once(source: str) -> Iterator[str]:
     waiting: list[ast.AST] = [*ast.parse(source).body]
     for node in waiting:
         yield from imported(node)
-        later = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        never = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        if not (later or never):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            waiting += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             waiting += ast.iter_child_nodes(node)
 
 
-def way_to(library: str, start: str, sources: Mapping[str, str]) -> list[str]:
-    """The modules by which an import of `start` imports a library; empty where it does not."""
-    ways = {start: [start]}
-    for module in (waiting := [start]):
-        for name in imports_at_once(sources[module]):
-            if name.split(".")[0] == library:
-                return ways[module]
-            other = name if name in sources else name.rpartition(".")[0]
-            if other in sources and other not in ways:
-                ways[other] = [*ways[module], other]
-                waiting.append(other)
-    return []
+def reaching(library: str, sources: Mapping[str, str]) -> set[str]:
+    """The modules whose import imports a library, by themselves or by others of ours."""
+    named = {module: set(imports_at_once(source)) for module, source in sources.items()}
+    found = {m for m, names in named.items() if any(n.split(".")[0] == library for n in names)}
+    before = set[str]()
+    while found != before:
+        before = set(found)
+        for module, names in named.items():
+            if any(name in found or name.rpartition(".")[0] in found for name in names):
+                found.add(module)
+    return found
 
 
 def against_direction(module: str, source: str) -> list[str]:
@@ -231,6 +235,10 @@ def test_config_and_errors_import_without_torch_and_ray() -> None:
     assert loaded("import common.config.run, common.errors", "torch", "ray") == "set()\n"
 
 
+def test_what_reads_runs_needs_neither_torch_nor_ray() -> None:
+    assert loaded(f"import {', '.join(READING)}", "torch", "ray") == "set()\n"
+
+
 def test_an_elastic_worker_of_palm_starts_without_compiler_and_library() -> None:
     """PyTorch's own functions import its compiler where nobody expects it."""
     code = """
@@ -251,30 +259,24 @@ def loaded(code: str, *names: str) -> str:
     ).stdout
 
 
-@pytest.mark.parametrize(
-    ("library", "start"),
-    [
-        # Seconds, which a run of PaLM does without in each of its processes.
-        *(("transformers", name) for name in (*ROLES, *COMMANDS, "deploy.commands")),
-        *(("deepspeed", name) for name in (*ELASTIC, *COMMANDS)),
-        *((name, "deploy.cli.main") for name in ("torch", "ray", "transformers")),
-    ],
-)
-def test_what_takes_seconds_is_imported_where_it_is_used(library: str, start: str) -> None:
-    assert way_to(library, start, SOURCES) == []
+def test_what_takes_seconds_is_imported_where_it_is_used() -> None:
+    """A run of PaLM does without `transformers` in each of its processes."""
+    assert reaching("transformers", SOURCES) == LIBRARY
+    assert not reaching("deepspeed", SOURCES) & {*ELASTIC, *READING, "deploy.sampler"}
+    for library in ("torch", "ray"):
+        assert not reaching(library, SOURCES) & {*READING, "deploy.cli.main"}, library
 
 
 def test_the_rule_of_what_is_imported_finds_what_breaks_it() -> None:
     sources = {
         "a": "from b import e",
-        "b": "from b.c import d",
+        "b": "import b.c",
         "b.c": "class X:\n    import ray.util",
-        "d": "def f():\n    import ray\nif TYPE_CHECKING:\n    from ray import x",
+        "d": "if TYPE_CHECKING:\n    import ray\nelse:\n    import b",
+        "e": "try:\n    from b import c\nexcept ImportError:\n    pass",
+        "f": "def f():\n    import ray\nif TYPE_CHECKING:\n    from ray import x",
     }
-    assert way_to("ray", "a", sources) == ["a", "b", "b.c"]
-    assert way_to("ray", "d", sources) == [] and [*imports(sources["d"])] == ["ray", "ray.x"]
-    assert way_to("transformers", "learner.actor_critic", SOURCES) == []
-    assert way_to("transformers", "common.models.pretrained.decoder", SOURCES)
+    assert reaching("ray", sources) == {"a", "b", "b.c", "d", "e"}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -136,6 +137,11 @@ class LoraConfig(Section):
     def scale(self) -> float:
         """Factor of B A x."""
         return self.alpha / (self.rank if self.scaling == "plain" else self.rank**0.5)
+
+
+def checkpoint_of(model: ModelConfig | None) -> Path | None:
+    """Return the folder that a model starts from; None for one of our own."""
+    return Path(model.start) if isinstance(model, PretrainedConfig) else None
 
 
 PRESETS: Mapping[str, ModelConfig] = {

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from common.config.model import ModelConfig, PretrainedConfig
+from common.config.model import ModelConfig
 from common.errors import CheckpointError
 from common.models.decoder import DECODER, Decoder
 from common.models.filling import Source, fill, stored
@@ -34,11 +34,6 @@ def save_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str,
     temporary = path.with_suffix(".tmp")
     save_tensors({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary, metadata)
     temporary.replace(path)
-
-
-def checkpoint_of(model: ModelConfig | None) -> Path | None:
-    """Return the folder that a model starts from; None for one of our own."""
-    return Path(model.start) if isinstance(model, PretrainedConfig) else None
 
 
 @contextmanager

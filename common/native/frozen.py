@@ -38,7 +38,7 @@ class NativeDecoder(Decoder):
         """Copy the weights, with an adapter merged.
 
         Args:
-            decoder: one that `blocks.why_not` says nothing of.
+            decoder: one that `coverage.why_not` says nothing of.
             adapter: its name, or `lora.OFF`.
 
         Raises:

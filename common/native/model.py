@@ -44,7 +44,7 @@ class NativeModel:
         """Compute and keep in the dtype of `decoder`'s parameters; weights come by `take`.
 
         Args:
-            decoder: one that `blocks.why_not` says nothing of.
+            decoder: one that `coverage.why_not` says nothing of.
             blocks: of the cache; they take memory from their first use on.
             block: positions of one, a multiple of 16.
             one_layer: the cache has room for one layer, and every layer takes it over from the one

@@ -219,6 +219,8 @@ class Controller:
             with _timed(metrics, Logged.PUBLISH_SECONDS), activity.doing("publishing"):
                 self.position.publish(iteration + 1)
         metrics[Logged.POLICY_VERSION] = iteration + 1
+        # Not before: an iteration that a learner's rank takes with it is begun again.
+        metrics |= self.collector.throughput.read()
         self.position.account(batch)
 
     def status(self) -> Status:
@@ -281,13 +283,8 @@ class Controller:
         return batch
 
     def _collected(self, batch: Sequence[Scored]) -> dict[str, float]:
-        """Return metrics of what arrived since the last iteration, and the run's counts."""
-        return (
-            self.collector.throughput.read()
-            | staleness(batch, self.iteration)
-            | self._prompts(batch)
-            | self.collector.counts()
-        )
+        """Return metrics of a batch, and the run's counts."""
+        return staleness(batch, self.iteration) | self._prompts(batch) | self.collector.counts()
 
     def _prompts(self, batch: Sequence[Scored]) -> dict[str, float]:
         found = {Logged.PROMPTS_TRAINED: float(groups_of(batch))}

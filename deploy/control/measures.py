@@ -10,9 +10,9 @@ from statistics import fmean, stdev
 from common.config.run import RunConfig
 from common.config.stages import EvaluateConfig
 from common.metric_catalogue import Logged
+from common.metrics import component_means, read
 from common.wire.trajectory import ScoredTrajectory
 from deploy.control.batches import solves
-from deploy.control.tally import component_metric
 
 
 def evaluated(rows: Sequence[ScoredTrajectory], config: RunConfig) -> dict[str, float]:
@@ -50,11 +50,7 @@ def measured(rows: Sequence[ScoredTrajectory], solved: float | None) -> dict[str
             of_source[row.source.replace("/", ":")].append(row.score)
     for source, scores in sorted(of_source.items()):
         metrics[Logged.SOURCE_SCORE.of(source)] = sum(scores) / len(scores)
-    said: defaultdict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        for name, value in row.score_components.items():
-            said[component_metric(name)].append(value)
-    metrics |= {name: sum(values) / len(values) for name, values in said.items()}
+    metrics |= read(component_means(row.score_components for row in rows))
     if solved is None:
         return metrics
     groups: defaultdict[int, list[bool]] = defaultdict(list)

@@ -11,8 +11,8 @@ from deploy.control.collector import Collector
 from deploy.control.ledger import Dropped, Resampled
 from deploy.gauges import Reading, own_readings
 from deploy.health.watch import Watch
+from deploy.run_folder.events import Cause
 from deploy.workers.pool import Pool
-from deploy.workers.worker import Cause
 
 
 def readings_of(

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 
 from actors.rollout_actor import LeaseFacts
 from common.metric_catalogue import Logged
-from common.metrics import Metrics, mean, merge, read
 from deploy.control.ledger import Ledger
 from deploy.workers.pool import Pool
 from reward_service.service import ScoreFacts
@@ -88,7 +87,6 @@ class Throughput:
         self._tokens = 0
         self._generate_s = self._load_s = self._score_s = 0.0
         self._weights = self._cache = 0
-        self._components: Metrics = {}
 
     def sampled(self, facts: LeaseFacts) -> None:
         """Add what a rollout actor reports of a lease."""
@@ -100,9 +98,6 @@ class Throughput:
 
     def scored(self, facts: ScoreFacts) -> None:
         """Add what a reward worker reports of a call."""
-        rows = len(facts.rollout_ids)
-        means = {name: mean(value * rows, rows) for name, value in facts.component_means.items()}
-        self._components = merge([self._components, means])
         self._score_s += facts.seconds
 
     def read(self) -> dict[str, float]:
@@ -115,14 +110,6 @@ class Throughput:
             Logged.ACTOR_WEIGHTS: self._weights,
             Logged.ACTOR_CACHE: self._cache,
         }
-        means = read(self._components)
-        metrics |= {component_metric(name): value for name, value in means.items()}
-        self._tokens, self._weights, self._cache, self._components = 0, 0, 0, {}
+        self._tokens = self._weights = self._cache = 0
         self._generate_s = self._load_s = self._score_s = 0.0
         return metrics
-
-
-def component_metric(name: str) -> str:
-    """Return the metric of a component, or of a part of one, which has a slash in its name."""
-    component, *part = name.split("/")
-    return Logged.COMPONENT_PART.of(component, *part) if part else Logged.COMPONENT.of(component)

@@ -25,12 +25,13 @@ from typing import Any
 
 import torch
 
+from common.config.model import checkpoint_of
 from common.config.run import RunConfig
 from common.errors import CheckpointError, ConfigError, DataError
 from common.metric_catalogue import Logged
 from common.models.adapter_files import adapter_of, export_merged
 from common.models.pretrained.writing import copy_any, take_tokenizer
-from common.models.weight_files import checkpoint_of, save_policy
+from common.models.weight_files import save_policy
 from common.run_folder import PolicyFolder
 from deploy.run_folder import checkpoints
 from deploy.run_folder.inputs import RunInputs

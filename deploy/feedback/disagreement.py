@@ -18,7 +18,6 @@ from common.config.run import RunConfig
 from common.data.records import Prompt
 from deploy.feedback.pairs import Pair, Response
 from deploy.run_folder.inputs import RunInputs
-from deploy.scorer import RunScorer
 
 
 def preferences(pair: Pair) -> list[float]:
@@ -62,6 +61,8 @@ def scored(
     Raises:
         DataError: the run's reward models are not what its stage wrote.
     """
+    from deploy.scorer import RunScorer  # with torch, which those who only count labels do without
+
     RunInputs(config.run_dir).require_result("reward")
     alone = {"components": {"model": ModelComponent()}}
     judged = config.model_copy(

@@ -6,8 +6,10 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
+Cause = Literal["died", "hung", "unstarted", "preempted", "corrupt"]
+"""How a worker was lost: what such an event is called."""
 USUAL: Final = frozenset({"started", "stopped", "left", "ended"})
 """What happens in every run."""
 

@@ -9,8 +9,6 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
-
 from common.endings import take_all
 from common.errors import StorageError
 from common.run_folder import RunFolder
@@ -33,6 +31,8 @@ class RunLog:
 
         `ask` tells what changes between the lines, for Ray's metrics.
         """
+        from torch.utils.tensorboard import SummaryWriter  # with torch, where a log is written
+
         self.run_dir, folder = run_dir, RunFolder(run_dir)
         self._outboxes = outboxes
         self.activity = Activity(folder.activity)

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from common.config.model import checkpoint_of
 from common.config.rewards import FunctionComponent
 from common.config.run import RunConfig
 from common.data.files.lists import files_at
-from common.models.weight_files import checkpoint_of
 from deploy.run_folder.fingerprints import files_in
 from deploy.run_folder.weights import files_of, policy_start, reward_start, reward_weights
 from reward_service.targets import source_of

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.config.algorithms import ALGORITHMS
+from common.config.model import checkpoint_of
 from common.config.recipe import load_config
 from common.config.run import ReuseConfig, RunConfig
 from common.errors import ConfigError, DataError
-from common.models.weight_files import checkpoint_of
 from deploy.run_folder.folder import config_of
 from deploy.run_folder.paths import anchored
 from deploy.run_folder.resume_rules import within

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from common.config.model import ModelConfig
+from common.config.model import ModelConfig, checkpoint_of
 from common.config.run import RunConfig
 from common.errors import CheckpointError, ConfigError, DataError
-from common.models.pretrained.checkpoint import Checkpoint
 from common.models.pretrained.config_files import CONFIG
-from common.models.weight_files import checkpoint_of
 from common.run_folder import PolicyFolder, RewardModelFolder
+
+if TYPE_CHECKING:
+    from common.models.pretrained.checkpoint import Checkpoint
 
 
 def policy_start(config: RunConfig) -> Path:
@@ -105,10 +107,10 @@ def require_checkpoints(config: RunConfig) -> None:
     checked += [(model, max(model.context, context)) for _, model in readers]
     for model, longest in checked:
         if (start := checkpoint_of(model)) is not None:
-            # The library takes seconds to import, which models of our own do without.
+            # With libraries that take seconds to import, which models of our own do without.
             from common.models.pretrained.families import read_shape, sizes_of
 
-            Checkpoint.open(start)
+            _opened(start)
             sizes_of(read_shape(start), longest, start)
 
 
@@ -121,7 +123,7 @@ def require_embedded(config: RunConfig, tokens: int) -> None:
     for field, model in _readers_of_its_tokens(config):
         if (start := checkpoint_of(model)) is None:
             continue
-        checkpoint = Checkpoint.open(start)
+        checkpoint = _opened(start)
         rows = checkpoint.facts[checkpoint.embedding].shape[0]
         if tokens > rows:
             raise ConfigError(
@@ -160,4 +162,10 @@ def files_of(weights: Path) -> list[Path]:
     if not weights.is_dir():
         return [weights]
     beside = sorted(path for path in weights.glob("*_head.safetensors"))
-    return [*Checkpoint.open(weights).files, *beside]
+    return [*_opened(weights).files, *beside]
+
+
+def _opened(folder: Path) -> Checkpoint:
+    from common.models.pretrained.checkpoint import Checkpoint
+
+    return Checkpoint.open(folder)

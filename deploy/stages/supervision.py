@@ -40,8 +40,10 @@ from deploy.screen import say
 from deploy.stages.session import Session
 from deploy.workers.gang import LearnerGang, LearnerLost
 
-_LOGGED_PORTIONS: Final = 20
-"""About how many lines of the log a supervised stage writes."""
+_PORTIONS: Final = 20
+"""About how many lines of the log a short stage writes, at the least."""
+_LONGEST: Final = 50
+"""Most steps of one line."""
 _AT_FIRST: Final = 50
 """Steps of the first call, while nobody knows how long one takes."""
 
@@ -223,12 +225,12 @@ class Supervision:
     def _advance(self, gang: LearnerGang, at: _Position, total: int) -> Metrics:
         """Take all steps that are left, in portions; return the metrics of the last portion.
 
-        A portion is a line of the log. One that lasts longer than the time between checkpoints is
-        taken in several calls, which changes the line no more than an interruption does: a line
-        follows from the steps alone. Held-out data is looked at each `evaluate_every` steps before
-        the last one; 0 is never.
+        A portion gives one line of the log. A portion that takes longer than the time between
+        checkpoints is done in several calls; its line is the same, but for what is measured by the
+        clock. Held-out data is looked at each `evaluate_every` steps before the last one; 0 is
+        never.
         """
-        portion = max(1, total // _LOGGED_PORTIONS)
+        portion = max(1, min(total // _PORTIONS, _LONGEST))
         every, saves_every = self._settings.evaluate_every, self._settings.checkpoint_every_s
         looks = {*range(every, total, every)} if every else set[int]()
         ends = sorted({*range(portion, total, portion), total} | looks)

@@ -31,6 +31,7 @@ import ray
 
 from common.endings import take_all
 from common.errors import ClusterError, TalipotError, WorkerError
+from deploy.run_folder.events import Cause
 from deploy.workers.calls import (
     Answer,
     ArgumentLost,
@@ -42,7 +43,7 @@ from deploy.workers.calls import (
 )
 from deploy.workers.hosted import whereabouts
 from deploy.workers.losses import Losses
-from deploy.workers.worker import Cause, ClusterQueries, Event, MakeWorker, Worker
+from deploy.workers.worker import ClusterQueries, Event, MakeWorker, Worker
 
 _NODE_DIED = "its node has died"
 """What Ray's message says of an actor that did not end by itself."""

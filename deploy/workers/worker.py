@@ -16,8 +16,6 @@ MakeWorker = Callable[[str], Handle]
 """Name -> the actor of that name; where resources are placed."""
 
 State = Literal["starting", "working", "draining"]
-Cause = Literal["died", "hung", "unstarted", "preempted", "corrupt"]
-"""How a worker was lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ Shape suffixes: N rows of the whole batch, R response positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -74,6 +74,8 @@ class Experience:
     """policy_version per row."""
     sources: tuple[str | None, ...]
     """Source of the prompt per row; None without a mixture."""
+    components: tuple[Mapping[str, float], ...]
+    """score_components per row."""
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -112,6 +114,7 @@ def experience(tables: Sequence[pa.Table], adapter: str = "") -> Experience:
         mask_NR=sequences.mask_NR,
         versions=tuple(t.policy_version for t in rows),
         sources=tuple(t.source for t in rows),
+        components=tuple(t.score_components for t in rows),
     )
 
 

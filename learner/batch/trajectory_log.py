@@ -13,11 +13,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch import Tensor
 
 from common.config.earlier import saved_config
 from common.config.run import RunConfig
@@ -31,6 +30,9 @@ from common.wire.trajectory import (
     ScoredTrajectory,
     completed,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _KEY = b"talipot"
 

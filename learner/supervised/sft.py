@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.config.model import checkpoint_of
 from common.config.run import RunConfig
 from common.devices import onto
 from common.metric_catalogue import Logged
@@ -19,7 +20,7 @@ from common.metrics import Metrics, mean
 from common.models.adapter_files import adapter_of, export_merged
 from common.models.build import build_policy
 from common.models.pretrained.writing import take_tokenizer
-from common.models.weight_files import checkpoint_of, policy_folder, save_policy
+from common.models.weight_files import policy_folder, save_policy
 from common.randomness import ShuffledIndex, derive_seed
 from learner.batch.dealing import Share
 from learner.optimisation import Loss, Sums

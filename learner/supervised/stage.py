@@ -59,7 +59,8 @@ class SupervisedStage(ABC):
         """
         self.config, self.step = config, 0
         self._sums: dict[str, float] = {}
-        """Of losses and of what was measured, since the log's last line."""
+        """Of losses, of what was measured, of gradient norms and of steps: all since the last call
+        that was `anew`."""
         self._settings = settings
         self._base_fingerprint = ""
         """Of the frozen weights that an adapter is trained on."""

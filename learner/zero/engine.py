@@ -90,7 +90,8 @@ class ZeroEngine:
             stepper = PalmAdafactor(trained.values(), sharded=zero_stage > 0)
         else:
             stepper = _adamw(trained.values(), eps, weight_decay)
-        _import_muon()
+        if zero_stage > 0:
+            _import_muon()
         self._engine: Any = deepspeed.initialize(
             model=network, optimizer=stepper, dist_init_required=False, config=settings
         )[0]
@@ -223,10 +224,10 @@ class ZeroEngine:
 
 
 def _import_muon() -> None:
-    """Import DeepSpeed's Muon, which it does itself with its first engine, without a compiler.
+    """Import DeepSpeed's Muon, as it does itself with its first sharded engine, without Inductor.
 
-    The kernels of an optimizer that nobody asked for are handed to `torch.compile`, which takes
-    more than a second to import.
+    The kernels of this optimizer, which nobody asked for, are handed to `torch.compile`, and that
+    imports Inductor: a second.
     """
     from deepspeed.runtime import compiler
 

@@ -85,7 +85,6 @@ class NullReward:
             rollout_ids=tuple(table["rollout_id"].to_pylist()),
             scores=tuple(table["score"].to_pylist()),
             dead_letters={},
-            component_means={},
             seconds=0.0,
         )
         return facts, table

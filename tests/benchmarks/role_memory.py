@@ -21,13 +21,13 @@ import torch
 
 from actors.generation.decoder_generator import AdapterOnWire, DecoderGenerator
 from common.batching import sequence_batch
+from common.config.model import checkpoint_of
 from common.config.recipe import load_config
 from common.config.run import RunConfig
 from common.devices import compute_of
 from common.logprobs import Sampling
 from common.models.networks import compute_in
 from common.models.pretrained.checkpoint import Checkpoint
-from common.models.weight_files import checkpoint_of
 from common.native.frozen import run_natively
 from common.wire.trajectory import ScoredTrajectory, to_table
 from deploy.workers.memory import needs

@@ -35,6 +35,9 @@ SMALL = {
     "evaluate": "evaluate.prompts=8",
 }
 
+ALONE = ("talipot validate", "talipot sft", "PYTHONPATH=")
+"""Commands that start a cluster of their own in small too."""
+
 
 def files() -> dict[str, str]:
     """Name -> contents of every file that the page has the reader write."""
@@ -61,12 +64,13 @@ def in_small(line: str) -> str:
 def walk(folder: Path, *, small: bool, address: str = "") -> dict[str, str]:
     """Run the whole page in a folder; command -> what it printed.
 
-    Without an address each command that needs a cluster starts its own; so does what sets
-    `PYTHONPATH`, which workers have from the start of their node.
+    Without an address each command that needs a cluster starts its own. So do the first ones, and
+    one that sets `PYTHONPATH`: workers get this variable when their node starts.
     """
-    here = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    left_out = ("PYTHONPATH",) if address else ("PYTHONPATH", "RAY_A")  # the tests' own cluster
-    outside = {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
+    outside = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_A", "PYTHONPATH"))}
+    outside["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    joined = {k: v for k, v in os.environ.items() if k.startswith("RAY_A")} if address else {}
+    joined["RAY_ADDRESS"] = address
     for name, text in files().items():
         (folder / name).write_text(text, encoding="utf8")
     said: dict[str, str] = {}
@@ -75,7 +79,7 @@ def walk(folder: Path, *, small: bool, address: str = "") -> dict[str, str]:
         done = subprocess.run(
             ["bash", "-c", f"{line} && pwd > {shlex.quote(str(folder / '.pwd'))}"],
             cwd=place,
-            env={**outside, **here, "RAY_ADDRESS": "" if "PYTHONPATH" in line else address},
+            env=outside if any(text in line for text in ALONE) else outside | joined,
             capture_output=True,
             text=True,
             timeout=600,

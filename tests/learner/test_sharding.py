@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -298,3 +299,14 @@ def test_reward_model_learns_the_preference_and_is_centred(
     reference: Sequence[EncodedPair] = sft_data(config, 30)
     assert gang.shift(reference)["reference_mean"] != 0.0
     assert gang.shift(reference)["reference_mean"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_ranks_start_without_inductor(workspace: RunConfig, gangs: dict[int, LearnerGang]) -> None:
+    """It takes a second to import; DeepSpeed would, for an optimizer that nobody asked for."""
+    gangs[2].begin_train(workspace)
+    for rank in gangs[2].ranks:
+        assert not ray.get(rank.__ray_call__.remote(_has_inductor))
+
+
+def _has_inductor(_: Any) -> bool:
+    return "torch._inductor.compile_fx" in sys.modules

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -85,10 +84,6 @@ def test_the_score_is_the_weighted_sum_of_its_components(workspace: RunConfig) -
             0.5 * expected[index] - 2.0 * index + 3.0 * (10 + index), rel=1e-5
         )
         assert trajectory.reward_version == 0
-    assert facts.component_means == pytest.approx(
-        {"reward_model": np.mean(expected), "spelled": 3.0, "remote": 13.0}
-    )
-    assert list(facts.component_means) == ["reward_model", "spelled", "remote"]
     assert facts.dead_letters == {}
     assert facts.seconds > 0
 
@@ -140,7 +135,7 @@ def test_what_functions_say_of_tokens_and_parts_is_weighted_and_logged(
         },
     )
     records = [replace(r, columns=json.dumps({"answer": i})) for i, r in enumerate(rollouts(3))]
-    facts, out = made.score(table(records))
+    _, out = made.score(table(records))
     scored = from_table(out, ScoredTrajectory)
     for trajectory, record in zip(scored, records, strict=True):
         ended = 2.0 * (record.finish_reason != "length")
@@ -154,21 +149,19 @@ def test_what_functions_say_of_tokens_and_parts_is_weighted_and_logged(
             "said/group": record.group,
         }
         assert trajectory.score_reason == "said: its length"
-    assert facts.component_means["said/group"] == np.mean([r.group for r in records])
 
 
 def test_no_table_gives_an_empty_one(workspace: RunConfig) -> None:
     facts, out = worker(workspace, {**MODEL, **SPELLED}).score()
-    assert (facts.rollout_ids, facts.dead_letters, facts.component_means) == ((), {}, {})
+    assert (facts.rollout_ids, facts.dead_letters) == ((), {})
     assert out.num_rows == 0 and out.schema.equals(SCHEMAS[ScoredTrajectory])
 
 
 def test_without_a_model_component_no_reward_model_is_needed(workspace: RunConfig) -> None:
     made = worker(workspace, SPELLED)
-    facts, out = made.score(table(rollouts(3)))
+    _, out = made.score(table(rollouts(3)))
     assert made.reward_model is None
     assert out["score"].to_pylist() == [0.0, 1.0, 2.0]
-    assert facts.component_means == {"spelled": 1.0}
     assert all(values for values in out["ref_logprobs"].to_pylist())
 
 
@@ -198,7 +191,6 @@ def test_a_dead_letter_is_dropped_named_and_costs_no_other(
     assert facts.dead_letters == dict.fromkeys(lost, "remote: HTTP 400")
     kept = [f"0-{i:06d}" for i in (0, 2, 3, 5)]
     assert list(facts.rollout_ids) == out["rollout_id"].to_pylist() == kept
-    assert facts.component_means["spelled"] == facts.component_means["remote"] == 2.5
     for trajectory in from_table(out, ScoredTrajectory):
         number = float(trajectory.response_text)
         components = trajectory.score_components
@@ -238,7 +230,7 @@ def test_when_all_are_given_up_the_table_is_empty(workspace: RunConfig) -> None:
         made = worker(workspace, {**MODEL, "remote": http(endpoint, max_concurrency=1)})
         facts, out = made.score(table(rollouts(2)))
     assert facts.dead_letters == dict.fromkeys(["0-000000", "0-000001"], "remote: HTTP 500")
-    assert facts.rollout_ids == () and facts.component_means == {}
+    assert facts.rollout_ids == ()
     assert out.num_rows == 0 and out.schema.equals(SCHEMAS[ScoredTrajectory])
 
 

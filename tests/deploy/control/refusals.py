@@ -63,7 +63,6 @@ class RefusingScorer:
             rollout_ids=tuple(row.rollout_id for row in scored),
             scores=tuple(row.score for row in scored),
             dead_letters={row.rollout_id: "refused" for row in rows if refused(row)},
-            component_means={},
             seconds=0.0,
         )
         return facts, to_table(scored, ScoredTrajectory)

@@ -82,7 +82,6 @@ class SleepingScorer:
             rollout_ids=tuple(table["rollout_id"].to_pylist()),
             scores=tuple(table["score"].to_pylist()),
             dead_letters={},
-            component_means={"constant": 1.0},
             seconds=0.0,
         )
         return facts, table

@@ -19,6 +19,7 @@ from common.errors import DataError, WorkerError
 from common.randomness import derive_seed
 from common.wire.trajectory import ScoredTrajectory, from_table
 from deploy.run_folder.events import read_events
+from deploy.run_folder.log_lines import read_lines
 from deploy.stages.replay import replay_run
 from deploy.workers.gang import LearnerGang
 from learner.batch.trajectory_log import read_log
@@ -29,6 +30,8 @@ from tests.reward_service.endpoint import Endpoint, Reply, Rows, scores
 from tests.workspaces import run_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
+
+Logs = dict[int, dict[str, float]]
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +44,24 @@ def gang(workspace: RunConfig, cluster: None) -> Iterator[LearnerGang]:
 @pytest.fixture(scope="module")
 def undisturbed(
     workspace: RunConfig, gang: LearnerGang, tmp_path_factory: pytest.TempPathFactory
-) -> str:
-    """Weights' hash of a synchronous run that nothing happened to."""
-    found: str = finish(run_copy(workspace, tmp_path_factory.mktemp("whole")), gang)["weights_hash"]
-    return found
+) -> tuple[str, Logs]:
+    """Weights' hash of a synchronous run that nothing happened to, and its log."""
+    config = run_copy(workspace, tmp_path_factory.mktemp("whole"))
+    return finish(config, gang)["weights_hash"], logs(config)
+
+
+def logs(config: RunConfig) -> Logs:
+    """What a run logs of its responses and of its losses, by iteration: nothing of the clock."""
+    of_batch = ("component/", "score", "kl", "response_length", "policy_loss", "value_loss")
+    return {
+        line.step: {
+            n: value
+            for n, value in line.metrics.items()
+            if n.startswith(of_batch) and n != "score_seconds"
+        }
+        for line in read_lines(config.folder.metrics).lines
+        if line.stage == "train"
+    }
 
 
 def arm(gang: LearnerGang, method: str, call: int) -> None:
@@ -78,7 +95,7 @@ def _arm(_: object, method: str, call: int) -> None:
 def test_sigkill_of_a_rank_changes_no_weight(
     workspace: RunConfig,
     gang: LearnerGang,
-    undisturbed: str,
+    undisturbed: tuple[str, Logs],
     tmp_path: Path,
     method: str,
     call: int,
@@ -88,7 +105,10 @@ def test_sigkill_of_a_rank_changes_no_weight(
     arm(gang, method, call)
     facts = finish(config, gang)
     assert facts["learner_restarts"] == 1
-    assert facts["weights_hash"] == undisturbed
+    assert (facts["weights_hash"], logs(config)) == undisturbed
+    assert all("component/reward_model" in metrics for metrics in logs(config).values())
+    lines = [x for x in read_lines(config.folder.metrics).lines if x.stage == "train"]
+    assert all(line.metrics["tokens_per_second"] > 0 for line in lines)
     assert facts["rollouts_trained"] == facts["rollouts_issued"] == 64
     assert not list((config.run_dir / "checkpoints").glob("*.partial"))
 
@@ -207,7 +227,7 @@ def test_a_rank_that_keeps_dying_ends_the_run_and_is_named(
 def test_lost_tables_are_sampled_again_and_told(
     workspace: RunConfig,
     gang: LearnerGang,
-    undisturbed: str,
+    undisturbed: tuple[str, Logs],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -220,7 +240,7 @@ def test_lost_tables_are_sampled_again_and_told(
 
     monkeypatch.setattr("deploy.control.batches.lost_objects", lost_once)
     config = run_copy(workspace, tmp_path)
-    assert finish(config, gang)["weights_hash"] == undisturbed
+    assert finish(config, gang)["weights_hash"] == undisturbed[0]
     told = [each.detail for each in read_events(config.folder.events) if "lost" in each.what]
     assert len(told) == 1
     assert told[0].endswith("of iteration 0, with a node; they are sampled again")

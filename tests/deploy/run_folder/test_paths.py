@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from common.config.model import checkpoint_of
 from common.config.recipe import save_config
 from common.config.rewards import HttpComponent
 from common.config.run import RunConfig
-from common.models.weight_files import checkpoint_of
 from deploy.run_folder.paths import anchored, rebased
 from tests.deploy.commands import Run
 from tests.workspaces import make_workspace
