@@ -17,9 +17,12 @@ from common.metric_names import logged_as
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
-    path
-    for package in ("learner", "reward_service", "deploy/control", "deploy/stages")
-    for path in (ROOT / package).rglob("*.py")
+    ROOT / "common" / "metrics.py",
+    *(
+        path
+        for package in ("learner", "reward_service", "deploy/control", "deploy/stages")
+        for path in (ROOT / package).rglob("*.py")
+    ),
 ]
 
 
