@@ -63,8 +63,8 @@ def component_means(said: Iterable[Mapping[str, float]]) -> Metrics:
     """Return the mean of each component of the score, and of each part that it names.
 
     Args:
-        said: `score_components` of each response. What one of them lacks has its mean over the
-            others.
+        said: `score_components` of each response. A component that some of them lack is averaged
+            over the others.
     """
     values: defaultdict[str, list[float]] = defaultdict(list)
     for of_response in said:

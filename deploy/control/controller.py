@@ -219,7 +219,7 @@ class Controller:
             with _timed(metrics, Logged.PUBLISH_SECONDS), activity.doing("publishing"):
                 self.position.publish(iteration + 1)
         metrics[Logged.POLICY_VERSION] = iteration + 1
-        # Not before: an iteration that a learner's rank takes with it is begun again.
+        # Not before: an iteration in which a learner rank dies is begun again.
         metrics |= self.collector.throughput.read()
         self.position.account(batch)
 

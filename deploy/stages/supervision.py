@@ -41,9 +41,9 @@ from deploy.stages.session import Session
 from deploy.workers.gang import LearnerGang, LearnerLost
 
 _PORTIONS: Final = 20
-"""About how many lines of the log a short stage writes, at the least."""
+"""A stage writes about so many lines of the log, or more."""
 _LONGEST: Final = 50
-"""Most steps of one line."""
+"""A line is of so many steps, or fewer."""
 _AT_FIRST: Final = 50
 """Steps of the first call, while nobody knows how long one takes."""
 

@@ -35,6 +35,7 @@ from common.models.weight_files import load_decoder
 from common.wire.trajectory import Rollout, RolloutRequest, from_table, to_table
 from common.wire.weights import Manifest, Payload, manifest_of
 from tests.actors.generation.adapters import SETTINGS, carry, stir
+from tests.actors.generation.asked import requests as requests_of
 from tests.actors.generation.calls import rows_of_calls
 from tests.likelihoods import chosen_logprobs
 
@@ -48,17 +49,7 @@ def palm() -> PaLM:
     return carry(made, "one", "two").eval()
 
 
-def requests(
-    lengths: list[int], seed: int = 0, samples: int = 1, adapters: Sequence[str] = ALL
-) -> list[RolloutRequest]:
-    generator = torch.Generator().manual_seed(seed)
-    prompts = [
-        EncodedPrompt(
-            uid=f"p{i}", text="", ids=torch.randint(2, 53, (n,), generator=generator).tolist()
-        )
-        for i, n in enumerate(lengths)
-    ]
-    return evaluation_requests(prompts, seed=0, label="t", samples=samples, adapters=adapters)
+requests = partial(requests_of, adapters=ALL)
 
 
 def engine(merged: str | None = None, **more: Any) -> GenerationEngine:
@@ -84,7 +75,7 @@ def engine(merged: str | None = None, **more: Any) -> GenerationEngine:
 def test_a_sample_does_not_depend_on_the_adapters_beside_it(
     lengths: list[int], samples: int, slots: int, prefill_tokens: int, order: Random
 ) -> None:
-    asked = requests(lengths, samples=samples)
+    asked = requests(lengths, copies=samples)
     expected: dict[str, list[int]] = {}
     for name in ALL:
         mine = [request for request in asked if request.adapter == name]
@@ -97,7 +88,7 @@ def test_a_sample_does_not_depend_on_the_adapters_beside_it(
 
 @pytest.mark.parametrize("kernels", ["native", "torch"])
 def test_side_by_side_gives_what_merged_gives_one_after_the_other(kernels: str) -> None:
-    asked = requests([5, 17, 2, 9, 30, 12], samples=3)
+    asked = requests([5, 17, 2, 9, 30, 12], copies=3)
     mixed = {made.rollout_id: made for made in engine().generate(asked)}
     texts = []
     for name in ALL:
@@ -120,7 +111,7 @@ def test_prefixes_are_shared_by_requests_of_one_adapter_only(
 ) -> None:
     made = engine()
     seen = rows_of_calls(made, monkeypatch)
-    made.generate(requests([30], samples=4))
+    made.generate(requests([30], copies=4))
     assert seen[0] == 3 * (30 + 3), "three prefills; the other samples compute their last token"
 
 
@@ -144,7 +135,7 @@ def worst(network: PaLM, asked: Sequence[RolloutRequest], found: Sequence[Genera
 
 
 def test_new_numbers_of_an_adapter_count_after_a_refresh() -> None:
-    made, asked = engine(), requests([5, 9], samples=4)
+    made, asked = engine(), requests([5, 9], copies=4)
     before = made.generate(asked)
     stir(made.decoder, "one", 7)
     made.refresh()
